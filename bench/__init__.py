@@ -1,0 +1,1 @@
+"""One timing core, the cases, and the reports."""

@@ -1,0 +1,29 @@
+"""Story-Adapter on SDXL as an inference engine: `from storyadapter import Checkpoint, Story, StoryPipeline`.
+
+The names below are loaded on first use, so that `storyadapter-trt --help` doesn't import PyTorch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from storyadapter.checkpoint import Checkpoint
+    from storyadapter.pipeline import StoryPipeline
+    from storyadapter.plan import RunPlan
+    from storyadapter.story import Story
+
+__version__ = "0.1.0"
+__all__ = ["Checkpoint", "RunPlan", "Story", "StoryPipeline", "__version__"]
+
+_HOMES = {
+    "Checkpoint": "storyadapter.checkpoint",
+    "RunPlan": "storyadapter.plan",
+    "Story": "storyadapter.story",
+    "StoryPipeline": "storyadapter.pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'storyadapter' has no attribute {name!r}")

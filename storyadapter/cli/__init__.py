@@ -1,0 +1,1 @@
+"""The command line: `storyadapter-trt build | run | bench | doctor`."""

@@ -1,0 +1,111 @@
+"""The seven networks of the contract as PyTorch modules, made from a checkpoint.
+
+Each module's `forward` takes the contract's inputs in order and gives the contract's outputs in order: eager runs
+them, the exporters export them, and nothing else knows how a network is computed.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from storyadapter.checkpoint import Checkpoint
+from storyadapter.contract import Precision
+from storyadapter.grca import GrcaFunction
+from storyadapter.networks import TORCH_DTYPES
+from storyadapter.unet import split_unet
+
+
+class TextEncoder(nn.Module):
+    """CLIP text model → penultimate hidden states."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """input_ids [P, T] int32 → text_embedding [P, T, width]."""
+        return self.model(input_ids, output_hidden_states=True).hidden_states[-2]
+
+
+class TextEncoder2(nn.Module):
+    """CLIP text model with projection → penultimate hidden states and pooled text."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """input_ids [P, T] int32 → text_embedding_2 [P, T, width], pooled_text [P, pooled width]."""
+        out = self.model(input_ids, output_hidden_states=True)
+        return out.hidden_states[-2], out.text_embeds
+
+
+class ImageEncoder(nn.Module):
+    """CLIP vision model with projection → image embedding."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """pixels [F, 3, 224, 224], CLIP-normalized → image_embedding [F, width]."""
+        return self.model(pixels).image_embeds
+
+
+class VaeDecoder(nn.Module):
+    """The VAE's decoder, including the step from the sampler's latents to the VAE's."""
+
+    factor: Tensor
+    shift: Tensor
+
+    def __init__(self, vae: nn.Module) -> None:
+        super().__init__()
+        self.post_quant_conv = vae.post_quant_conv
+        self.decoder = vae.decoder
+        config = vae.config
+        mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+        normalized = mean is not None and std is not None
+        channels = config.latent_channels
+        factor = torch.tensor(std if normalized else [1.0] * channels) / config.scaling_factor
+        shift = torch.tensor(mean if normalized else [0.0] * channels)
+        dtype = next(vae.parameters()).dtype
+        self.register_buffer("factor", factor.view(1, -1, 1, 1).to(dtype))
+        self.register_buffer("shift", shift.view(1, -1, 1, 1).to(dtype))
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """latents [F, 4, h, w] as the sampler leaves them → image [F, 3, 8h, 8w], about -1 to 1."""
+        z = latents * self.factor + self.shift
+        if self.post_quant_conv is not None:
+            z = self.post_quant_conv(z)
+        return self.decoder(z)
+
+
+def iterate_modules(
+    checkpoint: Checkpoint, precision: Precision, grca: GrcaFunction
+) -> Iterator[tuple[str, nn.Module]]:
+    """The seven modules by their contract names, loaded one checkpoint component at a time, on the CPU.
+
+    A caller that drops each module before it asks for the next holds at most one component in memory; the UNet's three
+    parts come together. LoRAs are fused by the checkpoint.
+
+    Args:
+        checkpoint: an opened (that is, validated) checkpoint.
+        precision: dtype of the weights; the VAE keeps fp32 where its configuration says `force_upcast`.
+        grca: the attention function of the denoiser's cross-attention layers.
+    """
+    dtype = TORCH_DTYPES[precision]
+    yield "text_encoder", TextEncoder(checkpoint.load_text_encoder(dtype)).eval()
+    yield "text_encoder_2", TextEncoder2(checkpoint.load_text_encoder_2(dtype)).eval()
+    yield "image_encoder", ImageEncoder(checkpoint.load_image_encoder(dtype)).eval()
+    parts = split_unet(checkpoint.load_unet(dtype), checkpoint.load_ip_adapter(dtype), grca)
+    text_projection, reference_projection, denoiser = parts.text_projection, parts.reference_projection, parts.denoiser
+    del parts
+    yield "text_projection", text_projection.eval()
+    del text_projection
+    yield "reference_projection", reference_projection.eval()
+    del reference_projection
+    yield "denoiser", denoiser.eval()
+    del denoiser
+    vae_dtype = torch.float32 if checkpoint.geometry.vae_in_fp32 else dtype
+    yield "vae_decoder", VaeDecoder(checkpoint.load_vae(vae_dtype)).eval()

@@ -1,0 +1,87 @@
+"""What a backend gives to the method: seven networks behind one protocol."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from storyadapter.contract import Geometry, NetworkSpec, Precision, Range
+
+
+class Network(Protocol):
+    """One network of the contract, ready to run."""
+
+    spec: NetworkSpec
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run once.
+
+        Args:
+            inputs: by the contract's names, with the contract's shapes and dtypes, contiguous, on `Networks.device`.
+
+        Returns:
+            The contract's outputs by name. A backend may reuse their memory in its next call: copy what must last.
+
+        Raises:
+            ValueError: a name, shape, dtype, device or range that the contract or the engine doesn't allow.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The seven networks of one model on one backend, with what a run must know of them."""
+
+    text_encoder: Network
+    text_encoder_2: Network
+    text_projection: Network
+    image_encoder: Network
+    reference_projection: Network
+    denoiser: Network
+    vae_decoder: Network
+    geometry: Geometry
+    backend: str
+    device: torch.device
+    precision: Precision
+    letters: Mapping[str, Range] | None  # the engine's ranges; None where shapes are free
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return TORCH_DTYPES[self.precision]
+
+    @property
+    def vae_dtype(self) -> torch.dtype:
+        return torch.float32 if self.geometry.vae_in_fp32 else self.dtype
+
+
+TORCH_DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def check_inputs(
+    spec: NetworkSpec,
+    inputs: Mapping[str, Tensor],
+    *,
+    precision: Precision,
+    vae_in_fp32: bool,
+    device: torch.device,
+    letters: Mapping[str, Range] | None,
+) -> dict[str, int]:
+    """The check that every backend makes before it runs a network; returns the value of every letter.
+
+    Raises:
+        ValueError: naming network, input, and what was expected.
+    """
+    values = spec.check_shapes({name: tuple(tensor.shape) for name, tensor in inputs.items()}, letters)
+    for tensor_spec in spec.inputs:
+        tensor = inputs[tensor_spec.name]
+        expected = getattr(torch, tensor_spec.dtype_name(precision, vae_in_fp32))
+        where = f"{spec.name}: input {tensor_spec.name}"
+        if tensor.dtype != expected:
+            raise ValueError(f"{where} is {tensor.dtype}; expected {expected}")
+        if tensor.device.type != device.type:
+            raise ValueError(f"{where} is on {tensor.device}; expected {device}")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{where} has strides {list(tensor.stride())}; expected a contiguous tensor")
+    return values
