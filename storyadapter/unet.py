@@ -108,12 +108,18 @@ class TextProjection(nn.Module):
 class ReferenceProjection(nn.Module):
     """Image embeddings → the reference keys and values of every layer, with λ folded into the values."""
 
-    def __init__(self, image_proj: dict[str, Tensor], projection: StackedKeyValueProjection) -> None:
+    def __init__(self, adapter: IPAdapterWeights, projection: StackedKeyValueProjection) -> None:
         super().__init__()
-        out_features, in_features = image_proj["proj.weight"].shape
+        out_features, in_features = adapter.projection_weight.shape
         self.proj = nn.Linear(in_features, out_features)
         self.norm = nn.LayerNorm(out_features // method.TOKENS_PER_IMAGE)
-        self.load_state_dict({k: v for k, v in image_proj.items()}, strict=True, assign=True)
+        weights = {
+            "proj.weight": adapter.projection_weight,
+            "proj.bias": adapter.projection_bias,
+            "norm.weight": adapter.norm_weight,
+            "norm.bias": adapter.norm_bias,
+        }
+        self.load_state_dict(weights, strict=True, assign=True)
         self.projection = projection
 
     def forward(self, image_embedding: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
@@ -144,6 +150,12 @@ class Denoiser(nn.Module):
         self.conv_norm_out = unet.conv_norm_out
         self.conv_act = unet.conv_act
         self.conv_out = unet.conv_out
+
+    def use_grca(self, grca: GrcaFunction) -> None:
+        """Let every cross-attention layer compute its attention by another function of the same meaning."""
+        for module in self.modules():
+            if isinstance(module, GlobalReferenceCrossAttention):
+                module.grca = grca
 
     def forward(self, latents: Tensor, timestep: Tensor, added_embedding: Tensor, *attention: Tensor) -> Tensor:
         """Contract network `denoiser`; `attention` are its inputs from `text_kv_<C>` to `ref_length`, in order."""
@@ -194,16 +206,13 @@ def split_unet(unet: UNet2DConditionModel, adapter: IPAdapterWeights, grca: Grca
     """
     text_weights: dict[int, list[Tensor]] = {}
     ref_weights: dict[int, list[Tensor]] = {}
-    for index, name in enumerate(list(unet.attn_processors)):
-        path = name.removesuffix(".processor")
-        if not path.endswith(".attn2"):
-            continue
-        block = unet.get_submodule(path.removesuffix(".attn2"))
+    for adapter_layer in adapter.layers:
+        block = unet.get_submodule(adapter_layer.module.removesuffix(".attn2"))
         attention = block.attn2
         layers = text_weights.setdefault(attention.inner_dim, [])
         block.attn2 = GlobalReferenceCrossAttention(attention, len(layers), grca)
         layers.append(torch.stack((attention.to_k.weight, attention.to_v.weight)).detach())
-        pair = torch.stack((adapter.to_k[index], adapter.to_v[index])).detach()
+        pair = torch.stack((adapter_layer.to_k, adapter_layer.to_v))
         ref_weights.setdefault(attention.inner_dim, []).append(pair)
 
     def stacked(weights: dict[int, list[Tensor]]) -> StackedKeyValueProjection:
@@ -211,6 +220,6 @@ def split_unet(unet: UNet2DConditionModel, adapter: IPAdapterWeights, grca: Grca
 
     return UNetParts(
         text_projection=TextProjection(unet, stacked(text_weights)),
-        reference_projection=ReferenceProjection(adapter.image_proj, stacked(ref_weights)),
+        reference_projection=ReferenceProjection(adapter, stacked(ref_weights)),
         denoiser=Denoiser(unet, tuple(sorted(text_weights))),
     )

@@ -1,0 +1,52 @@
+"""Backend `eager`: the contract's networks as plain PyTorch modules. The reference, and the baseline of benchmarks."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from storyadapter.checkpoint import Checkpoint
+from storyadapter.contract import NetworkSpec, Precision, network_specs
+from storyadapter.grca import grca
+from storyadapter.modules import iterate_modules
+from storyadapter.networks import Networks, check_inputs
+
+
+class EagerNetwork:
+    """One module of the contract, called by names."""
+
+    def __init__(self, spec: NetworkSpec, module: nn.Module, *, precision: Precision, vae_in_fp32: bool) -> None:
+        self.spec = spec
+        self.module = module
+        self.precision: Precision = precision
+        self.vae_in_fp32 = vae_in_fp32
+        self.device = next(module.parameters()).device
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See `storyadapter.networks.Network`."""
+        check_inputs(
+            self.spec,
+            inputs,
+            precision=self.precision,
+            vae_in_fp32=self.vae_in_fp32,
+            device=self.device,
+            letters=None,
+        )
+        with torch.inference_mode():
+            outputs = self.module(*(inputs[spec.name] for spec in self.spec.inputs))
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        return {spec.name: value for spec, value in zip(self.spec.outputs, outputs, strict=True)}
+
+
+def open_eager(
+    checkpoint: Checkpoint, precision: Precision, device: torch.device, on_progress: Callable[[str], None]
+) -> Networks:
+    """Load every network of a checkpoint onto a device; `on_progress` gets each network's name before it is loaded."""
+    geometry = checkpoint.geometry
+    specs = network_specs(geometry)
+    options = {"precision": precision, "vae_in_fp32": geometry.vae_in_fp32}
+    networks = {}
+    for name, module in iterate_modules(checkpoint, precision, grca):
+        on_progress(name)
+        networks[name] = EagerNetwork(specs[name], module.to(device), **options)
+    return Networks(**networks, geometry=geometry, backend="eager", device=device, precision=precision, letters=None)

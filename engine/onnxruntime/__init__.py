@@ -1,0 +1,1 @@
+"""Backend `onnxruntime`: the default without a GPU. Its artefact is the exported ONNX itself."""

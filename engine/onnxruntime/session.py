@@ -1,0 +1,70 @@
+"""One exported network in ONNX Runtime, on the CPU."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import onnxruntime
+import torch
+from torch import Tensor
+
+from storyadapter.contract import Geometry, NetworkSpec, Precision, Range, network_specs
+from storyadapter.export.onnx_export import onnx_name
+from storyadapter.networks import Networks, check_inputs
+
+DEVICE = torch.device("cpu")
+
+
+class OnnxRuntimeNetwork:
+    """A network of the contract as an ONNX Runtime session."""
+
+    def __init__(
+        self,
+        spec: NetworkSpec,
+        path: Path,
+        *,
+        precision: Precision,
+        vae_in_fp32: bool,
+        letters: Mapping[str, Range],
+    ) -> None:
+        self.spec = spec
+        self.precision: Precision = precision
+        self.vae_in_fp32 = vae_in_fp32
+        self.letters = letters
+        self.session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See `storyadapter.networks.Network`."""
+        check_inputs(
+            self.spec,
+            inputs,
+            precision=self.precision,
+            vae_in_fp32=self.vae_in_fp32,
+            device=DEVICE,
+            letters=self.letters,
+        )
+        names = [tensor.name for tensor in self.spec.outputs]
+        outputs = self.session.run(names, {name: tensor.numpy() for name, tensor in inputs.items()})
+        return {name: torch.from_numpy(value) for name, value in zip(names, outputs, strict=True)}
+
+
+def open_onnxruntime(
+    folder: Path,
+    geometry: Geometry,
+    precision: Precision,
+    letters: Mapping[str, Range],
+    on_progress: Callable[[str], None],
+) -> Networks:
+    """Open the seven exported networks of one engine folder; `on_progress` gets each name before it is loaded."""
+    networks = {}
+    for name, spec in network_specs(geometry).items():
+        on_progress(name)
+        networks[name] = OnnxRuntimeNetwork(
+            spec,
+            folder / onnx_name(name),
+            precision=precision,
+            vae_in_fp32=geometry.vae_in_fp32,
+            letters=letters,
+        )
+    return Networks(
+        **networks, geometry=geometry, backend="onnxruntime", device=DEVICE, precision=precision, letters=letters
+    )

@@ -1,0 +1,131 @@
+"""A network of the contract to an ONNX file, weights beside it, and the check that the file computes the same."""
+
+import contextlib
+import io
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from storyadapter.contract import NetworkSpec, Precision, Range, TensorSpec, split_dim
+from storyadapter.export.grca_node import OPSET, attach_function, grca_node
+from storyadapter.export.probe import example_letters, probe_inputs
+from storyadapter.grca import grca
+from storyadapter.unet import Denoiser
+
+# Latents are exported as multiples of this: the UNet halves them twice.
+LATENT_MULTIPLE = 4
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Inputs of a network and what eager gives for them."""
+
+    inputs: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+
+
+def onnx_name(network: str) -> str:
+    """File name of an exported network; its weights lie beside it under this name plus `.data`."""
+    return f"{network}.onnx"
+
+
+def probe_module(
+    spec: NetworkSpec, module: nn.Module, ranges: Mapping[str, Range], precision: Precision, vae_in_fp32: bool
+) -> tuple[Probe, ...]:
+    """Run a module eagerly at two points of its ranges, to compare an export with."""
+    probes = []
+    for seed, larger in enumerate((False, True)):
+        letters = example_letters(dict(ranges), largest=larger)
+        inputs = probe_inputs(spec, letters, precision, vae_in_fp32, seed)
+        with torch.inference_mode():
+            outputs = module(*inputs.values())
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        named = {tensor.name: value for tensor, value in zip(spec.outputs, outputs, strict=True)}
+        probes.append(Probe(inputs, named))
+    return tuple(probes)
+
+
+def export_network(
+    spec: NetworkSpec,
+    module: nn.Module,
+    ranges: Mapping[str, Range],
+    precision: Precision,
+    vae_in_fp32: bool,
+    folder: Path,
+) -> Path:
+    """Write `<network>.onnx` and its weights into `folder`.
+
+    Args:
+        spec: the network's inputs and outputs.
+        module: takes the inputs in the contract's order; on the CPU, in the precision's dtype.
+        ranges: of every dynamic letter; a letter whose range is one value is exported as a constant.
+
+    Returns:
+        The file's path.
+    """
+    letters = example_letters(dict(ranges))
+    inputs = probe_inputs(spec, letters, precision, vae_in_fp32)
+    dims = {name: _dim(name, ranges[name]) for name in letters}
+    shapes = tuple(_dynamic_shape(tensor, dims) for tensor in spec.inputs)
+    # a module with *args sees them as one argument of that name
+    positional = 3 if isinstance(module, Denoiser) else len(shapes)
+    dynamic_shapes = shapes[:positional] + ((shapes[positional:],) if positional < len(shapes) else ())
+    path = folder / onnx_name(spec.name)
+    if isinstance(module, Denoiser):
+        module.use_grca(grca_node)
+    try:
+        with torch.no_grad(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                module,
+                tuple(inputs.values()),
+                dynamo=True,
+                opset_version=OPSET,
+                dynamic_shapes=dynamic_shapes,
+                input_names=[tensor.name for tensor in spec.inputs],
+                output_names=[tensor.name for tensor in spec.outputs],
+                verbose=False,
+            )
+    finally:
+        if isinstance(module, Denoiser):
+            module.use_grca(grca)
+    program.save(str(path), external_data=True)
+    model = onnx.load(str(path), load_external_data=False)
+    attach_function(model)
+    _name_dimensions(model, spec)
+    onnx.save(model, str(path))
+    onnx.checker.check_model(str(path), full_check=True)
+    return path
+
+
+def _dim(name: str, value: Range) -> object | None:
+    """A dynamic dimension of torch.export, or None for a constant one."""
+    if value.minimum == value.maximum:
+        return None
+    if name in ("h", "w"):
+        low, high = value.minimum // LATENT_MULTIPLE, value.maximum // LATENT_MULTIPLE
+        return LATENT_MULTIPLE * torch.export.Dim(f"{name}_quarter", min=low, max=high)
+    return torch.export.Dim(name, min=value.minimum, max=value.maximum)
+
+
+def _dynamic_shape(tensor: TensorSpec, dims: Mapping[str, object | None]) -> dict[int, object]:
+    letters = {axis: dim for axis, dim in enumerate(tensor.shape) if isinstance(dim, str)}
+    return {axis: dims[dim] for axis, dim in letters.items() if dims[dim] is not None}
+
+
+def _name_dimensions(model: onnx.ModelProto, spec: NetworkSpec) -> None:
+    """Give the file's inputs and outputs the contract's letters where they are dynamic."""
+    for values, tensors in ((model.graph.input, spec.inputs), (model.graph.output, spec.outputs)):
+        for value, tensor in zip(values, tensors, strict=True):
+            if value.name != tensor.name:
+                raise ValueError(f"{spec.name}: exported {value.name} where the contract has {tensor.name}")
+            for axis, dim in zip(value.type.tensor_type.shape.dim, tensor.shape, strict=True):
+                if isinstance(dim, str) and not axis.HasField("dim_value"):
+                    axis.dim_param = dim
+                elif isinstance(dim, str) and split_dim(dim)[0] == 1:
+                    continue

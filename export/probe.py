@@ -1,0 +1,60 @@
+"""Example inputs of a network of the contract, for tracing an export and for comparing it with eager."""
+
+import torch
+from torch import Tensor
+
+from storyadapter.contract import NetworkSpec, Precision, Range, TensorSpec, split_dim
+
+
+def example_letters(ranges: dict[str, Range], *, largest: bool = False) -> dict[str, int]:
+    """A value for every letter: small but above 1 (an exporter takes 1 for a constant), within its range.
+
+    With `largest`, another point of the ranges for a second comparison: every letter a little larger where it can be.
+    """
+    wanted = {"B": 2, "P": 2, "F": 2, "N": 3, "G": 2, "R": 8, "h": 8, "w": 8}
+    if largest:
+        wanted = {"B": 3, "P": 3, "F": 3, "N": 4, "G": 3, "R": 13, "h": 12, "w": 16}
+    return {name: min(max(value, ranges[name].minimum), ranges[name].maximum) for name, value in wanted.items()}
+
+
+def probe_inputs(
+    spec: NetworkSpec, letters: dict[str, int], precision: Precision, vae_in_fp32: bool, seed: int = 0
+) -> dict[str, Tensor]:
+    """Random inputs by name, on the CPU, with the contract's shapes and dtypes and with values in their real ranges."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = {}
+    for tensor in spec.inputs:
+        shape = [_size(dim, letters) for dim in tensor.shape]
+        dtype = getattr(torch, tensor.dtype_name(precision, vae_in_fp32))
+        inputs[tensor.name] = _values(tensor, shape, letters, generator).to(dtype)
+    return inputs
+
+
+def _size(dim: int | str, letters: dict[str, int]) -> int:
+    if isinstance(dim, int):
+        return dim
+    factor, letter = split_dim(dim)
+    return factor * letters[letter]
+
+
+def _values(tensor: TensorSpec, shape: list[int], letters: dict[str, int], generator: torch.Generator) -> Tensor:
+    def integers(low: int, high: int) -> Tensor:
+        return torch.randint(low, high, shape, generator=generator)
+
+    match tensor.name:
+        case "input_ids":
+            return integers(0, 256)
+        case "text_row":
+            return integers(0, letters["P"])
+        case "ref_row":
+            return integers(0, letters["G"])
+        case "ref_length":
+            return integers(1, letters["R"] + 1)
+        case "timestep":
+            return integers(1, 1000).float()
+        case "sizes":
+            return integers(0, 1024).float()
+        case "scale":
+            return torch.full(shape, 0.4)
+        case _:
+            return torch.randn(shape, generator=generator)
