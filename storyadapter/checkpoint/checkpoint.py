@@ -1,0 +1,167 @@
+"""A checkpoint: everything the user's model files hold, checked when opened and loaded network by network."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from storyadapter.checkpoint import configs
+from storyadapter.checkpoint.component import Component
+from storyadapter.checkpoint.ip_adapter import (
+    CrossAttention,
+    IPAdapterWeights,
+    check_ip_adapter,
+    cross_attentions,
+    load_ip_adapter,
+)
+from storyadapter.checkpoint.locate import find
+from storyadapter.checkpoint.loras import Lora, check_lora, fuse_loras, lora_file
+from storyadapter.checkpoint.parts import base_parts, image_encoder_part
+from storyadapter.checkpoint.paths import CheckpointPaths
+from storyadapter.checkpoint.tokenizers import check_tokenizer, load_tokenizer, tokenizer_files
+from storyadapter.contract import Geometry, LayerWidth
+from storyadapter.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from torch import nn
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
+
+_TOKENIZERS = {"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2"}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An SDXL base model with image encoder, IP-Adapter, VAE and LoRAs, whose files were found to fit each other.
+
+    Made by `Checkpoint.open`. No weights are kept: every `load_…` reads its files anew.
+
+    Attributes:
+        paths: as typed.
+        geometry: the sizes of the model.
+        loras: the LoRA files that were found, with their scales; `load_unet` and `load_text_encoder…` fuse them.
+    """
+
+    paths: CheckpointPaths
+    geometry: Geometry
+    loras: tuple[Lora, ...]
+    _components: Mapping[str, Component]
+    _adapter: Path
+    _cross_attentions: tuple[CrossAttention, ...]
+    _config_folder: Path
+
+    @classmethod
+    def open(cls, paths: CheckpointPaths | None = None, **typed: Any) -> "Checkpoint":
+        """Find all files and check that they are whole and fit, from configurations and headers; no weights are read.
+
+        Args:
+            paths: what to open; or give the fields of `CheckpointPaths` as keywords.
+
+        Raises:
+            CheckpointError: a file is missing or corrupt, the model isn't an SDXL base model, the adapter is of another
+                kind, tensors are missing or unexpected, or shapes don't fit. One line says what was found and expected.
+        """
+        paths = paths or CheckpointPaths(**typed)
+        components, config_folder = base_parts(paths)
+        components["image_encoder"] = image_encoder_part(paths)
+        adapter = _file("--ip-adapter", paths.ip_adapter)
+        loras = tuple(Lora(lora_file(find("--lora", spec.path)), spec.scale) for spec in paths.loras)
+        empty = {name: component.check() for name, component in components.items()}
+        for part, encoder in _TOKENIZERS.items():
+            check_tokenizer(config_folder / part, empty[encoder].config.vocab_size)
+        layers = cross_attentions(empty["unet"])
+        geometry = _geometry(components["unet"].config_file, empty, layers)
+        image_encoder = components["image_encoder"].config_file.parent
+        text_width = geometry.text_width + geometry.text_width_2
+        check_ip_adapter(adapter, layers, text_width, geometry.image_embedding_width, image_encoder)
+        for lora in loras:
+            check_lora(lora.path, empty)
+        return cls(paths, geometry, loras, components, adapter, layers, config_folder)
+
+    @property
+    def files_by_component(self) -> dict[str, tuple[Path, ...]]:
+        """Every file that what is loaded depends on, except LoRAs, by the part of the model that reads it.
+
+        A single file is in several parts. LoRAs and their scales are in `loras`.
+        """
+        files = {name: (part.config_file, *part.files) for name, part in self._components.items()}
+        files |= {part: tokenizer_files(self._config_folder / part) for part in _TOKENIZERS}
+        return {**files, "ip_adapter": (self._adapter,)}
+
+    def load_unet(self, dtype: "torch.dtype") -> "UNet2DConditionModel":
+        """The UNet in `dtype` on the CPU, LoRAs fused, in evaluation mode, without gradients.
+
+        The other networks are loaded alike.
+
+        Raises:
+            CheckpointError: a file changed since the checkpoint was opened.
+        """
+        return self._load_with_loras("unet", dtype)
+
+    def load_text_encoder(self, dtype: "torch.dtype") -> "CLIPTextModel":
+        """Text encoder 1, LoRAs fused."""
+        return self._load_with_loras("text_encoder", dtype)
+
+    def load_text_encoder_2(self, dtype: "torch.dtype") -> "CLIPTextModelWithProjection":
+        """Text encoder 2, whose projection gives the pooled text, LoRAs fused."""
+        return self._load_with_loras("text_encoder_2", dtype)
+
+    def load_vae(self, dtype: "torch.dtype") -> "AutoencoderKL":
+        """The VAE: the base model's, or the one given instead."""
+        return self._load("vae", dtype)
+
+    def load_image_encoder(self, dtype: "torch.dtype") -> "CLIPVisionModelWithProjection":
+        """The CLIP image encoder."""
+        return self._load("image_encoder", dtype)
+
+    def load_ip_adapter(self, dtype: "torch.dtype") -> IPAdapterWeights:
+        """The IP-Adapter's tensors in `dtype` on the CPU."""
+        return load_ip_adapter(self._adapter, self._cross_attentions, dtype)
+
+    def load_tokenizers(self) -> "tuple[CLIPTokenizer, CLIPTokenizer]":
+        """The tokenizers of text encoder 1 and 2."""
+        first, second = (load_tokenizer(self._config_folder / part) for part in _TOKENIZERS)
+        return first, second
+
+    def _load(self, name: str, dtype: "torch.dtype") -> Any:
+        return self._components[name].load(dtype)
+
+    def _load_with_loras(self, name: str, dtype: "torch.dtype") -> Any:
+        network = self._load(name, dtype)
+        if self.loras:
+            fuse_loras(name, network, self.loras, self._components["unet"].empty())
+        return network
+
+
+def _file(option: str, name: Path | str) -> Path:
+    path = find(option, name)
+    if path.is_dir():
+        raise CheckpointError(f"{option} {path} is a folder; expected a .safetensors or .bin file")
+    return path
+
+
+def _geometry(unet_config: Path, empty: "Mapping[str, nn.Module]", layers: tuple[CrossAttention, ...]) -> Geometry:
+    """Raises CheckpointError unless the networks fit each other."""
+    unet, vae = empty["unet"], empty["vae"]
+    text, text_2, image = (empty[name].config for name in ("text_encoder", "text_encoder_2", "image_encoder"))
+    configs.check_widths(unet_config, unet.config, text.hidden_size, text_2.hidden_size, text_2.projection_dim)
+    counts = Counter((layer.channels, layer.heads) for layer in layers)
+    widths = tuple(LayerWidth(channels, count, heads) for (channels, heads), count in sorted(counts.items()))
+    if len({width.channels for width in widths}) < len(widths):
+        raise CheckpointError(
+            f"{unet_config}: layers of one width have different head counts; expected one, as in SDXL"
+        )
+    return Geometry(
+        widths=widths,
+        time_embedding=unet.time_embedding.linear_2.out_features,
+        text_width=text.hidden_size,
+        text_width_2=text_2.hidden_size,
+        pooled_width=text_2.projection_dim,
+        image_embedding_width=image.projection_dim,
+        sample_size=unet.config.sample_size,
+        latent_channels=vae.config.latent_channels,
+        pixels_per_latent=2 ** (len(vae.config.block_out_channels) - 1),
+        vae_in_fp32=bool(vae.config.force_upcast),
+    )

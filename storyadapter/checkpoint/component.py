@@ -1,0 +1,142 @@
+"""One network of the checkpoint: its configuration, its files, and the check that they fit each other."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from storyadapter.checkpoint.tensor_files import first_line, read_headers, read_tensors
+from storyadapter.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+# Names of a file turned into names of the network; given the empty network too. Works on the meta device.
+Convert = Callable[["nn.Module", "dict[str, Tensor]"], "dict[str, Tensor]"]
+
+
+@dataclass(frozen=True)
+class Component:
+    """One network of the checkpoint.
+
+    Attributes:
+        title: what messages call it, such as "the UNet".
+        config_file: where its sizes come from.
+        build: makes the network without weights; called on an empty-weights context.
+        files: weights; a shard index may be among them.
+        convert: from the tensors of the files to those of the network.
+        prefix: only tensors whose names start with it are read: a single file holds several networks.
+    """
+
+    title: str
+    config_file: Path
+    build: "Callable[[], nn.Module]"
+    files: tuple[Path, ...]
+    convert: Convert
+    prefix: str = ""
+
+    @property
+    def tensor_files(self) -> tuple[Path, ...]:
+        return tuple(path for path in self.files if path.suffix != ".json")
+
+    def empty(self) -> "nn.Module":
+        """The network with all its parameters on the meta device, in evaluation mode.
+
+        Raises:
+            CheckpointError: the configuration doesn't describe such a network.
+        """
+        from accelerate import init_empty_weights
+
+        try:
+            with init_empty_weights(include_buffers=False):
+                return self.build().eval().requires_grad_(False)
+        except Exception as error:  # anything a nonsensical configuration makes the constructors raise
+            raise CheckpointError(f"{self.config_file} doesn't describe {self.title}: {first_line(error)}") from error
+
+    def check(self) -> "nn.Module":
+        """Compare names and shapes in the files' headers with the network, and return the empty network.
+
+        Raises:
+            CheckpointError: a file is corrupt, or tensors are missing, unexpected, of other shapes, or quantized.
+        """
+        network = self.empty()
+        found: dict[str, Tensor] = {}
+        for path in self.tensor_files:
+            found |= {name: t for name, t in read_headers(path).items() if name.startswith(self.prefix)}
+        found = self._converted(network, found)
+        compare(self.where, network.state_dict(), found, self.config_file)
+        return network
+
+    def load(self, dtype: "torch.dtype") -> "nn.Module":
+        """The network on the CPU, all its floating-point weights in `dtype`, in evaluation mode without gradients.
+
+        Raises:
+            CheckpointError: the files no longer are what was checked.
+        """
+        network = self.empty()
+        tensors: dict[str, Tensor] = {}
+        for path in self.tensor_files:
+            tensors |= read_tensors(path, dtype, lambda name: name.startswith(self.prefix))
+        tensors = self._converted(network, tensors)
+        compare(self.where, network.state_dict(), tensors, self.config_file)
+        network.load_state_dict(tensors, assign=True)
+        return network.requires_grad_(False)
+
+    @property
+    def where(self) -> str:
+        first = self.tensor_files[0]
+        return f"{self.title} in {first.parent if len(self.tensor_files) > 1 else first}"
+
+    def _converted(self, network: "nn.Module", tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
+        try:
+            return self.convert(network, tensors)
+        except KeyError as error:  # the conversions of diffusers look some names up
+            raise CheckpointError(f"{self.where} lacks the tensor {error}; expected a whole SDXL checkpoint") from error
+
+
+def compare(where: str, expected: "Mapping[str, Tensor]", found: "Mapping[str, Tensor]", config_file: Path) -> None:
+    """Raises CheckpointError unless both have the same names and shapes and `found` is all floating point."""
+    missing = sorted(expected.keys() - found.keys())
+    unexpected = sorted(found.keys() - expected.keys())
+    both = sorted(expected.keys() & found.keys())
+    reshaped = [name for name in both if expected[name].shape != found[name].shape]
+    quantized = [name for name in both if not found[name].is_floating_point()]
+    faults = [_count(missing, "missing"), _count(unexpected, "unexpected")]
+    if reshaped:
+        name = reshaped[0]
+        faults.append(
+            _count(
+                reshaped, "of another shape", f" is {list(found[name].shape)}, expected {list(expected[name].shape)}"
+            )
+        )
+    faults.append(_count(quantized, "of whole numbers", ": a quantized checkpoint; expected fp32, fp16 or bf16"))
+    if any(faults):
+        raise CheckpointError(f"{where} doesn't fit {config_file}: {'; '.join(filter(None, faults))}")
+
+
+def _count(names: list[str], kind: str, note: str = "") -> str:
+    if not names:
+        return ""
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''} {kind} ({names[0]}{note})"
+
+
+def folder_names(network: "nn.Module", tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
+    """Names in today's spelling.
+
+    transformers 5.6 dropped the prefix "text_model." of `CLIPTextModel`, older files hold `position_ids`, which are no
+    weights, and VAEs saved before diffusers 0.17 spell the attention's layers in another way.
+    """
+    prefixed = any(name.startswith("text_model.") for name in network.state_dict())
+    result = {}
+    for name, tensor in tensors.items():
+        if name.endswith(".position_ids"):
+            continue
+        if not prefixed:
+            name = name.removeprefix("text_model.")
+        if ".mid_block.attentions." in name:
+            tensor = tensor.flatten(1) if tensor.ndim == 4 else tensor  # a 1x1 convolution of old
+            for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")):
+                name = name.replace(f".{old}.", f".{new}.")
+        result[name] = tensor
+    return result

@@ -1,0 +1,44 @@
+"""Fixtures shared by all tests."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from storyadapter.demo.networks import TINY, write_random_model
+from tests.oracle.published_method import encode_picture, load_published_model, published_frame
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A seeded random SDXL folder for 64×64 pixels, with `image_encoder/` and `ip-adapter.safetensors` in it.
+
+    Read only: every test of the session shares it.
+    """
+    folder = tmp_path_factory.mktemp("tiny-model")
+    write_random_model(folder, seed=0, config=TINY)
+    tell_pictures_apart(folder)
+    return folder
+
+
+@torch.no_grad()
+def tell_pictures_apart(folder: Path) -> None:
+    """Makes the adapter's tokens depend on the picture, as a trained CLIP's do.
+
+    A random CLIP gives all frames of a story nearly one embedding, so a test with it would hardly see a missing, stale
+    or wrong reference. Here the image projection takes away what the embeddings of some frames have in common and
+    widens what is left.
+    """
+    path = folder / "ip-adapter.safetensors"
+    model = load_published_model(folder, folder / "image_encoder", path)
+    drawing = dict(steps=2, seed=0, height=64, width=64, guidance=5.0, negative_prompt="")
+    frames = [
+        published_frame(model, word, [], 0.0, **drawing) for word in ("sun", "a fox", "night", "two owls", "", "sea")
+    ]
+    embeddings = torch.cat([encode_picture(model, frame) for frame in frames])
+    common = embeddings.mean(0)
+    adapter = load_file(path)
+    adapter["image_proj.proj.weight"] /= (embeddings - common).square().mean().sqrt()
+    adapter["image_proj.proj.bias"] -= adapter["image_proj.proj.weight"] @ common
+    save_file(adapter, path, metadata={"format": "pt"})

@@ -1,0 +1,312 @@
+"""LoRAs: fused weights against the formula and against peft's unfused layers, in the file formats people have."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from storyadapter.checkpoint import Checkpoint, LoraSpec
+from storyadapter.errors import CheckpointError
+from tests.storyadapter.checkpoint.spoil import cut_short, edit_tensors, refuses, tiny_paths
+
+BLOCK = "down_blocks.1.attentions.0.transformer_blocks.0"
+UNET_LAYERS = (f"{BLOCK}.attn1.to_q", f"{BLOCK}.attn2.to_k", f"{BLOCK}.ff.net.0.proj", "mid_block.resnets.0.conv1")
+TEXT_LAYERS = ("encoder.layers.0.self_attn.q_proj", "encoder.layers.1.mlp.fc1")
+RANK, ALPHA = 4, 2.0
+# network -> its layers in the LoRA, as published files name them
+LAYERS = {
+    "unet": UNET_LAYERS,
+    "text_encoder": tuple(f"text_model.{name}" for name in TEXT_LAYERS),
+    "text_encoder_2": tuple(f"text_model.{name}" for name in TEXT_LAYERS),
+}
+
+
+@pytest.fixture(scope="module")
+def weights(tiny_checkpoint: Checkpoint) -> dict[str, dict[str, Tensor]]:
+    """The weights without LoRAs, by network and by the names of LAYERS."""
+    networks = {name: getattr(tiny_checkpoint, f"load_{name}")(torch.float32) for name in LAYERS}
+    return {name: {layer: _weight(networks[name], layer) for layer in layers} for name, layers in LAYERS.items()}
+
+
+def _weight(network: torch.nn.Module, layer: str) -> Tensor:
+    state = network.state_dict()
+    name = f"{layer}.weight"
+    return state[name if name in state else name.removeprefix("text_model.")]
+
+
+def matrices(weights: dict[str, dict[str, Tensor]], seed: int) -> dict[str, dict[str, tuple[Tensor, Tensor]]]:
+    """Random (down, up) of every layer."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def pair(weight: Tensor) -> tuple[Tensor, Tensor]:
+        down = torch.randn(RANK, *weight.shape[1:], generator=generator) / weight[0].numel() ** 0.5
+        return down, torch.randn(weight.shape[0], RANK, *[1] * (weight.ndim - 2), generator=generator)
+
+    return {name: {layer: pair(w) for layer, w in layers.items()} for name, layers in weights.items()}
+
+
+def kohya(parts: dict[str, dict[str, tuple[Tensor, Tensor]]]) -> dict[str, Tensor]:
+    """The format of most published LoRAs."""
+    prefixes = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
+    tensors = {}
+    for network, layers in parts.items():
+        for layer, (down, up) in layers.items():
+            name = prefixes[network] + layer.replace(".", "_")
+            tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
+            tensors[f"{name}.alpha"] = torch.tensor(ALPHA)
+    return tensors
+
+
+def peft_format(parts: dict[str, dict[str, tuple[Tensor, Tensor]]]) -> dict[str, Tensor]:
+    """The format that diffusers' training scripts write; alpha = rank."""
+    return {
+        f"{network}.{layer}.lora_{part}.weight": tensor
+        for network, layers in parts.items()
+        for layer, pair in layers.items()
+        for part, tensor in zip("AB", pair, strict=True)
+    }
+
+
+def delta(down: Tensor, up: Tensor, factor: float) -> Tensor:
+    return factor * (up.flatten(1) @ down.flatten(1)).reshape(up.shape[0], *down.shape[1:])
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+@pytest.mark.parametrize(("write", "factor"), [(kohya, ALPHA / RANK), (peft_format, 1.0)])
+def test_fused_weights_are_the_formula(tiny_model_dir, tmp_path, weights, write, factor, suffix) -> None:
+    parts = matrices(weights, seed=1)
+    path = tmp_path / f"style.{suffix}"
+    (save_file if suffix == "safetensors" else torch.save)(write(parts), path)
+    checkpoint = Checkpoint.open(tiny_paths(tiny_model_dir, loras=(LoraSpec(path, 0.8),)))
+    assert [(lora.path, lora.scale) for lora in checkpoint.loras] == [(path, 0.8)]
+    for name, layers in parts.items():
+        network = getattr(checkpoint, f"load_{name}")(torch.float32)
+        assert (
+            network.state_dict().keys()
+            == getattr(_without(checkpoint), f"load_{name}")(torch.float32).state_dict().keys()
+        )
+        for layer, (down, up) in layers.items():
+            expected = weights[name][layer] + delta(down, up, 0.8 * factor)
+            torch.testing.assert_close(_weight(network, layer), expected)
+            assert not torch.equal(_weight(network, layer), weights[name][layer])
+        assert not any(p.requires_grad for p in network.parameters())
+
+
+def _without(checkpoint: Checkpoint) -> Checkpoint:
+    return Checkpoint.open(tiny_paths(Path(checkpoint.paths.base_model)))
+
+
+def test_blocks_numbered_as_in_the_original_unet_and_an_alpha_for_each_pair(
+    tiny_model_dir, tiny_checkpoint, tmp_path, weights
+) -> None:
+    layers = {layer: pair for layer, pair in matrices(weights, 4)["unet"].items() if layer.startswith(BLOCK)}
+    tensors = {}
+    for index, (layer, (down, up)) in enumerate(layers.items()):
+        # with one layer per block, down block 1 begins at input block 3
+        original = layer.replace("down_blocks.1.attentions.0", "input_blocks.3.1")
+        name = "lora_unet_" + original.replace(".", "_")
+        tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
+        tensors[f"{name}.alpha"] = torch.tensor(1.0 + index)
+    save_file(tensors, tmp_path / "a.safetensors")
+    paths = tiny_paths(tiny_model_dir, loras=(LoraSpec(tmp_path / "a.safetensors"),))
+    network = Checkpoint.open(paths).load_unet(torch.float32)
+    for index, (layer, (down, up)) in enumerate(layers.items()):
+        expected = weights["unet"][layer] + delta(down, up, (1 + index) / RANK)
+        torch.testing.assert_close(_weight(network, layer), expected)
+
+
+def test_alpha_without_its_pair(tiny_model_dir, tmp_path, weights) -> None:
+    tensors = kohya(matrices(weights, 0)) | {"lora_unet_x.alpha": torch.tensor(1.0)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    refuses_lora("is not whole: lora_unet_x.alpha is there without", tiny_model_dir, tmp_path / "a.safetensors")
+
+
+def test_alpha_in_the_metadata_of_diffusers_files(tiny_model_dir, tmp_path, weights) -> None:
+    from diffusers import StableDiffusionXLPipeline
+
+    parts = {"unet": matrices(weights, seed=2)["unet"]}
+    layers = {name.removeprefix("unet."): t for name, t in peft_format(parts).items()}
+    config = {"r": RANK, "lora_alpha": ALPHA, "target_modules": list(UNET_LAYERS)}
+    StableDiffusionXLPipeline.save_lora_weights(tmp_path, unet_lora_layers=layers, unet_lora_adapter_metadata=config)
+    # The folder that diffusers wrote is enough.
+    network = Checkpoint.open(tiny_paths(tiny_model_dir, loras=(LoraSpec(tmp_path),))).load_unet(torch.float32)
+    for layer, (down, up) in parts["unet"].items():
+        expected = weights["unet"][layer] + delta(down, up, ALPHA / RANK)
+        torch.testing.assert_close(_weight(network, layer), expected)
+
+
+def test_two_loras_give_what_peft_gives_unfused(tiny_model_dir, tiny_checkpoint, tmp_path, weights) -> None:
+    from diffusers import StableDiffusionXLPipeline
+    from diffusers.loaders.lora_base import set_adapters_for_text_encoder
+
+    scales = {"first": 0.7, "second": -0.4}
+    files = {}
+    for seed, name in enumerate(scales):
+        files[name] = tmp_path / f"{name}.safetensors"
+        save_file(kohya(matrices(weights, seed)), files[name])
+    loras = tuple(LoraSpec(files[name], scale) for name, scale in scales.items())
+    fused = Checkpoint.open(tiny_paths(tiny_model_dir, loras=loras))
+
+    unet, text = tiny_checkpoint.load_unet(torch.float32), tiny_checkpoint.load_text_encoder_2(torch.float32)
+    for name, path in files.items():
+        state, alphas = StableDiffusionXLPipeline.lora_state_dict(str(path), unet_config=unet.config)
+        StableDiffusionXLPipeline.load_lora_into_unet(state, alphas, unet, adapter_name=name)
+        StableDiffusionXLPipeline.load_lora_into_text_encoder(
+            state, alphas, text, prefix="text_encoder_2", adapter_name=name
+        )
+    unet.set_adapters(list(scales), list(scales.values()))
+    set_adapters_for_text_encoder(list(scales), text, list(scales.values()))
+
+    generator = torch.Generator().manual_seed(3)
+    latents = torch.randn(1, 4, 8, 8, generator=generator)
+    width = unet.config.cross_attention_dim
+    inputs = {
+        "timestep": torch.tensor(500),
+        "encoder_hidden_states": torch.randn(1, 77, width, generator=generator),
+        "added_cond_kwargs": {
+            "text_embeds": torch.randn(1, 32, generator=generator),
+            "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]]),
+        },
+    }
+    tokens = torch.arange(77)[None]
+    with torch.no_grad():
+        plain = tiny_checkpoint.load_unet(torch.float32)(latents, **inputs).sample
+        expected = unet(latents, **inputs).sample
+        got = fused.load_unet(torch.float32)(latents, **inputs).sample
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+        assert (plain - expected).abs().max() > 0.01
+        torch.testing.assert_close(
+            fused.load_text_encoder_2(torch.float32)(tokens).text_embeds, text(tokens).text_embeds, atol=1e-4, rtol=1e-4
+        )
+
+
+def test_a_scale_of_zero_changes_nothing(tiny_model_dir, tiny_checkpoint, tmp_path, weights) -> None:
+    save_file(kohya(matrices(weights, 0)), tmp_path / "a.safetensors")
+    paths = tiny_paths(tiny_model_dir, loras=(LoraSpec(tmp_path / "a.safetensors", 0.0),))
+    fused = Checkpoint.open(paths).load_unet(torch.float32).state_dict()
+    for name, tensor in tiny_checkpoint.load_unet(torch.float32).state_dict().items():
+        assert torch.equal(fused[name], tensor), name
+
+
+def test_half_precision(tiny_model_dir, tmp_path, weights) -> None:
+    parts = matrices(weights, 0)
+    save_file(kohya(parts), tmp_path / "a.safetensors")
+    paths = tiny_paths(tiny_model_dir, loras=(LoraSpec(tmp_path / "a.safetensors"),))
+    network = Checkpoint.open(paths).load_unet(torch.float16)
+    layer, (down, up) = next(iter(parts["unet"].items()))
+    expected = weights["unet"][layer] + delta(down, up, ALPHA / RANK)
+    assert _weight(network, layer).dtype == torch.float16
+    torch.testing.assert_close(_weight(network, layer).float(), expected, atol=4e-3, rtol=4e-3)
+
+
+@pytest.fixture
+def lora(tmp_path, weights) -> Path:
+    path = tmp_path / "style.safetensors"
+    save_file(kohya(matrices(weights, 0)), path)
+    return path
+
+
+def refuses_lora(pattern: str, folder: Path, lora: Path) -> None:
+    refuses(pattern, tiny_paths(folder, loras=(LoraSpec(lora),)))
+
+
+def test_lora_of_another_architecture(tiny_model_dir, lora) -> None:
+    def widen(tensors: dict[str, Tensor]) -> None:
+        name = next(name for name in tensors if "attn2_to_k.lora_down" in name)
+        tensors[name] = torch.zeros(RANK, 768)
+
+    edit_tensors(lora, widen)
+    refuses_lora(
+        "doesn't fit this model: unet. … attn2.to_k.lora_A.weight is [4, 768] for a layer of [32, 64]",
+        tiny_model_dir,
+        lora,
+    )
+
+
+def test_lora_for_layers_that_are_not_there(tiny_model_dir, tmp_path) -> None:
+    path = tmp_path / "other.safetensors"
+    name = "unet.single_transformer_blocks.0.attn.to_q.lora_{}.weight"
+    save_file({name.format("A"): torch.zeros(4, 64), name.format("B"): torch.zeros(64, 4)}, path)
+    refuses_lora(
+        "its unet has no layer single_transformer_blocks.0.attn.to_q; expected a LoRA for SDXL", tiny_model_dir, path
+    )
+
+
+def test_lora_of_a_transformer_model(tiny_model_dir, tmp_path) -> None:
+    path = tmp_path / "flux.safetensors"
+    name = "transformer.single_transformer_blocks.0.attn.to_q.lora_{}.weight"
+    save_file({name.format("A"): torch.zeros(4, 64), name.format("B"): torch.zeros(64, 4)}, path)
+    refuses_lora(
+        "is no LoRA for SDXL: expected matrices for its UNet and text encoders, found transformer.",
+        tiny_model_dir,
+        path,
+    )
+
+
+def test_kohya_names_of_another_model(tiny_model_dir, tmp_path) -> None:
+    path = tmp_path / "other.safetensors"
+    save_file({"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": torch.zeros(4, 64)}, path)
+    refuses_lora("is no LoRA for SDXL", tiny_model_dir, path)
+
+
+def test_file_that_is_no_lora(tiny_model_dir) -> None:
+    refuses_lora("is no LoRA for SDXL", tiny_model_dir, tiny_model_dir / "ip-adapter.safetensors")
+
+
+def test_file_without_tensors(tiny_model_dir, tmp_path) -> None:
+    save_file({}, tmp_path / "empty.safetensors")
+    refuses_lora("is no LoRA for SDXL", tiny_model_dir, tmp_path / "empty.safetensors")
+
+
+@pytest.mark.parametrize(("mark", "kind"), [("dora_scale", "a DoRA"), ("lokr_w1", "a LoKr"), ("hada_w1_a", "a LoHa")])
+def test_other_kinds(tiny_model_dir, lora, mark: str, kind: str) -> None:
+    edit_tensors(lora, lambda tensors: tensors.update({f"lora_unet_x.{mark}": torch.zeros(4, 4)}))
+    refuses_lora(f"is {kind}, not a plain LoRA", tiny_model_dir, lora)
+
+
+def test_half_a_pair(tiny_model_dir, tmp_path, weights) -> None:
+    tensors = peft_format(matrices(weights, 0))
+    del tensors[f"unet.{UNET_LAYERS[0]}.lora_B.weight"]
+    save_file(tensors, tmp_path / "half.safetensors")
+    refuses_lora(
+        "is not whole: unet. … lora_A.weight is there without … lora_B.weight",
+        tiny_model_dir,
+        tmp_path / "half.safetensors",
+    )
+
+
+def test_parts_that_are_no_matrices(tiny_model_dir, tmp_path, weights) -> None:
+    tensors = peft_format(matrices(weights, 0)) | {f"unet.{UNET_LAYERS[0]}.lora_B.bias": torch.zeros(32)}
+    save_file(tensors, tmp_path / "bias.safetensors")
+    refuses_lora("lora_B.bias is no part of a plain LoRA", tiny_model_dir, tmp_path / "bias.safetensors")
+
+
+def test_metadata_that_is_not_json(tiny_model_dir, tmp_path, weights) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file(peft_format(matrices(weights, 0)), path, metadata={"lora_adapter_metadata": "{"})
+    refuses_lora("a.safetensors: lora_adapter_metadata in its header is not a JSON object", tiny_model_dir, path)
+
+
+def test_settings_that_peft_refuses(tiny_model_dir, tmp_path, weights) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file(peft_format(matrices(weights, 0)), path, metadata={"lora_adapter_metadata": '{"unet.no_such_option": 1}'})
+    checkpoint = Checkpoint.open(tiny_paths(tiny_model_dir, loras=(LoraSpec(path),)))
+    with pytest.raises(CheckpointError, match="a.safetensors can't be fused into unet: "):
+        checkpoint.load_unet(torch.float32)
+
+
+def test_cut_short(tiny_model_dir, lora) -> None:
+    cut_short(lora)
+    refuses_lora("style.safetensors is not a whole .safetensors file", tiny_model_dir, lora)
+
+
+def test_missing(tiny_model_dir, tmp_path) -> None:
+    refuses_lora(
+        "--lora … no.safetensors: there is no such file or folder", tiny_model_dir, tmp_path / "no.safetensors"
+    )
+
+
+def test_folder_without_lora(tiny_model_dir, tmp_path) -> None:
+    refuses_lora("has no pytorch_lora_weights.safetensors; give the file itself", tiny_model_dir, tmp_path)
