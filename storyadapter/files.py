@@ -52,6 +52,11 @@ def write_error(path: Path, error: OSError) -> RunError:
     return RunError(f"{path} can't be written: {error.strerror or error}; put that right, then go on with --resume")
 
 
+def is_full(error: OSError) -> bool:
+    """Whether the disk, the quota or the file size limit is why something couldn't be written."""
+    return error.errno in _NO_SPACE
+
+
 def is_part(path: Path) -> bool:
     """Whether `path` has a temporary name of `write_atomically`, which only a killed writer leaves behind."""
     return _PART.fullmatch(path.name) is not None
@@ -73,7 +78,7 @@ def lock_folder(folder: Path) -> FileLock:
             f"{folder} is in use by another run; wait until that has ended, or choose another folder with --out"
         ) from None
     except OSError as error:
-        if error.errno in _NO_SPACE:
+        if is_full(error):
             raise write_error(folder, error) from error
         raise InputError(f"{folder} can't be written: {error.strerror}; choose another folder with --out") from error
     return lock
