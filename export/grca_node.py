@@ -5,7 +5,7 @@ A runtime that has the fused kernel replaces the node; any other one runs the fu
 """
 
 from onnx import FunctionProto, ModelProto, helper
-from onnxscript import BFLOAT16, FLOAT, FLOAT16, INT32, script
+from onnxscript import FLOAT, INT32, script
 from onnxscript import opset23 as op
 from onnxscript.values import Opset
 from torch import Tensor
@@ -14,9 +14,7 @@ from torch.onnx.ops import symbolic
 DOMAIN = "storyadapter"
 OP_TYPE = "GlobalReferenceCrossAttention"
 OP_VERSION = 1
-OPSET = 23  # of the standard operators, in the function and in every exported network
 
-_Float = FLOAT | FLOAT16 | BFLOAT16
 # Far below every score, yet finite in half precision: a masked key's weight underflows to exactly zero, and a tile of
 # nothing but masked keys doesn't make a NaN in a fused attention.
 _MASKED = -30000.0
@@ -38,9 +36,12 @@ def grca_node(
 
 @script(Opset(DOMAIN, OP_VERSION), default_opset=op)
 def GlobalReferenceCrossAttention(  # noqa: N802 (the operator's name in ONNX)
-    q: _Float, text_kv: _Float, text_row: INT32, ref_kv: _Float, ref_row: INT32, ref_length: INT32
-) -> _Float:
-    """The operator in standard ONNX operators; q and result [B, S, H, D], see `storyadapter.grca.grca`."""
+    q: FLOAT, text_kv: FLOAT, text_row: INT32, ref_kv: FLOAT, ref_row: INT32, ref_length: INT32
+) -> FLOAT:
+    """The operator in standard ONNX operators; q and result [B, S, H, D], see `storyadapter.grca.grca`.
+
+    FLOAT stands for any of fp32, fp16 and bf16: a FunctionProto carries no types.
+    """
     heads = op.Shape(q, start=2, end=4)
     split_heads = op.Concat(op.Constant(value_ints=[0, 0]), heads, axis=0)  # [B, K, C] -> [B, K, H, D]
     queries = op.Transpose(q, perm=[0, 2, 1, 3])

@@ -2,52 +2,24 @@
 
 import contextlib
 import io
+import logging
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import onnx
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from storyadapter.contract import NetworkSpec, Precision, Range, TensorSpec, split_dim
-from storyadapter.export.grca_node import OPSET, attach_function, grca_node
+from storyadapter.contract import NetworkSpec, Precision, Range, TensorSpec
+from storyadapter.export import OPSET, onnx_name
+from storyadapter.export.grca_node import attach_function, grca_node
 from storyadapter.export.probe import example_letters, probe_inputs
 from storyadapter.grca import grca
 from storyadapter.unet import Denoiser
 
 # Latents are exported as multiples of this: the UNet halves them twice.
 LATENT_MULTIPLE = 4
-
-
-@dataclass(frozen=True)
-class Probe:
-    """Inputs of a network and what eager gives for them."""
-
-    inputs: dict[str, Tensor]
-    outputs: dict[str, Tensor]
-
-
-def onnx_name(network: str) -> str:
-    """File name of an exported network; its weights lie beside it under this name plus `.data`."""
-    return f"{network}.onnx"
-
-
-def probe_module(
-    spec: NetworkSpec, module: nn.Module, ranges: Mapping[str, Range], precision: Precision, vae_in_fp32: bool
-) -> tuple[Probe, ...]:
-    """Run a module eagerly at two points of its ranges, to compare an export with."""
-    probes = []
-    for seed, larger in enumerate((False, True)):
-        letters = example_letters(dict(ranges), largest=larger)
-        inputs = probe_inputs(spec, letters, precision, vae_in_fp32, seed)
-        with torch.inference_mode():
-            outputs = module(*inputs.values())
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        named = {tensor.name: value for tensor, value in zip(spec.outputs, outputs, strict=True)}
-        probes.append(Probe(inputs, named))
-    return tuple(probes)
 
 
 def export_network(
@@ -79,8 +51,7 @@ def export_network(
     if isinstance(module, Denoiser):
         module.use_grca(grca_node)
     try:
-        with torch.no_grad(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
+        with torch.no_grad(), _quiet():
             program = torch.onnx.export(
                 module,
                 tuple(inputs.values()),
@@ -101,6 +72,20 @@ def export_network(
     onnx.save(model, str(path))
     onnx.checker.check_model(str(path), full_check=True)
     return path
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter's own progress lines and its notes on operators that no network of ours has are left out."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _dim(name: str, value: Range) -> object | None:
@@ -127,5 +112,3 @@ def _name_dimensions(model: onnx.ModelProto, spec: NetworkSpec) -> None:
             for axis, dim in zip(value.type.tensor_type.shape.dim, tensor.shape, strict=True):
                 if isinstance(dim, str) and not axis.HasField("dim_value"):
                     axis.dim_param = dim
-                elif isinstance(dim, str) and split_dim(dim)[0] == 1:
-                    continue

@@ -1,9 +1,20 @@
 """Example inputs of a network of the contract, for tracing an export and for comparing it with eager."""
 
-import torch
-from torch import Tensor
+from collections.abc import Mapping
+from dataclasses import dataclass
 
-from storyadapter.contract import NetworkSpec, Precision, Range, TensorSpec, split_dim
+import torch
+from torch import Tensor, nn
+
+from storyadapter.contract import NetworkSpec, Precision, Range, TensorSpec, size_of
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Inputs of a network and what eager gives for them."""
+
+    inputs: dict[str, Tensor]
+    outputs: dict[str, Tensor]
 
 
 def example_letters(ranges: dict[str, Range], *, largest: bool = False) -> dict[str, int]:
@@ -24,17 +35,26 @@ def probe_inputs(
     generator = torch.Generator().manual_seed(seed)
     inputs = {}
     for tensor in spec.inputs:
-        shape = [_size(dim, letters) for dim in tensor.shape]
+        shape = [size_of(dim, letters) for dim in tensor.shape]
         dtype = getattr(torch, tensor.dtype_name(precision, vae_in_fp32))
         inputs[tensor.name] = _values(tensor, shape, letters, generator).to(dtype)
     return inputs
 
 
-def _size(dim: int | str, letters: dict[str, int]) -> int:
-    if isinstance(dim, int):
-        return dim
-    factor, letter = split_dim(dim)
-    return factor * letters[letter]
+def probe_module(
+    spec: NetworkSpec, module: nn.Module, ranges: Mapping[str, Range], precision: Precision, vae_in_fp32: bool
+) -> tuple[Probe, ...]:
+    """Run a module eagerly at two points of its ranges, to compare an export with."""
+    probes = []
+    for seed, larger in enumerate((False, True)):
+        letters = example_letters(dict(ranges), largest=larger)
+        inputs = probe_inputs(spec, letters, precision, vae_in_fp32, seed)
+        with torch.inference_mode():
+            outputs = module(*inputs.values())
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        named = {tensor.name: value for tensor, value in zip(spec.outputs, outputs, strict=True)}
+        probes.append(Probe(inputs, named))
+    return tuple(probes)
 
 
 def _values(tensor: TensorSpec, shape: list[int], letters: dict[str, int], generator: torch.Generator) -> Tensor:

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 
 from storyadapter.contract import Precision
 from storyadapter.errors import StoryAdapterError
-from storyadapter.export.onnx_export import Probe
+from storyadapter.export.ort_session import open_session
+from storyadapter.export.probe import Probe
 
 # ‖ONNX Runtime − eager‖ / ‖eager‖; two orders of summation in half precision differ by a few 1e-3
 TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "fp16": 2e-2}
@@ -27,7 +27,7 @@ def verify_export(path: Path, probes: Sequence[Probe], precision: Precision) -> 
     Raises:
         ExportError: it is above the precision's tolerance, or not finite.
     """
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = open_session(path)
     worst = 0.0
     for probe in probes:
         feed = {name: tensor.numpy() for name, tensor in probe.inputs.items()}

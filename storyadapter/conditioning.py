@@ -1,5 +1,6 @@
 """Text conditioning: prompts become projected keys and values, once per prompt and run."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -34,10 +35,18 @@ class Tokenizers:
         return first, second
 
     def words_cut_off(self, prompt: str) -> str:
-        """The end of a prompt that no text encoder reads because it lies behind the 77 tokens; usually empty."""
-        ids = self.first(prompt, add_special_tokens=True).input_ids
-        # the last of the T positions holds the end token
-        return self.first.decode(ids[method.TEXT_TOKENS - 1 : -1]).strip() if len(ids) > method.TEXT_TOKENS else ""
+        """The words at the end of a prompt that lie wholly or partly behind the 77 tokens; empty if all are read."""
+        words = prompt.split()
+        if self._fits(prompt):
+            return ""
+        kept = bisect_left(range(len(words)), True, key=lambda count: not self._fits(" ".join(words[: count + 1])))
+        return " ".join(words[kept:])
+
+    def _fits(self, text: str) -> bool:
+        return all(
+            len(tokenizer(text, verbose=False).input_ids) <= method.TEXT_TOKENS
+            for tokenizer in (self.first, self.second)
+        )
 
 
 @dataclass(frozen=True)

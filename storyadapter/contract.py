@@ -193,6 +193,14 @@ def split_dim(dim: str) -> tuple[int, str]:
     return (int(factor) if factor else 1), letter
 
 
+def size_of(dim: Dim, letters: Mapping[str, int]) -> int:
+    """The size of a dimension where the letters have these values."""
+    if isinstance(dim, int):
+        return dim
+    factor, letter = split_dim(dim)
+    return factor * letters[letter]
+
+
 @dataclass(frozen=True)
 class NetworkSpec:
     """Inputs and outputs of one exported network."""

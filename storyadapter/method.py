@@ -23,6 +23,17 @@ GUIDANCE: Final = 5.0  # what reaches the published sampler; the 7.5 of its sign
 SCHEDULER: Final = "ddim"
 NEGATIVE_PROMPT: Final = "monochrome, lowres, bad anatomy, worst quality, low quality"
 
+# name of each sampler -> the diffusers scheduler whose update it is
+SAMPLERS: Final = MappingProxyType(
+    {
+        "ddim": "DDIMScheduler",
+        "euler": "EulerDiscreteScheduler",
+        "dpmpp_2m": "DPMSolverMultistepScheduler",
+        "lcm": "LCMScheduler",
+    }
+)
+PREDICTION_TYPES: Final = ("epsilon", "v_prediction", "sample")
+
 # The published sampler's settings, used instead of the checkpoint's own scheduler.
 DDIM_CONFIG: Final = MappingProxyType(
     {

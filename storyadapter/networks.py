@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from storyadapter.contract import Geometry, NetworkSpec, Precision, Range
+from storyadapter.contract import Geometry, NetworkSpec, Precision, Range, size_of
 
 
 class Network(Protocol):
@@ -85,3 +85,18 @@ def check_inputs(
         if not tensor.is_contiguous():
             raise ValueError(f"{where} has strides {list(tensor.stride())}; expected a contiguous tensor")
     return values
+
+
+def idle_inputs(networks: Networks, spec: NetworkSpec, letters: Mapping[str, int]) -> dict[str, Tensor]:
+    """Inputs of a network with valid but meaningless values (zeros, and full lengths), to warm it up or to time it.
+
+    Args:
+        letters: a value for every letter that the network's inputs have.
+    """
+    inputs = {}
+    for tensor in spec.inputs:
+        dtype = getattr(torch, tensor.dtype_name(networks.precision, networks.geometry.vae_in_fp32))
+        shape = [size_of(dim, letters) for dim in tensor.shape]
+        value = letters["R"] if tensor.name == "ref_length" else 0
+        inputs[tensor.name] = torch.full(shape, value, dtype=dtype, device=networks.device)
+    return inputs

@@ -5,10 +5,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import psutil
 import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
+from storyadapter import method
 from storyadapter.conditioning import TextConditioning, Tokenizers, encode_text
 from storyadapter.denoising import denoise
 from storyadapter.errors import InputError, RunError
@@ -22,7 +24,7 @@ from storyadapter.events import (
     RunStarted,
     StepFinished,
 )
-from storyadapter.networks import Networks
+from storyadapter.networks import Networks, idle_inputs
 from storyadapter.noise import Noise, draw_noise
 from storyadapter.pictures import decode_latents, embed_pictures, to_pictures
 from storyadapter.plan import RunPlan, split_evenly
@@ -90,6 +92,34 @@ class StoryPipeline:
         table = build_sampler(plan.scheduler, plan.steps, plan.karras, plan.prediction_type)
         prompts = story.final_prompts(style)
         return self._events(prompts, plan, table, resume)
+
+    def seconds_per_row(self, plan: RunPlan, frames: int, references: int) -> float:
+        """Seconds of one row of a UNet call with so many frames and references, from one call after a warm-up.
+
+        Good enough to tell a user how long a run will take; measurements are made by `storyadapter.bench`.
+        """
+        networks, scale = self.networks, self.networks.geometry.pixels_per_latent
+        rows = 2 * frames if plan.guided else frames
+        letters = {
+            "B": rows,
+            "P": frames + int(plan.guided),
+            "G": 2,
+            "R": method.TOKENS_PER_IMAGE * references,
+            "h": plan.height // scale,
+            "w": plan.width // scale,
+        }
+        inputs = idle_inputs(networks, networks.denoiser.spec, letters)
+        clock = StageClock(networks.device)
+        for name in ("warm-up", "call"):
+            with clock.stage(name):
+                networks.denoiser(inputs)
+        return clock.seconds["call"] / rows
+
+    def memory_in_use(self) -> int:
+        """Bytes held now: of the GPU by this process's tensors, or of the process itself on a CPU."""
+        if self.networks.device.type == "cuda":
+            return torch.cuda.memory_allocated(self.networks.device)
+        return psutil.Process().memory_info().rss
 
     def _check(self, plan: RunPlan, frames: int) -> None:
         letters, scale = self.networks.letters, self.networks.geometry.pixels_per_latent

@@ -19,7 +19,7 @@ class RunPlan:
         seed: of the whole story; every frame of every iteration starts from the same noise.
         scales: λ of each iteration after the text-only one; their number is the number of those iterations.
         steps: denoising steps of a frame.
-        scheduler: a name of `storyadapter.sampler.SAMPLERS`; karras: Karras noise levels for it.
+        scheduler: a name of `storyadapter.method.SAMPLERS`; karras: Karras noise levels for it.
         prediction_type: what the UNet was trained to predict: "epsilon" or "v_prediction".
         guidance: classifier-free guidance; 1 or less computes no unconditional rows.
         negative_prompt: text of the unconditional rows.

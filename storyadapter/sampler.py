@@ -29,17 +29,9 @@ from diffusers import (
 from torch import Tensor
 
 from storyadapter.errors import InputError
-from storyadapter.method import DDIM_CONFIG
+from storyadapter.method import DDIM_CONFIG, PREDICTION_TYPES, SAMPLERS
 
-_SAMPLER_CLASSES = {
-    "ddim": "DDIMScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "dpmpp_2m": "DPMSolverMultistepScheduler",
-    "lcm": "LCMScheduler",
-}
-SAMPLERS = tuple(_SAMPLER_CLASSES)
 _KARRAS_SAMPLERS = ("euler", "dpmpp_2m")
-_PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 _CLASSES: Mapping[str, type[SchedulerMixin]] = {
     cls.__name__: cls for cls in (DDIMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler, LCMScheduler)
 }
@@ -188,7 +180,7 @@ def build_sampler(
         raise InputError(
             f"Karras steps are not defined for {name}; expected one of {', '.join(_KARRAS_SAMPLERS)} with them"
         )
-    scheduler = _CLASSES[_SAMPLER_CLASSES[name]]
+    scheduler = _CLASSES[SAMPLERS[name]]
     settings = {**DDIM_CONFIG, "prediction_type": prediction_type, "use_karras_sigmas": karras}
     if zero_terminal_snr:
         settings |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
@@ -243,8 +235,8 @@ def _refuse_unsupported(name: str, config: Mapping[str, Any]) -> None:
     # DDIM clips unless told not to; the others have no such setting or leave it off.
     if config.get("clip_sample", name == "DDIMScheduler"):
         raise InputError(f"{name} with clip_sample=True is not linear; expected clip_sample=False")
-    if (prediction := config.get("prediction_type", "epsilon")) not in _PREDICTION_TYPES:
-        raise InputError(f"{name} with prediction_type={prediction!r}; expected one of {', '.join(_PREDICTION_TYPES)}")
+    if (prediction := config.get("prediction_type", "epsilon")) not in PREDICTION_TYPES:
+        raise InputError(f"{name} with prediction_type={prediction!r}; expected one of {', '.join(PREDICTION_TYPES)}")
     if name != "DPMSolverMultistepScheduler":
         return
     expected = {

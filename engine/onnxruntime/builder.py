@@ -6,7 +6,8 @@ from pathlib import Path
 
 from storyadapter.checkpoint import Checkpoint
 from storyadapter.contract import Precision, ShapeRanges, network_specs
-from storyadapter.export.onnx_export import export_network, probe_module
+from storyadapter.export.onnx_export import export_network
+from storyadapter.export.probe import probe_module
 from storyadapter.export.verify import verify_export
 from storyadapter.grca import grca
 from storyadapter.modules import iterate_modules

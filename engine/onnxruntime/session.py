@@ -3,12 +3,12 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import onnxruntime
 import torch
 from torch import Tensor
 
 from storyadapter.contract import Geometry, NetworkSpec, Precision, Range, network_specs
-from storyadapter.export.onnx_export import onnx_name
+from storyadapter.export import onnx_name
+from storyadapter.export.ort_session import open_session
 from storyadapter.networks import Networks, check_inputs
 
 DEVICE = torch.device("cpu")
@@ -30,7 +30,7 @@ class OnnxRuntimeNetwork:
         self.precision: Precision = precision
         self.vae_in_fp32 = vae_in_fp32
         self.letters = letters
-        self.session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        self.session = open_session(path)
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `storyadapter.networks.Network`."""

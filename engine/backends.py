@@ -1,0 +1,92 @@
+"""Which backends there are, and whether each can serve on this machine. Imports nothing heavy until it is asked."""
+
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Final
+
+from storyadapter.contract import PRECISIONS, Precision
+from storyadapter.errors import UnavailableError
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A way to run the seven networks.
+
+    Attributes:
+        name: as typed after `--backend`.
+        builds: whether `build` makes an artefact that `run` needs.
+        packages: what must be installed, and the extra that installs it.
+        precisions: those it can serve.
+        purpose: for `--help` and `doctor`.
+    """
+
+    name: str
+    builds: bool
+    packages: tuple[str, ...]
+    extra: str | None
+    precisions: tuple[Precision, ...]
+    purpose: str
+
+
+BACKENDS: Final = {
+    backend.name: backend
+    for backend in (
+        Backend("eager", False, ("torch",), None, PRECISIONS, "plain PyTorch on CPU or GPU: the reference"),
+        Backend(
+            "onnxruntime",
+            True,
+            ("onnx", "onnxruntime", "onnxscript"),
+            "onnxruntime",
+            ("fp32", "fp16"),
+            "ONNX on the CPU: the default without a GPU",
+        ),
+    )
+}
+AUTO: Final = "auto"
+
+
+def why_unavailable(name: str, precision: Precision | None = None) -> str | None:
+    """Why a backend can't serve here (at this precision), in words; None if it can.
+
+    Raises:
+        UnavailableError: no backend has this name.
+    """
+    if name not in BACKENDS:
+        raise UnavailableError(f"unknown backend {name!r}; expected one of {', '.join(BACKENDS)}")
+    backend = BACKENDS[name]
+    missing = [package for package in backend.packages if installed_version(package) is None]
+    if missing:
+        return f"{' and '.join(missing)} not installed; type: pip install 'storyadapter-trt[{backend.extra}]'"
+    if precision is not None and precision not in backend.precisions:
+        return f"it can't run in {precision}; expected --precision {' or '.join(backend.precisions)}"
+    return None
+
+
+def check_available(name: str, precision: Precision) -> None:
+    """Raises UnavailableError, with the reason, if a backend can't serve here at this precision."""
+    if reason := why_unavailable(name, precision):
+        raise UnavailableError(f"backend {name} can't serve here: {reason}")
+
+
+def choose_backend() -> str:
+    """The default of this machine: `eager` with a CUDA GPU, else `onnxruntime` where it is installed, else `eager`."""
+    import torch
+
+    if not torch.cuda.is_available() and why_unavailable("onnxruntime") is None:
+        return "onnxruntime"
+    return "eager"
+
+
+def choose_precision(backend: str) -> Precision:
+    """The default precision: fp16 on a CUDA GPU, fp32 on a CPU."""
+    import torch
+
+    return "fp16" if backend != "onnxruntime" and torch.cuda.is_available() else "fp32"
+
+
+def installed_version(package: str) -> str | None:
+    """The version of an installed distribution, or None."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

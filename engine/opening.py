@@ -1,0 +1,123 @@
+"""From a checkpoint to the networks of a backend: the one place where backends and the method meet."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from storyadapter.checkpoint import Checkpoint
+from storyadapter.contract import Precision, Range, ShapeRanges
+from storyadapter.engine.backends import check_available, installed_version
+from storyadapter.engine.fingerprint import fingerprint_files
+from storyadapter.engine.identity import EngineIdentity, Lora, WeightFile, contract_digest
+from storyadapter.engine.store import EngineStore, StoredEngine
+from storyadapter.errors import InputError
+from storyadapter.export import EXPORT_VERSION, OPSET
+from storyadapter.networks import Networks
+
+ReportStage = Callable[[str, str], None]  # network ("" for none in particular), what is being done
+ReportBytes = Callable[[int, int], None]  # bytes read, bytes to be read
+
+
+def identify(
+    checkpoint: Checkpoint, backend: str, precision: Precision, on_bytes: ReportBytes | None = None
+) -> EngineIdentity:
+    """Everything that what a backend computes with this checkpoint depends on.
+
+    Args:
+        on_bytes: called while weight files are read that were never hashed before.
+
+    Raises:
+        CheckpointError: a file can't be read.
+    """
+    components = checkpoint.files_by_component
+    loras = [lora.path for lora in checkpoint.loras]
+    digests = fingerprint_files([*(path for paths in components.values() for path in paths), *loras], on_bytes)
+    return EngineIdentity(
+        backend=backend,
+        backend_version=installed_version("torch" if backend == "eager" else backend) or "",
+        precision=precision,
+        architecture="any",
+        contract=contract_digest(checkpoint.geometry),
+        weights=tuple(
+            WeightFile(component, path.name, digests[path]) for component, paths in components.items() for path in paths
+        ),
+        loras=tuple(Lora(lora.path.name, digests[lora.path], lora.scale) for lora in checkpoint.loras),
+        build_options=(("opset", str(OPSET)), ("export", str(EXPORT_VERSION))) if backend != "eager" else (),
+    )
+
+
+def build_engine(
+    checkpoint: Checkpoint,
+    identity: EngineIdentity,
+    ranges: ShapeRanges,
+    *,
+    engine_dir: Path | None = None,
+    on_stage: ReportStage = lambda network, stage: None,
+    on_wait: Callable[[str], None] = lambda message: None,
+) -> StoredEngine:
+    """The engine of this identity for these ranges: from the store if it is there, else built.
+
+    Raises:
+        UnavailableError: the backend can't serve on this machine.
+        InputError: the backend needs no build, or the store can't be written.
+        ExportError: an exported network doesn't compute what eager computes.
+        RunError: no space is left.
+    """
+    check_available(identity.backend, identity.precision)
+    if identity.backend != "onnxruntime":
+        raise InputError(f"backend {identity.backend} needs no build; type the same command with run instead of build")
+    from storyadapter.engine.onnxruntime.builder import build_onnx
+
+    def write(folder: Path) -> dict[str, Any]:
+        errors = build_onnx(checkpoint, identity.precision, ranges, folder, on_stage)
+        return {"relative_error_against_eager": errors, "geometry": checkpoint.geometry.as_dict()}
+
+    return EngineStore(engine_dir).build(identity, ranges, write, on_wait)
+
+
+def open_networks(
+    checkpoint: Checkpoint,
+    *,
+    backend: str = "eager",
+    precision: Precision = "fp32",
+    device: torch.device | str | None = None,
+    ranges: ShapeRanges | None = None,
+    engine_dir: Path | None = None,
+    build_command: str = "storyadapter-trt build",
+    on_stage: ReportStage = lambda network, stage: None,
+    on_bytes: ReportBytes | None = None,
+) -> Networks:
+    """The seven networks of a checkpoint on a backend.
+
+    Args:
+        checkpoint: opened model files.
+        backend: a name of `storyadapter.engine.backends.BACKENDS`.
+        precision: dtype of weights and activations.
+        device: of `eager`; a CUDA GPU if there is one, unless said otherwise. Others have their own.
+        ranges: what the networks are to be used for; a backend with engines takes one that covers them. By default
+            one frame of the model's own size and one reference.
+        engine_dir: of the engine store; the user's cache folder by default.
+        build_command: told to the user when there is no such engine.
+
+    Raises:
+        UnavailableError: the backend can't serve here, or not at this precision.
+        EngineMismatchError: no engine in the store fits.
+    """
+    check_available(backend, precision)
+    if backend == "eager":
+        from storyadapter.engine.eager import open_eager
+
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return open_eager(checkpoint, precision, chosen, lambda network: on_stage(network, "loading weights"))
+    from storyadapter.engine.onnxruntime.session import open_onnxruntime
+
+    own = Range(checkpoint.geometry.default_pixels, checkpoint.geometry.default_pixels)
+    wanted = ranges or ShapeRanges(1, 1, own, own)
+    identity = identify(checkpoint, backend, precision, on_bytes)
+    engine = EngineStore(engine_dir).find(identity, wanted, build_command)
+    letters = engine.ranges.letters(checkpoint.geometry.pixels_per_latent)
+    return open_onnxruntime(
+        engine.folder, checkpoint.geometry, precision, letters, lambda network: on_stage(network, "loading engine")
+    )

@@ -1,0 +1,52 @@
+"""`storyadapter-trt doctor`: what this machine can run, and why not the rest."""
+
+import platform
+import subprocess
+
+import psutil
+import torch
+
+from storyadapter.cli.reporting import print_result
+from storyadapter.cli.run import versions
+from storyadapter.engine.backends import BACKENDS, choose_backend, why_unavailable
+from storyadapter.engine.store import EngineStore
+
+
+def doctor() -> int:
+    """Print GPU, driver, versions, backends and engines; returns 0 as long as some backend can serve."""
+    memory = psutil.virtual_memory().total / 2**30
+    lines = [f"machine    {platform.machine()}, {psutil.cpu_count(logical=False)} cores, {memory:.0f} GiB memory"]
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            device = torch.cuda.get_device_properties(index)
+            lines.append(
+                f"GPU {index}      {device.name}, {device.total_memory / 2**30:.0f} GiB, compute capability "
+                f"{device.major}.{device.minor}, driver {driver_version()}, CUDA {torch.version.cuda}"
+            )
+    else:
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
+        lines.append(f"GPU        none that PyTorch can use (it is {built})")
+    lines.append("versions   " + ", ".join(f"{name} {version}" for name, version in versions().items()))
+    usable = []
+    for name, backend in BACKENDS.items():
+        reason = why_unavailable(name)
+        usable += [] if reason else [name]
+        lines.append(f"backend    {name}: {backend.purpose}; " + (f"NO: {reason}" if reason else "can serve"))
+    lines.append(f"default    --backend {choose_backend()}")
+    store = EngineStore()
+    engines, warnings = store.scan()
+    lines.append(f"engines    {len(engines)} in {store.root}")
+    lines += [f"           {engine}, {engine.bytes / 2**20:.0f} MB" for engine in engines]
+    lines += [f"           {warning}" for warning in warnings]
+    print_result("\n".join(lines))
+    return 0 if usable else 1
+
+
+def driver_version() -> str:
+    """The NVIDIA driver's version, or "unknown" where nvidia-smi can't tell it."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout.split()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return answer[0] if answer else "unknown"

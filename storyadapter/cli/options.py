@@ -1,0 +1,192 @@
+"""The options of the command line, and from them the typed values of the program. Imports nothing heavy."""
+
+import argparse
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from storyadapter import method
+from storyadapter.checkpoint.paths import CheckpointPaths, LoraSpec
+from storyadapter.contract import PRECISIONS, Range, ShapeRanges
+from storyadapter.engine.backends import AUTO, BACKENDS
+from storyadapter.errors import InputError
+from storyadapter.plan import RunPlan
+
+MAX_FRAMES = 8
+MAX_REFERENCES = 100
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Which model, LoRAs, backend and engine; the same for `build` and `run`."""
+    model = parser.add_argument_group(
+        "model", "Without these, the demo model of this project is used. The published scripts' spellings work too."
+    )
+    model.add_argument(
+        "--base-model",
+        "--base_model_path",
+        metavar="P",
+        help="SDXL checkpoint: a diffusers folder, a hub name in the local cache, or one .safetensors file",
+    )
+    model.add_argument(
+        "--image-encoder",
+        "--image_encoder_path",
+        metavar="P",
+        help="folder of the CLIP image encoder with projection that belongs to the adapter",
+    )
+    model.add_argument(
+        "--ip-adapter", "--ip_ckpt", metavar="P", help="IP-Adapter for SDXL with 4 tokens, .safetensors or .bin"
+    )
+    model.add_argument(
+        "--base-config", metavar="DIR", help="diffusers folder with the configuration of a single-file --base-model"
+    )
+    model.add_argument("--vae", metavar="P", help="another VAE: a diffusers folder or a .safetensors file")
+    model.add_argument("--variant", metavar="V", help="prefer weight files of this variant, such as fp16")
+    model.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="P[:SCALE]",
+        help="LoRA fused into the model, with its scale (default 1); may be given several times",
+    )
+    engine = parser.add_argument_group("engine")
+    engine.add_argument(
+        "--backend",
+        default=AUTO,
+        choices=(AUTO, *BACKENDS),
+        help="what runs the networks (default: auto, the fastest that serves on this machine; see doctor)",
+    )
+    engine.add_argument(
+        "--precision",
+        default=AUTO,
+        choices=(AUTO, *PRECISIONS),
+        help="of weights and activations (default: auto, fp16 on a GPU, fp32 on a CPU)",
+    )
+    engine.add_argument(
+        "--max-frames",
+        type=int,
+        default=MAX_FRAMES,
+        metavar="F",
+        help="frames drawn together in one micro-batch, at most (default: %(default)s)",
+    )
+    engine.add_argument("--engine-dir", type=Path, metavar="D", help="engine store (default: in the user's cache)")
+
+
+def add_size_options(parser: argparse.ArgumentParser, *, as_range: bool) -> None:
+    """--height and --width: one number, or for `build` also a range."""
+    group = parser.add_argument_group("picture size")
+    for name in ("height", "width"):
+        extra = "; MIN:MAX builds for a range" if as_range else ""
+        group.add_argument(
+            f"--{name}",
+            type=pixel_range if as_range else int,
+            metavar=name[0].upper(),
+            help=f"{name} of the frames in pixels, a multiple of 32 (default: the model's own, 1024 for SDXL){extra}",
+        )
+
+
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    """How a command tells what it does."""
+    group = parser.add_argument_group("messages").add_mutually_exclusive_group()
+    group.add_argument("--quiet", action="store_true", help="print errors only")
+    group.add_argument("--json-log", action="store_true", help="one JSON object per event on standard output")
+
+
+def pixel_range(text: str) -> Range:
+    """ "1024" or "768:1024"."""
+    match = re.fullmatch(r"(\d+)(?::(\d+))?", text)
+    low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not 1 <= low <= high:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a number of pixels such as 1024, or a range such as 768:1024"
+        )
+    return Range(low, high)
+
+
+def scales_list(text: str) -> tuple[float, ...]:
+    """ "0.3,0.4,0.5"."""
+    try:
+        return tuple(float(part) for part in text.split(",")) if text.strip() else ()
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 0.3,0.4,0.5") from None
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """The model that a command is about; `label` names it for people."""
+
+    paths: CheckpointPaths
+    label: str
+
+
+def model_choice(args: argparse.Namespace) -> ModelChoice:
+    """The model that was asked for, or the demo model.
+
+    Raises:
+        InputError: only some of the three model options were given, or a LoRA can't be read off its option.
+    """
+    loras = tuple(LoraSpec.parse(text) for text in args.lora)
+    given = {name: getattr(args, name) for name in ("base_model", "image_encoder", "ip_adapter")}
+    missing = [f"--{name.replace('_', '-')}" for name, value in given.items() if not value]
+    if len(missing) == len(given):
+        for name in ("base_config", "vae", "variant"):
+            if getattr(args, name):
+                raise InputError(f"--{name.replace('_', '-')} was given without --base-model; expected all of {_MODEL}")
+        from storyadapter.demo.shipped import demo_model
+
+        folder, label = demo_model()
+        paths = CheckpointPaths(folder, folder / "image_encoder", folder / "ip-adapter.safetensors", loras=loras)
+        return ModelChoice(paths, label)
+    if missing:
+        raise InputError(f"{' and '.join(missing)} missing; expected all of {_MODEL}, or none for the demo model")
+    paths = CheckpointPaths(**given, base_config=args.base_config, vae=args.vae, variant=args.variant, loras=loras)
+    return ModelChoice(paths, str(args.base_model))
+
+
+_MODEL = "--base-model, --image-encoder and --ip-adapter"
+
+
+def shape_ranges(args: argparse.Namespace, default_pixels: int) -> ShapeRanges:
+    """What `build` was asked to build for."""
+    own = Range(default_pixels, default_pixels)
+    return ShapeRanges(args.max_frames, args.max_references, args.height or own, args.width or own)
+
+
+def run_plan(args: argparse.Namespace, default_pixels: int, seed: int) -> RunPlan:
+    """The settings of `run`, checked.
+
+    Raises:
+        InputError: a value that can't be served.
+    """
+    if args.scales is None and args.iterations < 0:
+        raise InputError(f"--iterations is {args.iterations}; expected 0 (text only) or more")
+    return RunPlan(
+        height=args.height or default_pixels,
+        width=args.width or default_pixels,
+        seed=seed,
+        scales=args.scales if args.scales is not None else method.reference_scales(args.iterations),
+        steps=args.steps,
+        scheduler=args.scheduler,
+        karras=args.karras,
+        prediction_type=args.prediction_type,
+        guidance=args.guidance,
+        negative_prompt=args.negative_prompt,
+        max_frames=args.max_frames,
+    )
+
+
+def build_command(args: argparse.Namespace, backend: str, precision: str, ranges: ShapeRanges) -> str:
+    """The `build` command whose engine serves these ranges, as it would be typed."""
+    words: list[Any] = ["storyadapter-trt", "build"]
+    for name in ("base_model", "image_encoder", "ip_adapter", "base_config", "vae", "variant"):
+        if value := getattr(args, name):
+            words += [f"--{name.replace('_', '-')}", value]
+    for lora in args.lora:
+        words += ["--lora", lora]
+    words += ["--backend", backend, "--precision", precision]
+    words += ["--height", str(ranges.height).replace("..", ":"), "--width", str(ranges.width).replace("..", ":")]
+    words += ["--max-frames", ranges.max_frames, "--max-references", max(MAX_REFERENCES, ranges.max_references)]
+    if args.engine_dir:
+        words += ["--engine-dir", args.engine_dir]
+    return shlex.join(map(str, words))
