@@ -10,6 +10,11 @@ from storyadapter.demo.networks import TINY, write_random_model
 from tests.oracle.published_method import encode_picture, load_published_model, published_frame
 
 
+def pytest_configure() -> None:
+    """One thread: on tensors as small as here, two that compete with other work are many times slower."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A seeded random SDXL folder for 64×64 pixels, with `image_encoder/` and `ip-adapter.safetensors` in it.

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from storyadapter.errors import InputError
+from storyadapter.method import SAMPLERS
 from storyadapter.sampler import (
     COLUMNS,
-    SAMPLERS,
     SamplerTable,
     build_sampler,
     scale_input,
@@ -62,7 +62,7 @@ def assert_steps_agree(scheduler, table: SamplerTable, steps: int, tolerance: fl
     generator = torch.Generator().manual_seed(steps)
     scheduler.set_timesteps(steps)
     if not isinstance(scheduler, DDIMScheduler):
-        scheduler.set_begin_index(0)  # otherwise it looks the first time step up, and takes the second of two equals
+        scheduler.set_begin_index(0)  # as the pipelines do; otherwise it takes the second of two equal first time steps
     assert table.calls == len(scheduler.timesteps)
     torch.testing.assert_close(table.timestep, scheduler.timesteps.float(), rtol=0, atol=0)
     initial = torch.randn(SHAPE, generator=generator)
@@ -94,7 +94,7 @@ def assert_steps_agree(scheduler, table: SamplerTable, steps: int, tolerance: fl
         x, previous_x0 = result.prev_sample, x0
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 4, 14, 15, 50])
+@pytest.mark.parametrize("steps", [1, 2, 4, 14, 15, 50])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize(("name", "karras"), KINDS)
 def test_every_step_is_that_of_diffusers(name: str, karras: bool, prediction: str, steps: int) -> None:
@@ -109,7 +109,7 @@ def test_v_prediction_from_zero_signal(name: str, karras: bool, steps: int) -> N
     assert_steps_agree(scheduler, build_sampler(name, steps, karras, "v_prediction", zero_terminal_snr=True), steps)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     kind=st.sampled_from(KINDS[:-1]),
     steps=st.integers(1, 120),
