@@ -1,0 +1,29 @@
+# Two commands do all the set-up: `make demo` draws a story, `make test` checks everything.
+# Each needs Python 3.11 or later, pip, make, gcc and g++.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.PHONY: demo test lint clean
+
+demo: $(INSTALLED)
+	$(BIN)/storyadapter-trt build
+	rm -rf demo-out
+	$(BIN)/storyadapter-trt run --iterations 3 --seed 7 --out demo-out
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+# The constraints hold the exact versions that were tested, torch's among them.
+$(INSTALLED): setup.py pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv demo-out

@@ -1,0 +1,112 @@
+"""Every mapped package imports from an editable and from a wheel install, and importing stays cheap."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("storyadapter", "storyadapter.kernels", "storyadapter.export", "storyadapter.engine", "storyadapter.bench")
+HEAVY = ("torch", "diffusers", "transformers", "onnx", "triton", "numpy", "rich")
+
+
+def run_python(code: str, **options: object) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, **options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
+    for name in tracked.decode().split("\0"):
+        if name and (ROOT / name).is_file():
+            target = source / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes((ROOT / name).read_bytes())
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        folder,
+        source,
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    return next(folder.glob("*.whl"))
+
+
+def test_mapped_packages_import_from_a_wheel(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    # isolated from the editable install: its import hook must not be what finds them
+    code = f"""
+import sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
+sys.path.insert(0, {str(tmp_path)!r})
+import importlib
+for name in {PACKAGES}:
+    module = importlib.import_module(name)
+    assert module.__file__.startswith({str(tmp_path)!r}), module.__file__
+"""
+    run_python(code, cwd=tmp_path)
+
+
+def test_a_wheel_holds_data_files_and_nothing_else_at_the_top(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"storyadapter"}
+    for name in ("storyadapter/py.typed", "storyadapter/demo/story.yaml", "storyadapter/kernels/tiles.json"):
+        assert name in names
+
+
+def test_mapped_packages_import_from_the_editable_install(tmp_path: Path) -> None:
+    code = f"""
+import importlib
+for name in {PACKAGES}:
+    print(importlib.import_module(name).__file__)
+"""
+    files = run_python(code, cwd=tmp_path).split()
+    assert all(Path(file).is_relative_to(ROOT) for file in files)
+
+
+def test_importing_the_packages_imports_nothing_heavy(tmp_path: Path) -> None:
+    code = f"""
+import importlib, sys
+for name in {(*PACKAGES, "storyadapter.story", "storyadapter.plan", "storyadapter.contract", "storyadapter.method")}:
+    importlib.import_module(name)
+print([name for name in {HEAVY} if name in sys.modules])
+"""
+    assert run_python(code, cwd=tmp_path).strip() == "[]"
+
+
+def test_the_house_imports_one_way() -> None:
+    """The method knows no backend, kernels and export know no engine; only the command line joins them."""
+    forbidden = {
+        "kernels": ("storyadapter.engine", "storyadapter.export", "storyadapter.pipeline", "storyadapter.story"),
+        "export": ("storyadapter.engine", "storyadapter.pipeline", "storyadapter.story"),
+        "engine": ("storyadapter.pipeline", "storyadapter.story", "storyadapter.cli", "storyadapter.bench"),
+        "storyadapter": ("storyadapter.engine", "storyadapter.export", "storyadapter.kernels", "storyadapter.bench"),
+    }
+    found = []
+    for folder, names in forbidden.items():
+        for path in (ROOT / folder).rglob("*.py"):
+            inner = path.relative_to(ROOT).parts
+            if inner[:2] in (("storyadapter", "cli"), ("storyadapter", "demo")):
+                continue
+            for line in path.read_text().splitlines():
+                words = line.split()
+                if words[:1] in (["import"], ["from"]) and any(
+                    words[1] == name or words[1].startswith(f"{name}.") for name in names
+                ):
+                    found.append(f"{path.relative_to(ROOT)}: {line.strip()}")
+    assert found == []
