@@ -65,7 +65,7 @@ class Component:
         for path in self.tensor_files:
             found |= {name: t for name, t in read_headers(path).items() if name.startswith(self.prefix)}
         found = self._converted(network, found)
-        compare(self.where, network.state_dict(), found, self.config_file)
+        compare(self.where, str(self.config_file), shapes(network), found)
         return network
 
     def load(self, dtype: "torch.dtype") -> "nn.Module":
@@ -79,7 +79,7 @@ class Component:
         for path in self.tensor_files:
             tensors |= read_tensors(path, dtype, lambda name: name.startswith(self.prefix))
         tensors = self._converted(network, tensors)
-        compare(self.where, network.state_dict(), tensors, self.config_file)
+        compare(self.where, str(self.config_file), shapes(network), tensors)
         network.load_state_dict(tensors, assign=True)
         return network.requires_grad_(False)
 
@@ -95,24 +95,25 @@ class Component:
             raise CheckpointError(f"{self.where} lacks the tensor {error}; expected a whole SDXL checkpoint") from error
 
 
-def compare(where: str, expected: "Mapping[str, Tensor]", found: "Mapping[str, Tensor]", config_file: Path) -> None:
-    """Raises CheckpointError unless both have the same names and shapes and `found` is all floating point."""
+def shapes(network: "nn.Module") -> dict[str, list[int]]:
+    """The shape of every tensor that a network's weights must have."""
+    return {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
+
+
+def compare(where: str, target: str, expected: Mapping[str, list[int]], found: "Mapping[str, Tensor]") -> None:
+    """Raises CheckpointError unless `found` has exactly the expected names and shapes and is all floating point."""
     missing = sorted(expected.keys() - found.keys())
     unexpected = sorted(found.keys() - expected.keys())
     both = sorted(expected.keys() & found.keys())
-    reshaped = [name for name in both if expected[name].shape != found[name].shape]
+    reshaped = [name for name in both if expected[name] != list(found[name].shape)]
     quantized = [name for name in both if not found[name].is_floating_point()]
     faults = [_count(missing, "missing"), _count(unexpected, "unexpected")]
     if reshaped:
         name = reshaped[0]
-        faults.append(
-            _count(
-                reshaped, "of another shape", f" is {list(found[name].shape)}, expected {list(expected[name].shape)}"
-            )
-        )
+        faults.append(_count(reshaped, "of another shape", f" is {list(found[name].shape)}, expected {expected[name]}"))
     faults.append(_count(quantized, "of whole numbers", ": a quantized checkpoint; expected fp32, fp16 or bf16"))
     if any(faults):
-        raise CheckpointError(f"{where} doesn't fit {config_file}: {'; '.join(filter(None, faults))}")
+        raise CheckpointError(f"{where} doesn't fit {target}: {'; '.join(filter(None, faults))}")
 
 
 def _count(names: list[str], kind: str, note: str = "") -> str:

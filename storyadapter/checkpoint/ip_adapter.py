@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from storyadapter import method
+from storyadapter.checkpoint.component import compare
 from storyadapter.checkpoint.tensor_files import read_headers, read_tensors
 from storyadapter.errors import CheckpointError
 
@@ -100,13 +101,9 @@ def check_ip_adapter(
     }
     for layer in layers:
         expected |= {name: [layer.channels, text_width] for name in _layer_names(layer)}
-    _check_names(path, expected, found)
-    _check_projection(path, list(found[_PROJECTION[0]].shape), expected[_PROJECTION[0]], text_width, image_encoder)
-    for name, shape in expected.items():
-        if list(found[name].shape) != shape:
-            raise CheckpointError(f"{path}: {name} is {list(found[name].shape)}; expected {shape} for this UNet")
-        if not found[name].is_floating_point():
-            raise CheckpointError(f"{path}: {name} holds whole numbers; expected fp32, fp16 or bf16")
+    if (projection := found.get(_PROJECTION[0])) is not None:
+        _check_projection(path, list(projection.shape), expected[_PROJECTION[0]], text_width, image_encoder)
+    compare(str(path), "the UNet", expected, found)
 
 
 def load_ip_adapter(path: Path, layers: Sequence[CrossAttention], dtype: "torch.dtype") -> IPAdapterWeights:
@@ -144,17 +141,6 @@ def _check_kind(path: Path, found: "Mapping[str, Tensor]") -> None:
 
 def _base_model(width: int) -> str:
     return {768: "Stable Diffusion 1.5", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}.get(width, "another base model")
-
-
-def _check_names(path: Path, expected: Mapping[str, list[int]], found: "Mapping[str, Tensor]") -> None:
-    missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    faults = [
-        f"{len(names)} tensor{'s' if len(names) > 1 else ''} {kind} ({names[0]})"
-        for names, kind in ((missing, "missing"), (unexpected, "unexpected"))
-        if names
-    ]
-    if faults:
-        raise CheckpointError(f"{path} doesn't fit the UNet: {'; '.join(faults)}")
 
 
 def _check_projection(path: Path, found: list[int], expected: list[int], width: int, image_encoder: Path) -> None:

@@ -110,13 +110,13 @@ def _shards(index: Path) -> tuple[Path, ...]:
     names = read_config(index).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise CheckpointError(f"{index} has no weight_map from tensors to files; the file is corrupt, fetch it again")
-    shards = tuple(index.parent / name for name in sorted(set(names.values())))
-    for shard in shards:
+    shards = {name: index.parent / name for name in sorted(set(names.values()))}
+    for name, shard in shards.items():
         if shard.parent != index.parent:
-            raise CheckpointError(f"{index} names {shard.relative_to(index.parent)}; expected files beside it")
+            raise CheckpointError(f"{index} names {name!r}; expected files beside it")
         if not shard.exists():
             raise CheckpointError(f"{shard} is missing; {index.name} lists {len(shards)} shards")
-    return shards
+    return tuple(shards.values())
 
 
 def _variants(folder: Path, stems: tuple[str, str]) -> Iterator[str]:

@@ -64,7 +64,7 @@ def _kind(headers: "dict[str, Tensor]") -> str:
 def convert_unet(network: "nn.Module", tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
-    return _nothing_lost(tensors, convert_ldm_unet_checkpoint(tensors, config=_config(network)), UNET_PREFIX)
+    return _nothing_lost(tensors, convert_ldm_unet_checkpoint(tensors, config=_config(network)))
 
 
 def convert_vae(network: "nn.Module", tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
@@ -75,7 +75,7 @@ def convert_vae(network: "nn.Module", tensors: "dict[str, Tensor]") -> "dict[str
         return folder_names(network, tensors)
     # Training leftovers that some files keep beside the VAE.
     tensors = {name: t for name, t in tensors.items() if not name.startswith(("loss.", "model_ema."))}
-    return _nothing_lost(tensors, convert_ldm_vae_checkpoint(tensors, config=_config(network)), VAE_PREFIX)
+    return _nothing_lost(tensors, convert_ldm_vae_checkpoint(tensors, config=_config(network)))
 
 
 def convert_text_encoder(network: "nn.Module", tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
@@ -87,18 +87,23 @@ def convert_text_encoder(network: "nn.Module", tensors: "dict[str, Tensor]") -> 
 def convert_text_encoder_2(network: "nn.Module", tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
     from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
 
-    return convert_open_clip_checkpoint(network, tensors, prefix=TEXT_PREFIX_2)
+    converted = convert_open_clip_checkpoint(network, tensors, prefix=TEXT_PREFIX_2)
+    kept = {id(tensor) for tensor in converted.values()}
+    # The conversion splits and transposes these, and has no use for CLIP's temperature.
+    used = tuple(TEXT_PREFIX_2 + name for name in ("transformer.", "text_projection", "logit_scale"))
+    dropped = {name: t for name, t in tensors.items() if id(t) not in kept and not name.startswith(used)}
+    return {**converted, **dropped}
 
 
 def _config(network: "nn.Module") -> dict[str, Any]:
     return dict(network.config)
 
 
-def _nothing_lost(before: "dict[str, Tensor]", after: "dict[str, Tensor]", prefix: str) -> "dict[str, Tensor]":
+def _nothing_lost(before: "dict[str, Tensor]", after: "dict[str, Tensor]") -> "dict[str, Tensor]":
     """`after`, with what the conversion dropped under its old name, so that the comparison reports it.
 
-    The conversions rename tensor by tensor and pass over names they don't know; of a renamed tensor the object or,
-    for the attention's 1x1 convolutions, the number of tensors stays.
+    The conversions rename tensor by tensor and pass over names they don't know. A renamed tensor stays the same object,
+    except for the matrices of a VAE's attention, which lose their 1x1 dimensions.
     """
     if len(before) == len(after):
         return after

@@ -39,8 +39,8 @@ def read_tensors(
 ) -> "dict[str, Tensor]":
     """The wanted tensors of a file by name, on the CPU, in `dtype` (floating-point ones; None keeps each as it is).
 
-    Tensors that need no conversion stay mapped to the file, the others are converted one by one, so that never more
-    than one tensor is held twice.
+    Tensors that need no conversion stay mapped to the file. The others are converted one by one, so that beside the
+    result only pages of the file are in memory, which the system drops when it needs the room.
 
     Raises:
         CheckpointError: as for `read_headers`.
@@ -108,7 +108,7 @@ def _unpickle(path: Path, device: str) -> Any:
         ) from error
     except OSError as error:
         raise CheckpointError(f"{path} can't be read: {error.strerror or first_line(error)}") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+    except Exception as error:  # struct.error, KeyError, …: whatever damaged bytes lead the unpickler to
         raise CheckpointError(f"{path} is not a whole PyTorch file; fetch it again") from error
 
 

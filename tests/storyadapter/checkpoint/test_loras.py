@@ -137,6 +137,7 @@ def test_alpha_in_the_metadata_of_diffusers_files(tiny_model_dir, tmp_path, weig
         torch.testing.assert_close(_weight(network, layer), expected)
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 def test_two_loras_give_what_peft_gives_unfused(tiny_model_dir, tiny_checkpoint, tmp_path, weights) -> None:
     from diffusers import StableDiffusionXLPipeline
     from diffusers.loaders.lora_base import set_adapters_for_text_encoder
