@@ -56,26 +56,15 @@ class ImageEncoder(nn.Module):
 class VaeDecoder(nn.Module):
     """The VAE's decoder, including the step from the sampler's latents to the VAE's."""
 
-    factor: Tensor
-    shift: Tensor
-
     def __init__(self, vae: nn.Module) -> None:
         super().__init__()
         self.post_quant_conv = vae.post_quant_conv
         self.decoder = vae.decoder
-        config = vae.config
-        mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
-        normalized = mean is not None and std is not None
-        channels = config.latent_channels
-        factor = torch.tensor(std if normalized else [1.0] * channels) / config.scaling_factor
-        shift = torch.tensor(mean if normalized else [0.0] * channels)
-        dtype = next(vae.parameters()).dtype
-        self.register_buffer("factor", factor.view(1, -1, 1, 1).to(dtype))
-        self.register_buffer("shift", shift.view(1, -1, 1, 1).to(dtype))
+        self.scaling_factor = vae.config.scaling_factor
 
     def forward(self, latents: Tensor) -> Tensor:
         """latents [F, 4, h, w] as the sampler leaves them → image [F, 3, 8h, 8w], about -1 to 1."""
-        z = latents * self.factor + self.shift
+        z = latents / self.scaling_factor
         if self.post_quant_conv is not None:
             z = self.post_quant_conv(z)
         return self.decoder(z)
