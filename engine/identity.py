@@ -1,0 +1,170 @@
+"""Everything an engine depends on: its identity, the key made from it, and how two identities differ, in words."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final
+
+from storyadapter.contract import CONTRACT_VERSION, MAX_BANK_ROWS, Geometry, ShapeRanges, network_specs
+
+STORE_VERSION: Final = 1  # of the manifest and the key; raised, it makes every engine built before unknown
+_KEY_DIGITS: Final = 32
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """One file of a component ("unet", "vae", …). The name is for messages only: a renamed file is the same file."""
+
+    component: str
+    name: str = field(compare=False)
+    sha256: str
+
+    def __str__(self) -> str:
+        return f"{self.name} (sha256 {self.sha256[:8]})"
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA fused at export. As with weights, the name is for messages only."""
+
+    name: str = field(compare=False)
+    sha256: str
+    scale: float
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.scale:g} (sha256 {self.sha256[:8]})"
+
+
+@dataclass(frozen=True)
+class EngineIdentity:
+    """Everything an engine depends on except the shapes it is built for.
+
+    Attributes:
+        backend: "onnxruntime", "tensorrt", …
+        backend_version: of the library that reads the engine.
+        precision: "fp32", "fp16", "bf16", or the name of a quantized mode.
+        architecture: what the engine runs on: "cpu-x86_64", "sm90", or "any".
+        contract: `contract_digest` of the model's geometry.
+        weights: every file the engine is made from, configuration files included; kept sorted and
+            once each, so the order in which they were listed doesn't matter.
+        loras: in the order in which they are fused; another order is another engine, as sums round differently.
+        build_options: what else decides the result, name and value: the opset, the version of the export, …; sorted.
+
+    Raises:
+        ValueError: a build option is named twice.
+    """
+
+    backend: str
+    backend_version: str
+    precision: str
+    architecture: str
+    contract: str
+    weights: tuple[WeightFile, ...]
+    loras: tuple[Lora, ...] = ()
+    build_options: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(dict(self.build_options)) != len(self.build_options):
+            raise ValueError(f"a build option is named twice in {self.build_options}")
+        by_content = {(w.component, w.sha256): w for w in sorted(self.weights, key=lambda w: w.name, reverse=True)}
+        object.__setattr__(self, "weights", tuple(by_content[content] for content in sorted(by_content)))
+        object.__setattr__(self, "build_options", tuple(sorted(self.build_options)))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for a manifest; `EngineIdentity.from_dict` reads it back."""
+        return {**asdict(self), "build_options": dict(self.build_options)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "EngineIdentity":
+        return cls(
+            **{
+                **data,
+                "weights": tuple(WeightFile(**weight) for weight in data["weights"]),
+                "loras": tuple(Lora(**lora) for lora in data["loras"]),
+                "build_options": tuple(data["build_options"].items()),
+            }
+        )
+
+    def differences(self, asked: "EngineIdentity") -> list[str]:
+        """Each field in which this stored engine's identity isn't the one asked for, in words; empty if they are equal.
+
+        The version and the options of a backend are compared only where the backend is the same.
+        """
+        same_backend = self.backend == asked.backend
+        found = [
+            f"{name.replace('_', ' ')} is {mine} in the store, {theirs} asked for"
+            for name in ("backend", "backend_version", "precision", "architecture")
+            if (same_backend or name != "backend_version")
+            and (mine := getattr(self, name)) != (theirs := getattr(asked, name))
+        ]
+        if self.contract != asked.contract:
+            found.append(
+                f"contract is {self.contract[:8]} in the store, {asked.contract[:8]} asked for "
+                "(a model of other sizes, or another version of this program)"
+            )
+        found += self._weight_differences(asked)
+        if self.loras != asked.loras:
+            mine, theirs = (", ".join(map(str, identity.loras)) or "none" for identity in (self, asked))
+            found.append(f"LoRA is {mine} in the store, {theirs} asked for")
+        if same_backend:
+            stored_options, asked_options = dict(self.build_options), dict(asked.build_options)
+            found += [
+                f"{name} is {stored_options.get(name, 'not set')} in the store, "
+                f"{asked_options.get(name, 'not set')} asked for"
+                for name in sorted(stored_options.keys() | asked_options.keys())
+                if stored_options.get(name) != asked_options.get(name)
+            ]
+        return found
+
+    def _weight_differences(self, asked: "EngineIdentity") -> list[str]:
+        """At most one line: with the files where one pair tells all, else the names of the components alone."""
+        names = sorted({weight.component for weight in (*self.weights, *asked.weights)})
+        by_words: dict[tuple[str, str], list[str]] = {}
+        for name in names:
+            mine, theirs = ([w for w in identity.weights if w.component == name] for identity in (self, asked))
+            if mine != theirs:
+                by_words.setdefault((_files(mine, theirs), _files(theirs, mine)), []).append(name)
+        components = _join([name for group in by_words.values() for name in group])
+        if len(by_words) > 1:
+            return [f"the weights of {components} are others in the store than asked for"]
+        return [f"{components} weights are {mine} in the store, {theirs} asked for" for mine, theirs in by_words]
+
+
+def contract_digest(geometry: Geometry) -> str:
+    """A hash of every input and output of the networks of such a model."""
+    networks = {name: spec.as_dict() for name, spec in network_specs(geometry).items()}
+    # The geometry beside them: the number of heads, for one, is in no shape.
+    return _digest([CONTRACT_VERSION, MAX_BANK_ROWS, geometry.as_dict(), networks])
+
+
+def engine_key(identity: EngineIdentity, ranges: ShapeRanges) -> str:
+    """The name of the engine's folder: 32 hexadecimal digits, equal for equal identities and ranges."""
+    data = identity.as_dict()
+    data["weights"] = [[weight.component, weight.sha256] for weight in identity.weights]
+    # -0.0 equals 0.0 and 1 equals 1.0, so they are written alike
+    data["loras"] = [[lora.sha256, float(lora.scale) + 0.0] for lora in identity.loras]
+    return _digest([STORE_VERSION, data, ranges.as_dict()])[:_KEY_DIGITS]
+
+
+def _digest(data: Any) -> str:
+    canonical = json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _files(files: list[WeightFile], others: list[WeightFile]) -> str:
+    """Those of `files` that aren't among `others`."""
+    own = [file for file in files if file not in others]
+    if not files:
+        return "none"
+    if not own:
+        return f"without {_first([file for file in others if file not in files])}"
+    return _first(own)
+
+
+def _first(files: list[WeightFile]) -> str:
+    return str(files[0]) + (f" and {len(files) - 1} more" if len(files) > 1 else "")
+
+
+def _join(words: list[str]) -> str:
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1]))) if words else ""

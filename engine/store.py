@@ -1,0 +1,308 @@
+"""The engine store: one folder per engine, found by what it was built from, never half finished.
+
+A folder's name is the key of its identity and shape ranges; `manifest.json` in it says the same in words. An engine is
+written into a hidden folder beside it, which is renamed when everything is on the disk. A lock file per key keeps two
+builders apart and tells a running build from a killed one; readers need no lock and no right to write.
+"""
+
+import errno
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+from filelock import FileLock, Timeout
+
+import storyadapter
+from storyadapter.contract import Range, ShapeRanges
+from storyadapter.engine.identity import STORE_VERSION, EngineIdentity, engine_key
+from storyadapter.engine.user_cache import user_cache
+from storyadapter.errors import EngineMismatchError, InputError, RunError
+
+MANIFEST_NAME: Final = "manifest.json"
+_UNFINISHED: Final = ".building"  # ".<key>.building" is an engine in the making
+_NO_SPACE: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+# Fills the empty folder it is given, and returns what the manifest shall say of the build, as plain data.
+WriteEngine = Callable[[Path], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class StoredEngine:
+    """A finished engine.
+
+    Attributes:
+        folder: holds the engine's files.
+        identity, ranges: what it was built from, and for.
+        created: when it was finished, ISO 8601 in UTC.
+        build_seconds: how long that took.
+        files: size in bytes by path below `folder`, without the manifest.
+        details: what its builder had to say.
+    """
+
+    folder: Path
+    identity: EngineIdentity
+    ranges: ShapeRanges
+    created: str
+    build_seconds: float
+    files: Mapping[str, int]
+    details: Mapping[str, Any]
+
+    @property
+    def key(self) -> str:
+        return self.folder.name
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.files.values())
+
+    def __str__(self) -> str:
+        ranges = self.ranges
+        return (
+            f"{self.identity.backend} {self.identity.precision} for {_count(ranges.max_frames, 'frame')} of "
+            f"{ranges.height}x{ranges.width} and {_count(ranges.max_references, 'reference')} ({self.key[:8]})"
+        )
+
+
+class BrokenEngineError(ValueError):
+    """A folder of the store that is no finished engine; the text says why."""
+
+
+class EngineStore:
+    """The engines in one folder, `engines` in the user's cache folder unless said otherwise.
+
+    It is created by the first build. Any number of processes may use it at once.
+    """
+
+    def __init__(self, root: Path | None = None) -> None:
+        self.root = root or user_cache() / "engines"
+
+    def scan(self) -> tuple[list[StoredEngine], list[str]]:
+        """All finished engines, the newest first, and a line on each folder that isn't one and was passed over.
+
+        Raises:
+            InputError: the store can't be read.
+        """
+        engines: list[StoredEngine] = []
+        warnings: list[str] = []
+        for folder in self._folders():
+            try:
+                engines.append(_read_engine(folder))
+            except BrokenEngineError as error:
+                warnings.append(f"{folder} is no usable engine: {error}")
+        engines.sort(key=lambda engine: (engine.created, engine.key), reverse=True)
+        return engines, warnings
+
+    def find(self, identity: EngineIdentity, ranges: ShapeRanges, build_command: str) -> StoredEngine:
+        """The engine of this identity whose ranges cover `ranges`; of several the one built for the least.
+
+        Raises:
+            EngineMismatchError: there is none; the text says in which fields the closest one differs, and ends with
+                `build_command`.
+            InputError: the store can't be read.
+        """
+        engines, warnings = self.scan()
+        fitting = [e for e in engines if e.identity == identity and e.ranges.uncovered(ranges) is None]
+        if fitting:
+            return min(fitting, key=lambda engine: (_extent(engine.ranges), engine.key))
+        found = f"no engine in {self.root}"
+        if engines:
+            misfits = {engine.key: _misfits(engine, identity, ranges) for engine in engines}
+            closest = min(engines, key=lambda e: (e.identity.backend != identity.backend, len(misfits[e.key])))
+            found += f" fits; the closest, {closest}, differs: {'; '.join(misfits[closest.key])}"
+        raise EngineMismatchError("; ".join([found, *warnings, f"build it: {build_command}"]))
+
+    def get(self, identity: EngineIdentity, ranges: ShapeRanges) -> StoredEngine | None:
+        """The engine of exactly this identity and these ranges, if it is finished."""
+        try:
+            return _read_engine(self.root / engine_key(identity, ranges))
+        except BrokenEngineError:
+            return None
+
+    def build(
+        self,
+        identity: EngineIdentity,
+        ranges: ShapeRanges,
+        write: WriteEngine,
+        on_wait: Callable[[str], None],
+    ) -> StoredEngine:
+        """The engine of exactly this identity and these ranges; `write` is called only if there is none yet.
+
+        Whatever ends `write` early, an exception or the process's death, leaves nothing that looks finished; what a
+        dead process left is removed before. While another process builds the same engine, this one waits for it and
+        then takes what it built. A finished engine is given back from a store that can't be written, too.
+
+        Args:
+            write: puts the engine's files into the folder it is given and returns what the manifest shall say of them.
+            on_wait: called with one line before waiting for another process.
+
+        Raises:
+            InputError: the store can't be written.
+            RunError: no space is left on the disk.
+        """
+        key = engine_key(identity, ranges)
+        folder, unfinished = self.root / key, self.root / f".{key}{_UNFINISHED}"
+        if (engine := self.get(identity, ranges)) is not None:
+            return engine
+        with self._lock(key, on_wait):
+            with self._writing():
+                self._remove_unfinished(key)
+            if (engine := self.get(identity, ranges)) is not None:
+                return engine
+            with self._writing():
+                unfinished.mkdir()
+            try:
+                started = time.perf_counter()
+                details = write(unfinished)
+                _finish(unfinished, identity, ranges, details, time.perf_counter() - started)
+                if folder.exists():
+                    shutil.rmtree(folder)  # a broken engine: `get` didn't take it
+                unfinished.rename(folder)
+            except BaseException as error:
+                shutil.rmtree(unfinished, ignore_errors=True)
+                if isinstance(error, OSError) and error.errno in _NO_SPACE:
+                    raise RunError(
+                        f"{error.filename or self.root} can't be written: {error.strerror}; make room, or choose "
+                        "another folder with --engine-dir"
+                    ) from error
+                raise
+            return _read_engine(folder)
+
+    def _folders(self) -> list[Path]:
+        try:
+            return sorted(p for p in self.root.iterdir() if not p.name.startswith(".") and p.is_dir())
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise InputError(
+                f"{self.root} can't be read: {error.strerror}; choose another folder with --engine-dir"
+            ) from error
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Tells a store that can't be written in one line."""
+        try:
+            yield
+        except OSError as error:
+            kind = RunError if error.errno in _NO_SPACE else InputError
+            raise kind(
+                f"{self.root} can't be written: {error.strerror}; choose another folder with --engine-dir"
+            ) from error
+
+    @contextmanager
+    def _lock(self, key: str, on_wait: Callable[[str], None]) -> Iterator[None]:
+        lock = self._lock_of(key)
+        with self._writing():
+            self.root.mkdir(parents=True, exist_ok=True)
+            with suppress(Timeout):
+                lock.acquire(timeout=0)
+        if not lock.is_locked:
+            on_wait(f"another process is building this engine in {self.root}; waiting until it is done")
+            with self._writing():
+                lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _lock_of(self, key: str) -> FileLock:
+        # Never removed: a lock file that is unlinked while another process opens it would let both in.
+        return FileLock(self.root / f".{key}.lock", thread_local=False)
+
+    def _remove_unfinished(self, own_key: str) -> None:
+        """Remove what killed builds left: every folder in the making whose key nobody holds but us."""
+        for unfinished in self.root.glob(f".*{_UNFINISHED}"):
+            key = unfinished.name.removeprefix(".").removesuffix(_UNFINISHED)
+            if key == own_key:
+                shutil.rmtree(unfinished)
+                continue
+            # Held: being built. Not permitted: another user's, who will remove it. Not found: removed by another build.
+            with suppress(Timeout, PermissionError, FileNotFoundError), self._lock_of(key).acquire(timeout=0):
+                shutil.rmtree(unfinished)
+
+
+def _finish(
+    folder: Path, identity: EngineIdentity, ranges: ShapeRanges, details: Mapping[str, Any], seconds: float
+) -> None:
+    """Write the manifest and bring every file to the disk, so that a rename can't outlive what it names."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    manifest = {
+        "store_version": STORE_VERSION,
+        "created": datetime.now(UTC).isoformat(timespec="milliseconds"),
+        "build_seconds": round(seconds, 3),
+        "versions": {"storyadapter-trt": storyadapter.__version__, "python": platform.python_version()},
+        "identity": identity.as_dict(),
+        "ranges": ranges.as_dict(),
+        "details": dict(details),
+        "files": {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths},
+    }
+    path = folder / MANIFEST_NAME
+    path.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    for file in (*paths, path):
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _read_engine(folder: Path) -> StoredEngine:
+    path = folder / MANIFEST_NAME
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BrokenEngineError(f"{MANIFEST_NAME} can't be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise BrokenEngineError(f"{MANIFEST_NAME} is not valid JSON ({error})") from error
+    version = data.get("store_version") if isinstance(data, dict) else None
+    if version != STORE_VERSION:
+        raise BrokenEngineError(f"its store version is {version}, expected {STORE_VERSION}")
+    try:
+        engine = StoredEngine(
+            folder=folder,
+            identity=EngineIdentity.from_dict(data["identity"]),
+            ranges=ShapeRanges.from_dict(data["ranges"]),
+            created=str(data["created"]),
+            build_seconds=float(data["build_seconds"]),
+            files={str(name): int(size) for name, size in data["files"].items()},
+            details=dict(data["details"]),
+        )
+        key = engine_key(engine.identity, engine.ranges)
+    except (KeyError, TypeError, ValueError, AttributeError, InputError) as error:
+        raise BrokenEngineError(f"{MANIFEST_NAME} is no manifest of an engine ({error!r})") from error
+    if key != folder.name:
+        raise BrokenEngineError(f"{MANIFEST_NAME} is that of another engine, {key}")
+    for name, size in engine.files.items():
+        try:
+            found = (folder / name).stat().st_size
+        except OSError as error:
+            raise BrokenEngineError(f"{name} can't be read ({error.strerror})") from error
+        if found != size:
+            raise BrokenEngineError(f"{name} has {found} bytes, expected {size}")
+    return engine
+
+
+def _misfits(engine: StoredEngine, identity: EngineIdentity, ranges: ShapeRanges) -> list[str]:
+    uncovered = engine.ranges.uncovered(ranges)
+    return engine.identity.differences(identity) + ([uncovered] if uncovered else [])
+
+
+def _extent(ranges: ShapeRanges) -> tuple[int, int, int]:
+    """How much an engine is built for: pixels of a call first, then references, then how far its sizes vary."""
+
+    def span(pixels: Range) -> int:
+        return pixels.maximum - pixels.minimum
+
+    pixels = ranges.max_frames * ranges.height.maximum * ranges.width.maximum
+    return pixels, ranges.max_references, span(ranges.height) + span(ranges.width)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
