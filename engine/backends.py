@@ -1,7 +1,6 @@
 """Which backends there are, and whether each can serve on this machine. Imports nothing heavy until it is asked."""
 
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Final
 
 from storyadapter.contract import PRECISIONS, Precision
@@ -86,6 +85,8 @@ def choose_precision(backend: str) -> Precision:
 
 def installed_version(package: str) -> str | None:
     """The version of an installed distribution, or None."""
+    from importlib.metadata import PackageNotFoundError, version  # a tenth of the time that --help takes
+
     try:
         return version(package)
     except PackageNotFoundError:

@@ -32,6 +32,8 @@ from storyadapter.reference_bank import ReferenceBank
 from storyadapter.sampler import SamplerTable, build_sampler
 from storyadapter.story import Story
 
+_SLOW_CALL = 5.0  # seconds
+
 
 @dataclass(frozen=True)
 class FinishedIteration:
@@ -96,7 +98,8 @@ class StoryPipeline:
     def seconds_per_row(self, plan: RunPlan, frames: int, references: int) -> float:
         """Seconds of one row of a UNet call with so many frames and references, from one call after a warm-up.
 
-        Good enough to tell a user how long a run will take; measurements are made by `storyadapter.bench`.
+        Good enough to tell a user how long a run will take; measurements are made by `storyadapter.bench`. Where a call
+        takes so long that warming up hardly counts, the warm-up is what is timed.
         """
         networks, scale = self.networks, self.networks.geometry.pixels_per_latent
         rows = 2 * frames if plan.guided else frames
@@ -113,7 +116,9 @@ class StoryPipeline:
         for name in ("warm-up", "call"):
             with clock.stage(name):
                 networks.denoiser(inputs)
-        return clock.seconds["call"] / rows
+            if clock.seconds[name] > _SLOW_CALL:
+                break
+        return clock.seconds[name] / rows
 
     def memory_in_use(self) -> int:
         """Bytes held now: of the GPU by this process's tensors, or of the process itself on a CPU."""
@@ -126,7 +131,7 @@ class StoryPipeline:
         if letters is None:
             return
         for option, letter, value, factor in (
-            ("--max-frames", "F", min(plan.max_frames, frames), 1),
+            ("--max-frames", "F", len(split_evenly(frames, plan.max_frames)[0]), 1),
             ("the story's frames (--max-references)", "N", frames + 1 if plan.scales else 1, 1),
             ("--height", "h", plan.height // scale, scale),
             ("--width", "w", plan.width // scale, scale),

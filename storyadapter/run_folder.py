@@ -1,5 +1,6 @@
 """The output folder of a run: its pictures, its record, and what a resumed run finds in it."""
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -104,6 +105,30 @@ class RunFolder:
             lock.release()
             raise
         return folder
+
+    @staticmethod
+    def check(
+        path: str | Path,
+        identity: Mapping[str, Any],
+        *,
+        frames: int,
+        scales: Sequence[float | None],
+        resume: bool = False,
+    ) -> None:
+        """Refuse what `open` would refuse, without writing anything: for a program that is slow until it opens it.
+
+        Raises:
+            InputError: as `open`.
+        """
+        path = Path(path)
+        _refuse_foreign(path)
+        parent = next(folder for folder in (path, *path.absolute().parents) if os.path.lexists(folder))
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            reason = "can't be written" if parent.is_dir() else "is no folder"
+            raise InputError(f"{path} can't be made: {parent} {reason}; choose another folder with --out")
+        if (path / LOCK_NAME).exists():
+            lock_folder(path).release()
+        _stored_or_new(path, RunRecord(json_values(identity), frames, tuple(scales)), resume)
 
     def __enter__(self) -> Self:
         return self
@@ -301,9 +326,11 @@ def stored_identity(path: str | Path) -> dict[str, Any] | None:
     """The identity of the run in a folder, so that a resumed run can take over its seed; None if there is no run.
 
     Raises:
-        InputError: `story.json` is there but can't be read, or isn't that of a run.
+        InputError: the folder is a file, or holds anything but a run.
     """
-    record = Path(path) / RECORD_NAME
+    path = Path(path)
+    _refuse_foreign(path)
+    record = path / RECORD_NAME
     return dict(RunRecord.read(record).identity) if record.exists() else None
 
 

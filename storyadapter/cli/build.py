@@ -3,47 +3,63 @@
 import argparse
 import time
 
-from storyadapter.cli.options import shape_ranges
-from storyadapter.cli.reporting import duration, print_result, reporter_for
-from storyadapter.cli.session import open_session
-from storyadapter.contract import check_pixels
+from storyadapter import method
+from storyadapter.cli.options import model_choice, shape_ranges
+from storyadapter.cli.reporting import Reporter, count, duration, reporter_for
+from storyadapter.cli.session import Session, open_session
+from storyadapter.contract import ShapeRanges
 from storyadapter.engine.backends import BACKENDS
-from storyadapter.engine.opening import build_engine, identify
 
 
 def build(args: argparse.Namespace) -> int:
-    """Build the engine of a model and say where it lies; returns the exit code."""
-    for name in ("height", "width"):
-        if (pixels := getattr(args, name)) is not None:
-            check_pixels(f"--{name}", pixels.minimum)
-            check_pixels(f"--{name}", pixels.maximum)
-    session = open_session(args)
+    """Build the engine of a model and say where it lies; returns the exit code.
+
+    Raises:
+        InputError: it can't be built as typed, or the store can't be written.
+        ExportError: an exported network doesn't compute what eager computes.
+        RunError: no space is left.
+    """
+    shape_ranges(args, method.PIXEL_MULTIPLE)  # checks what was typed; the model's own size isn't known yet
+    session = open_session(args, model_choice(args))
     ranges = shape_ranges(args, session.checkpoint.geometry.default_pixels)
-    if not BACKENDS[session.backend].builds:
-        print_result(f"backend {session.backend} needs no build: run uses the checkpoint itself")
-        return 0
     reporter = reporter_for(args)
     try:
-        identity = identify(session.checkpoint, session.backend, session.precision, reporter.bytes_read)
-        reporter.note(
-            "build",
-            f"build {session.model.label} for {session.backend} {session.precision}: up to {ranges.max_frames} frames "
-            f"of {ranges.height}x{ranges.width} at once, stories of up to {ranges.max_references} frames",
-        )
-        started = time.perf_counter()
-        engine = build_engine(
-            session.checkpoint,
-            identity,
-            ranges,
-            engine_dir=args.engine_dir,
-            on_stage=reporter.stage,
-            on_wait=lambda message: reporter.note("wait", message),
-        )
+        if BACKENDS[session.backend].builds:
+            _build(args, session, ranges, reporter)
+        else:
+            text = f"backend {session.backend} needs no build: run uses the checkpoint itself"
+            reporter.result("built", text, folder=None)
     finally:
         reporter.close()
-    text = f"engine {engine.folder} ({engine.bytes / 2**20:.0f} MB, {duration(time.perf_counter() - started)})"
-    if args.json_log:
-        reporter.note("built", text, folder=str(engine.folder), bytes=engine.bytes)
-    elif not args.quiet:
-        print_result(text)
     return 0
+
+
+def _build(args: argparse.Namespace, session: Session, ranges: ShapeRanges, reporter: Reporter) -> None:
+    from storyadapter.engine.opening import build_engine, identify
+
+    started = time.perf_counter()
+    identity = identify(session.checkpoint, session.backend, session.precision, reporter.bytes_read)
+    reporter.note(
+        "build",
+        f"build {session.model.label} for {session.backend} {session.precision}: up to "
+        f"{count(ranges.max_frames, 'frame')} of {ranges.width}x{ranges.height} at once, stories of up to "
+        f"{count(ranges.max_references, 'frame')}",
+    )
+    built = False
+
+    def on_stage(network: str, what: str) -> None:
+        nonlocal built
+        built = True
+        reporter.stage(network, what)
+
+    engine = build_engine(
+        session.checkpoint,
+        identity,
+        ranges,
+        engine_dir=args.engine_dir,
+        on_stage=on_stage,
+        on_wait=lambda message: reporter.note("wait", message),
+    )
+    how = f"built in {duration(time.perf_counter() - started)}" if built else "was there already"
+    text = f"engine {engine.folder} ({engine.bytes / 2**20:,.0f} MB, {how})"
+    reporter.result("built", text, folder=str(engine.folder), bytes=engine.bytes, new=built)

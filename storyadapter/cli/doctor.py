@@ -7,7 +7,7 @@ import psutil
 import torch
 
 from storyadapter.cli.reporting import print_result
-from storyadapter.cli.run import versions
+from storyadapter.cli.versions import versions
 from storyadapter.engine.backends import BACKENDS, choose_backend, why_unavailable
 from storyadapter.engine.store import EngineStore
 

@@ -1,61 +1,96 @@
 """Entry point of `storyadapter-trt`: the parser, and how errors and Ctrl-C end a command."""
 
 import argparse
+import io
+import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 import storyadapter
 from storyadapter import method
 from storyadapter.bench import kernel as bench_kernel
 from storyadapter.cli import options
-from storyadapter.errors import StoryAdapterError
-
-INTERRUPTED = 130
+from storyadapter.cli.stopping import exit_code_of, sigterm_as_interrupt
+from storyadapter.errors import InputError, StoryAdapterError
 
 _DESCRIPTION = """\
-Draw long stories with Story-Adapter (arXiv 2410.06244) on SDXL: every frame from text first, then more rounds in which
-each frame attends to all frames of the round before, so that characters stay the same.
+Draws long stories with Story-Adapter (arXiv 2410.06244) on SDXL: every frame from text first, then more iterations in
+which each frame attends to all frames of the one before, so that characters stay the same.
+"""
 
-  storyadapter-trt build      prepare the networks for this machine, once per model
-  storyadapter-trt run        draw a story
-  storyadapter-trt doctor     what this machine can run, and why not the rest
+_EPILOG = """\
+examples:
+  storyadapter-trt doctor                                   which backends can serve here
+  storyadapter-trt build --backend onnxruntime              prepare the demo model, once
+  storyadapter-trt run --backend eager                      draw the demo story with plain PyTorch, no build needed
+  storyadapter-trt run --help                               all that a story can be given
+"""
+
+_BUILD_EPILOG = """\
+examples:
+  storyadapter-trt build                                    the demo model, for the default backend
+  storyadapter-trt build --base-model SDXL --image-encoder CLIP --ip-adapter ip-adapter_sdxl.safetensors
+  storyadapter-trt build … --height 768:1024 --width 768:1024 --max-frames 4      one engine for many sizes
+
+When run finds no engine that fits, it prints the build command that makes one.
 """
 
 _RUN_EPILOG = """\
 examples:
   storyadapter-trt run                                      the demo story with the demo model
-  storyadapter-trt run --story tale.yaml --out tale         a story file (YAML, JSON, or text: a prompt per line)
+  storyadapter-trt run --story tale.yaml --out tale         a story file
   storyadapter-trt run --prompt "a fox reads" "a fox sleeps in a forest" --seed 7
   storyadapter-trt run --base-model SDXL --image-encoder CLIP --ip-adapter ip-adapter_sdxl.safetensors --story tale.yaml
   storyadapter-trt run --story tale.yaml --out tale --resume    go on after Ctrl-C
+
+A story file, tale.yaml (or the same as .json; a .txt has a prompt per line):
+  title: Reynard's day
+  style: comic
+  characters: {Reynard: a small red fox with a green scarf}
+  prompts:
+    - Reynard wakes up in his burrow
+    - Reynard meets an owl in the forest
+
+DIR/ then holds iteration-00/frame-000.png …, frames/000.png … (the last iteration), contact-sheet.png (a row per
+iteration), story.gif and story.json (every setting, the seed, versions, seconds per stage).
 """
 
 
-def build_parser() -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, as all others of the program."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; for all options type {self.prog} --help")
+
+
+def build_parser() -> Parser:
     """The whole command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="storyadapter-trt",
         description=_DESCRIPTION,
+        epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"storyadapter-trt {storyadapter.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{build,run,bench,doctor}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
     _add_build(commands)
     _add_run(commands)
     _add_bench(commands)
-    commands.add_parser(
-        "doctor", help="what this machine can run", description="GPU, driver, versions, and which backends can serve."
-    )
+    doctor = "GPU, driver, versions, which backends can serve here and why the others can't"
+    commands.add_parser("doctor", help=doctor, description=f"Tells {doctor}.", allow_abbrev=False)
     return parser
 
 
-def _add_build(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_build(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser = commands.add_parser(
         "build",
-        help="prepare the networks for this machine",
-        description="Export the networks of a model, check each against eager PyTorch, and put them into the engine "
-        "store, where run finds them. Building the same again takes what is there.",
+        help="prepare the networks of a model for this machine, once",
+        description="Exports the networks of a model, checks each against eager PyTorch, and puts them into the\n"
+        "engine store, where run finds them. Building the same again takes what is there.",
+        epilog=_BUILD_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     options.add_model_options(parser)
@@ -70,11 +105,11 @@ def _add_build(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     options.add_output_options(parser)
 
 
-def _add_run(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_run(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser = commands.add_parser(
         "run",
         help="draw a story",
-        description="Draw every frame of a story: from text alone, then again in each further iteration with "
+        description="Draws every frame of a story: from text alone, then again in each further iteration with\n"
         "references to all frames of the one before.",
         epilog=_RUN_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -133,7 +168,7 @@ def _add_run(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     options.add_output_options(parser)
 
 
-def _add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_bench(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser = commands.add_parser("bench", help="measure", description="Measure on this machine.", allow_abbrev=False)
     benches = parser.add_subparsers(dest="bench", required=True)
     kernel = benches.add_parser("kernel", help="the fused attention kernel against its rivals", allow_abbrev=False)
@@ -142,30 +177,48 @@ def _add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; returns its exit code: 0, 1 (it had to stop), 2 (it can't be done as typed), 130 (Ctrl-C)."""
-    args = build_parser().parse_args(argv)
+    """Run the program.
+
+    Returns:
+        The exit code: 0, 1 (it had to stop), 2 (it can't be done as typed; nothing was written), 130 (Ctrl-C) or
+        143 (SIGTERM).
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that has no λ is no reason to fail
     try:
-        match args.command:
-            case "build":
-                from storyadapter.cli.build import build
-
-                return build(args)
-            case "run":
-                from storyadapter.cli.run import run
-
-                return run(args)
-            case "doctor":
-                from storyadapter.cli.doctor import doctor
-
-                return doctor()
-            case _:
-                return args.run_bench(args)
+        with sigterm_as_interrupt():
+            return _command(build_parser().parse_args(argv))
     except StoryAdapterError as error:
-        print(f"storyadapter-trt: error: {error}", file=sys.stderr)
+        _tell(f"error: {error}")
         return error.exit_code
-    except KeyboardInterrupt:
-        print("storyadapter-trt: stopped", file=sys.stderr)
-        return INTERRUPTED
+    except KeyboardInterrupt as stop:
+        _tell("; ".join(["stopped", *getattr(stop, "__notes__", ())]))
+        return exit_code_of(stop)
+    except BrokenPipeError:  # as when the output is piped into head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush would fail again
+        return 1
+
+
+def _command(args: argparse.Namespace) -> int:
+    match args.command:
+        case "build":
+            from storyadapter.cli.build import build
+
+            return build(args)
+        case "run":
+            from storyadapter.cli.run import run
+
+            return run(args)
+        case "doctor":
+            from storyadapter.cli.doctor import doctor
+
+            return doctor()
+        case _:
+            return args.run_bench(args)
+
+
+def _tell(text: str) -> None:
+    print(f"storyadapter-trt: {text}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -162,8 +162,8 @@ def run_plan(args: argparse.Namespace, default_pixels: int, seed: int) -> RunPla
     if args.scales is None and args.iterations < 0:
         raise InputError(f"--iterations is {args.iterations}; expected 0 (text only) or more")
     return RunPlan(
-        height=args.height or default_pixels,
-        width=args.width or default_pixels,
+        height=default_pixels if args.height is None else args.height,
+        width=default_pixels if args.width is None else args.width,
         seed=seed,
         scales=args.scales if args.scales is not None else method.reference_scales(args.iterations),
         steps=args.steps,

@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from typing import Any, Protocol
@@ -20,6 +21,7 @@ from storyadapter.events import (
     RunStarted,
     StepFinished,
 )
+from storyadapter.method import TEXT_TOKENS
 
 
 class Reporter(Protocol):
@@ -27,6 +29,10 @@ class Reporter(Protocol):
 
     def note(self, kind: str, text: str, **fields: Any) -> None:
         """One thing worth telling; `kind` and `fields` are for programs, `text` for people."""
+        ...
+
+    def result(self, kind: str, text: str, **fields: Any) -> None:
+        """What the command has made, at its end; goes to standard output."""
         ...
 
     def stage(self, network: str, what: str) -> None:
@@ -42,7 +48,7 @@ class Reporter(Protocol):
         ...
 
     def close(self) -> None:
-        """Leave the terminal as it was."""
+        """Leave the terminal as it was. Safe to call twice."""
         ...
 
 
@@ -50,13 +56,18 @@ def reporter_for(args: argparse.Namespace) -> Reporter:
     """The reporter that --quiet and --json-log ask for."""
     if args.quiet:
         return SilentReporter()
-    return JsonReporter() if args.json_log else TerminalReporter()
+    if args.json_log:
+        return JsonReporter()
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    return BarReporter(console) if console.is_terminal else LineReporter()
 
 
 class SilentReporter:
     """Tells nothing."""
 
     def note(self, kind: str, text: str, **fields: Any) -> None: ...
+
+    def result(self, kind: str, text: str, **fields: Any) -> None: ...
 
     def stage(self, network: str, what: str) -> None: ...
 
@@ -72,6 +83,8 @@ class JsonReporter:
 
     def note(self, kind: str, text: str, **fields: Any) -> None:
         self._print({"event": kind, "text": text, **fields})
+
+    result = note
 
     def stage(self, network: str, what: str) -> None:
         self._print({"event": "stage", "network": network, "text": what})
@@ -90,54 +103,100 @@ class JsonReporter:
         print(json.dumps(value, default=_plain, ensure_ascii=False), flush=True)
 
 
-class TerminalReporter:
-    """Bars with the time left on a terminal; a line per iteration where standard error is none."""
+class LineReporter:
+    """A line per network and iteration on standard error, for log files."""
 
     def __init__(self) -> None:
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
-        self._progress: Progress | None = None
-        self._tasks: dict[str, TaskID] = {}
+        self._total = 0
         self._done = 0
-        self._frames_in_batch = 0
+        self._frames = 0
+        self._scale: float | None = None
+        self._started = 0.0
 
     def note(self, kind: str, text: str, **fields: Any) -> None:
-        self._console.print(text, markup=False, style="yellow" if kind == "warning" else None)
+        print(f"warning: {text}" if kind == "warning" else text, file=sys.stderr, flush=True)
+
+    def result(self, kind: str, text: str, **fields: Any) -> None:
+        print_result(text)
 
     def stage(self, network: str, what: str) -> None:
         if network:
-            self.note("stage", f"  {network.replace('_', ' ')}: {what}")
+            self.note("stage", f"  {_words(network)}: {what}")
 
     def bytes_read(self, done: int, total: int) -> None:
-        task = self._task("reading weights", total >> 20, "MB")
-        self._progress_bar().update(task, completed=done >> 20)
+        if done == total:
+            self.note("weights_read", f"read {total / 2**20:,.0f} MB of weights to know them again")
+
+    def event(self, event: Event) -> None:
+        match event:
+            case PromptTruncated():
+                self.note("warning", truncation_in_words(event))
+            case RunStarted(frames, iterations, first, _):
+                self._frames, self._total, self._started = frames, iterations - first, time.perf_counter()
+            case IterationStarted(_, scale):
+                self._scale = scale
+            case IterationFinished(iteration, seconds):
+                self._done += 1
+                text = f"iteration {iteration}, {scale_in_words(self._scale)}: {count(self._frames, 'frame')} in "
+                text += duration(sum(seconds.values()))
+                if left := self._total - self._done:
+                    text += f", about {duration((time.perf_counter() - self._started) / self._done * left)} left"
+                self.note("iteration", text)
+
+    def close(self) -> None: ...
+
+
+class BarReporter:
+    """Bars with the time left: one while networks are read or built; iterations, frames and steps while drawing."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+        self._frames = 0
+        self._frames_done = 0
+
+    def note(self, kind: str, text: str, **fields: Any) -> None:
+        warning = kind == "warning"
+        self._console.print(f"warning: {text}" if warning else text, markup=False, style="yellow" if warning else None)
+
+    def result(self, kind: str, text: str, **fields: Any) -> None:
+        self.close()
+        print_result(text)
+
+    def stage(self, network: str, what: str) -> None:
+        if network:
+            bar, task = self._bar("networks", transient=True)
+            bar.update(task, description=f"{_words(network)}: {what}")
+
+    def bytes_read(self, done: int, total: int) -> None:
+        bar, task = self._bar("reading weights, MB", total >> 20, transient=True)
+        bar.update(task, completed=done >> 20)
         if done == total:
             self.close()
 
     def event(self, event: Event) -> None:
         match event:
-            case PromptTruncated(frame, words):
-                self.note("warning", f'frame {frame}: the prompt is over 77 tokens; cut off: "{words}"')
+            case PromptTruncated():
+                self.note("warning", truncation_in_words(event))
             case RunStarted(frames, iterations, first, _):
-                if self._console.is_terminal:
-                    self._task("iterations", iterations, "")
-                    self._task("frames", frames * (iterations - first), "")
-                    self._task("steps", 0, "")
-                    self._progress_bar().update(self._tasks["iterations"], completed=first)
-            case StepFinished(_, frames, step, steps) if self._progress:
-                bar = self._progress
-                bar.update(self._tasks["steps"], total=steps, completed=step)
-                # frames move with every step, so that the time left is an estimate from all that was done
-                bar.update(self._tasks["frames"], completed=self._done + len(frames) * step / steps)
-                self._frames_in_batch = len(frames)
+                self.close()
+                self._frames = frames
+                self._bar("iterations", iterations - first)
+                self._bar("frames", frames * (iterations - first))
+            case IterationStarted(iteration, scale):
+                bar, task = self._bar("iterations")
+                bar.update(task, description=f"iteration {iteration}, {scale_in_words(scale)}")
+            case StepFinished(_, frames, step, steps):
+                self._advance(self._frames_done + len(frames) * step / steps)
+                bar, task = self._bar("steps", steps)
+                which = f"frames {frames[0]} to {frames[-1]}" if len(frames) > 1 else f"frame {frames[0]}"
+                if step == 1:
+                    bar.reset(task, description=f"steps of {which}")  # the time left is this micro-batch's own
+                bar.update(task, completed=step)
             case FrameFinished():
-                self._done += 1
-            case IterationStarted(iteration, scale) if not self._progress:
-                self.note("iteration", f"iteration {iteration}, {scale_in_words(scale)}")
-            case IterationFinished(iteration, seconds):
-                if self._progress:
-                    self._progress.update(self._tasks["iterations"], completed=iteration + 1)
-                else:
-                    self.note("iteration", f"iteration {iteration} done in {duration(sum(seconds.values()))}")
+                self._frames_done += 1
+                self._advance(self._frames_done)
 
     def close(self) -> None:
         if self._progress:
@@ -145,39 +204,60 @@ class TerminalReporter:
             self._progress = None
             self._tasks.clear()
 
-    def _progress_bar(self) -> Progress:
+    def _advance(self, frames: float) -> None:
+        """Frames and iterations move with every step, so that their time left is known early."""
+        for name, unit in (("frames", 1), ("iterations", self._frames)):
+            bar, task = self._bar(name)
+            bar.update(task, completed=frames / unit)
+
+    def _bar(self, name: str, total: int | None = None, *, transient: bool = False) -> tuple[Progress, TaskID]:
         if self._progress is None:
             self._progress = Progress(
-                TextColumn("{task.description:>15}"),
+                TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
-                TextColumn("left"),
                 TimeLeftColumn(),
+                TextColumn("left"),
                 console=self._console,
+                transient=transient,
             )
             self._progress.start()
-        return self._progress
-
-    def _task(self, name: str, total: int, unit: str) -> TaskID:
         if name not in self._tasks:
-            self._tasks[name] = self._progress_bar().add_task(f"{name} {unit}".strip(), total=total)
-        return self._tasks[name]
+            self._tasks[name] = self._progress.add_task(name, total=total)
+        return self._progress, self._tasks[name]
+
+
+def truncation_in_words(event: PromptTruncated) -> str:
+    return f'frame {event.frame}: the prompt is over {TEXT_TOKENS} tokens; cut off: "{event.words}"'
 
 
 def scale_in_words(scale: float | None) -> str:
     return "text only" if scale is None else f"λ {scale:.3g}"
 
 
+def count(number: int, noun: str) -> str:
+    """ "1 frame", "2 frames"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def duration(seconds: float) -> str:
-    """ "8 s", "3 min 5 s" or "2 h 10 min"."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
-    minutes, rest = divmod(whole, 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s"
-    return f"{minutes // 60} h {minutes % 60} min"
+    """ "1.5 s", "3 min 5 s" or "2 h 10 min"."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if not minutes:
+        return f"{rest} s"
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def print_result(text: str) -> None:
+    """The result of a command, on standard output."""
+    print(text, flush=True)
+
+
+def _words(network: str) -> str:
+    return network.replace("_", " ")
 
 
 def _snake(name: str) -> str:
@@ -190,8 +270,3 @@ def _plain(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         return asdict(value)
     return str(value)
-
-
-def print_result(text: str) -> None:
-    """The result of a command, on standard output."""
-    print(text, file=sys.stdout, flush=True)

@@ -4,7 +4,7 @@ import argparse
 from dataclasses import dataclass
 
 from storyadapter.checkpoint import Checkpoint
-from storyadapter.cli.options import ModelChoice, model_choice
+from storyadapter.cli.options import ModelChoice
 from storyadapter.contract import Precision
 from storyadapter.engine.backends import AUTO, check_available, choose_backend, choose_precision
 
@@ -19,19 +19,14 @@ class Session:
     precision: Precision
 
 
-def open_session(args: argparse.Namespace) -> Session:
+def open_session(args: argparse.Namespace, model: ModelChoice) -> Session:
     """Check the backend and open the model's files; reads no weights.
 
     Raises:
-        InputError: see `model_choice`; UnavailableError: see `check_available`; CheckpointError: see `Checkpoint.open`.
+        UnavailableError: see `check_available`.
+        CheckpointError: see `Checkpoint.open`.
     """
     backend = choose_backend() if args.backend == AUTO else args.backend
     precision: Precision = choose_precision(backend) if args.precision == AUTO else args.precision
     check_available(backend, precision)
-    model = model_choice(args)
     return Session(model, Checkpoint.open(model.paths), backend, precision)
-
-
-def count(number: int, noun: str) -> str:
-    """ "1 frame", "2 frames"."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -1,0 +1,185 @@
+"""The slow part of `storyadapter-trt run`: networks, plan line, iterations, files."""
+
+import argparse
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from storyadapter.cli.options import build_command
+from storyadapter.cli.reporting import Reporter, count, duration
+from storyadapter.cli.session import Session
+from storyadapter.cli.versions import versions
+from storyadapter.contract import Range, ShapeRanges
+from storyadapter.engine.opening import identify, open_networks
+from storyadapter.errors import RunError
+from storyadapter.events import FrameFinished, IterationFinished, RunFinished
+from storyadapter.pipeline import FinishedIteration, StoryPipeline
+from storyadapter.plan import RunPlan, split_evenly
+from storyadapter.run_folder import RunFolder
+from storyadapter.sampler import build_sampler
+from storyadapter.story import Story
+
+
+def draw(
+    args: argparse.Namespace, story: Story, style: str, plan: RunPlan, session: Session, reporter: Reporter
+) -> None:
+    """Draw a story whose settings are checked.
+
+    Raises:
+        InputError: the sampler, the engine store or the output folder refuses; nothing was written.
+        RunError: no space or memory left, or a frame that isn't finite.
+        KeyboardInterrupt: with a note on what is finished, where the drawing had begun.
+    """
+    started = time.perf_counter()
+    build_sampler(plan.scheduler, plan.steps, plan.karras, plan.prediction_type)
+    frames = len(story.prompts)
+    batches = split_evenly(frames, plan.max_frames)
+    scales = [plan.scale_of(iteration) for iteration in range(plan.iterations)]
+    identity = _identity(story, style, plan, session, reporter)
+    RunFolder.check(args.out, identity, frames=frames, scales=scales, resume=args.resume)
+    with _told_when_out_of_memory(plan):
+        pipeline = _open_pipeline(args, plan, frames, max(map(len, batches)), session, reporter)
+        loading = time.perf_counter() - started
+        details = {
+            "model": session.model.label,
+            "split": [len(batch) for batch in batches],
+            "max_frames": plan.max_frames,
+            "final_prompts": list(story.final_prompts(style)),
+            "device": str(pipeline.networks.device),
+            "versions": versions(),
+        }
+        with RunFolder.open(
+            args.out, identity, frames=frames, scales=scales, resume=args.resume, keep=args.keep, details=details
+        ) as folder:
+            try:
+                for notice in folder.notices:
+                    reporter.note("warning", notice)
+                _tell_plan(story, plan, session, pipeline, folder, reporter)
+                _iterate(pipeline, story, style, plan, folder, reporter, loading)
+            except KeyboardInterrupt as stop:
+                done = folder.finished_iterations()
+                stop.add_note(
+                    f"{done} of {count(plan.iterations, 'iteration')} finished; "
+                    "type the same command with --resume to go on"
+                )
+                raise
+    sheet = Path(args.out) / "contact-sheet.png"
+    seconds = time.perf_counter() - started
+    text = f"{sheet} ({count(frames, 'frame')}, {count(plan.iterations, 'iteration')}, "
+    text += f"seed {plan.seed}, {duration(seconds)})"
+    reporter.result("drawn", text, out=str(args.out), contact_sheet=str(sheet), seed=plan.seed, seconds=seconds)
+
+
+def _identity(story: Story, style: str, plan: RunPlan, session: Session, reporter: Reporter) -> dict[str, Any]:
+    """Everything that decides the pictures. The split into micro-batches doesn't: it may change in a resumed run."""
+    engine = identify(session.checkpoint, session.backend, session.precision, reporter.bytes_read)
+    return {
+        "story": story.to_dict(),
+        "style": style,
+        "plan": {name: value for name, value in plan.as_dict().items() if name != "max_frames"},
+        "backend": session.backend,
+        "precision": session.precision,
+        "weights": {f"{weight.component}/{weight.name}": weight.sha256 for weight in engine.weights},
+        "loras": [{"name": lora.name, "sha256": lora.sha256, "scale": lora.scale} for lora in engine.loras],
+    }
+
+
+def _open_pipeline(
+    args: argparse.Namespace, plan: RunPlan, frames: int, batch: int, session: Session, reporter: Reporter
+) -> StoryPipeline:
+    """The networks for micro-batches of `batch` frames; the build command that is told asks for `--max-frames`."""
+    height, width = Range(plan.height, plan.height), Range(plan.width, plan.width)
+    networks = open_networks(
+        session.checkpoint,
+        backend=session.backend,
+        precision=session.precision,
+        ranges=ShapeRanges(batch, frames, height, width),
+        engine_dir=args.engine_dir,
+        build_command=build_command(
+            args, session.backend, session.precision, ShapeRanges(plan.max_frames, frames, height, width)
+        ),
+        on_stage=reporter.stage,
+    )
+    return StoryPipeline(networks, session.checkpoint.load_tokenizers())
+
+
+@contextmanager
+def _told_when_out_of_memory(plan: RunPlan) -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # torch.OutOfMemoryError is for GPUs; on a CPU PyTorch raises a bare RuntimeError
+        known = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+        if not known:
+            raise
+        raise RunError(
+            f"out of memory with --max-frames {plan.max_frames} and frames of {plan.width}x{plan.height}; "
+            "type a smaller --max-frames, and --resume to keep what is finished"
+        ) from error
+
+
+def _tell_plan(
+    story: Story,
+    plan: RunPlan,
+    session: Session,
+    pipeline: StoryPipeline,
+    folder: RunFolder,
+    reporter: Reporter,
+) -> None:
+    """The line before slow work; the time is that of the rows that are left, from one timed UNet call."""
+    frames, first = len(story.prompts), folder.finished_iterations()
+    batches = split_evenly(frames, plan.max_frames)
+    left = plan.unet_rows(frames) * (plan.iterations - first) // plan.iterations
+    seconds = pipeline.seconds_per_row(plan, len(batches[0]), frames) * left if left else 0.0
+    memory = pipeline.memory_in_use()
+    split = " + ".join(str(len(batch)) for batch in batches)
+    reporter.note(
+        "plan",
+        f"{session.model.label}, {session.backend} {session.precision} on {pipeline.networks.device}: "
+        f"{count(frames, 'frame')} of {plan.width}x{plan.height}, {count(plan.iterations, 'iteration')}"
+        + (f" ({first} finished)" if first else "")
+        + f", {left:,} UNet rows in micro-batches of {split}; {memory / 2**20:,.0f} MB in use; seed {plan.seed}; "
+        f"about {duration(seconds)}",
+        frames=frames,
+        iterations=plan.iterations,
+        finished=first,
+        unet_rows=left,
+        split=[len(batch) for batch in batches],
+        memory_bytes=memory,
+        seconds=round(seconds, 1),
+        seed=plan.seed,
+    )
+
+
+def _iterate(
+    pipeline: StoryPipeline,
+    story: Story,
+    style: str,
+    plan: RunPlan,
+    folder: RunFolder,
+    reporter: Reporter,
+    loading: float,
+) -> None:
+    prompts = story.final_prompts(style)
+    done = folder.finished_iterations()
+    resume = FinishedIteration(done - 1, folder.load_iteration(done - 1)) if done else None
+    saving = 0.0
+    for event in pipeline.run(story, plan, style=style, resume=resume):
+        started = time.perf_counter()
+        match event:
+            case FrameFinished(iteration, frame, scale, picture):
+                folder.save_frame(iteration, frame, picture, _png_text(prompts[frame], plan.seed, scale))
+            case IterationFinished(iteration, stages):
+                folder.finish_iteration(iteration, stages)
+            case RunFinished(stages):
+                folder.finish({"load": loading, **stages, "save": saving}, story.prompts, story.title)
+        saving += time.perf_counter() - started
+        reporter.event(event)
+
+
+def _png_text(prompt: str, seed: int, scale: float | None) -> Mapping[str, str]:
+    return {"prompt": prompt, "seed": str(seed), "scale": "none" if scale is None else f"{scale:g}"}
