@@ -88,13 +88,14 @@ def iterate_modules(
     yield "text_encoder_2", TextEncoder2(checkpoint.load_text_encoder_2(dtype)).eval()
     yield "image_encoder", ImageEncoder(checkpoint.load_image_encoder(dtype)).eval()
     parts = split_unet(checkpoint.load_unet(dtype), checkpoint.load_ip_adapter(dtype), grca)
-    text_projection, reference_projection, denoiser = parts.text_projection, parts.reference_projection, parts.denoiser
+    # taken out one by one: what a suspended generator still names would stay in memory
+    modules = {
+        "text_projection": parts.text_projection,
+        "reference_projection": parts.reference_projection,
+        "denoiser": parts.denoiser,
+    }
     del parts
-    yield "text_projection", text_projection.eval()
-    del text_projection
-    yield "reference_projection", reference_projection.eval()
-    del reference_projection
-    yield "denoiser", denoiser.eval()
-    del denoiser
+    for name in tuple(modules):
+        yield name, modules.pop(name).eval()
     vae_dtype = torch.float32 if checkpoint.geometry.vae_in_fp32 else dtype
     yield "vae_decoder", VaeDecoder(checkpoint.load_vae(vae_dtype)).eval()

@@ -1,0 +1,94 @@
+"""A bf16 network as its fp32 twin, to be run where no bf16 kernels exist.
+
+ONNX Runtime's CPU provider can't multiply matrices in bf16. The twin is the exported file itself - the same nodes, the
+same weights to the last bit - with every bf16 written as fp32, which holds each of them exactly. So it tells whether the
+file computes what eager computes; what rounding to bf16 does to the result, it can't tell.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
+from onnx.external_data_helper import uses_external_data
+
+_ALIGNMENT = 4096  # so that a runtime may map a tensor into memory
+
+
+def write_widened(source: Path, folder: Path) -> Path:
+    """Write the fp32 twin of a bf16 network, weights beside it; one tensor at a time is in memory.
+
+    Args:
+        source: an exported `.onnx` file.
+        folder: another folder than the source's.
+
+    Returns:
+        The twin's path.
+    """
+    model = onnx.load(str(source), load_external_data=False)
+    path = folder / source.name
+    with open(folder / f"{source.name}.data", "wb") as weights:
+        for tensor in _tensors(model):
+            _widen_tensor(tensor, source.parent, weights)
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        if value.type.tensor_type.elem_type == TensorProto.BFLOAT16:
+            value.type.tensor_type.elem_type = TensorProto.FLOAT
+    for node in _nodes(model):
+        for attribute in node.attribute:
+            if node.op_type == "Cast" and attribute.name == "to" and attribute.i == TensorProto.BFLOAT16:
+                attribute.i = TensorProto.FLOAT
+    onnx.save(model, str(path))
+    onnx.checker.check_model(str(path), full_check=True)
+    return path
+
+
+def _nodes(model: ModelProto) -> Iterator[NodeProto]:
+    def walk(graph: GraphProto) -> Iterator[NodeProto]:
+        for node in graph.node:
+            yield node
+            for attribute in node.attribute:
+                if attribute.type == AttributeProto.GRAPH:
+                    yield from walk(attribute.g)
+
+    yield from walk(model.graph)
+    for function in model.functions:
+        yield from function.node
+
+
+def _tensors(model: ModelProto) -> Iterator[TensorProto]:
+    yield from model.graph.initializer
+    for node in _nodes(model):
+        for attribute in node.attribute:
+            if attribute.type == AttributeProto.TENSOR:
+                yield attribute.t
+            elif attribute.type == AttributeProto.GRAPH:
+                yield from attribute.g.initializer
+
+
+def _widen_tensor(tensor: TensorProto, folder: Path, weights: object) -> None:
+    """Copy a tensor's external data into `weights`; bf16 becomes fp32, inside or outside of the file."""
+    external = uses_external_data(tensor)
+    if external:
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        with open(folder / place["location"], "rb") as file:
+            file.seek(int(place.get("offset", 0)))
+            data = file.read(int(place["length"]))
+    elif tensor.data_type == TensorProto.BFLOAT16:
+        data = onnx.numpy_helper.to_array(tensor).tobytes()
+    else:
+        return
+    if tensor.data_type == TensorProto.BFLOAT16:
+        data = (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).tobytes()
+        tensor.data_type = TensorProto.FLOAT
+    for field in ("raw_data", "int32_data", "external_data"):
+        tensor.ClearField(field)
+    if not external:
+        tensor.raw_data = data
+        return
+    weights.write(b"\0" * (-weights.tell() % _ALIGNMENT))
+    start = weights.tell()
+    weights.write(data)
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, value in (("location", weights.name.rpartition("/")[2]), ("offset", start), ("length", len(data))):
+        tensor.external_data.add(key=key, value=str(value))
