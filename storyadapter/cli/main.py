@@ -187,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that has no λ is no reason to fail
     try:
         with sigterm_as_interrupt():
-            return _command(build_parser().parse_args(argv))
+            return _command(_parse(argv))
     except StoryAdapterError as error:
         _tell(f"error: {error}")
         return error.exit_code
@@ -197,6 +197,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # as when the output is piped into head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush would fail again
         return 1
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    args, unknown = build_parser().parse_known_args(argv)
+    if unknown:
+        raise InputError(f"unknown: {' '.join(unknown)}; for all options type storyadapter-trt {args.command} --help")
+    return args
 
 
 def _command(args: argparse.Namespace) -> int:

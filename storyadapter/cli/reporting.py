@@ -125,7 +125,7 @@ class LineReporter:
 
     def bytes_read(self, done: int, total: int) -> None:
         if done == total:
-            self.note("weights_read", f"read {total / 2**20:,.0f} MB of weights to know them again")
+            self.note("weights_read", f"hashed {total / 2**20:,.0f} MB of weights, once")
 
     def event(self, event: Event) -> None:
         match event:
@@ -170,7 +170,7 @@ class BarReporter:
             bar.update(task, description=f"{_words(network)}: {what}")
 
     def bytes_read(self, done: int, total: int) -> None:
-        bar, task = self._bar("reading weights, MB", total >> 20, transient=True)
+        bar, task = self._bar("hashing weights, once (MB)", total >> 20, transient=True)
         bar.update(task, completed=done >> 20)
         if done == total:
             self.close()

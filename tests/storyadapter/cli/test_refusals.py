@@ -1,0 +1,215 @@
+"""What can't be drawn as typed: one line, exit code 2, nothing written."""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from storyadapter.files import lock_folder
+from tests.storyadapter.cli.conftest import Type, files
+
+
+@pytest.fixture
+def refused(type_in: Type, tmp_path: Path):
+    """Type a command that must be refused; gives the reason."""
+
+    def call(*words: str | Path) -> str:
+        before = files(tmp_path), sorted(tmp_path.rglob("*"))
+        done = type_in(*words)
+        assert done.code == 2, done
+        assert done.out == ""
+        match = re.fullmatch(r"(?:hashed .+ of weights, once\n)?storyadapter-trt: error: (.+)\n", done.err)
+        assert match, done.err
+        assert (files(tmp_path), sorted(tmp_path.rglob("*"))) == before
+        return match[1]
+
+    return call
+
+
+def words_without(words: list[str], option: str, values: int = 1) -> list[str]:
+    place = words.index(option)
+    return words[:place] + words[place + 1 + values :]
+
+
+STORY_FILES = {
+    "empty.yaml": ("prompts: []\n", ", line 1: the story is empty"),
+    "empty.json": ("{}", ": the story is empty"),
+    "empty.txt": ("\n  \n", ": the story is empty"),
+}
+
+
+@pytest.mark.parametrize("name", STORY_FILES)
+def test_an_empty_story(name: str, refused, quick_run: list[str]) -> None:
+    text, reason = STORY_FILES[name]
+    Path(name).write_text(text)
+    assert refused(*words_without(quick_run, "--prompt", 3), "--story", name) == (
+        f"{name}{reason}, expected one prompt per frame; type --prompt TEXT once per frame, or list them in the story "
+        "file"
+    )
+
+
+def test_a_story_file_with_a_wrong_type(refused, quick_run: list[str]) -> None:
+    Path("tale.yaml").write_text("title: A tale\nprompts:\n  - a fox\n  - 7\n")
+    Path("tale.json").write_text('{"prompts": ["a fox", 7]}')
+    words = words_without(quick_run, "--prompt", 3)
+    reason = "prompt 2 is a number (7), expected text; put it in quotes"
+    assert refused(*words, "--story", "tale.yaml") == f"tale.yaml, line 4: {reason}"
+    assert refused(*words, "--story", "tale.json") == f"tale.json: {reason}"
+
+
+def test_no_story_for_an_own_model(refused, quick_run: list[str]) -> None:
+    words = words_without(quick_run, "--prompt", 3)
+    assert refused(*words) == "no story; type --story FILE, or --prompt TEXT with a text per frame"
+    assert refused(*words, "--story", "tale.yaml") == (
+        "tale.yaml: no such file, expected a story (.yaml, .yml, .json, .txt); if it is meant as a prompt, type "
+        "--prompt TEXT"
+    )
+
+
+# what is typed after a run that would work -> the reason
+SETTINGS = {
+    "--prompt a '  '": "prompt 5 is only white space, expected words; write some, or take it out",
+    "--height 100": "--height is 100; expected a multiple of 32, such as 96 or 128",
+    "--width 0": "--width is 0; expected a multiple of 32, such as 32 or 64",
+    "--style commic": ("unknown style 'commic', expected comic, film, realistic or none; did you mean 'comic'?"),
+    "--max-frames 0": "--max-frames is 0; expected 1 or more",
+    "--iterations -1": "--iterations is -1; expected 0 (text only) or more",
+    "--steps 0": "--steps is 0; expected 1 or more",
+    "--seed -1": "--seed is -1; expected 0 to 2^63 - 1",
+    "--guidance nan": "--guidance is nan; expected 0 to 100",
+    "--karras": "Karras steps are not defined for ddim; expected one of euler, dpmpp_2m with them",
+    "--backend onnxruntime --precision bf16": (
+        "backend onnxruntime can't serve here: it can't run in bf16; expected --precision fp32 or fp16"
+    ),
+    "--lora :0.5": "--lora ':0.5' has no path; expected PATH or PATH:SCALE, such as style.safetensors:0.8",
+    "--lora gone.safetensors": "--lora gone.safetensors: there is no such file or folder",
+    "--base-model gone": "--base-model gone: there is no such file or folder",
+    "--scales 0.3": (
+        "argument --scales: not allowed with argument --iterations; for all options type storyadapter-trt run --help"
+    ),
+    "--stepz 3": "unknown: --stepz 3; for all options type storyadapter-trt run --help",
+}
+
+
+@pytest.mark.parametrize("words", SETTINGS)
+def test_settings(words: str, refused, quick_run: list[str]) -> None:
+    assert refused(*quick_run, *shlex.split(words)) == SETTINGS[words]
+
+
+@pytest.mark.parametrize(
+    ("scales", "reason"),
+    [
+        ("0.3,2.5", "--scales has 2.5; expected each λ from 0 to 2"),
+        ("-0.1", "--scales has -0.1; expected each λ from 0 to 2"),
+        ("nan", "--scales has nan; expected each λ from 0 to 2"),
+        (
+            "0.3;0.4",
+            "argument --scales: '0.3;0.4' is not a list of numbers such as 0.3,0.4,0.5; for all options type "
+            "storyadapter-trt run --help",
+        ),
+    ],
+)
+def test_scales(scales: str, reason: str, refused, quick_run: list[str]) -> None:
+    assert refused(*words_without(quick_run, "--iterations"), "--scales", scales) == reason
+
+
+@pytest.mark.parametrize("option", ["--backend", "--precision"])
+def test_a_backend_or_precision_that_is_unknown(option: str, refused, quick_run: list[str]) -> None:
+    reason = refused(*quick_run, option, "quantum")
+    assert reason.startswith(f"argument {option}: invalid choice: 'quantum' (choose from 'auto', ")
+
+
+def test_some_of_the_model_options(refused, quick_run: list[str]) -> None:
+    all_of = "expected all of --base-model, --image-encoder and --ip-adapter"
+    words = words_without(quick_run, "--ip-adapter")
+    assert refused(*words) == f"--ip-adapter missing; {all_of}, or none for the demo model"
+    words = words_without(words, "--base-model")
+    assert refused(*words) == f"--base-model and --ip-adapter missing; {all_of}, or none for the demo model"
+    words = words_without(words, "--image-encoder")
+    assert refused(*words, "--vae", "vae") == f"--vae was given without --base-model; {all_of}"
+
+
+def test_a_corrupt_checkpoint_file(refused, quick_run: list[str], tiny_model_dir: Path) -> None:
+    shutil.copytree(tiny_model_dir, "model")
+    weights = Path("model/unet/diffusion_pytorch_model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-100])
+    reason = refused(*quick_run, "--base-model", "model")
+    assert str(weights) in reason and "incomplete" in reason
+    weights.write_bytes(b"<html>404</html>" * 100)
+    reason = refused(*quick_run, "--base-model", "model")
+    assert str(weights) in reason
+
+
+@pytest.mark.parametrize("resume", [[], ["--resume"]])
+def test_an_output_folder_that_holds_something_else(resume: list[str], refused, quick_run: list[str]) -> None:
+    Path("photos").mkdir()
+    Path("photos/cat.jpg").write_bytes(b"cat")
+    words = [*quick_run, *resume, "--out"]
+    assert refused(*words, "photos") == (
+        "photos holds other files (cat.jpg, …), expected a new or empty folder, or a run's; choose another one with "
+        "--out"
+    )
+    assert refused(*words, "photos/cat.jpg") == (
+        "photos/cat.jpg is a file, expected a folder; choose another one with --out"
+    )
+    assert refused(*words, "photos/cat.jpg/out") == (
+        f"photos/cat.jpg/out can't be made: {Path.cwd()}/photos/cat.jpg is no folder; choose another folder with --out"
+    )
+
+
+def test_an_output_folder_that_holds_another_story(type_in: Type, refused, quick_run: list[str]) -> None:
+    assert type_in(*quick_run, "--iterations", "0").code == 0
+    again = [*quick_run, "--iterations", "0"]
+    assert refused(*again) == "out already holds this run, finished; choose another folder with --out to make it again"
+    for resume in ([], ["--resume"]):
+        assert refused(*again, "--prompt", "a second owl", *resume) == (
+            "out holds another run: story.prompts has 3 items there, 4 here; choose another folder with --out"
+        )
+        assert refused(*again, "--seed", "8", *resume) == (
+            "out holds another run: plan.seed is 7 there, 8 here; choose another folder with --out"
+        )
+    record = json.loads(Path("out/story.json").read_text())
+    assert record["progress"]["status"] == "finished"
+
+
+def test_a_folder_that_another_run_works_in(type_in: Type, refused, quick_run: list[str]) -> None:
+    assert type_in(*quick_run, "--iterations", "0").code == 0
+    lock = lock_folder(Path("out"))
+    try:
+        assert refused(*quick_run, "--iterations", "0", "--resume") == (
+            "out is in use by another run; wait until that has ended, or choose another folder with --out"
+        )
+    finally:
+        lock.release()
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--height", "100"], "--height is 100; expected a multiple of 32, such as 96 or 128"),
+        (["--max-frames", "0"], "--max-frames is 0; expected 1 or more"),
+        (["--max-references", "0"], "--max-references is 0; expected 1 or more"),
+        (
+            ["--width", "64:32"],
+            "argument --width: '64:32' is not a number of pixels such as 1024, or a range such as 768:1024; for all "
+            "options type storyadapter-trt build --help",
+        ),
+    ],
+)
+def test_build(words: list[str], reason: str, refused, tiny_model: list[str]) -> None:
+    assert refused("build", *tiny_model, "--engine-dir", "engines", *words) == reason
+
+
+def test_a_story_that_is_missing_is_told_before_pytorch_is_imported() -> None:
+    code = (
+        "import sys; from storyadapter.cli.main import main; "
+        "code = main(['run', '--story', 'gone.yaml']); "
+        "print(code, [name for name in ('torch', 'diffusers', 'transformers', 'onnxruntime') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "2 []\n"

@@ -1,0 +1,245 @@
+"""What a run writes and tells."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.storyadapter.cli.conftest import Type, files, pictures
+
+
+def record(out: str = "out") -> dict:
+    return json.loads(Path(out, "story.json").read_text(encoding="utf-8"))
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"), dtype=np.int16)
+
+
+def test_everything_is_written(type_in: Type, quick_run: list[str]) -> None:
+    done = type_in(*quick_run, "--style", "film")
+    assert done.code == 0
+    assert done.out.startswith("out/contact-sheet.png (3 frames, 3 iterations, seed 7, ")
+    expected = {f"iteration-{i:02d}/frame-{f:03d}.png" for i in range(3) for f in range(3)}
+    expected |= {f"frames/{f:03d}.png" for f in range(3)}
+    expected |= {f".thumbnails/iteration-{i:02d}.png" for i in range(3)}
+    assert set(files(Path("out"))) == expected | {"contact-sheet.png", "story.gif", "story.json", ".lock"}
+    for frame in range(3):
+        assert Path(f"out/frames/{frame:03d}.png").read_bytes() == (
+            Path(f"out/iteration-02/frame-{frame:03d}.png").read_bytes()
+        )
+        assert len({Path(f"out/iteration-{i:02d}/frame-{frame:03d}.png").read_bytes() for i in range(3)}) == 3
+
+    story = record()
+    plan = story["identity"]["plan"]
+    assert (plan["seed"], plan["steps"], plan["scales"], plan["height"]) == (7, 2, [0.3, 0.5], 64)
+    assert (story["identity"]["style"], story["identity"]["precision"]) == ("film", "fp32")
+    (session,) = story["sessions"]
+    assert session["details"]["split"] == [3]
+    assert {"torch", "python", "storyadapter-trt"} <= set(session["details"]["versions"])
+    assert {"load", "text", "references", "denoise", "decode", "save"} == set(session["seconds"])
+    assert session["seconds"]["denoise"] > 0
+
+    for iteration, scale in enumerate(("none", "0.3", "0.5")):
+        with Image.open(f"out/iteration-{iteration:02d}/frame-001.png") as image:
+            assert image.text["prompt"].startswith("best quality, high quality, cinematic film still, an owl . shallow")
+            assert (image.text["seed"], image.text["scale"]) == ("7", scale)
+
+
+def test_the_plan_and_each_iteration_are_told(type_in: Type, quick_run: list[str]) -> None:
+    done = type_in(*quick_run)
+    lines = done.err.splitlines()
+    (plan,) = (line for line in lines if "UNet rows" in line)
+    assert "eager fp32 on cpu: 3 frames of 64x64, 3 iterations, 36 UNet rows in micro-batches of 3; " in plan
+    assert " MB in use; seed 7; about " in plan
+    assert [line.split(":")[0] for line in lines[-3:]] == [
+        "iteration 0, text only",
+        "iteration 1, λ 0.3",
+        "iteration 2, λ 0.5",
+    ]
+    assert lines.index(plan) < lines.index(lines[-3])
+
+
+def test_a_seed_is_drawn_shown_and_repeatable(type_in: Type, quick_run: list[str]) -> None:
+    seedless = [*quick_run[: quick_run.index("--seed")], "--iterations", "0"]
+    seeds = []
+    for out in ("first", "second"):
+        done = type_in(*seedless, "--out", out)
+        seeds.append(record(out)["identity"]["plan"]["seed"])
+        assert f"seed {seeds[-1]}; about" in done.err
+        assert f"seed {seeds[-1]}, " in done.out
+    assert seeds[0] != seeds[1]
+    assert pictures(Path("first")) != pictures(Path("second"))
+    assert type_in(*seedless, "--seed", str(seeds[0]), "--out", "again").code == 0
+    assert pictures(Path("again")) == pictures(Path("first"))
+    # resumed without --seed, a run keeps its own
+    assert type_in(*seedless, "--out", "first", "--resume").code == 0
+
+
+@pytest.mark.parametrize(
+    ("frames", "max_frames", "split"), [(7, 4, [4, 3]), (10, 8, [5, 5]), (4, 4, [4]), (2, 1, [1, 1])]
+)
+def test_frames_are_split_evenly(
+    frames: int, max_frames: int, split: list[int], type_in: Type, quick_run: list[str]
+) -> None:
+    words = [
+        *quick_run[:7],
+        "--backend",
+        "eager",
+        "--style",
+        "none",
+        "--steps",
+        "1",
+        "--iterations",
+        "0",
+        "--out",
+        "out",
+    ]
+    prompts = [f"fox {number}" for number in range(frames)]
+    done = type_in(*words, "--prompt", *prompts, "--max-frames", str(max_frames), "--json-log")
+    assert done.code == 0
+    assert record()["sessions"][0]["details"]["split"] == split
+    drawn = [event["frames"] for event in done.events if event["event"] == "step_finished"]
+    assert [len(batch) for batch in drawn] == split
+    assert sum(drawn, []) == list(range(frames))
+
+
+def test_batching_does_not_change_pictures(type_in: Type, quick_run: list[str]) -> None:
+    words = [*quick_run, "--prompt", "a second owl", "--steps", "3"]
+    for max_frames in ("1", "4"):
+        assert type_in(*words, "--max-frames", max_frames, "--out", max_frames).code == 0
+    for path in sorted(Path("1").glob("iteration-*/*.png")):
+        difference = np.abs(pixels(path) - pixels(Path("4") / path.relative_to("1"))).max()
+        assert difference <= 1, (path, difference)
+
+
+def test_a_run_may_be_resumed_with_another_split(type_in: Type, quick_run: list[str]) -> None:
+    assert type_in(*quick_run).code == 0
+    Path("out/iteration-02/frame-001.png").unlink()
+    done = type_in(*quick_run, "--max-frames", "1", "--resume")
+    assert done.code == 0
+    assert "warning: out/iteration-02/frame-001.png doesn't open: iteration 2 is made again" in done.err
+    assert "3 iterations (2 finished), 12 UNet rows in micro-batches of 1 + 1 + 1; " in done.err
+    assert [session["details"]["split"] for session in record()["sessions"]] == [[3], [1, 1, 1]]
+
+
+def test_no_iterations_are_the_text_alone(type_in: Type, quick_run: list[str]) -> None:
+    assert type_in(*quick_run, "--iterations", "0").code == 0
+    assert [path.name for path in sorted(Path("out").glob("iteration-*"))] == ["iteration-00"]
+    assert record()["progress"]["scales"] == [None]
+
+
+def test_scales(type_in: Type, quick_run: list[str]) -> None:
+    place = quick_run.index("--iterations")
+    words = quick_run[:place] + quick_run[place + 2 :]
+    assert type_in(*words, "--scales", "0.3,0.45,2", "--out", "three").code == 0
+    assert record("three")["progress"]["scales"] == [None, 0.3, 0.45, 2.0]
+    with Image.open("three/iteration-02/frame-000.png") as image:
+        assert image.text["scale"] == "0.45"
+    assert type_in(*words, "--scales", "0.3,0.5", "--out", "two").code == 0
+    assert type_in(*quick_run, "--out", "published").code == 0
+    assert pictures(Path("two")) == pictures(Path("published"))
+    assert pixels(Path("three/iteration-02/frame-000.png")).tolist() != (
+        pixels(Path("two/iteration-02/frame-000.png")).tolist()
+    )
+
+
+def test_keep_last(type_in: Type, quick_run: list[str]) -> None:
+    assert type_in(*quick_run, "--keep", "last", "--out", "last").code == 0
+    assert [path.name for path in sorted(Path("last").glob("iteration-*"))] == ["iteration-02"]
+    assert type_in(*quick_run, "--out", "all").code == 0
+    assert Path("last/contact-sheet.png").read_bytes() == Path("all/contact-sheet.png").read_bytes()
+    assert Path("last/frames/002.png").read_bytes() == Path("all/frames/002.png").read_bytes()
+
+
+def test_quiet(type_in: Type, quick_run: list[str]) -> None:
+    done = type_in(*quick_run, "--quiet")
+    assert (done.code, done.out, done.err) == (0, "", "")
+    assert Path("out/contact-sheet.png").exists()
+
+
+def test_json_log(type_in: Type, quick_run: list[str]) -> None:
+    done = type_in(*quick_run, "--json-log")
+    assert (done.code, done.err) == (0, "")
+    events = done.events
+    names = [event["event"] for event in events]
+    assert names[-2:] == ["run_finished", "drawn"]
+    assert events[-1]["seed"] == 7 and events[-1]["contact_sheet"] == "out/contact-sheet.png"
+    (plan,) = (event for event in events if event["event"] == "plan")
+    assert (plan["frames"], plan["iterations"], plan["split"], plan["unet_rows"]) == (3, 3, [3], 36)
+    assert [event["scale"] for event in events if event["event"] == "iteration_started"] == [None, 0.3, 0.5]
+    drawn = [(event["iteration"], event["frame"]) for event in events if event["event"] == "frame_finished"]
+    assert drawn == [(iteration, frame) for iteration in range(3) for frame in range(3)]
+    assert names.index("plan") < names.index("step_finished")
+
+
+def test_published_spellings(type_in: Type, quick_run: list[str], tiny_model_dir: Path) -> None:
+    rest = quick_run[quick_run.index("--style") :]
+    done = type_in(
+        *("run", "--base_model_path", tiny_model_dir, "--image_encoder_path", tiny_model_dir / "image_encoder"),
+        *("--ip_ckpt", tiny_model_dir / "ip-adapter.safetensors", "--story", "a fox", "an owl", "a night", *rest),
+    )
+    assert done.code == 0
+    assert type_in(*quick_run, "--out", "same").code == 0
+    assert pictures(Path("out")) == pictures(Path("same"))
+
+
+def test_a_story_file(type_in: Type, quick_run: list[str]) -> None:
+    Path("tale.yaml").write_text(
+        "title: A tale\nstyle: realistic\ncharacters: {Ren: a small red fox}\nprompts: [Ren reads, Ren sleeps]\n"
+    )
+    place = quick_run.index("--prompt")
+    words = quick_run[:place] + quick_run[place + 6 :]  # without prompts and style
+    assert type_in(*words, "--iterations", "0", "--story", "tale.yaml").code == 0
+    with Image.open("out/iteration-00/frame-001.png") as image:
+        assert image.text["prompt"] == "best quality, high quality, a small red fox sleeps"
+    assert record()["identity"]["story"]["title"] == "A tale"
+
+
+def test_a_long_prompt_is_a_warning(type_in: Type, quick_run: list[str]) -> None:
+    long = " ".join(["fox"] * 75)
+    words = [*quick_run, "--iterations", "0"]
+    done = type_in(*words, "--prompt", f"{long} owl wolf")
+    assert done.code == 0
+    assert 'warning: frame 3: the prompt is over 77 tokens; cut off: "' in done.err
+    (warning,) = (line for line in done.err.splitlines() if line.startswith("warning: "))
+    assert warning.endswith(' owl wolf"')
+    done = type_in(*words, "--prompt", f"{long} owl wolf", "--json-log", "--out", "json")
+    (event,) = (event for event in done.events if event["event"] == "prompt_truncated")
+    assert event["frame"] == 3 and f'cut off: "{event["words"]}"' in warning
+    # the words named are those that don't count, and the word before them does
+    kept = f"{long} owl wolf".removesuffix(event["words"]).strip()
+    assert type_in(*words, "--prompt", kept, "--out", "kept").code == 0
+    assert pixels(Path("kept/frames/003.png")).tolist() == pixels(Path("out/frames/003.png")).tolist()
+
+
+def test_half_precision_draws_nearly_the_same(type_in: Type, quick_run: list[str]) -> None:
+    assert type_in(*quick_run, "--iterations", "0").code == 0
+    for precision in ("fp16", "bf16"):
+        assert type_in(*quick_run, "--iterations", "0", "--precision", precision, "--out", precision).code == 0
+        difference = np.abs(pixels(Path("out/frames/000.png")) - pixels(Path(precision, "frames/000.png")))
+        assert difference.max() > 0 and difference.mean() < 4
+
+
+def test_guidance_of_one_computes_no_unconditional_rows(type_in: Type, quick_run: list[str]) -> None:
+    done = type_in(*quick_run, "--iterations", "0", "--guidance", "1", "--json-log")
+    (plan,) = (event for event in done.events if event["event"] == "plan")
+    assert plan["unet_rows"] == 6
+
+
+@pytest.mark.parametrize("scheduler", ["euler", "dpmpp_2m", "lcm"])
+def test_schedulers(scheduler: str, type_in: Type, quick_run: list[str]) -> None:
+    assert type_in(*quick_run, "--iterations", "0", "--scheduler", scheduler).code == 0
+    assert type_in(*quick_run, "--iterations", "0", "--out", "ddim").code == 0
+    assert pictures(Path("out")) != pictures(Path("ddim"))
+
+
+def test_events_come_in_order(type_in: Type, quick_run: list[str]) -> None:
+    events = [e for e in type_in(*quick_run, "--json-log", "--max-frames", "2").events if "step" in e]
+    places = [(e["iteration"], e["frames"][0], e["step"]) for e in events]
+    assert len(places) == 3 * 2 * 2
+    assert all(before < after for before, after in pairwise(places))
