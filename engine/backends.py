@@ -14,7 +14,9 @@ class Backend:
     Attributes:
         name: as typed after `--backend`.
         builds: whether `build` makes an artefact that `run` needs.
-        packages: what must be installed, and the extra that installs it.
+        packages: what must be installed to run, and the extra that installs it.
+        one_of: of these packages, one must be installed to run or to build.
+        build_packages: what must be installed besides to build.
         precisions: those it can serve.
         purpose: for `--help` and `doctor`.
     """
@@ -25,6 +27,8 @@ class Backend:
     extra: str | None
     precisions: tuple[Precision, ...]
     purpose: str
+    one_of: tuple[str, ...] = ()
+    build_packages: tuple[str, ...] = ()
 
 
 BACKENDS: Final = {
@@ -39,13 +43,23 @@ BACKENDS: Final = {
             ("fp32", "fp16"),
             "ONNX on the CPU: the default without a GPU",
         ),
+        Backend(
+            "tensorrt",
+            True,
+            (),
+            "tensorrt",
+            ("fp16", "bf16"),
+            "engines of TensorRT or TensorRT-RTX, for NVIDIA GPUs",
+            one_of=("tensorrt", "tensorrt-rtx"),
+            build_packages=("onnx", "onnxruntime", "onnxscript"),
+        ),
     )
 }
 AUTO: Final = "auto"
 
 
-def why_unavailable(name: str, precision: Precision | None = None) -> str | None:
-    """Why a backend can't serve here (at this precision), in words; None if it can.
+def why_unavailable(name: str, precision: Precision | None = None, *, to_build: bool = False) -> str | None:
+    """Why a backend can't serve here (at this precision), in words; None if it can. Asks for packages, not for a GPU.
 
     Raises:
         UnavailableError: no backend has this name.
@@ -53,7 +67,10 @@ def why_unavailable(name: str, precision: Precision | None = None) -> str | None
     if name not in BACKENDS:
         raise UnavailableError(f"unknown backend {name!r}; expected one of {', '.join(BACKENDS)}")
     backend = BACKENDS[name]
-    missing = [package for package in backend.packages if installed_version(package) is None]
+    needed = backend.packages + (backend.build_packages if to_build else ())
+    missing = [package for package in needed if installed_version(package) is None]
+    if backend.one_of and all(installed_version(package) is None for package in backend.one_of):
+        missing.insert(0, " or ".join(backend.one_of))
     if missing:
         return f"{' and '.join(missing)} not installed; type: pip install 'storyadapter-trt[{backend.extra}]'"
     if precision is not None and precision not in backend.precisions:
@@ -61,9 +78,9 @@ def why_unavailable(name: str, precision: Precision | None = None) -> str | None
     return None
 
 
-def check_available(name: str, precision: Precision) -> None:
+def check_available(name: str, precision: Precision, *, to_build: bool = False) -> None:
     """Raises UnavailableError, with the reason, if a backend can't serve here at this precision."""
-    if reason := why_unavailable(name, precision):
+    if reason := why_unavailable(name, precision, to_build=to_build):
         raise UnavailableError(f"backend {name} can't serve here: {reason}")
 
 
@@ -77,10 +94,11 @@ def choose_backend() -> str:
 
 
 def choose_precision(backend: str) -> Precision:
-    """The default precision: fp16 on a CUDA GPU, fp32 on a CPU."""
+    """The default precision: fp16 on a CUDA GPU (`tensorrt` builds for one, wherever it is built), fp32 on a CPU."""
     import torch
 
-    return "fp16" if backend != "onnxruntime" and torch.cuda.is_available() else "fp32"
+    on_gpu = backend == "tensorrt" or (backend != "onnxruntime" and torch.cuda.is_available())
+    return "fp16" if on_gpu else "fp32"
 
 
 def installed_version(package: str) -> str | None:

@@ -3,12 +3,12 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final
 
 from storyadapter.contract import CONTRACT_VERSION, MAX_BANK_ROWS, Geometry, ShapeRanges, network_specs
 
-STORE_VERSION: Final = 1  # of the manifest and the key; raised, it makes every engine built before unknown
+STORE_VERSION: Final = 2  # of the manifest and the key; raised, it makes every engine built before unknown
 _KEY_DIGITS: Final = 32
 
 
@@ -44,12 +44,14 @@ class EngineIdentity:
         backend: "onnxruntime", "tensorrt", …
         backend_version: of the library that reads the engine.
         precision: "fp32", "fp16", "bf16", or the name of a quantized mode.
-        architecture: what the engine runs on: "cpu-x86_64", "sm90", or "any".
+        architecture: what the engine runs on: "cpu-x86_64", "sm90", "sm89+sm120", or "any".
         contract: `contract_digest` of the model's geometry.
         weights: every file the engine is made from, configuration files included; kept sorted and
             once each, so the order in which they were listed doesn't matter.
         loras: in the order in which they are fused; another order is another engine, as sums round differently.
         build_options: what else decides the result, name and value: the opset, the version of the export, …; sorted.
+        tuning: how the engine was built, where that doesn't change what it computes: part of the key, but nothing that
+            a run asks for; sorted.
 
     Raises:
         ValueError: a build option is named twice.
@@ -63,6 +65,7 @@ class EngineIdentity:
     weights: tuple[WeightFile, ...]
     loras: tuple[Lora, ...] = ()
     build_options: tuple[tuple[str, str], ...] = ()
+    tuning: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         if len(dict(self.build_options)) != len(self.build_options):
@@ -70,10 +73,11 @@ class EngineIdentity:
         by_content = {(w.component, w.sha256): w for w in sorted(self.weights, key=lambda w: w.name, reverse=True)}
         object.__setattr__(self, "weights", tuple(by_content[content] for content in sorted(by_content)))
         object.__setattr__(self, "build_options", tuple(sorted(self.build_options)))
+        object.__setattr__(self, "tuning", tuple(sorted(self.tuning)))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for a manifest; `EngineIdentity.from_dict` reads it back."""
-        return {**asdict(self), "build_options": dict(self.build_options)}
+        return {**asdict(self), "build_options": dict(self.build_options), "tuning": dict(self.tuning)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "EngineIdentity":
@@ -83,11 +87,18 @@ class EngineIdentity:
                 "weights": tuple(WeightFile(**weight) for weight in data["weights"]),
                 "loras": tuple(Lora(**lora) for lora in data["loras"]),
                 "build_options": tuple(data["build_options"].items()),
+                "tuning": tuple(data["tuning"].items()),
             }
         )
 
+    def serves(self, asked: "EngineIdentity") -> bool:
+        """Whether an engine of this identity is one that `asked` asks for, shapes aside."""
+        if asked.architecture not in self.architecture.split("+"):
+            return False
+        return replace(self, architecture=asked.architecture, tuning=()) == replace(asked, tuning=())
+
     def differences(self, asked: "EngineIdentity") -> list[str]:
-        """Each field in which this stored engine's identity isn't the one asked for, in words; empty if they are equal.
+        """Each field in which this stored engine's identity isn't the one asked for, in words; empty if it serves.
 
         The version and the options of a backend are compared only where the backend is the same.
         """
@@ -97,6 +108,7 @@ class EngineIdentity:
             for name in ("backend", "backend_version", "precision", "architecture")
             if (same_backend or name != "backend_version")
             and (mine := getattr(self, name)) != (theirs := getattr(asked, name))
+            and not (name == "architecture" and theirs in mine.split("+"))
         ]
         if self.contract != asked.contract:
             found.append(

@@ -12,39 +12,56 @@ from storyadapter.engine.backends import check_available, installed_version
 from storyadapter.engine.fingerprint import fingerprint_files
 from storyadapter.engine.identity import EngineIdentity, Lora, WeightFile, contract_digest
 from storyadapter.engine.store import EngineStore, StoredEngine
-from storyadapter.errors import InputError
+from storyadapter.engine.tensorrt.library import Library, choose_library, gpu_target
+from storyadapter.engine.tensorrt.options import BuildOptions
+from storyadapter.errors import InputError, UnavailableError
 from storyadapter.export import EXPORT_VERSION, OPSET
 from storyadapter.networks import Networks
 
 ReportStage = Callable[[str, str], None]  # network ("" for none in particular), what is being done
 ReportBytes = Callable[[int, int], None]  # bytes read, bytes to be read
+ReportFraction = Callable[[str, float], None]  # network, how much of its engine is built
 
 
 def identify(
-    checkpoint: Checkpoint, backend: str, precision: Precision, on_bytes: ReportBytes | None = None
+    checkpoint: Checkpoint,
+    backend: str,
+    precision: Precision,
+    on_bytes: ReportBytes | None = None,
+    *,
+    targets: tuple[str, ...] = (),
+    options: BuildOptions | None = None,
 ) -> EngineIdentity:
     """Everything that what a backend computes with this checkpoint depends on.
 
     Args:
         on_bytes: called while weight files are read that were never hashed before.
+        targets: architectures that `tensorrt` builds for, such as "sm89"; by default that of the GPU here.
+        options: how `tensorrt` builds.
 
     Raises:
         CheckpointError: a file can't be read.
+        UnavailableError: no TensorRT that is installed serves the targets.
     """
+    version, architecture = installed_version("torch" if backend == "eager" else backend) or "", "any"
+    if backend == "tensorrt":
+        library, targets = choose_library(targets, gpu_target())
+        version, architecture = str(library), "+".join(targets)
     components = checkpoint.files_by_component
     loras = [lora.path for lora in checkpoint.loras]
     digests = fingerprint_files([*(path for paths in components.values() for path in paths), *loras], on_bytes)
     return EngineIdentity(
         backend=backend,
-        backend_version=installed_version("torch" if backend == "eager" else backend) or "",
+        backend_version=version,
         precision=precision,
-        architecture="any",
+        architecture=architecture,
         contract=contract_digest(checkpoint.geometry),
         weights=tuple(
             WeightFile(component, path.name, digests[path]) for component, paths in components.items() for path in paths
         ),
         loras=tuple(Lora(lora.path.name, digests[lora.path], lora.scale) for lora in checkpoint.loras),
         build_options=(("opset", str(OPSET)), ("export", str(EXPORT_VERSION))) if backend != "eager" else (),
+        tuning=options.named() if options else (),
     )
 
 
@@ -53,28 +70,65 @@ def build_engine(
     identity: EngineIdentity,
     ranges: ShapeRanges,
     *,
+    options: BuildOptions | None = None,
     engine_dir: Path | None = None,
     on_stage: ReportStage = lambda network, stage: None,
+    on_fraction: ReportFraction = lambda network, fraction: None,
     on_wait: Callable[[str], None] = lambda message: None,
 ) -> StoredEngine:
     """The engine of this identity for these ranges: from the store if it is there, else built.
 
+    Args:
+        options: those that `identity` was made with.
+
     Raises:
         UnavailableError: the backend can't serve on this machine.
-        InputError: the backend needs no build, or the store can't be written.
+        InputError: the backend needs no build, an option doesn't fit, or the store can't be written.
         ExportError: an exported network doesn't compute what eager computes.
+        EngineBuildError: TensorRT refused a network.
         RunError: no space is left.
     """
-    check_available(identity.backend, identity.precision)
-    if identity.backend != "onnxruntime":
+    check_available(identity.backend, identity.precision, to_build=True)
+    store = EngineStore(engine_dir)
+    if identity.backend == "tensorrt":
+        options = options or BuildOptions()
+        options.check(ranges)
+        library, targets = choose_library(tuple(identity.architecture.split("+")), gpu_target())
+        from storyadapter.engine.tensorrt.builder import build_tensorrt
+
+        def write(folder: Path) -> dict[str, Any]:
+            return build_tensorrt(
+                checkpoint,
+                identity.precision,
+                ranges,
+                library,
+                targets,
+                options,
+                folder,
+                _timing_cache(store, library, targets),
+                on_stage,
+                on_fraction,
+            )
+
+    elif identity.backend == "onnxruntime":
+        from storyadapter.engine.onnxruntime.builder import build_onnx
+
+        def write(folder: Path) -> dict[str, Any]:
+            errors = build_onnx(checkpoint, identity.precision, ranges, folder, on_stage)
+            return {"relative_error_against_eager": errors}
+
+    else:
         raise InputError(f"backend {identity.backend} needs no build; type the same command with run instead of build")
-    from storyadapter.engine.onnxruntime.builder import build_onnx
 
-    def write(folder: Path) -> dict[str, Any]:
-        errors = build_onnx(checkpoint, identity.precision, ranges, folder, on_stage)
-        return {"relative_error_against_eager": errors, "geometry": checkpoint.geometry.as_dict()}
+    def write_with_geometry(folder: Path) -> dict[str, Any]:
+        return {**write(folder), "geometry": checkpoint.geometry.as_dict()}
 
-    return EngineStore(engine_dir).build(identity, ranges, write, on_wait)
+    return store.build(identity, ranges, write_with_geometry, on_wait)
+
+
+def _timing_cache(store: EngineStore, library: Library, targets: tuple[str, ...]) -> Path | None:
+    """Where TensorRT keeps what it measured of single layers, for all builds; TensorRT-RTX measures nothing."""
+    return store.root / f"timing-{library.version}-{targets[0]}.cache" if library.has_plugins else None
 
 
 def open_networks(
@@ -111,13 +165,20 @@ def open_networks(
 
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return open_eager(checkpoint, precision, chosen, lambda network: on_stage(network, "loading weights"))
-    from storyadapter.engine.onnxruntime.session import open_onnxruntime
-
+    if backend == "tensorrt" and gpu_target() is None:
+        raise UnavailableError(
+            "backend tensorrt builds here but can't run here: there is no GPU that PyTorch can use; "
+            "expected another --backend, or a machine with a GPU"
+        )
     own = Range(checkpoint.geometry.default_pixels, checkpoint.geometry.default_pixels)
     wanted = ranges or ShapeRanges(1, 1, own, own)
     identity = identify(checkpoint, backend, precision, on_bytes)
     engine = EngineStore(engine_dir).find(identity, wanted, build_command)
     letters = engine.ranges.letters(checkpoint.geometry.pixels_per_latent)
-    return open_onnxruntime(
+    if backend == "tensorrt":
+        from storyadapter.engine.tensorrt.session import open_tensorrt as open_engines
+    else:
+        from storyadapter.engine.onnxruntime.session import open_onnxruntime as open_engines
+    return open_engines(
         engine.folder, checkpoint.geometry, precision, letters, lambda network: on_stage(network, "loading engine")
     )

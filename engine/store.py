@@ -101,7 +101,8 @@ class EngineStore:
         return engines, warnings
 
     def find(self, identity: EngineIdentity, ranges: ShapeRanges, build_command: str) -> StoredEngine:
-        """The engine of this identity whose ranges cover `ranges`; of several the one built for the least.
+        """The engine that serves this identity and whose ranges cover `ranges`; of several the one built for the least,
+        and of those the newest.
 
         Raises:
             EngineMismatchError: there is none; the text says in which fields the closest one differs, and ends with
@@ -109,9 +110,9 @@ class EngineStore:
             InputError: the store can't be read.
         """
         engines, warnings = self.scan()
-        fitting = [e for e in engines if e.identity == identity and e.ranges.uncovered(ranges) is None]
+        fitting = [e for e in engines if e.identity.serves(identity) and e.ranges.uncovered(ranges) is None]
         if fitting:
-            return min(fitting, key=lambda engine: (_extent(engine.ranges), engine.key))
+            return min(fitting, key=lambda engine: _extent(engine.ranges))  # `scan` gives the newest first
         found = f"no engine in {self.root}"
         if engines:
             misfits = {engine.key: _misfits(engine, identity, ranges) for engine in engines}

@@ -10,8 +10,8 @@ from storyadapter.errors import StoryAdapterError
 from storyadapter.export.ort_session import open_session
 from storyadapter.export.probe import Probe
 
-# ‖ONNX Runtime − eager‖ / ‖eager‖; two orders of summation in half precision differ by a few 1e-3. A bf16 file is run as its
-# fp32 twin (`widen`), and what differs then is the constants that the exporter folded in bf16.
+# ‖ONNX Runtime − eager‖ / ‖eager‖; two orders of summation in half precision differ by a few 1e-3. A bf16 file is run
+# as its fp32 twin (`widen`), and what differs then is the constants that the exporter folded in bf16.
 TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 2e-3}
 
 

@@ -1,8 +1,8 @@
 """A bf16 network as its fp32 twin, to be run where no bf16 kernels exist.
 
 ONNX Runtime's CPU provider can't multiply matrices in bf16. The twin is the exported file itself - the same nodes, the
-same weights to the last bit - with every bf16 written as fp32, which holds each of them exactly. So it tells whether the
-file computes what eager computes; what rounding to bf16 does to the result, it can't tell.
+same weights to the last bit - with every bf16 written as fp32, which holds each of them exactly. So it tells whether
+the file computes what eager computes; what rounding to bf16 does to the result, it can't tell.
 """
 
 from collections.abc import Iterator

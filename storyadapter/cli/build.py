@@ -4,11 +4,13 @@ import argparse
 import time
 
 from storyadapter import method
-from storyadapter.cli.options import model_choice, shape_ranges
+from storyadapter.cli.options import build_options, check_backend_options, model_choice, shape_ranges
 from storyadapter.cli.reporting import Reporter, count, duration, reporter_for
 from storyadapter.cli.session import Session, open_session
 from storyadapter.contract import ShapeRanges
 from storyadapter.engine.backends import BACKENDS
+from storyadapter.engine.tensorrt.library import parse_targets
+from storyadapter.engine.tensorrt.options import BuildOptions
 
 
 def build(args: argparse.Namespace) -> int:
@@ -20,12 +22,14 @@ def build(args: argparse.Namespace) -> int:
         RunError: no space is left.
     """
     shape_ranges(args, method.PIXEL_MULTIPLE)  # checks what was typed; the model's own size isn't known yet
+    targets, options = parse_targets(args.target), build_options(args)
     session = open_session(args, model_choice(args))
+    check_backend_options(args, session.backend)
     ranges = shape_ranges(args, session.checkpoint.geometry.default_pixels)
     reporter = reporter_for(args)
     try:
         if BACKENDS[session.backend].builds:
-            _build(args, session, ranges, reporter)
+            _build(args, session, ranges, targets, options, reporter)
         else:
             text = f"backend {session.backend} needs no build: run uses the checkpoint itself"
             reporter.result("built", text, folder=None)
@@ -34,11 +38,25 @@ def build(args: argparse.Namespace) -> int:
     return 0
 
 
-def _build(args: argparse.Namespace, session: Session, ranges: ShapeRanges, reporter: Reporter) -> None:
+def _build(
+    args: argparse.Namespace,
+    session: Session,
+    ranges: ShapeRanges,
+    targets: tuple[str, ...],
+    options: BuildOptions,
+    reporter: Reporter,
+) -> None:
     from storyadapter.engine.opening import build_engine, identify
 
     started = time.perf_counter()
-    identity = identify(session.checkpoint, session.backend, session.precision, reporter.bytes_read)
+    identity = identify(
+        session.checkpoint,
+        session.backend,
+        session.precision,
+        reporter.bytes_read,
+        targets=targets,
+        options=options,
+    )
     reporter.note(
         "build",
         f"build {session.model.label} for {session.backend} {session.precision}: up to "
@@ -56,8 +74,10 @@ def _build(args: argparse.Namespace, session: Session, ranges: ShapeRanges, repo
         session.checkpoint,
         identity,
         ranges,
+        options=options,
         engine_dir=args.engine_dir,
         on_stage=on_stage,
+        on_fraction=reporter.fraction,
         on_wait=lambda message: reporter.note("wait", message),
     )
     how = f"built in {duration(time.perf_counter() - started)}" if built else "was there already"

@@ -11,6 +11,7 @@ from storyadapter import method
 from storyadapter.checkpoint.paths import CheckpointPaths, LoraSpec
 from storyadapter.contract import PRECISIONS, Range, ShapeRanges
 from storyadapter.engine.backends import AUTO, BACKENDS
+from storyadapter.engine.tensorrt.options import BuildOptions, parse_resolution
 from storyadapter.errors import InputError
 from storyadapter.plan import RunPlan
 
@@ -71,6 +72,57 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="frames drawn together in one micro-batch, at most (default: %(default)s)",
     )
     engine.add_argument("--engine-dir", type=Path, metavar="D", help="engine store (default: in the user's cache)")
+
+
+def add_tensorrt_options(parser: argparse.ArgumentParser) -> None:
+    """How `build` builds with TensorRT."""
+    group = parser.add_argument_group("backend tensorrt")
+    group.add_argument(
+        "--target",
+        default=AUTO,
+        metavar="SM",
+        help="GPU architecture to build for, such as sm89; with TensorRT-RTX also several, such as sm89,sm120 "
+        "(default: auto, the GPU of this machine)",
+    )
+    group.add_argument(
+        "--optimization-level",
+        type=int,
+        metavar="0-5",
+        help="from the fastest build to the fastest engine (default: TensorRT's own, 3)",
+    )
+    group.add_argument(
+        "--workspace", type=int, metavar="MIB", help="the most scratch memory of one layer (default: all there is)"
+    )
+    group.add_argument(
+        "--resolution",
+        action="append",
+        default=[],
+        metavar="WxH",
+        help="a size within --width and --height to tune for besides the whole range; may be given several times",
+    )
+
+
+def build_options(args: argparse.Namespace) -> BuildOptions:
+    """How TensorRT is to build.
+
+    Raises:
+        InputError: a value that can't be served.
+    """
+    resolutions = tuple(dict.fromkeys(parse_resolution(text) for text in args.resolution))
+    return BuildOptions(args.optimization_level, args.workspace, resolutions)
+
+
+def check_backend_options(args: argparse.Namespace, backend: str) -> None:
+    """Raises InputError if an option of TensorRT's was given for another backend."""
+    given = {
+        "--target": args.target != AUTO,
+        "--optimization-level": args.optimization_level is not None,
+        "--workspace": args.workspace is not None,
+        "--resolution": bool(args.resolution),
+    }
+    if backend != "tensorrt" and any(given.values()):
+        names = " and ".join(name for name, was in given.items() if was)
+        raise InputError(f"{names} was given for backend {backend}; expected --backend tensorrt with it")
 
 
 def add_size_options(parser: argparse.ArgumentParser, *, as_range: bool) -> None:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import TimeRemainingColumn as TimeLeftColumn
 
+from storyadapter.errors import RunError
 from storyadapter.events import (
     Event,
     FrameFinished,
@@ -37,6 +38,10 @@ class Reporter(Protocol):
 
     def stage(self, network: str, what: str) -> None:
         """A network is being worked on."""
+        ...
+
+    def fraction(self, network: str, done: float) -> None:
+        """A network's engine is being built: 0 to 1."""
         ...
 
     def bytes_read(self, done: int, total: int) -> None:
@@ -71,6 +76,8 @@ class SilentReporter:
 
     def stage(self, network: str, what: str) -> None: ...
 
+    def fraction(self, network: str, done: float) -> None: ...
+
     def bytes_read(self, done: int, total: int) -> None: ...
 
     def event(self, event: Event) -> None: ...
@@ -89,6 +96,9 @@ class JsonReporter:
     def stage(self, network: str, what: str) -> None:
         self._print({"event": "stage", "network": network, "text": what})
 
+    def fraction(self, network: str, done: float) -> None:
+        self._print({"event": "building", "network": network, "done": round(done, 3)})
+
     def bytes_read(self, done: int, total: int) -> None:
         if done == total:
             self._print({"event": "weights_read", "bytes": total})
@@ -100,7 +110,7 @@ class JsonReporter:
     def close(self) -> None: ...
 
     def _print(self, value: Mapping[str, Any]) -> None:
-        print(json.dumps(value, default=_plain, ensure_ascii=False), flush=True)
+        print_result(json.dumps(value, default=_plain, ensure_ascii=False))
 
 
 class LineReporter:
@@ -122,6 +132,8 @@ class LineReporter:
     def stage(self, network: str, what: str) -> None:
         if network:
             self.note("stage", f"  {_words(network)}: {what}")
+
+    def fraction(self, network: str, done: float) -> None: ...
 
     def bytes_read(self, done: int, total: int) -> None:
         if done == total:
@@ -167,7 +179,11 @@ class BarReporter:
     def stage(self, network: str, what: str) -> None:
         if network:
             bar, task = self._bar("networks", transient=True)
-            bar.update(task, description=f"{_words(network)}: {what}")
+            bar.reset(task, description=f"{_words(network)}: {what}")
+
+    def fraction(self, network: str, done: float) -> None:
+        bar, task = self._bar("networks", transient=True)
+        bar.update(task, total=100, completed=round(100 * done))
 
     def bytes_read(self, done: int, total: int) -> None:
         bar, task = self._bar("hashing weights, once (MB)", total >> 20, transient=True)
@@ -252,8 +268,18 @@ def duration(seconds: float) -> str:
 
 
 def print_result(text: str) -> None:
-    """The result of a command, on standard output."""
-    print(text, flush=True)
+    """Print to standard output, at once.
+
+    Raises:
+        BrokenPipeError: its reader went away.
+        RunError: it can't be written, as when it goes to a file on a full disk.
+    """
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise RunError(f"standard output can't be written: {error.strerror}") from error
 
 
 def _words(network: str) -> str:

@@ -75,7 +75,7 @@ def test_a_manifest_gives_back_the_identity_and_the_key(stored: EngineIdentity, 
 
 def test_the_key_is_the_same_in_every_process_and_release() -> None:
     """A changed constant here means that every engine ever built is built again: raise STORE_VERSION with it."""
-    assert engine_key(identity(), ranges()) == "1d23bb0640548e2e7336ba03ca571183"
+    assert engine_key(identity(), ranges()) == "4a9ddc86f76c01ba8031c6be57d91fdc"
     assert engine_key(identity(loras=(Lora("a", digest("d"), 1),)), ranges()) == engine_key(
         identity(loras=(Lora("a", digest("d"), 1.0),)), ranges()
     )
@@ -125,3 +125,25 @@ GEOMETRY = Geometry(
 def test_the_contract_changes_with_the_models_sizes(change: dict[str, Any]) -> None:
     assert contract_digest(replace(GEOMETRY)) == contract_digest(GEOMETRY)
     assert contract_digest(replace(GEOMETRY, **change)) != contract_digest(GEOMETRY)
+
+
+def test_an_engine_for_two_architectures_serves_each_and_no_third() -> None:
+    both = identity(architecture="sm89+sm120")
+    for architecture in ("sm89", "sm120"):
+        assert both.serves(identity(architecture=architecture))
+        assert both.differences(identity(architecture=architecture)) == []
+    assert not both.serves(identity(architecture="sm12"))
+    assert both.differences(identity(architecture="sm90")) == [
+        "architecture is sm89+sm120 in the store, sm90 asked for"
+    ]
+    assert not identity(architecture="sm89").serves(identity(architecture="sm89+sm120"))
+
+
+def test_tuning_is_in_the_key_but_a_run_does_not_ask_for_it() -> None:
+    tuned = identity(tuning=(("workspace MiB", "64"), ("optimization level", "5")))
+    assert engine_key(tuned, ranges()) != engine_key(identity(), ranges())
+    assert tuned.tuning == (("optimization level", "5"), ("workspace MiB", "64"))
+    assert tuned.serves(identity()) and identity().serves(tuned)
+    assert tuned.differences(identity()) == []
+    assert EngineIdentity.from_dict(tuned.as_dict()) == tuned
+    assert not tuned.serves(identity(precision="bf16"))

@@ -1,0 +1,1 @@
+"""Backend `tensorrt`: one code path for TensorRT and TensorRT-RTX, from ONNX files to engines and their sessions."""

@@ -1,0 +1,272 @@
+"""Build of the backend `tensorrt`: every network exported, compared with eager, and built into an engine."""
+
+import gc
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+from torch import nn
+
+from storyadapter.checkpoint import Checkpoint
+from storyadapter.contract import (
+    NetworkSpec,
+    Precision,
+    Range,
+    ShapeRanges,
+    TensorSpec,
+    network_specs,
+    size_of,
+    split_dim,
+)
+from storyadapter.engine.tensorrt.engine_folder import TENSORRT_NAMES, EngineFolder, engine_name
+from storyadapter.engine.tensorrt.library import Library
+from storyadapter.engine.tensorrt.options import BuildOptions
+from storyadapter.engine.tensorrt.worker import BuildReport, BuildRequest, TensorBounds, peak_memory
+from storyadapter.errors import StoryAdapterError
+from storyadapter.export.onnx_export import export_network
+from storyadapter.export.probe import probe_module
+from storyadapter.export.verify import verify_export
+from storyadapter.export.widen import write_widened
+from storyadapter.grca import grca
+from storyadapter.modules import iterate_modules
+
+_KILLED: Final = -9
+
+ReportStage = Callable[[str, str], None]
+ReportFraction = Callable[[str, float], None]  # network, how much of its engine is built
+
+
+class EngineBuildError(StoryAdapterError):
+    """TensorRT refused a network, or its builder ended early."""
+
+
+def build_tensorrt(
+    checkpoint: Checkpoint,
+    precision: Precision,
+    ranges: ShapeRanges,
+    library: Library,
+    targets: tuple[str, ...],
+    options: BuildOptions,
+    folder: Path,
+    timing_cache: Path | None,
+    on_stage: ReportStage,
+    on_fraction: ReportFraction,
+) -> dict[str, Any]:
+    """Export, compare and build the seven networks into `folder`, one after the other.
+
+    Of each network there remain the engine, its layer list and the build's log; the ONNX files don't.
+
+    Args:
+        library, targets: as `choose_library` gives them.
+        timing_cache: a file outside of `folder`, shared by builds; None where the library keeps none.
+
+    Returns:
+        For the manifest: relative error against eager, the report of each build, and the export's peak memory.
+
+    Raises:
+        ExportError: an exported network doesn't compute what eager computes.
+        EngineBuildError: TensorRT refused.
+        InputError: an option that doesn't fit.
+    """
+    options.check(ranges)
+    geometry = checkpoint.geometry
+    scale = geometry.pixels_per_latent
+    letters = ranges.letters(scale)
+    latent_sizes = tuple((height // scale, width // scale) for height, width in options.resolutions)
+    specs = network_specs(geometry)
+    errors: dict[str, float] = {}
+    reports: dict[str, Any] = {}
+    onnx_folder = folder / "onnx"
+    modules = iterate_modules(checkpoint, precision, grca)
+    while True:
+        on_stage("", "loading weights")
+        name, module = next(modules, ("", None))
+        if module is None:
+            break
+        spec, vae_in_fp32 = specs[name], geometry.vae_in_fp32
+        onnx_folder.mkdir()
+        on_stage(name, "exporting to ONNX")
+        path, errors[name] = export_and_compare(
+            spec, module, letters, precision, vae_in_fp32, onnx_folder, lambda what, name=name: on_stage(name, what)
+        )
+        del module
+        gc.collect()
+        on_stage(name, f"building the engine for {', '.join(targets)} with {library}")
+        request = build_request(
+            spec, path, folder, letters, precision, vae_in_fp32, library, targets, options, latent_sizes, timing_cache
+        )
+        report = run_worker(spec.name, request, lambda fraction, name=name: on_fraction(name, fraction))
+        reports[name] = asdict(report)
+        shutil.rmtree(onnx_folder)
+    profiles = {name: tuple(profiles_of(spec, letters, latent_sizes)) for name, spec in specs.items()}
+    EngineFolder(folder, library.module, library.version, targets, library.has_plugins, profiles).write()
+    return {
+        "relative_error_against_eager": errors,
+        "builds": reports,
+        "export_peak_memory_bytes": peak_memory(),
+    }
+
+
+def export_and_compare(
+    spec: NetworkSpec,
+    module: nn.Module,
+    letters: Mapping[str, Range],
+    precision: Precision,
+    vae_in_fp32: bool,
+    folder: Path,
+    on_stage: Callable[[str], None] = lambda what: None,
+) -> tuple[Path, float]:
+    """Export one network, and compare the file with eager: as it is, or in bf16 as its fp32 twin.
+
+    The module's weights are widened in place for a bf16 comparison: it is used up afterwards.
+
+    Returns:
+        The ONNX file, and its relative error.
+    """
+    path = export_network(spec, module, letters, precision, vae_in_fp32, folder)
+    on_stage("comparing with eager")
+    in_fp32 = spec.name == "vae_decoder" and vae_in_fp32
+    if precision != "bf16" or in_fp32:
+        probes = probe_module(spec, module, letters, precision, vae_in_fp32)
+        del module
+        gc.collect()
+        return path, verify_export(path, probes, "fp32" if in_fp32 else precision)
+    probes = probe_module(spec, module.float(), letters, "fp32", vae_in_fp32)
+    del module
+    gc.collect()
+    twin_folder = folder / "widened"
+    twin_folder.mkdir()
+    error = verify_export(write_widened(path, twin_folder), probes, "bf16")
+    shutil.rmtree(twin_folder)
+    return path, error
+
+
+def profiles_of(
+    spec: NetworkSpec, letters: Mapping[str, Range], latent_sizes: Sequence[tuple[int, int]] = ()
+) -> list[dict[str, Range]]:
+    """The ranges of a network's letters, per optimization profile: the whole range first, then single sizes (h, w)."""
+    own = {name: letters[name] for name in _letters_of(spec)}
+    sizes = latent_sizes if "h" in own else ()
+    return [own, *(own | {"h": Range(h, h), "w": Range(w, w)} for h, w in sizes)]
+
+
+def build_request(
+    spec: NetworkSpec,
+    onnx: Path,
+    folder: Path,
+    letters: Mapping[str, Range],
+    precision: Precision,
+    vae_in_fp32: bool,
+    library: Library,
+    targets: tuple[str, ...],
+    options: BuildOptions,
+    latent_sizes: Sequence[tuple[int, int]] = (),
+    timing_cache: Path | None = None,
+) -> BuildRequest:
+    """What the worker needs to build one exported network into `folder`."""
+    profiles = profiles_of(spec, letters, latent_sizes)
+
+    def bounds(tensor: TensorSpec, is_input: bool) -> TensorBounds:
+        return TensorBounds(
+            name=tensor.name,
+            shape=tuple(_parsed_size(dim, letters) for dim in tensor.shape),
+            dtype=TENSORRT_NAMES[tensor.dtype_name(precision, vae_in_fp32)],
+            profiles=tuple(profile_shapes(tensor, profile) for profile in profiles) if is_input else (),
+        )
+
+    return BuildRequest(
+        module=library.module,
+        onnx=str(onnx),
+        engine=str(folder / engine_name(spec.name)),
+        log=str(folder / f"{spec.name}.log"),
+        layers=str(folder / f"{spec.name}.layers"),
+        targets=targets,
+        inputs=tuple(bounds(tensor, True) for tensor in spec.inputs),
+        outputs=tuple(bounds(tensor, False) for tensor in spec.outputs),
+        optimization_level=options.optimization_level,
+        workspace_bytes=options.workspace_mib << 20 if options.workspace_mib else None,
+        timing_cache=str(timing_cache) if timing_cache else None,
+        plugin=library.has_plugins and spec.name == "denoiser",
+    )
+
+
+def profile_shapes(tensor: TensorSpec, profile: Mapping[str, Range]) -> tuple[tuple[int, ...], ...]:
+    """(min, opt, max) of an input. The builder tunes for `opt`: full micro-batches, all references, two bank rows."""
+    least = {name: value.minimum for name, value in profile.items()}
+    most = {name: value.maximum for name, value in profile.items()}
+    usual = most | ({"G": min(2, most["G"])} if "G" in most else {})
+    return tuple(tuple(size_of(dim, values) for dim in tensor.shape) for values in (least, usual, most))
+
+
+def run_worker(network: str, request: BuildRequest, on_fraction: Callable[[float], None]) -> BuildReport:
+    """Build in a process of its own; Ctrl-C, or any other exception in here, ends that process at once.
+
+    Raises:
+        EngineBuildError: TensorRT refused, in its own words, or the process died.
+        OSError: a file can't be written.
+    """
+    outcome: dict[str, Any] = {}
+    with tempfile.TemporaryFile() as complaints:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "storyadapter.engine.tensorrt.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=complaints,
+            text=True,
+            start_new_session=True,  # the terminal's Ctrl-C reaches this process alone, which then ends the other
+        )
+        assert process.stdin and process.stdout
+        try:
+            process.stdin.write(request.to_json() + "\n")
+            process.stdin.flush()
+            for line in process.stdout:
+                outcome = json.loads(line)
+                if "progress" in outcome:
+                    on_fraction(outcome["progress"])
+            code = process.wait()
+        finally:
+            process.kill()
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                pipe.close()
+        if "built" in outcome:
+            return BuildReport(**outcome["built"])
+        if "os_error" in outcome:
+            raise OSError(outcome["os_error"], outcome["strerror"], outcome["filename"])
+        complaints.seek(max(0, complaints.seek(0, 2) - 2000))
+        last_words = complaints.read().decode(errors="replace").strip().splitlines()[-1:]
+    raise EngineBuildError(_explain(network, request.module, outcome.get("refused"), code, last_words))
+
+
+def _explain(network: str, module: str, refused: str | None, code: int, last_words: list[str]) -> str:
+    if refused is None:
+        if code == _KILLED:
+            return (
+                f"{network}: the build was killed, most likely for want of memory; the full-size denoiser needs about "
+                "17 GB; close other programs, or build on a larger machine"
+            )
+        return f"{network}: {module}'s builder ended early (exit code {code}): {' '.join(last_words) or 'no message'}"
+    words = " ".join(refused.split())
+    if "memory" in words.lower():
+        return f"{network}: {module} refused: {words}; close other programs, or lower --max-frames or --workspace"
+    return f"{network}: {module} refused: {words}; another version of it may take this, or another backend: see doctor"
+
+
+def _letters_of(spec: NetworkSpec) -> list[str]:
+    dims = [dim for tensor in spec.inputs for dim in tensor.shape if isinstance(dim, str)]
+    return list(dict.fromkeys(split_dim(dim)[1] for dim in dims))
+
+
+def _parsed_size(dim: int | str, letters: Mapping[str, Range]) -> int:
+    """-1 for a dynamic dimension; a letter of one value was exported as a constant."""
+    if isinstance(dim, int):
+        return dim
+    factor, letter = split_dim(dim)
+    value = letters[letter]
+    return factor * value.minimum if value.minimum == value.maximum else -1

@@ -1,0 +1,262 @@
+"""Engines of the backend `tensorrt`: load, bind, enqueue.
+
+Needs PyTorch, the standard library and the TensorRT module; of this project only what needs no more than that. A call
+doesn't wait for the GPU: it is put on a stream that the engines share, ordered with the caller's by events.
+"""
+
+import logging
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from storyadapter.contract import Geometry, NetworkSpec, Precision, Range, network_specs, size_of
+from storyadapter.engine.tensorrt.engine_folder import TENSORRT_NAMES, EngineFolder, engine_name
+from storyadapter.engine.tensorrt.graphs import GraphCache
+from storyadapter.errors import EngineMismatchError, RunError
+from storyadapter.networks import Networks, check_inputs
+
+SHAPES_AT_MOST: Final = 8  # contexts of one network that are kept, one per (B, P, R, h, w) that occurred
+GRAPHS_AT_MOST: Final = 8  # CUDA graphs of one context
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the networks of one model share: the GPU, its stream, and the scratch memory, as they never run at once."""
+
+    device: torch.device
+    stream: torch.cuda.Stream
+    scratch: Tensor  # [bytes] uint8
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """An execution context whose shapes are set, and the graphs captured from it."""
+
+    context: Any
+    outputs: dict[str, Tensor]
+    graphs: GraphCache
+
+
+class TensorRTNetwork:
+    """One engine, called by names; see `storyadapter.networks.Network`.
+
+    Inputs are read where they lie. Outputs lie in memory of the network's own, that its next call writes again.
+    """
+
+    def __init__(
+        self,
+        spec: NetworkSpec,
+        engine: Any,
+        trt: ModuleType,
+        described: EngineFolder,
+        shared: Device,
+        *,
+        precision: Precision,
+        vae_in_fp32: bool,
+        runtime_cache: Path | None,
+    ) -> None:
+        self.spec = spec
+        self.precision: Precision = precision
+        self.vae_in_fp32 = vae_in_fp32
+        self._engine = engine
+        self._trt = trt
+        self._described = described
+        self._shared = shared
+        self._letters = described.profiles[spec.name][0]
+        self._config = self._cache = None
+        self._cache_path = runtime_cache
+        if runtime_cache is not None:
+            self._open_runtime_cache(runtime_cache)
+        most = {letter: allowed.maximum for letter, allowed in self._letters.items()}
+        self._buffers = {
+            tensor.name: torch.empty(
+                math.prod(size_of(dim, most) for dim in tensor.shape) * self._dtype(tensor.name).itemsize,
+                dtype=torch.uint8,
+                device=shared.device,
+            )
+            for tensor in spec.outputs
+        }
+        self._ready: OrderedDict[tuple[tuple[str, int], ...], _Ready] = OrderedDict()
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run once.
+
+        Raises:
+            ValueError: before anything is put on the GPU: a name, shape, dtype, device or range that doesn't fit.
+            RunError: TensorRT refused.
+        """
+        shared = self._shared
+        values = check_inputs(
+            self.spec,
+            inputs,
+            precision=self.precision,
+            vae_in_fp32=self.vae_in_fp32,
+            device=shared.device,
+            letters=self._letters,
+        )
+        current = torch.cuda.current_stream(shared.device)
+        shared.stream.wait_stream(current)
+        with torch.cuda.stream(shared.stream):
+            key = tuple(sorted(values.items()))
+            fresh = key not in self._ready
+            if fresh:
+                self._make_room()
+                self._ready[key] = self._new_context(values)
+            self._ready.move_to_end(key)
+            ready = self._ready[key]
+            addresses = tuple(inputs[tensor.name].data_ptr() for tensor in self.spec.inputs)
+            ready.graphs.run(addresses, lambda: self._enqueue(ready.context, inputs))
+        current.wait_stream(shared.stream)
+        if fresh:
+            self._save_runtime_cache()
+        return ready.outputs
+
+    def _enqueue(self, context: Any, inputs: Mapping[str, Tensor]) -> None:
+        for tensor in self.spec.inputs:
+            context.set_tensor_address(tensor.name, inputs[tensor.name].data_ptr())
+        if not context.execute_async_v3(torch.cuda.current_stream(self._shared.device).cuda_stream):
+            raise RunError(f"{self.spec.name}: TensorRT refused to run the engine; its log says why")
+
+    def _make_room(self) -> None:
+        """Throw away the shapes that were used the longest time ago."""
+        while len(self._ready) >= SHAPES_AT_MOST:
+            self._shared.stream.synchronize()  # they may still be running
+            self._ready.popitem(last=False)
+
+    def _new_context(self, values: Mapping[str, int]) -> _Ready:
+        """A context with its shapes set. Each shape has its own, so that a captured graph never meets another one."""
+        context = self._engine.create_execution_context(
+            self._config or self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        )
+        if context is None:
+            raise RunError(f"{self.spec.name}: TensorRT gave no execution context; its log says why")
+        profile = self._described.profile_for(self.spec.name, values)
+        if profile:
+            context.set_optimization_profile_async(profile, self._shared.stream.cuda_stream)
+        context.set_device_memory(self._shared.scratch.data_ptr(), self._shared.scratch.numel())
+        for tensor in self.spec.inputs:
+            shape = tuple(size_of(dim, values) for dim in tensor.shape)
+            if not context.set_input_shape(tensor.name, shape):
+                raise RunError(f"{self.spec.name}: TensorRT refused {tensor.name} of shape {list(shape)}")
+        outputs = {}
+        for tensor in self.spec.outputs:
+            shape = [size_of(dim, values) for dim in tensor.shape]
+            dtype = self._dtype(tensor.name)
+            buffer = self._buffers[tensor.name][: math.prod(shape) * dtype.itemsize]
+            outputs[tensor.name] = buffer.view(dtype).view(shape)
+            context.set_tensor_address(tensor.name, buffer.data_ptr())
+        return _Ready(context, outputs, GraphCache(GRAPHS_AT_MOST))
+
+    def _dtype(self, name: str) -> torch.dtype:
+        tensor = next(t for t in (*self.spec.inputs, *self.spec.outputs) if t.name == name)
+        return getattr(torch, tensor.dtype_name(self.precision, self.vae_in_fp32))
+
+    def _open_runtime_cache(self, path: Path) -> None:
+        """TensorRT-RTX compiles its kernels when a context is made; what it compiled is kept beside the engine."""
+        self._config = self._engine.create_runtime_config()
+        self._config.set_execution_context_allocation_strategy(
+            self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        )
+        self._cache = self._config.create_runtime_cache()
+        if path.is_file() and not self._cache.deserialize(path.read_bytes()):
+            _LOG.info("%s is of another GPU, driver or version; it is made anew", path)
+        self._config.set_runtime_cache(self._cache)
+
+    def _save_runtime_cache(self) -> None:
+        """Keep what TensorRT-RTX compiled so far; a folder that can't be written is no error."""
+        if self._cache is None or self._cache_path is None:
+            return
+        part = self._cache_path.with_suffix(".part")
+        try:
+            part.write_bytes(bytes(self._cache.serialize()))
+            part.replace(self._cache_path)
+        except OSError as error:
+            _LOG.info("%s can't be written: %s", self._cache_path, error.strerror)
+
+
+def open_tensorrt(
+    folder: Path,
+    geometry: Geometry,
+    precision: Precision,
+    letters: Mapping[str, Range],
+    on_progress: Callable[[str], None],
+) -> Networks:
+    """Open the seven engines of one folder on the current GPU; `on_progress` gets each name before it is loaded.
+
+    Raises:
+        EngineMismatchError: another TensorRT than the one installed built them, or the engine isn't the contract's.
+        RunError: TensorRT can't load an engine.
+    """
+    described = EngineFolder.read(folder)
+    trt = described.load_module()
+    device = torch.device("cuda", torch.cuda.current_device())
+    logger = _logger(trt)
+    runtime = trt.Runtime(logger)
+    engines = {}
+    for name, spec in network_specs(geometry).items():
+        on_progress(name)
+        engine = runtime.deserialize_cuda_engine((folder / engine_name(name)).read_bytes())
+        if engine is None:
+            raise RunError(f"{name}: {described.module} can't load the engine: {logger.last_error or 'no reason told'}")
+        check_engine(engine, spec, precision, geometry.vae_in_fp32)
+        engines[name] = (spec, engine)
+    scratch = max(engine.device_memory_size_v2 for _, engine in engines.values())
+    shared = Device(device, torch.cuda.Stream(device), torch.empty(max(scratch, 1), dtype=torch.uint8, device=device))
+    keeps_cache = described.module == "tensorrt_rtx"
+    networks = {
+        name: TensorRTNetwork(
+            spec,
+            engine,
+            trt,
+            described,
+            shared,
+            precision=precision,
+            vae_in_fp32=geometry.vae_in_fp32,
+            runtime_cache=folder / f"{name}.runtime-cache" if keeps_cache else None,
+        )
+        for name, (spec, engine) in engines.items()
+    }
+    return Networks(
+        **networks, geometry=geometry, backend="tensorrt", device=device, precision=precision, letters=letters
+    )
+
+
+def check_engine(engine: Any, spec: NetworkSpec, precision: Precision, vae_in_fp32: bool) -> None:
+    """Raises EngineMismatchError unless an engine's inputs and outputs are the contract's, by name and dtype."""
+    found = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
+    expected = {tensor.name for tensor in (*spec.inputs, *spec.outputs)}
+    if found != expected:
+        raise EngineMismatchError(f"{spec.name}: the engine has {sorted(found)}; the contract has {sorted(expected)}")
+    for tensor in (*spec.inputs, *spec.outputs):
+        dtype = engine.get_tensor_dtype(tensor.name).name
+        wanted = TENSORRT_NAMES[tensor.dtype_name(precision, vae_in_fp32)]
+        if dtype != wanted:
+            raise EngineMismatchError(f"{spec.name}: {tensor.name} is {dtype} in the engine; expected {wanted}")
+
+
+def _logger(trt: ModuleType) -> Any:
+    severity = trt.ILogger.Severity
+
+    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
+        """TensorRT's messages as Python's: its errors and warnings, and the last error for an exception's text."""
+
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.last_error = ""
+
+        def log(self, level: Any, message: str) -> None:
+            if level in (severity.ERROR, severity.INTERNAL_ERROR):
+                self.last_error = " ".join(message.split())
+                _LOG.error("%s", message)
+            elif level == severity.WARNING:
+                _LOG.warning("%s", message)
+
+    return Logger()

@@ -1,0 +1,320 @@
+"""One network's engine, built in a process of its own: `python -m storyadapter.engine.tensorrt.worker`.
+
+A process, so that Ctrl-C ends a build at once wherever it is, a crash or a lack of memory is one line in the program
+that asked, the log is this network's alone (TensorRT keeps the first logger of a process for good), and its peak memory
+can be told. Reads one JSON request from standard input; writes JSON lines to standard output: `{"progress": …}` while
+it builds, then `{"built": …}` or `{"refused": …}`. Ends when standard input closes: no build outlives its program.
+
+Imports the standard library and TensorRT alone (and the plugin's modules where the plugin is embedded).
+"""
+
+import errno
+import importlib
+import json
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from storyadapter.engine.tensorrt.layers import HEADER, fused_attentions, parse_layers
+from storyadapter.engine.tensorrt.progress import Progress
+
+_PROGRESS_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class TensorBounds:
+    """An input or output as the contract has it.
+
+    Attributes:
+        shape: -1 where a dimension is dynamic.
+        dtype: TensorRT's name: "HALF", "BF16", "FLOAT", "INT32".
+        profiles: of an input: one (min, opt, max) of shapes per optimization profile.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    profiles: tuple[tuple[tuple[int, ...], ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """Everything a build needs; plain data.
+
+    Attributes:
+        module: "tensorrt" or "tensorrt_rtx".
+        onnx, engine, log, layers: files; `onnx` is read, the others are written.
+        targets: architectures for `tensorrt_rtx`; `tensorrt` builds for the GPU that is present.
+        inputs, outputs: what the parsed network must have.
+        optimization_level: 0 to 5, None for TensorRT's own default.
+        workspace_bytes: the most scratch memory of one layer, None for TensorRT's own default.
+        timing_cache: read if it is there, then written; `tensorrt` only.
+        plugin: register the fused kernel, so that the parser takes it for our node.
+    """
+
+    module: str
+    onnx: str
+    engine: str
+    log: str
+    layers: str
+    targets: tuple[str, ...]
+    inputs: tuple[TensorBounds, ...]
+    outputs: tuple[TensorBounds, ...]
+    optimization_level: int | None = None
+    workspace_bytes: int | None = None
+    timing_cache: str | None = None
+    plugin: bool = False
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "BuildRequest":
+        data = json.loads(text)
+
+        def bounds(name: str) -> tuple[TensorBounds, ...]:
+            return tuple(
+                TensorBounds(item["name"], tuple(item["shape"]), item["dtype"], _nested_tuples(item["profiles"]))
+                for item in data[name]
+            )
+
+        return cls(
+            **{**data, "targets": tuple(data["targets"]), "inputs": bounds("inputs"), "outputs": bounds("outputs")}
+        )
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What a build took and gave.
+
+    Attributes:
+        seconds: parse, build and write; parse_seconds: of the ONNX file alone.
+        peak_memory_bytes: of the building process, the library included; 0 where the system doesn't tell.
+        engine_bytes: of the file.
+        layers: of the engine; fused_attentions: those that are an attention in one kernel.
+        longest_step_seconds: the longest time without a word from the builder.
+    """
+
+    seconds: float
+    parse_seconds: float
+    peak_memory_bytes: int
+    engine_bytes: int
+    layers: int
+    fused_attentions: int
+    longest_step_seconds: float
+    warnings: int = field(default=0)
+
+
+class Refusal(Exception):
+    """TensorRT refused; the text is its own words, with the node's name."""
+
+
+def build(trt: ModuleType, request: BuildRequest, on_progress: Callable[[float, str], None]) -> BuildReport:
+    """Parse and build one network, and write the engine, its log and its layer list.
+
+    Raises:
+        Refusal: the parser or the builder refused, or the network isn't the contract's.
+        OSError: a file can't be written.
+    """
+    started = time.perf_counter()
+    with open(request.log, "w", encoding="utf-8") as log_file:
+        logger = _logger(trt, log_file)
+        if request.plugin:
+            importlib.import_module("storyadapter.engine.tensorrt.plugin")  # registers itself
+        builder = trt.Builder(logger)
+        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        _parse(trt, network, logger, request)
+        parse_seconds = time.perf_counter() - started
+        config = builder.create_builder_config()
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+        monitor = _monitor(trt, on_progress)
+        config.progress_monitor = monitor
+        _configure(trt, config, request)
+        for index in range(len(request.inputs[0].profiles)):
+            profile = builder.create_optimization_profile()
+            for tensor in request.inputs:
+                profile.set_shape(tensor.name, *tensor.profiles[index])
+            config.add_optimization_profile(profile)
+        cache = _timing_cache(config, request)
+        engine = builder.build_serialized_network(network, config)
+        if engine is None:
+            raise Refusal("; ".join(logger.errors) or "the builder gave no engine and no reason")
+        Path(request.layers).write_text(logger.layers, encoding="utf-8")
+        with open(request.engine, "wb") as file:
+            file.write(engine)
+        if cache is not None:
+            _write_whole(Path(str(request.timing_cache)), bytes(cache.serialize()))
+        built = parse_layers(logger.layers).layers
+        return BuildReport(
+            seconds=round(time.perf_counter() - started, 3),
+            parse_seconds=round(parse_seconds, 3),
+            peak_memory_bytes=peak_memory(),
+            engine_bytes=engine.nbytes,
+            layers=len(built),
+            fused_attentions=fused_attentions(built),
+            longest_step_seconds=round(monitor.longest_silence, 3),
+            warnings=logger.warnings,
+        )
+
+
+def _parse(trt: ModuleType, network: Any, logger: Any, request: BuildRequest) -> None:
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(request.onnx):
+        errors = [parser.get_error(index) for index in range(parser.num_errors)]
+        raise Refusal(
+            "; ".join(f"node {error.node_name()!r} ({error.node_operator()}): {error.desc()}" for error in errors)
+            or "; ".join(logger.errors)
+        )
+    found_inputs = [network.get_input(index) for index in range(network.num_inputs)]
+    found_outputs = [network.get_output(index) for index in range(network.num_outputs)]
+    for kind, found, expected in (("input", found_inputs, request.inputs), ("output", found_outputs, request.outputs)):
+        seen = [(tensor.name, tuple(tensor.shape), tensor.dtype.name) for tensor in found]
+        wanted = [(tensor.name, tensor.shape, tensor.dtype) for tensor in expected]
+        if seen != wanted:
+            raise Refusal(f"the parsed network's {kind}s are {seen}; the contract's are {wanted}")
+    # An attention that no kernel serves (fp32, some head sizes) may be taken apart, instead of ending the build.
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.type.name == "ATTENTION_INPUT":
+            layer.__class__ = trt.IAttentionInputLayer
+            layer.attention.decomposable = True
+
+
+def _configure(trt: ModuleType, config: Any, request: BuildRequest) -> None:
+    if request.module == "tensorrt_rtx":
+        config.num_compute_capabilities = len(request.targets)
+        for index, target in enumerate(request.targets):
+            config.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), index)
+    if request.optimization_level is not None:
+        config.builder_optimization_level = request.optimization_level
+    if request.workspace_bytes is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request.workspace_bytes)
+
+
+def _timing_cache(config: Any, request: BuildRequest) -> Any:
+    """The timing cache that the build reads and fills, or None where there is none to keep."""
+    if request.timing_cache is None:
+        return None
+    path = Path(request.timing_cache)
+    cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
+    config.set_timing_cache(cache, ignore_mismatch=False)
+    return cache
+
+
+def _logger(trt: ModuleType, log_file: Any) -> Any:
+    severity = trt.ILogger.Severity
+
+    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
+        """Keeps everything above VERBOSE, and of that the layer list."""
+
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+            self.warnings = 0
+            self.layers = ""
+
+        def log(self, level: Any, message: str) -> None:
+            if level == severity.VERBOSE:
+                if message.startswith(HEADER):
+                    self.layers = message.removeprefix(HEADER).strip("\n") + "\n"
+                return
+            if level in (severity.ERROR, severity.INTERNAL_ERROR):
+                self.errors.append(message)
+            self.warnings += level == severity.WARNING
+            log_file.write(f"{level.name} {message}\n")
+
+    return Logger()
+
+
+def _monitor(trt: ModuleType, on_progress: Callable[[float, str], None]) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
+        """Tells the progress now and then; called from the builder's threads, one at a time under the GIL."""
+
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.progress = Progress()
+            self.told = self.heard = time.perf_counter()
+            self.longest_silence = 0.0
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self.progress.start(phase_name, parent_phase, num_steps)
+            self._tell()
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            self.progress.step(phase_name, step)
+            self._tell()
+            return True
+
+        def phase_finish(self, phase_name: str) -> None:
+            self.progress.finish(phase_name)
+            self._tell()
+
+        def _tell(self) -> None:
+            now = time.perf_counter()
+            self.longest_silence = max(self.longest_silence, now - self.heard)
+            self.heard = now
+            if now - self.told >= _PROGRESS_SECONDS:
+                self.told = now
+                on_progress(self.progress.fraction, self.progress.phase)
+
+    return Monitor()
+
+
+def peak_memory() -> int:
+    """The most memory this process ever held, in bytes; 0 where the system doesn't tell."""
+    # not getrusage: its maximum is handed down from the process that started this one
+    try:
+        found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    except OSError:
+        return 0
+    return int(found[1]) * 1024 if found else 0
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_bytes(data)
+    part.replace(path)
+
+
+def _nested_tuples(value: Any) -> Any:
+    return tuple(_nested_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _end_with_parent() -> None:
+    sys.stdin.read()  # returns when the other end is closed, by whatever
+    os._exit(1)
+
+
+def main() -> int:
+    """Serve one request; returns 0 if an engine was built."""
+    # TensorRT's compiler prints to standard output on its own: what it says goes to standard error.
+    channel = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+    os.dup2(2, 1)
+    request = BuildRequest.from_json(sys.stdin.readline())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+    def tell(**message: Any) -> None:
+        channel.write(json.dumps(message) + "\n")
+
+    try:
+        trt = importlib.import_module(request.module)
+        report = build(trt, request, lambda fraction, phase: tell(progress=fraction, phase=phase))
+    except Refusal as error:
+        tell(refused=str(error))
+        return 1
+    except OSError as error:
+        tell(os_error=error.errno or errno.EIO, strerror=error.strerror, filename=str(error.filename or ""))
+        return 1
+    tell(built=asdict(report))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
