@@ -1,0 +1,69 @@
+"""What a report must say about where its numbers come from."""
+
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+_PACKAGES = ("torch", "triton", "xformers")
+
+
+def _output(*command: str, cwd: Path | None = None) -> str | None:
+    try:
+        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def commit() -> str:
+    """The commit of the checkout this code lies in, `+changes` if files differ from it, or `unknown` outside a checkout."""
+    root = Path(__file__).resolve().parents[1]
+    revision = _output("git", "rev-parse", "HEAD", cwd=root)
+    if not revision:
+        return "unknown"
+    return f"{revision}+changes" if _output("git", "status", "--porcelain", "-uno", cwd=root) else revision
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that make the numbers; absent packages are left out."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def describe(device: torch.device, source_commit: str | None = None) -> dict[str, str]:
+    """Device, driver, power limit, versions, commit and command line, as text by name.
+
+    Args:
+        device: where the measurement runs.
+        source_commit: the commit, where the checkout's own history did not travel with the files.
+    """
+    found: dict[str, str] = {}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found["device"] = properties.name
+        found["compute capability"] = f"{properties.major}.{properties.minor}"
+        query = _output(
+            "nvidia-smi",
+            f"--id={device.index or 0}",
+            "--query-gpu=driver_version,power.limit,clocks.max.sm",
+            "--format=csv,noheader",
+        )
+        if query:
+            found["driver"], found["power limit"], found["highest SM clock"] = query.split(", ")
+        found["CUDA"] = str(torch.version.cuda)
+        found["cuDNN"] = str(torch.backends.cudnn.version())
+    else:
+        found["device"] = platform.processor() or platform.machine()
+    found |= versions()
+    found["commit"] = source_commit or commit()
+    found["command"] = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return found

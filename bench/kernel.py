@@ -1,0 +1,54 @@
+"""`storyadapter-trt bench kernel`: the fused GRCA kernel against the other ways to compute the same function."""
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options; imports neither PyTorch nor Triton."""
+    parser.add_argument(
+        "--dtype", choices=("float16", "bfloat16"), default="float16", help="element type (%(default)s)"
+    )
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:1, … or cpu with --smoke (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=30, metavar="N", help="timed repeats, at least 30 (%(default)s)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write FILE.md and FILE.json besides the table")
+    parser.add_argument("--smoke", action="store_true", help="two tiny cases: does the benchmark itself work?")
+    parser.add_argument("--commit", metavar="SHA", help="commit to report, where the checkout has no history")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the benchmark, prints the Markdown report, writes it and its JSON if asked.
+
+    Returns:
+        0.
+
+    Raises:
+        UnavailableError: no CUDA device, or no Triton.
+        InputError: fewer than 30 repeats, or a CPU without `--smoke`.
+    """
+    import torch
+
+    from storyadapter.bench.timing import MIN_REPEATS
+    from storyadapter.errors import InputError, UnavailableError
+
+    if args.repeats < MIN_REPEATS:
+        raise InputError(f"--repeats {args.repeats}: expected at least {MIN_REPEATS}")
+    try:
+        device = torch.device(args.device)
+    except RuntimeError:
+        raise InputError(f"--device {args.device}: expected cuda, cuda:<index> or cpu") from None
+    if device.type == "cpu" and not args.smoke:
+        raise InputError("--device cpu: the full table needs a GPU; expected --smoke with it")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UnavailableError(f"--device {args.device}: no CUDA device here; try --device cpu --smoke")
+    try:
+        from storyadapter.bench.kernel_report import write_report
+        from storyadapter.bench.kernel_run import compare
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise UnavailableError("triton is not installed; expected Triton 3.6 or later: pip install triton") from None
+
+    report = compare(device, getattr(torch, args.dtype), args.repeats, smoke=args.smoke, source_commit=args.commit)
+    print(write_report(report, args.out))
+    return 0

@@ -1,0 +1,129 @@
+"""Chooses the tiles that `kernels/tiles.json` stores: `python -m storyadapter.bench.tune --out tune.json`.
+
+Candidates are compiled side by side, checked against fp32 and timed over the cases below; the winner is the least geometric
+mean of its times relative to the best time of each case. The winner is copied into the table by hand: tiles are data.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import math
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from storyadapter.bench.environment import describe
+from storyadapter.bench.kernel_cases import LAYERS_1024, LAYERS_OTHER, KernelCase, LayerShape, make_inputs
+from storyadapter.bench.kernel_run import TOLERANCE, relative_error
+from storyadapter.bench.timing import buffer_sets, measure
+from storyadapter.grca import grca
+from storyadapter.kernels.grca import grca_kernel
+from storyadapter.kernels.launch import launch_arguments
+from storyadapter.kernels.tiles import Tiles, as_data
+
+CASES = (
+    KernelCase(LAYERS_1024[0], 16, 1),
+    KernelCase(LAYERS_1024[0], 16, 16),
+    KernelCase(LAYERS_1024[0], 16, 50),
+    KernelCase(LAYERS_1024[0], 16, 100),
+    KernelCase(LAYERS_1024[1], 16, 16),
+    KernelCase(LAYERS_1024[1], 16, 100),
+    KernelCase(LAYERS_1024[1], 2, 16),
+    KernelCase(LAYERS_OTHER[0], 16, 16),
+)
+DTYPE = torch.float16
+
+
+def candidates() -> list[Tiles]:
+    """Every shape of tile with its own best guess of the rest, and the rest varied around the two likely shapes."""
+    found = []
+    for (block_m, warps), block_n, stages in itertools.product(
+        ((64, 4), (128, 8), (128, 4), (256, 8)), (32, 64, 128), (1, 2, 3)
+    ):
+        tiles = 512 // block_m
+        found.append(Tiles(block_m, block_n, tiles, warps, stages, prefetch=False, heads_first=False))
+    for (block_m, warps), rows, prefetch, heads_first in itertools.product(
+        ((64, 4), (128, 8), (128, 4)), (1, 256, 512, 1024), (False, True), (False, True)
+    ):
+        tiles = max(1, rows // block_m)
+        if prefetch and tiles == 1:
+            continue
+        found.append(Tiles(block_m, 64, tiles, warps, 2, prefetch, heads_first))
+    return list(dict.fromkeys(found))
+
+
+def launch(tiles: Tiles, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, Any]:
+    """Output and compiled kernel of one call with the given tiles."""
+    out = torch.empty_like(arguments[0])
+    grid, positional, keywords = launch_arguments(*arguments, out, tiles)
+    return out, grca_kernel[grid](*positional, **keywords)
+
+
+def compile_one(tiles: Tiles) -> dict[str, Any]:
+    """Compiles a candidate in this process (the result lands in Triton's cache on disk) and says what it takes."""
+    case = KernelCase(LayerShape("compile", 64, 2), 2, 1)
+    try:
+        _, compiled = launch(tiles, make_inputs(case, DTYPE, torch.device("cuda"), 0).arguments())
+        torch.cuda.synchronize()
+    except Exception as error:  # a candidate that can't be built is a finding, not a failure
+        return {"refusal": str(error).splitlines()[0][:200]}
+    return {"registers": compiled.n_regs, "spills": compiled.n_spills, "shared_bytes": compiled.metadata.shared}
+
+
+def measure_one(
+    tiles: Tiles, case: KernelCase, expected: torch.Tensor, inputs: list[tuple[torch.Tensor, ...]]
+) -> float:
+    """Median milliseconds of one candidate on one case."""
+
+    def check() -> None:
+        error = relative_error(launch(tiles, inputs[0])[0], expected)
+        if not error <= TOLERANCE[DTYPE]:
+            raise RuntimeError(f"{tiles}: error {error:.2e} against fp32 on {case}")
+
+    def run(arguments: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        return launch(tiles, arguments)[0]
+
+    calls = [functools.partial(run, arguments) for arguments in inputs]
+    return measure(calls, check, inputs[0][0].device, warmup_seconds=0.02).median
+
+
+def main() -> None:
+    """Compiles, measures, prints the best twenty and writes everything."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON with every time")
+    args = parser.parse_args()
+    device = torch.device("cuda")
+    tiles = candidates()
+    workers = min(14, os.cpu_count() or 1)
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        builds = list(pool.map(compile_one, tiles))
+    results = [{"tiles": as_data(item), **build, "ms": []} for item, build in zip(tiles, builds, strict=True)]
+    for case in CASES:
+        sets = buffer_sets(case.bytes_moved(DTYPE.itemsize), device)
+        inputs = [make_inputs(case, DTYPE, device, seed) for seed in range(sets)]
+        expected = grca(*inputs[0].to(torch.float32).arguments())
+        arguments = [item.arguments() for item in inputs]
+        for item, result in zip(tiles, results, strict=True):
+            if "refusal" not in result:
+                result["ms"].append(measure_one(item, case, expected, arguments))
+    measured = [result for result in results if result["ms"]]
+    best = [min(result["ms"][index] for result in measured) for index in range(len(CASES))]
+    for result in measured:
+        ratios = [time / least for time, least in zip(result["ms"], best, strict=True)]
+        result["score"] = math.exp(sum(map(math.log, ratios)) / len(ratios))
+    measured.sort(key=lambda result: result["score"])
+    names = [f"{case.layer.name} B={case.rows} N={case.frames}" for case in CASES]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    report = {"environment": describe(device), "cases": names, "results": results}
+    args.out.write_text(json.dumps(report) + "\n", encoding="utf-8")
+    for result in measured[:20]:
+        print(f"{result['score']:.3f}", " ".join(f"{time:.4f}" for time in result["ms"]), result["tiles"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,247 @@
+"""The kernel compiled ahead of time, without a GPU, as data that a TensorRT plugin or the CUDA driver API can launch.
+
+Triton appends hidden pointer parameters (global and profiling scratch) behind the kernel's own. Where their sizes are 0
+nothing reads them, so they are removed and the PTX has exactly the parameters listed in `EmbeddedKernel.arguments`; a
+kernel that needs scratch is refused. The cubin is assembled from that same PTX.
+"""
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+
+from storyadapter.kernels.arguments import (
+    ALIGNED_STRIDE,
+    ELEMENT_BYTES,
+    PACKED_INTEGERS,
+    TokenStrides,
+    constants,
+    grid_expressions,
+)
+from storyadapter.kernels.grca import grca_kernel
+from storyadapter.kernels.tiles import Tiles, choose_tiles
+
+# Shared memory that one program may use, bytes (CUDA C++ Programming Guide, compute capabilities).
+SHARED_MEMORY_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+# What a launch gets without asking for more.
+DEFAULT_SHARED_MEMORY = 48 * 1024
+WARP_THREADS = 32
+_INDEX_INPUTS = ("text_row", "ref_row", "ref_length")
+_TENSOR_INPUTS = ("q", "text_kv", "text_row", "ref_kv", "ref_row", "ref_length")
+_HIDDEN_PARAMETERS = 2
+
+
+class AheadOfTimeError(RuntimeError):
+    """The compiled kernel can't be launched as `EmbeddedKernel` promises."""
+
+
+@dataclass(frozen=True)
+class KernelArgument:
+    """One parameter of the entry.
+
+    Attributes:
+        name: as in `grca_kernel`.
+        kind: input pointer, int32, or output pointer.
+        type: `*fp16`, `*bf16`, `*fp32`, `*i32` or `i32`.
+        expression: of an integer: over the letters B, S, H, D, P, T, G, R, for contiguous tensors.
+    """
+
+    name: str
+    kind: Literal["input", "integer", "output"]
+    type: str
+    expression: str | None = None
+
+
+@dataclass(frozen=True)
+class EmbeddedKernel:
+    """The kernel for one target, width, dtype and T; B, S, P, G, R are free.
+
+    Attributes:
+        entry: name of the entry in `ptx` and `cubin`.
+        ptx: text; its target is `sm_90a`, `sm_120a`, … where the architecture has such a variant.
+        cubin: machine code assembled from `ptx`.
+        capability: compute capability, 10·major + minor.
+        heads, head_size, text_tokens, element_type: what it was compiled for.
+        grid: integer expressions over B, S, H.
+        block: threads.
+        shared_bytes: dynamic shared memory of a launch; over 48 KB only if asked for by attribute.
+        arguments: in order.
+        tiles: compile-time choices.
+        tuned: the tiles were measured on this architecture.
+    """
+
+    entry: str
+    ptx: str
+    cubin: bytes
+    capability: int
+    heads: int
+    head_size: int
+    text_tokens: int
+    element_type: str
+    grid: tuple[str, str, str]
+    block: tuple[int, int, int]
+    shared_bytes: int
+    arguments: tuple[KernelArgument, ...]
+    tiles: Tiles
+    tuned: bool
+
+
+def evaluate(expression: str, letters: dict[str, int]) -> int:
+    """Value of an expression of `EmbeddedKernel` for given shapes, e.g. letters {"B": 16, "S": 4096, "H": 10, …}."""
+    return int(eval(compile(expression, "<kernel expression>", "eval"), {"__builtins__": {}}, letters))
+
+
+def compile_kernel(
+    capability: int,
+    heads: int,
+    head_size: int,
+    element_type: str,
+    text_tokens: int,
+    *,
+    embedded: bool = True,
+    tiles: Tiles | None = None,
+    ptx_version: int | None = None,
+) -> EmbeddedKernel:
+    """Compiles for contiguous tensors; needs Triton, no GPU and no driver.
+
+    Args:
+        capability: target, 10·major + minor: 80, 86, 89, 90, 100 or 120.
+        heads: H.
+        head_size: D, 32 or 64.
+        element_type: fp16 or bf16 (fp32 where not embedded).
+        text_tokens: T.
+        embedded: take the stored tiles whose shared memory is at most 48 KB.
+        tiles: instead of the stored ones.
+        ptx_version: PTX ISA version as Triton counts it (86: 8.6), for drivers older than this Triton.
+
+    Raises:
+        ValueError: an unknown target or element type.
+        AheadOfTimeError: scratch memory, an unexpected parameter list, or more shared memory than the target has.
+    """
+    if capability not in SHARED_MEMORY_LIMIT:
+        raise ValueError(f"capability is {capability}; expected one of {sorted(SHARED_MEMORY_LIMIT)}")
+    if element_type not in ELEMENT_BYTES:
+        raise ValueError(f"element_type is {element_type!r}; expected one of {sorted(ELEMENT_BYTES)}")
+    choice = choose_tiles(capability, head_size, ELEMENT_BYTES[element_type], embedded=embedded)
+    chosen = tiles or choice.tiles
+    width = heads * head_size
+    compiled = _compile(
+        capability,
+        element_type,
+        constants(text_tokens, head_size, element_type, ALIGNED_STRIDE, TokenStrides(*[width] * 4), chosen),
+        chosen,
+        ptx_version,
+    )
+    arguments = _arguments(element_type)
+    entry, shared = compiled.metadata.name, compiled.metadata.shared
+    limit = DEFAULT_SHARED_MEMORY if embedded else SHARED_MEMORY_LIMIT[capability]
+    if shared > limit:
+        raise AheadOfTimeError(f"sm_{capability}: {shared} bytes of shared memory; expected at most {limit}: {chosen}")
+    for scratch in ("global_scratch_size", "profile_scratch_size"):
+        if getattr(compiled.metadata, scratch, 0):
+            raise AheadOfTimeError(f"sm_{capability}: {scratch} is {getattr(compiled.metadata, scratch)}; expected 0")
+    ptx = strip_hidden_parameters(compiled.asm["ptx"], entry, len(arguments))
+    return EmbeddedKernel(
+        entry=entry,
+        ptx=ptx,
+        cubin=assemble(ptx, capability),
+        capability=capability,
+        heads=heads,
+        head_size=head_size,
+        text_tokens=text_tokens,
+        element_type=element_type,
+        grid=grid_expressions(chosen),
+        block=(WARP_THREADS * chosen.num_warps, 1, 1),
+        shared_bytes=shared,
+        arguments=arguments,
+        tiles=chosen,
+        tuned=choice.tuned if tiles is None else False,
+    )
+
+
+def _compile(capability: int, element_type: str, fixed: dict[str, Any], tiles: Tiles, ptx_version: int | None) -> Any:
+    names = grca_kernel.arg_names
+    signature = {}
+    for name in names:
+        if name in fixed:
+            signature[name] = "constexpr"
+        elif name in PACKED_INTEGERS:
+            signature[name] = "i32"
+        else:
+            signature[name] = "*i32" if name in _INDEX_INPUTS else f"*{element_type}"
+    # Tensors of a plugin, as of PyTorch, start at multiples of 16 bytes; row tables need no such promise.
+    wide = [index for index, name in enumerate(names) if signature[name] == f"*{element_type}"]
+    source = ASTSource(
+        grca_kernel,
+        signature,
+        {(names.index(name),): value for name, value in fixed.items()},
+        {(index,): [["tt.divisibility", 16]] for index in wide},
+    )
+    options = {**tiles.options(), "enable_fp_fusion": True}
+    if ptx_version is not None:
+        options["ptx_version"] = ptx_version
+    with triton.knobs.compilation.scope():
+        triton.knobs.compilation.disable_line_info = True  # no paths of this machine in the PTX
+        return triton.compile(source, target=GPUTarget("cuda", capability, WARP_THREADS), options=options)
+
+
+def _arguments(element_type: str) -> tuple[KernelArgument, ...]:
+    inputs = (
+        KernelArgument(name, "input", "*i32" if name in _INDEX_INPUTS else f"*{element_type}")
+        for name in _TENSOR_INPUTS
+    )
+    integers = (KernelArgument(name, "integer", "i32", expression) for name, expression in PACKED_INTEGERS.items())
+    return (*inputs, *integers, KernelArgument("out", "output", f"*{element_type}"))
+
+
+def strip_hidden_parameters(ptx: str, entry: str, expected: int) -> str:
+    """Removes the parameters that Triton appends to an entry.
+
+    Args:
+        ptx: text with one entry.
+        entry: its name.
+        expected: parameters that are the kernel's own.
+
+    Raises:
+        AheadOfTimeError: another number of hidden parameters than known, or one that is read.
+    """
+    found = re.search(rf"\.entry {re.escape(entry)}\((.*?)\)", ptx, re.DOTALL)
+    if found is None:
+        raise AheadOfTimeError(f"no entry {entry} in the PTX")
+    parameters = [line.strip().rstrip(",") for line in found.group(1).strip().splitlines()]
+    if len(parameters) != expected + _HIDDEN_PARAMETERS:
+        raise AheadOfTimeError(
+            f"the PTX entry has {len(parameters)} parameters; expected {expected} and {_HIDDEN_PARAMETERS} hidden ones"
+        )
+    for parameter in parameters[expected:]:
+        name = parameter.split()[-1]
+        if re.search(rf"\b{re.escape(name)}\b", ptx[found.end() :]):
+            raise AheadOfTimeError(f"the hidden parameter {name} is read")
+    kept = ",\n".join(f"\t{parameter}" for parameter in parameters[:expected])
+    return f"{ptx[: found.start(1)]}\n{kept}\n{ptx[found.end(1) :]}"
+
+
+def assemble(ptx: str, capability: int) -> bytes:
+    """Machine code of a PTX text, by the assembler that Triton carries.
+
+    Raises:
+        AheadOfTimeError: the assembler's own words.
+    """
+    target = re.search(r"^\.target (sm_\w+)", ptx, re.MULTILINE)
+    if target is None:
+        raise AheadOfTimeError("the PTX names no target")
+    with tempfile.TemporaryDirectory() as folder:
+        source, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        source.write_text(ptx, encoding="utf-8")
+        command = [get_ptxas(capability).path, f"--gpu-name={target.group(1)}", str(source), "-o", str(binary)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise AheadOfTimeError(f"ptxas refuses the kernel for {target.group(1)}: {done.stderr.strip()}")
+        return binary.read_bytes()

@@ -1,0 +1,97 @@
+"""What `grca_kernel` is launched with, without PyTorch: compile-time arguments, grid, and the integers of packed tensors.
+
+The launcher fills the run-time integers from the tensors' strides; a TensorRT plugin, whose tensors are always contiguous,
+computes them from the shapes by the expressions below.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from storyadapter.kernels.tiles import Tiles
+
+# Text tokens whose scores are kept in registers all at once; longer texts run through the running softmax.
+MAX_TEXT_IN_REGISTERS = 128
+# The least rows of a matrix operand.
+SMALLEST_BLOCK = 16
+# Rows that start at multiples of this many elements are read 16 bytes at a time.
+ALIGNED_STRIDE = 8
+# Element types by name: bytes, and the sum of weights up to which no single weight overflowed when it was rounded.
+ELEMENT_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
+LARGEST_SUM = {"fp16": 65504.0, "bf16": 1e30, "fp32": 1e30}
+
+
+@dataclass(frozen=True)
+class TokenStrides:
+    """Elements between neighbouring tokens: compile-time constants, since they follow from the layer's width."""
+
+    q: int
+    text: int
+    ref: int
+    out: int
+
+
+def text_blocks(text_tokens: int) -> tuple[int, int]:
+    """Two powers of two (the second may be 0) whose sum covers T with little padding; (0, 0): too many for registers."""
+    if text_tokens > MAX_TEXT_IN_REGISTERS:
+        return 0, 0
+    whole = max(SMALLEST_BLOCK, _next_power_of_two(text_tokens))
+    if whole > SMALLEST_BLOCK:
+        rest = max(SMALLEST_BLOCK, _next_power_of_two(text_tokens - whole // 2))
+        if whole // 2 + rest < whole:
+            return whole // 2, rest
+    return whole, 0
+
+
+def _next_power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
+
+def constants(
+    text_tokens: int, head_size: int, element_type: str, stride_unit: int, strides: TokenStrides, tiles: Tiles
+) -> dict[str, Any]:
+    """Every compile-time argument of `grca_kernel`; `element_type` is fp16, bf16 or fp32."""
+    text_block, text_rest = text_blocks(text_tokens)
+    return {
+        "SCALE": math.log2(math.e) / math.sqrt(head_size),
+        "TEXT_TOKENS": text_tokens,
+        "TEXT_BLOCK": text_block,
+        "TEXT_REST": text_rest,
+        "HEAD_SIZE": head_size,
+        "LIMIT": LARGEST_SUM[element_type],
+        "STRIDE_UNIT": stride_unit,
+        "Q_STRIDE": strides.q,
+        "TEXT_STRIDE": strides.text,
+        "REF_STRIDE": strides.ref,
+        "OUT_STRIDE": strides.out,
+        **tiles.constants(),
+    }
+
+
+def grid_shape(rows: int, query_tokens: int, heads: int, tiles: Tiles) -> tuple[int, int, int]:
+    """Programs of one launch, (x, y, z); B, S and H may be symbolic."""
+    queries = tiles.block_m * tiles.tiles
+    chunks = (query_tokens + queries - 1) // queries
+    return (heads, chunks, rows) if tiles.heads_first else (chunks, heads, rows)
+
+
+def grid_expressions(tiles: Tiles) -> tuple[str, str, str]:
+    """The same as integer expressions over the letters B, S and H."""
+    queries = tiles.block_m * tiles.tiles
+    chunks = f"(S + {queries - 1}) // {queries}"
+    return ("H", chunks, "B") if tiles.heads_first else (chunks, "H", "B")
+
+
+# Run-time integers of `grca_kernel` in its order, for contiguous tensors, over the letters S, R, T, H and D.
+PACKED_INTEGERS = {
+    "query_tokens": "S",
+    "ref_tokens": "R",
+    "q_stride_b": f"S * H * D // {ALIGNED_STRIDE}",
+    "q_stride_h": f"D // {ALIGNED_STRIDE}",
+    "text_stride_p": f"2 * T * H * D // {ALIGNED_STRIDE}",
+    "text_stride_kv": f"T * H * D // {ALIGNED_STRIDE}",
+    "ref_stride_g": f"2 * R * H * D // {ALIGNED_STRIDE}",
+    "ref_stride_kv": f"R * H * D // {ALIGNED_STRIDE}",
+    "out_stride_b": f"S * H * D // {ALIGNED_STRIDE}",
+    "out_stride_h": f"D // {ALIGNED_STRIDE}",
+}

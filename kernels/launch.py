@@ -1,0 +1,185 @@
+"""`storyadapter::grca_triton`: the fused kernel as an operator of the same signature and meaning as `storyadapter::grca`.
+
+Importing this module registers the operator and needs Triton. It runs under eager PyTorch, is seen through by
+`torch.compile` and AOTInductor (`torch.library.triton_op`), and can be captured in a CUDA graph: it allocates its output
+and launches one kernel, nothing else.
+"""
+
+import functools
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+
+from storyadapter.kernels.arguments import ALIGNED_STRIDE, TokenStrides, constants, grid_shape
+from storyadapter.kernels.grca import grca_kernel
+from storyadapter.kernels.tiles import Tiles, choose_tiles
+
+HEAD_SIZES = (32, 64)
+ELEMENT_TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+
+@functools.cache
+def _capability(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+def _fail(name: str, found: object, expected: str) -> ValueError:
+    return ValueError(f"grca_triton: {name} is {found}; expected {expected}")
+
+
+def check_arguments(
+    q: Tensor, text_kv: Tensor, text_row: Tensor, ref_kv: Tensor, ref_row: Tensor, ref_length: Tensor
+) -> None:
+    """Refuses what the kernel can't read; costs no synchronization.
+
+    The values of `text_row`, `ref_row` and `ref_length` are checked where they lie on the host (the interpreter). On a GPU
+    reading them would stall the stream: a row index out of range is undefined there, as for any gather without bounds
+    checks; lengths over R are clamped to R.
+
+    Raises:
+        ValueError: an argument's shape, dtype, device, layout or (on the host) value; names the argument.
+    """
+    if q.dim() != 4:
+        raise _fail("q", f"of shape {list(q.shape)}", "[B, S, H, D]")
+    rows, _, heads, head_size = q.shape
+    if q.dtype not in ELEMENT_TYPES:
+        raise _fail("q", q.dtype, "float16, bfloat16 or float32")
+    if head_size not in HEAD_SIZES:
+        raise _fail("q", f"of head size {head_size}", " or ".join(str(size) for size in HEAD_SIZES))
+    if q.stride(-1) != 1:
+        raise _fail("q", f"of stride {q.stride(-1)} in the last dimension", "stride 1")
+    width = heads * head_size
+    for name, kv, letters in (("text_kv", text_kv, "[P, 2, T, C]"), ("ref_kv", ref_kv, "[G, 2, R, C]")):
+        if kv.dim() != 4 or kv.shape[1] != 2 or kv.shape[3] != width:
+            raise _fail(name, f"of shape {list(kv.shape)}", f"{letters} with C = H·D = {width}")
+        if kv.shape[0] == 0 or kv.shape[2] == 0:
+            raise _fail(name, f"of shape {list(kv.shape)}", f"{letters} with no empty dimension")
+        if kv.dtype != q.dtype:
+            raise _fail(name, kv.dtype, f"the dtype of q, {q.dtype}")
+        if kv.stride(-1) != 1:
+            raise _fail(name, f"of stride {kv.stride(-1)} in the last dimension", "stride 1")
+    for name, index, length, letters in (
+        ("text_row", text_row, rows, "[B]"),
+        ("ref_row", ref_row, rows, "[B]"),
+        ("ref_length", ref_length, ref_kv.shape[0], "[G]"),
+    ):
+        if index.dtype != torch.int32:
+            raise _fail(name, index.dtype, "int32")
+        if index.dim() != 1 or index.shape[0] != length:
+            raise _fail(name, f"of shape {list(index.shape)}", f"{letters} = [{length}]")
+        if index.stride(0) != 1 and length > 1:
+            raise _fail(name, f"of stride {index.stride(0)}", "a contiguous tensor")
+    for name, tensor in (
+        ("text_kv", text_kv),
+        ("text_row", text_row),
+        ("ref_kv", ref_kv),
+        ("ref_row", ref_row),
+        ("ref_length", ref_length),
+    ):
+        if tensor.device != q.device:
+            raise _fail(name, f"on {tensor.device}", f"the device of q, {q.device}")
+    if q.device.type == "cpu":
+        if not interpreted():
+            raise _fail("q", "on cpu", "a CUDA tensor (on a CPU only with TRITON_INTERPRET=1, for tests)")
+        if type(q) is Tensor and rows > 0:
+            _check_values(text_row, ref_row, ref_length, text_kv.shape[0], ref_kv.shape[0], ref_kv.shape[2])
+    elif q.device.type not in ("cuda", "meta"):
+        raise _fail("q", f"on {q.device}", "a CUDA tensor")
+
+
+def _check_values(
+    text_row: Tensor, ref_row: Tensor, ref_length: Tensor, prompts: int, banks: int, ref_tokens: int
+) -> None:
+    for name, values, low, high in (
+        ("text_row", text_row, 0, prompts - 1),
+        ("ref_row", ref_row, 0, banks - 1),
+        ("ref_length", ref_length, 1, ref_tokens),
+    ):
+        least, most = int(values.min()), int(values.max())
+        if least < low or most > high:
+            raise _fail(name, f"from {least} to {most}", f"values from {low} to {high}")
+
+
+def interpreted() -> bool:
+    """Whether Triton runs kernels in its interpreter (TRITON_INTERPRET=1 when it was imported)."""
+    return not isinstance(grca_kernel, triton.runtime.JITFunction)
+
+
+def _stride_unit(*tensors: Tensor) -> int:
+    aligned = all(stride % ALIGNED_STRIDE == 0 for tensor in tensors for stride in tensor.stride()[:-1])
+    return ALIGNED_STRIDE if aligned else 1
+
+
+def launch_arguments(
+    q: Tensor,
+    text_kv: Tensor,
+    text_row: Tensor,
+    ref_kv: Tensor,
+    ref_row: Tensor,
+    ref_length: Tensor,
+    out: Tensor,
+    tiles: Tiles,
+) -> tuple[tuple[int, int, int], tuple[Any, ...], dict[str, Any]]:
+    """Grid, arguments and keyword arguments with which `grca_kernel` computes into `out` [B, S, H, D].
+
+    Arguments as those of `grca_triton`, already checked; `out` has stride 1 in its last dimension.
+    """
+    rows, query_tokens, heads, head_size = q.shape
+    unit = _stride_unit(q, text_kv, ref_kv, out)
+    outer = (
+        *(q.stride(0), q.stride(2)),
+        *(text_kv.stride(0), text_kv.stride(1)),
+        *(ref_kv.stride(0), ref_kv.stride(1)),
+        *(out.stride(0), out.stride(2)),
+    )
+    arguments = (
+        *(q, text_kv, text_row, ref_kv, ref_row, ref_length),
+        *(query_tokens, ref_kv.shape[2]),
+        *(stride // unit for stride in outer),
+        out,
+    )
+    # int() fixes what a compiler may have made symbolic: these are compile-time constants of the kernel.
+    strides = TokenStrides(int(q.stride(1)), int(text_kv.stride(2)), int(ref_kv.stride(2)), int(out.stride(1)))
+    keywords = constants(int(text_kv.shape[2]), int(head_size), ELEMENT_TYPES[q.dtype], unit, strides, tiles)
+    keywords |= tiles.options()
+    return grid_shape(rows, query_tokens, heads, tiles), arguments, keywords
+
+
+@triton_op("storyadapter::grca_triton", mutates_args={})
+def grca_triton(
+    q: Tensor, text_kv: Tensor, text_row: Tensor, ref_kv: Tensor, ref_row: Tensor, ref_length: Tensor
+) -> Tensor:
+    """Text attention plus reference attention of one layer in one kernel.
+
+        out = softmax(q·k_textᵀ/√D)·v_text + softmax(q·k_refᵀ/√D)·v_ref
+
+    Source: Story-Adapter (arXiv 2410.06244), section 3.2; λ is folded into v_ref beforehand.
+
+    Args:
+        q: [B, S, H, D], float16, bfloat16 or float32; D 32 or 64; any strides but 1 in the last dimension.
+        text_kv: [P, 2, T, C], keys then values, dtype of q; C = H·D; any strides but 1 in the last dimension.
+        text_row: [B] int32, the prompt each row reads, in 0 … P-1.
+        ref_kv: [G, 2, R, C], keys then values times λ, dtype of q; strides as text_kv.
+        ref_row: [B] int32, the bank row each row reads, in 0 … G-1.
+        ref_length: [G] int32 in 1 … R: valid tokens of each bank row; what lies behind them is never read.
+
+    Returns:
+        [B, S, H, D], contiguous, dtype of q.
+
+    Raises:
+        ValueError: an argument that the kernel can't read; see `check_arguments`.
+    """
+    check_arguments(q, text_kv, text_row, ref_kv, ref_row, ref_length)
+    rows, _, heads, head_size = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if q.numel() == 0:
+        return out
+    capability = _capability(q.device.index or 0) if q.device.type == "cuda" else 0
+    choice = choose_tiles(capability, int(head_size), q.element_size())
+    grid, arguments, keywords = launch_arguments(q, text_kv, text_row, ref_kv, ref_row, ref_length, out, choice.tiles)
+    wrap_triton(grca_kernel)[grid](*arguments, **keywords)
+    return out
