@@ -1,11 +1,15 @@
 """Fixtures shared by all tests."""
 
+import shlex
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from storyadapter.cli.main import main
 from storyadapter.demo.networks import TINY, write_random_model
 from tests.oracle.published_method import encode_picture, load_published_model, published_frame
 
@@ -49,3 +53,24 @@ def tell_pictures_apart(folder: Path) -> None:
     adapter["image_proj.proj.weight"] = weight / spread
     adapter["image_proj.proj.bias"] += weight @ (3 * common / common.square().mean().sqrt() - common / spread)
     save_file(adapter, path, metadata={"format": "pt"})
+
+
+@pytest.fixture(scope="session")
+def tiny_engine_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An engine store with one onnxruntime engine of the tiny model: fp32, 64×64, 3 frames at once, 100 references.
+
+    Built once, by typing the very command that `run` tells when it finds no engine. Read only.
+    """
+    folder = tmp_path_factory.mktemp("engines")
+    run = [
+        *("run", "--base-model", str(tiny_model_dir), "--image-encoder", str(tiny_model_dir / "image_encoder")),
+        *("--ip-adapter", str(tiny_model_dir / "ip-adapter.safetensors"), "--backend", "onnxruntime"),
+        *("--precision", "fp32", "--max-frames", "3", "--prompt", "a fox", "--out", str(folder / "no-such-folder")),
+        *("--engine-dir", str(folder)),
+    ]
+    with redirect_stderr(StringIO()) as told:
+        assert main(run) == 2
+    program, *build = shlex.split(told.getvalue().partition("build it: ")[2])
+    assert program == "storyadapter-trt"
+    assert main([*build, "--quiet"]) == 0
+    return folder

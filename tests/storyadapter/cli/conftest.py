@@ -1,31 +1,11 @@
 """The program, called in this process, on the tiny model."""
 
-import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from storyadapter.cli.main import main
-
-
-@dataclass(frozen=True)
-class Done:
-    """What a command ended with."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def events(self) -> list[dict[str, Any]]:
-        """Standard output of `--json-log`."""
-        return [json.loads(line) for line in self.out.splitlines()]
-
-
-Type = Callable[..., Done]
+from tests.storyadapter.cli.running import Done, Type
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +16,7 @@ def own_folders(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, monkey
 
 
 @pytest.fixture
-def type_in(capfd: pytest.CaptureFixture[str]) -> Iterator[Type]:
+def type_in(capfd: pytest.CaptureFixture[str]) -> Type:
     """Type a command of storyadapter-trt."""
 
     def call(*words: str | Path) -> Done:
@@ -44,7 +24,7 @@ def type_in(capfd: pytest.CaptureFixture[str]) -> Iterator[Type]:
         code = main([str(word) for word in words])
         return Done(code, *capfd.readouterr())
 
-    yield call
+    return call
 
 
 @pytest.fixture
@@ -70,13 +50,3 @@ def quick_run(tiny_model: list[str]) -> list[str]:
         *("--style", "none", "--backend", "eager", "--precision", "fp32"),
         *("--steps", "2", "--iterations", "2", "--seed", "7", "--out", "out"),
     ]
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def pictures(folder: Path) -> dict[str, bytes]:
-    """Every picture of a run, byte by byte."""
-    return {name: data for name, data in files(folder).items() if name.endswith((".png", ".gif"))}

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from storyadapter.files import lock_folder
-from tests.storyadapter.cli.conftest import Type, files
+from tests.storyadapter.cli.running import Type, files
 
 
 @pytest.fixture

@@ -1,0 +1,99 @@
+"""The first thing a newcomer types."""
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import storyadapter
+from storyadapter.cli.main import build_parser, main
+from tests.storyadapter.cli.running import Type
+
+HEAVY = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "numpy", "PIL", "rich", "yaml")
+
+
+def test_help_is_quick_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\n"
+        "from storyadapter.cli.main import main\n"
+        "try:\n    main(['--help'])\n"
+        f"finally:\n    print('heavy:', [name for name in {HEAVY} if name in sys.modules])"
+    )
+    seconds = []
+    for _ in range(3):  # the quickest of three: other work on the machine only adds
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        assert "heavy: []" in done.stdout
+    assert min(seconds) < 0.5
+
+
+@pytest.mark.parametrize("command", [[], ["run"], ["build"], ["doctor"]])
+def test_help_has_examples_that_parse(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith("usage: storyadapter-trt")
+    examples = [line.split("    ")[0].split() for line in text.splitlines() if line.startswith("  storyadapter-trt ")]
+    assert bool(examples) == (command != ["doctor"])
+    for _, *words in examples:
+        if "--help" not in words:
+            build_parser().parse_args([word for word in words if word != "…"])
+
+
+def test_help_can_be_shown_in_a_terminal_without_lambda() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "storyadapter.cli.main", "run", "--help"],
+        env={"PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"storyadapter-trt {storyadapter.__version__}\n"
+
+
+def test_no_command(type_in: Type) -> None:
+    done = type_in()
+    assert done.code == 2
+    assert done.err == (
+        "storyadapter-trt: error: the following arguments are required: COMMAND; for all options type "
+        "storyadapter-trt --help\n"
+    )
+
+
+def test_a_reader_that_goes_away() -> None:
+    done = subprocess.run(
+        f"{sys.executable} -m storyadapter.cli.main doctor | true", shell=True, capture_output=True, text=True
+    )
+    assert done.stderr == ""
+
+
+def test_standard_output_on_a_full_disk() -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "storyadapter.cli.main", "doctor"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith(
+        "storyadapter-trt: error: standard output can't be written: No space left on device\n"
+    )
+
+
+def test_doctor(type_in: Type) -> None:
+    done = type_in("doctor")
+    assert done.code == 0
+    lines = done.out.splitlines()
+    assert [line.split()[0] for line in lines[:3]] == ["machine", "GPU", "versions"]
+    backends = [line for line in lines if line.startswith("backend ")]
+    assert any(line.startswith("backend    eager: ") and line.endswith("; can serve") for line in backends)
+    assert all(line.endswith("; can serve") or "; NO: " in line for line in backends)
+    assert any(line.startswith("default    --backend ") for line in lines)
+    assert any(line.startswith("engines    0 in ") for line in lines)

@@ -1,0 +1,174 @@
+"""A run that is stopped at any moment goes on as if it had not been."""
+
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import psutil
+import pytest
+from PIL import Image
+
+from storyadapter.cli.main import main
+from storyadapter.cli.stopping import INTERRUPTED, TERMINATED
+from tests.storyadapter.cli.running import Done, Type, pictures, program
+
+HINT = "type the same command with --resume to go on"
+
+
+@pytest.fixture(scope="module")
+def processes() -> multiprocessing.context.ForkServerContext:
+    """A server that has imported everything, and forks a process per run."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["tests.storyadapter.cli.running", "storyadapter.cli.drawing", "storyadapter.engine.eager"]
+    )
+    return context
+
+
+@pytest.fixture
+def stopped(processes: multiprocessing.context.ForkServerContext, tmp_path: Path):
+    """Begin a run with `--json-log`, and do something to it when an iteration is finished."""
+
+    def call(words: list[str], iteration: int, act: Callable[[BaseProcess], None]) -> Done:
+        out, err = tmp_path / "log", tmp_path / "err"
+        for path in (out, err):
+            path.unlink(missing_ok=True)
+        os.mkfifo(out)
+        process = processes.Process(target=program, args=([*words, "--json-log"], out, err))
+        process.start()
+        lines, acted = [], False
+        try:
+            with out.open() as log:
+                for line in log:
+                    lines.append(line)
+                    if line.startswith(f'{{"event": "iteration_finished", "iteration": {iteration},'):
+                        act(process)
+                        acted = True
+            process.join(60)
+        finally:
+            process.kill()
+        assert acted, err.read_text()
+        return Done(process.exitcode, "".join(lines), err.read_text())
+
+    return call
+
+
+def send(number: int) -> Callable[[BaseProcess], None]:
+    return lambda process: os.kill(process.pid, number)
+
+
+def finished_iterations(out: str = "out") -> int:
+    """Checks that every file of a run opens, too."""
+    for path in Path(out).rglob("*.png"):
+        with Image.open(path) as image:
+            image.load()
+    return len(json.loads(Path(out, "story.json").read_text())["progress"]["iterations"])
+
+
+@pytest.fixture
+def long_run(quick_run: list[str]) -> list[str]:
+    """Iterations of about a second, so that a run can be stopped in the middle of one."""
+    return [*quick_run, "--steps", "10", "--iterations", "6"]
+
+
+def test_stopped_in_every_way_and_resumed_it_draws_the_same(
+    type_in: Type, stopped, long_run: list[str], tmp_path: Path
+) -> None:
+    assert type_in(*long_run, "--out", "uninterrupted").code == 0
+
+    done = stopped(long_run, 0, send(signal.SIGKILL))
+    assert done.code == -signal.SIGKILL
+    assert 1 <= (first := finished_iterations()) < 7
+
+    done = stopped([*long_run, "--resume"], first, send(signal.SIGINT))
+    assert done.code == INTERRUPTED == 130
+    second = finished_iterations()
+    assert first < second < 7
+    assert done.err == f"storyadapter-trt: stopped; {second} of 7 iterations finished; {HINT}\n"
+
+    def no_space(process: BaseProcess) -> None:  # from here on, no file may be as large as a frame
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2000, 2000))
+
+    done = stopped([*long_run, "--resume"], second, no_space)
+    assert done.code == 1
+    third = finished_iterations()
+    assert second < third < 7
+    assert done.err.startswith("storyadapter-trt: error: out/")
+    assert done.err.endswith(": the file size limit is reached; make room, then go on with --resume\n")
+    assert done.err.count("\n") == 1
+    assert not list(Path("out").rglob("*.part"))
+
+    done = stopped([*long_run, "--resume"], third, send(signal.SIGTERM))
+    assert done.code == TERMINATED == 143
+    assert done.err == f"storyadapter-trt: stopped; {finished_iterations()} of 7 iterations finished; {HINT}\n"
+
+    done = type_in(*long_run)
+    assert done.code == 2 and "type --resume to go on with it" in done.err
+    assert type_in(*long_run, "--resume").code == 0
+    assert pictures(Path("out")) == pictures(Path("uninterrupted"))
+
+
+def test_two_runs_into_one_folder(type_in: Type, stopped, long_run: list[str]) -> None:
+    def second_run(process: BaseProcess) -> None:
+        done = type_in(*long_run, "--resume")
+        assert process.is_alive()
+        assert done.code == 2
+        assert "storyadapter-trt: error: out is in use by another run; wait until that has ended, or " in done.err
+        process.terminate()
+
+    assert stopped(long_run, 0, second_run).code == TERMINATED
+
+
+def test_ctrl_c_while_loading(quick_run: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "storyadapter.cli.main", *quick_run, "--json-log"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert json.loads(process.stdout.readline())["event"] in ("stage", "weights_read")
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == INTERRUPTED
+    assert err == "storyadapter-trt: stopped\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk(quick_run: list[str], tmp_path: Path) -> None:
+    """A real file system of 144 KiB, mounted in a namespace of the test's own."""
+    mount = 'mount -t tmpfs -o size=144k tmpfs "$1"'
+    unshare = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    try:
+        allowed = subprocess.run([*unshare, mount, "sh", disk], capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("there is no unshare command to mount a small disk with")
+    if allowed.returncode:
+        pytest.skip(f"this machine lets nobody mount a small disk: {allowed.stderr.strip()}")
+    script = f'{mount}; disk="$1"; shift; "$@"; code=$?; cp -a "$disk/out" kept && exit $code'
+    command = [sys.executable, "-m", "storyadapter.cli.main", *quick_run, "--out", str(disk / "out")]
+    done = subprocess.run([*unshare, script, "sh", disk, *command], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "no space left on the disk; make room, then go on with --resume" in done.stderr.splitlines()[-1]
+    assert 1 <= finished_iterations("kept") < 3
+    assert main([*quick_run, "--out", "kept", "--resume"]) == 0
+    assert finished_iterations("kept") == 3
+
+
+def test_no_memory_is_left(type_in: Type, stopped, quick_run: list[str]) -> None:
+    limit = resource.getrlimit(resource.RLIMIT_AS)
+    in_use = psutil.Process().memory_info().vms
+    resource.setrlimit(resource.RLIMIT_AS, (in_use + (300 << 20), limit[1]))
+    try:
+        done = type_in(*quick_run, "--height", "4096", "--width", "4096", "--quiet")
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limit)
+    assert done.code == 1
+    assert done.err == (
+        "storyadapter-trt: error: out of memory with --max-frames 8 and frames of 4096x4096; type a smaller "
+        "--max-frames, and --resume to keep what is finished\n"
+    )
