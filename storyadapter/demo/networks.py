@@ -21,8 +21,8 @@ from transformers import (
 )
 
 from storyadapter.demo.vocabulary import START, vocabulary, write_tokenizer
+from storyadapter.method import TOKENS_PER_IMAGE
 
-TOKENS_PER_IMAGE = 4
 SDXL_LATENT_SCALE = 0.13025  # the VAE's `scaling_factor` in published SDXL; the demo VAE is trained to need the same
 
 
@@ -207,17 +207,28 @@ def write_model(model: DemoModel, folder: Path, dtype: torch.dtype = torch.float
         state = {key: value.detach().to("cpu", dtype).contiguous() for key, value in network.state_dict().items()}
         if isinstance(network, Adapter):
             save_file(state, folder / f"{name}.safetensors", metadata={"format": "pt"})
-            continue
-        library = isinstance(network, UNet2DConditionModel | AutoencoderKL)
-        copy = type(network).from_config(network.config) if library else type(network)(network.config)
-        nn.Module.to(copy, dtype)  # diffusers' own `to` logs an empty warning
-        copy.load_state_dict(state)
-        copy.save_pretrained(folder / name, safe_serialization=True)
+        elif isinstance(network, UNet2DConditionModel | AutoencoderKL):
+            copy = type(network).from_config(network.config)
+            nn.Module.to(copy, dtype)  # diffusers' own `to` logs an empty warning
+            copy.load_state_dict(state)
+            copy.save_pretrained(folder / name, safe_serialization=True)
+        else:
+            network.config.architectures = [type(network).__name__]
+            network.config.dtype = dtype
+            network.config.save_pretrained(folder / name)
+            save_file(_published_keys(name, state), folder / name / "model.safetensors", metadata={"format": "pt"})
     write_tokenizer(folder / "tokenizer", model.words, pad_token="<|endoftext|>")
     write_tokenizer(folder / "tokenizer_2", model.words, pad_token="!")
     (folder / "scheduler").mkdir(exist_ok=True)
     _write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
     _write_json(folder / "model_index.json", MODEL_INDEX)
+
+
+def _published_keys(name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Newer transformers dropped the prefix that published files of the first text encoder have."""
+    if name != "text_encoder":
+        return state
+    return {f"text_model.{key.removeprefix('text_model.')}": value for key, value in state.items()}
 
 
 def write_random_model(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file
-from transformers import CLIPVisionModelWithProjection
+from transformers import CLIPTextModel, CLIPVisionModelWithProjection
 
 from storyadapter.demo.networks import TINY, build, write_random_model
 
@@ -93,3 +93,12 @@ def test_any_text_tokenizes_and_the_second_tokenizer_pads_with_its_own_sign(fold
     padded = pipeline.tokenizer_2("a", padding="max_length", max_length=6).input_ids
     assert padded[-1] == 0
     assert json.loads((folder / "tokenizer_2/vocab.json").read_text())["!"] == 0
+
+
+def test_text_encoder_keys_are_the_published_ones_and_are_read_back(folder: Path) -> None:
+    state = load_file(folder / "text_encoder/model.safetensors")
+    assert all(key.startswith("text_model.") for key in state)
+    encoder = CLIPTextModel.from_pretrained(folder / "text_encoder")
+    read = {key.removeprefix("text_model."): value for key, value in encoder.state_dict().items()}
+    for key, value in state.items():
+        torch.testing.assert_close(read[key.removeprefix("text_model.")], value, rtol=0, atol=0)

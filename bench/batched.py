@@ -1,0 +1,129 @@
+"""The published method on many small stories at once: a plain second implementation, for judging a freshly trained
+demo model in seconds. What users run is `storyadapter.StoryPipeline`; `quality` measures that."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import (
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionModelWithProjection,
+)
+
+from storyadapter.demo.attention import attach
+from storyadapter.demo.networks import Adapter
+from storyadapter.demo.train import resizer
+from storyadapter.method import DDIM_CONFIG, GUIDANCE, NEGATIVE_PROMPT, STEPS, TEXT_TOKENS
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Text of all frames, unconditional rows first: hidden states [2n, 77, E], pooled [2n, D]."""
+
+    hidden: Tensor
+    pooled: Tensor
+    noise: Tensor  # [n, 4, h, w]
+
+
+class BatchedMethod:
+    """All frames of all stories are one batch; stories have the same number of frames."""
+
+    def __init__(
+        self,
+        folder: Path,
+        device: str,
+        steps: int = STEPS,
+        guidance: float = GUIDANCE,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """Load a demo model; `dtype` is the UNet's, all else is fp32."""
+        self.device, self.steps, self.guidance = torch.device(device), steps, guidance
+        self.unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32)
+        self.vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32).to(device)
+        self.vision = CLIPVisionModelWithProjection.from_pretrained(folder / "image_encoder", dtype=torch.float32)
+        self.encoders = (
+            CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32).to(device),
+            CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder_2", dtype=torch.float32).to(device),
+        )
+        self.tokenizers = tuple(CLIPTokenizer.from_pretrained(folder / n) for n in ("tokenizer", "tokenizer_2"))
+        self.adapter = Adapter(self.unet, self.vision.config.projection_dim)
+        self.adapter.load_state_dict({k: v.float() for k, v in load_file(folder / "ip-adapter.safetensors").items()})
+        attach(self.unet, self.adapter)
+        for network in (self.unet, self.vision, self.adapter):
+            network.to(self.device).eval()
+        nn.Module.to(self.unet, dtype)
+        self.adapter.to(dtype)
+
+    @torch.inference_mode()
+    def conditions(self, prompts: list[str], seeds: list[int]) -> Conditions:
+        """Encode one prompt and draw one noise per frame; frames of one story have the same seed."""
+        texts = [NEGATIVE_PROMPT] * len(prompts) + prompts
+        hidden, pooled = [], torch.empty(0)
+        for tokenizer, encoder in zip(self.tokenizers, self.encoders, strict=True):
+            ids = tokenizer(
+                texts, padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt"
+            ).input_ids.to(self.device)
+            result = encoder(ids, output_hidden_states=True)
+            hidden.append(result.hidden_states[-2])
+            pooled = getattr(result, "text_embeds", pooled)
+        size = self.unet.config.sample_size
+        noise = [torch.randn(4, size, size, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return Conditions(torch.cat(hidden, -1), pooled, torch.stack(noise).to(self.device))
+
+    @torch.inference_mode()
+    def draw(self, conditions: Conditions, references: Tensor | None, scale: float) -> Tensor:
+        """Draw every frame.
+
+        Args:
+            conditions: of n frames.
+            references: pictures uint8 [n, refs, 3, H, W] per frame, or None for text alone.
+            scale: λ.
+
+        Returns:
+            Pictures uint8 [n, 3, H, W].
+        """
+        frames = len(conditions.noise)
+        width = self.adapter.image_proj["proj"].in_features
+        refs = 1 if references is None else references.shape[1]
+        embeddings = torch.zeros(2 * frames, refs, width, device=self.device)
+        if references is not None:
+            resize = resizer(self.device)
+            seen = [
+                self.vision(pixel_values=resize(p.to(self.device).float())).image_embeds
+                for p in references.flatten(0, 1).split(512)
+            ]
+            embeddings[frames:] = torch.cat(seen).unflatten(0, (frames, refs))
+        dtype = self.unet.dtype
+        tokens = self.adapter.tokens(embeddings.to(dtype)).flatten(1, 2)
+        extra = {
+            "references": tokens,
+            "reference_mask": torch.ones(1, 1, 1, tokens.shape[1], dtype=torch.bool, device=self.device),
+            "reference_scale": torch.tensor(0.0 if references is None else scale, device=self.device),
+        }
+        side = conditions.noise.shape[-1] * 8
+        sizes = torch.tensor([[side, side, 0, 0, side, side]], device=self.device).repeat(2 * frames, 1)
+        scheduler = DDIMScheduler(**DDIM_CONFIG)
+        scheduler.set_timesteps(self.steps)
+        latents = conditions.noise
+        for step in scheduler.timesteps:
+            plain, told = (
+                self.unet(
+                    torch.cat([latents, latents]).to(dtype),
+                    step,
+                    encoder_hidden_states=conditions.hidden.to(dtype),
+                    added_cond_kwargs={"text_embeds": conditions.pooled.to(dtype), "time_ids": sizes},
+                    cross_attention_kwargs=extra,
+                )
+                .sample.float()
+                .chunk(2)
+            )
+            latents = scheduler.step(plain + self.guidance * (told - plain), step, latents).prev_sample
+        parts = [self.vae.decode(part / self.vae.config.scaling_factor).sample for part in latents.split(256)]
+        return (torch.cat(parts) * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8).cpu()

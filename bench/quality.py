@@ -1,0 +1,219 @@
+"""`storyadapter-trt bench quality`: does the method keep its character, measured on pictures of held-out stories."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from storyadapter import method
+from storyadapter.contract import PRECISIONS, Range, ShapeRanges
+from storyadapter.demo.shipped import MODEL
+from storyadapter.engine.backends import AUTO, BACKENDS
+from storyadapter.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from storyadapter.bench.held_out import HeldOutStory
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `bench quality`. Imports nothing heavy."""
+    parser.add_argument(
+        "--model", type=Path, default=MODEL, metavar="DIR", help="folder of a demo model (default: the shipped one)"
+    )
+    parser.add_argument("--stories", type=int, default=24, metavar="N", help="held-out stories (default: %(default)s)")
+    parser.add_argument(
+        "--frames", type=int, default=8, metavar="N", help="frames of each story (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=3, metavar="N", help="drawings of each story (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--iterations", type=int, default=method.ITERATIONS, metavar="K", help="after the first (default: %(default)s)"
+    )
+    parser.add_argument("--steps", type=int, default=method.STEPS, help="denoising steps (default: %(default)s)")
+    parser.add_argument("--guidance", type=float, default=method.GUIDANCE, help="(default: %(default)s)")
+    parser.add_argument(
+        "--sampler",
+        choices=("pipeline", "batched"),
+        default="pipeline",
+        help="pipeline: what run uses, story by story; batched: a plain second implementation of the method in PyTorch "
+        "that draws all stories at once (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--backend", choices=(AUTO, *BACKENDS), default="eager", help="of the pipeline (default: eager)"
+    )
+    parser.add_argument(
+        "--precision", choices=(AUTO, *PRECISIONS), default=AUTO, help="of the pipeline (default: auto)"
+    )
+    parser.add_argument("--engine-dir", type=Path, metavar="D", help="engine store (default: in the user's cache)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write quality.json and a sheet per story here")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Draw the stories, judge them, print the table. Returns 0 if the method's claim holds on them, else 1.
+
+    Raises:
+        InputError: too few stories, frames, seeds or iterations; no demo model there; options that don't fit together.
+    """
+    for option, value, least in (
+        ("--stories", args.stories, 2),
+        ("--frames", args.frames, 2),
+        ("--seeds", args.seeds, 1),
+        ("--iterations", args.iterations, 1),
+    ):
+        if value < least:
+            raise InputError(f"{option} is {value}; expected {least} or more")
+    if not (args.model / "model_index.json").is_file():
+        raise InputError(
+            f"--model {args.model}: no model_index.json there; expected the folder of a trained demo model"
+        )
+    if args.sampler == "batched" and (args.backend != "eager" or args.precision not in (AUTO, "fp32")):
+        raise InputError(
+            "--sampler batched is plain PyTorch in fp32; expected no other --backend or --precision with it"
+        )
+    import numpy as np
+
+    from storyadapter.bench.held_out import held_out_stories
+    from storyadapter.bench.quality_report import measure
+
+    stories = held_out_stories(args.stories, args.frames)
+    drawn, control = (_draw_batched if args.sampler == "batched" else _draw_by_pipeline)(stories, args)
+    truth = np.stack([story.truth for story in stories])
+    quality = measure(read_labels(drawn), read_labels(control), truth)
+    print(quality.table())
+    print(f"consistency of independent characters: {quality.chance:.3f}")
+    print(f"agreement with the iteration before: {quality.own}; with another story's references: {quality.control}")
+    if args.out:
+        from storyadapter.bench.story_sheets import save_sheet
+
+        args.out.mkdir(parents=True, exist_ok=True)
+        settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if not callable(v)}
+        result = {"settings": settings, **quality.as_dict()}
+        (args.out / "quality.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        for n in range(len(stories)):
+            save_sheet(drawn[:, n, 0], args.out / f"story-{n:02d}.png")
+    risen, kept = quality.holds()
+    print(f"consistency risen: {'yes' if risen else 'no'}; fidelity kept: {'yes' if kept else 'no'}")
+    return 0 if risen and kept else 1
+
+
+def seed_of(story: int, repeat: int) -> int:
+    """The seed of one drawing of one story."""
+    return 1000 * (repeat + 1) + story
+
+
+def read_labels(pictures: Tensor) -> np.ndarray:
+    """What the judge reads off pictures uint8 [..., 3, H, W]: int64 [..., traits]."""
+    import torch
+
+    from storyadapter.demo.judge import load_judge
+
+    judge = load_judge(device="cuda" if torch.cuda.is_available() else "cpu")
+    lead = pictures.shape[:-3]
+    return judge.read(pictures.flatten(0, len(lead) - 1)).unflatten(0, lead).numpy()
+
+
+def _draw_by_pipeline(stories: list[HeldOutStory], args: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """Pictures uint8 [iterations, stories, seeds, frames, 3, H, W], and of the control [stories, seeds, …]."""
+    import torch
+
+    from storyadapter import Checkpoint, Story, StoryPipeline
+    from storyadapter.engine import open_networks
+    from storyadapter.engine.backends import choose_backend, choose_precision
+    from storyadapter.events import FrameFinished
+    from storyadapter.pipeline import FinishedIteration
+    from storyadapter.plan import RunPlan
+
+    checkpoint = Checkpoint.open(
+        base_model=args.model,
+        image_encoder=args.model / "image_encoder",
+        ip_adapter=args.model / "ip-adapter.safetensors",
+    )
+    backend = choose_backend() if args.backend == AUTO else args.backend
+    precision = choose_precision(backend) if args.precision == AUTO else args.precision
+    side = checkpoint.geometry.default_pixels
+    ranges = ShapeRanges(args.frames, args.frames, Range(side, side), Range(side, side))
+    networks = open_networks(
+        checkpoint, backend=backend, precision=precision, ranges=ranges, engine_dir=args.engine_dir
+    )
+    pipeline = StoryPipeline(networks, checkpoint.load_tokenizers())
+    scales = method.reference_scales(args.iterations)
+
+    def draw(number: int, repeat: int, resume: FinishedIteration | None = None) -> Iterator[list]:
+        """The frames of each iteration, as Pillow pictures."""
+        plan = RunPlan(
+            height=side,
+            width=side,
+            seed=seed_of(number, repeat),
+            scales=scales,
+            steps=args.steps,
+            guidance=args.guidance,
+            max_frames=args.frames,
+        )
+        frames = []
+        story = Story(tuple(stories[number].prompts), style="none")
+        for event in pipeline.run(story, plan, resume=resume):
+            if isinstance(event, FrameFinished):
+                frames.append(event.picture)
+                if len(frames) == args.frames:
+                    yield frames
+                    frames = []
+
+    numbers, repeats = range(len(stories)), range(args.seeds)
+    drawn = {}
+    for n in numbers:
+        for k in repeats:
+            drawn[n, k] = list(draw(n, k))
+            print(f"story {n + 1} of {len(stories)}, seed {k + 1} of {args.seeds} drawn", flush=True)
+    before = len(scales) - 1
+    control = {
+        (n, k): next(draw(n, k, FinishedIteration(before, drawn[(n + 1) % len(stories), k][before])))
+        for n in numbers
+        for k in repeats
+    }
+    nested = [[[_tensor(drawn[n, k][i]) for k in repeats] for n in numbers] for i in range(len(scales) + 1)]
+    return (
+        torch.stack([torch.stack([torch.stack(row) for row in rows]) for rows in nested]),
+        torch.stack([torch.stack([_tensor(control[n, k]) for k in repeats]) for n in numbers]),
+    )
+
+
+def _tensor(frames: list) -> Tensor:
+    import numpy as np
+    import torch
+
+    return torch.from_numpy(np.stack([np.asarray(frame) for frame in frames])).permute(0, 3, 1, 2)
+
+
+def _draw_batched(stories: list[HeldOutStory], args: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """The same by the plain second implementation of the method."""
+    import torch
+
+    from storyadapter.bench.batched import BatchedMethod
+
+    precision = "fp32" if args.precision == AUTO else args.precision
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    drawer = BatchedMethod(args.model, device, args.steps, args.guidance, dtype)
+    shape = (len(stories), args.seeds, args.frames)
+    prompts = [prompt for story in stories for _ in range(args.seeds) for prompt in story.prompts]
+    seeds = [seed_of(n, k) for n in range(len(stories)) for k in range(args.seeds) for _ in range(args.frames)]
+    conditions = drawer.conditions(prompts, seeds)
+
+    def references(pictures: Tensor, shift: int) -> Tensor:
+        """Every frame sees all frames of its story, or of the story `shift` further on."""
+        shown = pictures.unflatten(0, shape).roll(-shift, 0)
+        return shown[:, :, None].expand(-1, -1, args.frames, *[-1] * 4).flatten(0, 2)
+
+    scales = method.reference_scales(args.iterations)
+    drawn = [drawer.draw(conditions, None, 0.0)]
+    for scale in scales:
+        drawn.append(drawer.draw(conditions, references(drawn[-1], 0), scale))
+    control = drawer.draw(conditions, references(drawn[-2], 1), scales[-1])
+    return torch.stack([part.unflatten(0, shape) for part in drawn]), control.unflatten(0, shape)
