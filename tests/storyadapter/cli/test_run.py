@@ -81,9 +81,7 @@ def test_a_seed_is_drawn_shown_and_repeatable(type_in: Type, quick_run: list[str
     assert type_in(*seedless, "--out", "first", "--resume").code == 0
 
 
-@pytest.mark.parametrize(
-    ("frames", "max_frames", "split"), [(7, 4, [4, 3]), (10, 8, [5, 5]), (4, 4, [4]), (2, 1, [1, 1])]
-)
+@pytest.mark.parametrize(("frames", "max_frames", "split"), [(7, 4, [4, 3]), (10, 8, [5, 5])])
 def test_frames_are_split_evenly(
     frames: int, max_frames: int, split: list[int], type_in: Type, quick_run: list[str]
 ) -> None:
@@ -232,11 +230,12 @@ def test_guidance_of_one_computes_no_unconditional_rows(type_in: Type, quick_run
     assert plan["unet_rows"] == 6
 
 
-@pytest.mark.parametrize("scheduler", ["euler", "dpmpp_2m", "lcm"])
-def test_schedulers(scheduler: str, type_in: Type, quick_run: list[str]) -> None:
-    assert type_in(*quick_run, "--iterations", "0", "--scheduler", scheduler).code == 0
-    assert type_in(*quick_run, "--iterations", "0", "--out", "ddim").code == 0
-    assert pictures(Path("out")) != pictures(Path("ddim"))
+def test_schedulers(type_in: Type, quick_run: list[str]) -> None:
+    drawn = set()
+    for scheduler in ("ddim", "euler", "dpmpp_2m", "lcm"):
+        assert type_in(*quick_run, "--iterations", "0", "--scheduler", scheduler, "--out", scheduler).code == 0
+        drawn.add(Path(scheduler, "frames/000.png").read_bytes())
+    assert len(drawn) == 4
 
 
 def test_events_come_in_order(type_in: Type, quick_run: list[str]) -> None:

@@ -74,8 +74,8 @@ def finished_iterations(out: str = "out") -> int:
 
 @pytest.fixture
 def long_run(quick_run: list[str]) -> list[str]:
-    """Iterations of about a second, so that a run can be stopped in the middle of one."""
-    return [*quick_run, "--steps", "10", "--iterations", "6"]
+    """Long enough to be stopped in the middle of an iteration."""
+    return [*quick_run, "--steps", "6", "--iterations", "6"]
 
 
 def test_stopped_in_every_way_and_resumed_it_draws_the_same(
