@@ -45,6 +45,7 @@ def optimize(
     log: Log,
     checkpoint: Path | None = None,
     half: bool = False,
+    save_every: float = 60,
 ) -> None:
     """Train `modules` on the sum of `losses()`, which draws its own batch on the device.
 
@@ -56,7 +57,8 @@ def optimize(
         modules: networks with the weights to train.
         budget: length, learning rate, averaging.
         log: where losses go.
-        checkpoint: file for a stopped run to go on from; it is written about every minute.
+        checkpoint: file for a stopped run to go on from; it is removed at the end.
+        save_every: seconds between checkpoints, at the least.
         half: the networks compute in bf16, from fp32 weights that only the update sees.
 
     Raises:
@@ -111,6 +113,7 @@ def optimize(
             group["lr"] = rate
         for p, kept in zip([*weights, *averages], [*state["weights"], *state["averages"]], strict=True):
             p.copy_(kept)
+        torch._foreach_copy_([p.data for p in used], weights)
     run = _captured(step) if graphed else step
     done = start
     began, saved, logged = time.monotonic() - spent, time.monotonic(), time.monotonic()
@@ -129,7 +132,7 @@ def optimize(
             if time.monotonic() - logged > 10 or n == 199 or n + 1 == budget.steps:
                 log(stage, step=n + 1, seconds=round(time.monotonic() - began, 1), **values)
                 logged = time.monotonic()
-            if checkpoint and time.monotonic() - saved > 60:
+            if checkpoint and time.monotonic() - saved >= save_every:
                 _save(checkpoint, n + 1, time.monotonic() - began, optimizer, weights, averages)
                 saved = time.monotonic()
     for module in modules:

@@ -141,7 +141,7 @@ class Training:
             }
 
         optimize("vae", losses, [vae], self.settings.vae, self.log, self.work / "vae.resume", half=True)
-        _whiten(vae, self._latents(vae, pictures[:: max(1, len(pictures) // 4096)], scaled=False))
+        whiten(vae, self._latents(vae, pictures[:: max(1, len(pictures) // 4096)], scaled=False))
         torch.save({"vae": vae.state_dict()}, self.work / "vae.pt")
         test, truth = self._load("test")
         seen = self._redraw(vae, test, noise=0)
@@ -380,7 +380,7 @@ def resizer(device: torch.device) -> Callable[[Tensor], Tensor]:
 
 
 @torch.no_grad()
-def _whiten(vae: nn.Module, latents: Tensor) -> None:
+def whiten(vae: nn.Module, latents: Tensor) -> None:
     """Shift and scale the latents' channels inside the VAE's own 1×1 convolutions, an exact change of variables, so
     that published SDXL's `scaling_factor` gives zero mean and unit deviation."""
     mean, spread = latents.mean((0, 2, 3)), latents.std((0, 2, 3)) * vae.config.scaling_factor
