@@ -10,6 +10,7 @@ from typing import Any
 from storyadapter import method
 from storyadapter.checkpoint.paths import CheckpointPaths, LoraSpec
 from storyadapter.contract import PRECISIONS, Range, ShapeRanges
+from storyadapter.demo.shipped import MODEL
 from storyadapter.engine.backends import AUTO, BACKENDS
 from storyadapter.engine.tensorrt.options import BuildOptions, parse_resolution
 from storyadapter.errors import InputError
@@ -185,11 +186,8 @@ def model_choice(args: argparse.Namespace) -> ModelChoice:
         for name in ("base_config", "vae", "variant"):
             if getattr(args, name):
                 raise InputError(f"--{name.replace('_', '-')} was given without --base-model; expected all of {_MODEL}")
-        from storyadapter.demo.shipped import demo_model
-
-        folder, label = demo_model()
-        paths = CheckpointPaths(folder, folder / "image_encoder", folder / "ip-adapter.safetensors", loras=loras)
-        return ModelChoice(paths, label)
+        paths = CheckpointPaths(MODEL, MODEL / "image_encoder", MODEL / "ip-adapter.safetensors", loras=loras)
+        return ModelChoice(paths, "the demo model")
     if missing:
         raise InputError(f"{' and '.join(missing)} missing; expected all of {_MODEL}, or none for the demo model")
     paths = CheckpointPaths(**given, base_config=args.base_config, vae=args.vae, variant=args.variant, loras=loras)
