@@ -20,7 +20,7 @@ def _output(*command: str, cwd: Path | None = None) -> str | None:
 
 
 def commit() -> str:
-    """The commit of the checkout this code lies in, `+changes` if files differ from it, or `unknown` outside a checkout."""
+    """The commit of the checkout this code lies in (`+changes` if files differ from it), or `unknown`."""
     root = Path(__file__).resolve().parents[1]
     revision = _output("git", "rev-parse", "HEAD", cwd=root)
     if not revision:

@@ -28,7 +28,7 @@ LAYERS_OTHER = (
     LayerShape("1344x768 C=640", 4032, 10),
     LayerShape("1344x768 C=1280", 1008, 20),
 )
-LAYERS_SMOKE = (LayerShape("smoke", 64, 2, 32),)
+LAYERS_SMOKE = (LayerShape("smoke", 32, 1, 32),)
 BATCHES = (2, 8, 16, 32)
 FRAMES = (1, 8, 16, 50, 100)
 

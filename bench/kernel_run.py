@@ -22,7 +22,7 @@ KERNEL = "grca_triton"
 REPORTED_ROWS = 16
 # Half-precision results may differ from fp32 by this much, ‖out - ref‖ / ‖ref‖.
 TOLERANCE = {torch.float16: 6e-4, torch.bfloat16: 5e-3}
-# A rival adds two rounded results and rounds its probabilities its own way: it is checked for meaning, not for precision.
+# A rival adds two rounded results and rounds weights its own way: it is checked for meaning, not for precision.
 RIVAL_TOLERANCE = {torch.float16: 5e-3, torch.bfloat16: 4e-2}
 
 

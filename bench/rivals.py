@@ -57,15 +57,19 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out.transpose(1, 2)
 
 
-@functools.cache
+def _flex(compiled: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return compiled(q, k, v)
+
+
 def _compiled_flex() -> Attention:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False)
+    torch.compiler.reset()  # else the shapes of earlier cases use up the recompile limit, and it runs unfused
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
-def _flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return _compiled_flex()(q, k, v)
+def _two(name: str, attention: Attention, built_per_shape: bool = False) -> Rival:
+    return Rival(f"{name} ×2 + add", functools.partial(_two_and_add, attention), True, built_per_shape)
 
 
 def rivals() -> list[Rival]:
@@ -74,12 +78,16 @@ def rivals() -> list[Rival]:
     FlexAttention has one softmax per call and can't express two, so it is called twice like the others.
     """
     found = [
-        Rival("SDPA flash ×2 + add", functools.partial(_two_and_add, functools.partial(_sdpa, SDPBackend.FLASH_ATTENTION)), True),
-        Rival("SDPA memory-efficient ×2 + add", functools.partial(_two_and_add, functools.partial(_sdpa, SDPBackend.EFFICIENT_ATTENTION)), True),
-        Rival("SDPA cuDNN ×2 + add", functools.partial(_two_and_add, functools.partial(_sdpa, SDPBackend.CUDNN_ATTENTION)), True),
-        Rival("published (materialized scores)", functools.partial(_two_and_add, _materialized), False),
-        Rival("FlexAttention ×2 + add", functools.partial(_two_and_add, _flex), True, True),
-    ]  # fmt: skip
+        _two(f"SDPA {name}", functools.partial(_sdpa, backend))
+        for name, backend in (
+            ("flash", SDPBackend.FLASH_ATTENTION),
+            ("memory-efficient", SDPBackend.EFFICIENT_ATTENTION),
+            ("cuDNN", SDPBackend.CUDNN_ATTENTION),
+        )
+    ]
+    materialized = functools.partial(_two_and_add, _materialized)
+    found.append(Rival("published (materialized scores)", materialized, cuda_only=False))
+    found.append(_two("FlexAttention", functools.partial(_flex, _compiled_flex()), built_per_shape=True))
     if find_spec("xformers") is not None:
-        found.append(Rival("xformers ×2 + add", functools.partial(_two_and_add, _xformers), True))
+        found.append(_two("xformers", _xformers))
     return found

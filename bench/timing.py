@@ -1,9 +1,9 @@
 """The one timing core of the project: check first, warm up, rotate buffers, repeat, keep every number.
 
 On a GPU device events are read around whole replays of a CUDA graph (or around single calls where the work can't be
-captured), so neither launch gaps of the host nor its clock are in the numbers. Caches are cold because the caller hands in
-the same work over several sets of buffers (`buffer_sets`) and consecutive calls take different sets. On a CPU the same
-function reads `time.perf_counter`.
+captured), so neither launch gaps of the host nor its clock are in the numbers. Caches are cold because the caller hands
+in the same work over several sets of buffers (`buffer_sets`) and consecutive calls take different sets. On a CPU the
+same function reads `time.perf_counter`.
 """
 
 import statistics
@@ -84,8 +84,8 @@ def measure(
         device: where the work runs.
         repeats: timed regions, at least 30.
         warmup_seconds: how long the work runs untimed beforehand (at least one round over `calls`).
-        graph: capture the calls in one CUDA graph and time its replays; False for work that can't be captured. No effect
-            on a CPU.
+        graph: capture the calls in one CUDA graph and time its replays; False for work that can't be captured. No
+            effect on a CPU.
 
     Raises:
         ValueError: fewer than 30 repeats, or no calls.

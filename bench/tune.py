@@ -1,7 +1,7 @@
 """Chooses the tiles that `kernels/tiles.json` stores: `python -m storyadapter.bench.tune --out tune.json`.
 
-Candidates are compiled side by side, checked against fp32 and timed over the cases below; the winner is the least geometric
-mean of its times relative to the best time of each case. The winner is copied into the table by hand: tiles are data.
+Candidates are compiled side by side, checked against fp32 and timed over the cases below; the winner has the least
+geometric mean of its times relative to the best time of each case. It is copied into the table by hand: tiles are data.
 """
 
 import argparse
@@ -40,21 +40,17 @@ DTYPE = torch.float16
 
 
 def candidates() -> list[Tiles]:
-    """Every shape of tile with its own best guess of the rest, and the rest varied around the two likely shapes."""
+    """One tile per program over all shapes; several tiles with the queries read ahead; caps on the registers."""
     found = []
     for (block_m, warps), block_n, stages in itertools.product(
-        ((64, 4), (128, 8), (128, 4), (256, 8)), (32, 64, 128), (1, 2, 3)
+        ((64, 4), (128, 4), (128, 8), (256, 16)), (32, 64), (1, 2, 3)
     ):
-        tiles = 512 // block_m
-        found.append(Tiles(block_m, block_n, tiles, warps, stages, prefetch=False, heads_first=False))
-    for (block_m, warps), rows, prefetch, heads_first in itertools.product(
-        ((64, 4), (128, 8), (128, 4)), (1, 256, 512, 1024), (False, True), (False, True)
+        found.append(Tiles(block_m, block_n, 1, warps, stages, prefetch=False, heads_first=True))
+    for (block_m, warps), tiles, stages, prefetch, cap in itertools.product(
+        ((64, 4), (128, 8)), (2, 4, 8), (1, 2), (False, True), (None, 128, 168)
     ):
-        tiles = max(1, rows // block_m)
-        if prefetch and tiles == 1:
-            continue
-        found.append(Tiles(block_m, 64, tiles, warps, 2, prefetch, heads_first))
-    return list(dict.fromkeys(found))
+        found.append(Tiles(block_m, 32, tiles, warps, stages, prefetch, heads_first=False, max_registers=cap))
+    return found
 
 
 def launch(tiles: Tiles, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, Any]:

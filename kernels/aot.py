@@ -140,13 +140,8 @@ def compile_kernel(
         ptx_version,
     )
     arguments = _arguments(element_type)
-    entry, shared = compiled.metadata.name, compiled.metadata.shared
-    limit = DEFAULT_SHARED_MEMORY if embedded else SHARED_MEMORY_LIMIT[capability]
-    if shared > limit:
-        raise AheadOfTimeError(f"sm_{capability}: {shared} bytes of shared memory; expected at most {limit}: {chosen}")
-    for scratch in ("global_scratch_size", "profile_scratch_size"):
-        if getattr(compiled.metadata, scratch, 0):
-            raise AheadOfTimeError(f"sm_{capability}: {scratch} is {getattr(compiled.metadata, scratch)}; expected 0")
+    entry = compiled.metadata.name
+    check_resources(compiled.metadata, DEFAULT_SHARED_MEMORY if embedded else SHARED_MEMORY_LIMIT[capability])
     ptx = strip_hidden_parameters(compiled.asm["ptx"], entry, len(arguments))
     return EmbeddedKernel(
         entry=entry,
@@ -159,7 +154,7 @@ def compile_kernel(
         element_type=element_type,
         grid=grid_expressions(chosen),
         block=(WARP_THREADS * chosen.num_warps, 1, 1),
-        shared_bytes=shared,
+        shared_bytes=compiled.metadata.shared,
         arguments=arguments,
         tiles=chosen,
         tuned=choice.tuned if tiles is None else False,
@@ -190,6 +185,19 @@ def _compile(capability: int, element_type: str, fixed: dict[str, Any], tiles: T
     with triton.knobs.compilation.scope():
         triton.knobs.compilation.disable_line_info = True  # no paths of this machine in the PTX
         return triton.compile(source, target=GPUTarget("cuda", capability, WARP_THREADS), options=options)
+
+
+def check_resources(metadata: Any, shared_limit: int) -> None:
+    """Refuses a kernel that a plain launch can't give what it needs; `metadata` is Triton's of a compiled kernel.
+
+    Raises:
+        AheadOfTimeError: more shared memory than `shared_limit` bytes, or any scratch memory.
+    """
+    if metadata.shared > shared_limit:
+        raise AheadOfTimeError(f"{metadata.shared} bytes of shared memory; expected at most {shared_limit}")
+    for scratch in ("global_scratch_size", "profile_scratch_size"):
+        if getattr(metadata, scratch, 0):
+            raise AheadOfTimeError(f"{scratch} is {getattr(metadata, scratch)}; expected 0")
 
 
 def _arguments(element_type: str) -> tuple[KernelArgument, ...]:

@@ -1,7 +1,7 @@
-"""What `grca_kernel` is launched with, without PyTorch: compile-time arguments, grid, and the integers of packed tensors.
+"""What `grca_kernel` is launched with, without PyTorch: compile-time arguments, grid, integers of packed tensors.
 
-The launcher fills the run-time integers from the tensors' strides; a TensorRT plugin, whose tensors are always contiguous,
-computes them from the shapes by the expressions below.
+The launcher fills the run-time integers from the tensors' strides; a TensorRT plugin, whose tensors are always
+contiguous, computes them from the shapes by the expressions below.
 """
 
 import math
@@ -32,7 +32,7 @@ class TokenStrides:
 
 
 def text_blocks(text_tokens: int) -> tuple[int, int]:
-    """Two powers of two (the second may be 0) whose sum covers T with little padding; (0, 0): too many for registers."""
+    """Two powers of two (the second may be 0) that cover T with little padding; (0, 0): too many for registers."""
     if text_tokens > MAX_TEXT_IN_REGISTERS:
         return 0, 0
     whole = max(SMALLEST_BLOCK, _next_power_of_two(text_tokens))

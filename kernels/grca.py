@@ -4,15 +4,17 @@ For the queries q of one row b and head h (letters as in DESIGN.md)
 
     out = softmax(q·k_textᵀ/√D)·v_text + softmax(q·k_refᵀ/√D)·v_ref
 
-with two separate softmaxes, both in fp32. A program takes `TILES` tiles of `BLOCK_M` queries of one row and head. What is
-the same for all of its tiles - the text keys and values, and the ragged end of the reference keys and values - is loaded
-before the loop over the tiles, so that the compiler keeps it in shared memory; the other reference tokens are read in
-blocks of `BLOCK_N` that need no mask. The reference part comes first and is normalized, then the text part (at most 128
-tokens: its scores fit in registers, so its probabilities are normalized before the product) is added to the same
-accumulator: one accumulator instead of two is what lets two programs share a multiprocessor.
+with two separate softmaxes, both in fp32. A program takes `TILES` tiles of `BLOCK_M` queries of one row and head. The
+reference tokens of a row are `full_tokens`, a multiple of BLOCK_N that needs no mask and is streamed, and a ragged end
+of 1 to BLOCK_N tokens. What is the same for all tiles of a program, the text and the ragged end, is loaded before the
+loop over them, so that the compiler keeps it in shared memory. The text (at most 128 tokens) is never split: its scores
+fit in registers, so its weights are normalized before their product, and text and references share one accumulator.
 
-Running softmax: Milakov and Gimelshein, arXiv 1805.02867; tiling: FlashAttention, arXiv 2205.14135. Exponentials are
-base 2 with log2(e)/√D folded into one multiply-add.
+The streamed part is a softmax without a running maximum. Its shift is fixed beforehand: the largest score of the ragged
+end plus some headroom. A softmax doesn't depend on its shift, so the result is exact unless a weight overflows; the sum
+of weights shows whether one could have, and then the tile is computed again with a running maximum (Milakov and
+Gimelshein, arXiv 1805.02867). Tiling: FlashAttention, arXiv 2205.14135. Exponentials are base 2 with log2(e)/√D folded
+into one multiply-add.
 """
 
 import triton
@@ -20,8 +22,8 @@ import triton.language as tl
 
 # Rows of a remainder that is treated as one short block: the least that a matrix instruction takes.
 SHORT_BLOCK = tl.constexpr(16)
-# Base-2 distance by which the fixed shift lies over the largest score of the ragged end: later scores may exceed that one
-# by 16 + HEADROOM (17 in natural units) before fp16 weights overflow, and weights lose nothing that fp16 could show.
+# How far the fixed shift lies over the largest score of the ragged end, base 2. Later scores may exceed that one by
+# 16 + HEADROOM (17 in natural units) before an fp16 weight overflows; at the other end nothing is lost that shows.
 HEADROOM = tl.constexpr(8.0)
 
 # Run-time integers that may change between calls: no value of theirs (1, multiples of 16) may start a compilation.
@@ -77,24 +79,15 @@ def _attend(queries, keys, values, first, count, row_max, row_sum, accumulator, 
 def _stream(
     queries, shift, row_sum, accumulator, ref_k, ref_v, full_tokens, length,
     STRIDE: tl.constexpr, SCALE: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SUM_BY_PRODUCT: tl.constexpr,
 ):  # fmt: skip
     """Sums over `ref[:full_tokens]` with a shift fixed beforehand: no maximum, no correction of what was summed."""
-    if SUM_BY_PRODUCT:
-        ones = tl.full([BLOCK_N, 16], 1.0, ref_k.dtype.element_ty)
-        sums = tl.zeros([BLOCK_M, 16], tl.float32)
     for first in range(0, full_tokens, BLOCK_N):
         keys = _load_tokens(ref_k, first, length, STRIDE, BLOCK_N, HEAD_SIZE, False)
         values = _load_tokens(ref_v, first, length, STRIDE, BLOCK_N, HEAD_SIZE, False)
         scores = _scores(queries, keys, first, length, BLOCK_N, False)
         weights = tl.exp2(scores * SCALE - shift[:, None])
-        if SUM_BY_PRODUCT:
-            sums = tl.dot(weights.to(values.dtype), ones, sums, input_precision="ieee")
-        else:
-            row_sum += tl.sum(weights, 1)
+        row_sum += tl.sum(weights, 1)
         accumulator = tl.dot(weights.to(values.dtype), values, accumulator, input_precision="ieee")
-    if SUM_BY_PRODUCT:
-        row_sum += tl.max(sums, 1)
     return row_sum, accumulator
 
 
@@ -143,7 +136,7 @@ def _tile(
     text_k, text_v, ref_k, ref_v, full_tokens, length,
     TEXT_STRIDE: tl.constexpr, REF_STRIDE: tl.constexpr, SCALE: tl.constexpr, TEXT_TOKENS: tl.constexpr,
     TEXT_BLOCK: tl.constexpr, TEXT_REST: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_REST: tl.constexpr, STREAM: tl.constexpr, SUM_BY_PRODUCT: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_REST: tl.constexpr, STREAM: tl.constexpr,
     LIMIT: tl.constexpr,
 ):  # fmt: skip
     """Result [BLOCK_M, HEAD_SIZE] in fp32 of one tile of queries."""
@@ -154,7 +147,7 @@ def _tile(
         accumulator = tl.dot(weights.to(rest_values.dtype), rest_values, input_precision="ieee")
         row_sum, accumulator = _stream(
             queries, shift, tl.sum(weights, 1), accumulator, ref_k, ref_v, full_tokens, length,
-            REF_STRIDE, SCALE, HEAD_SIZE, BLOCK_M, BLOCK_N, SUM_BY_PRODUCT,
+            REF_STRIDE, SCALE, HEAD_SIZE, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         if tl.max(row_sum, 0) > LIMIT:
             row_sum, accumulator = _stream_running(
@@ -206,7 +199,7 @@ def _tiles(
     Q_STRIDE: tl.constexpr, TEXT_STRIDE: tl.constexpr, REF_STRIDE: tl.constexpr, OUT_STRIDE: tl.constexpr,
     SCALE: tl.constexpr, TEXT_TOKENS: tl.constexpr, TEXT_BLOCK: tl.constexpr, TEXT_REST: tl.constexpr,
     HEAD_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_REST: tl.constexpr,
-    TILES: tl.constexpr, PREFETCH: tl.constexpr, STREAM: tl.constexpr, SUM_BY_PRODUCT: tl.constexpr,
+    TILES: tl.constexpr, PREFETCH: tl.constexpr, STREAM: tl.constexpr,
     LIMIT: tl.constexpr,
 ):  # fmt: skip
     """All tiles of a program; `ref[full_tokens:length]`, 1 to `BLOCK_REST` tokens, stays in shared memory."""
@@ -217,7 +210,7 @@ def _tiles(
             queries, rest_keys, rest_values, text_keys, text_values, more_keys, more_values,
             text_k, text_v, ref_k, ref_v, full_tokens, length,
             TEXT_STRIDE, REF_STRIDE, SCALE, TEXT_TOKENS, TEXT_BLOCK, TEXT_REST, HEAD_SIZE, BLOCK_M, BLOCK_N,
-            BLOCK_REST, STREAM, SUM_BY_PRODUCT, LIMIT,
+            BLOCK_REST, STREAM, LIMIT,
         )  # fmt: skip
         _store_tile(out, first_query, query_tokens, result, OUT_STRIDE, BLOCK_M, HEAD_SIZE)
     else:
@@ -232,7 +225,7 @@ def _tiles(
                 tile_queries, rest_keys, rest_values, text_keys, text_values, more_keys, more_values,
                 text_k, text_v, ref_k, ref_v, full_tokens, length,
                 TEXT_STRIDE, REF_STRIDE, SCALE, TEXT_TOKENS, TEXT_BLOCK, TEXT_REST, HEAD_SIZE, BLOCK_M, BLOCK_N,
-                BLOCK_REST, STREAM, SUM_BY_PRODUCT, LIMIT,
+                BLOCK_REST, STREAM, LIMIT,
             )  # fmt: skip
             _store_tile(out, start, query_tokens, result, OUT_STRIDE, BLOCK_M, HEAD_SIZE)
 
@@ -244,7 +237,7 @@ def _rows(
     Q_STRIDE: tl.constexpr, TEXT_STRIDE: tl.constexpr, REF_STRIDE: tl.constexpr, OUT_STRIDE: tl.constexpr,
     SCALE: tl.constexpr, TEXT_TOKENS: tl.constexpr, TEXT_BLOCK: tl.constexpr, TEXT_REST: tl.constexpr,
     HEAD_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    TILES: tl.constexpr, PREFETCH: tl.constexpr, STREAM: tl.constexpr, SUM_BY_PRODUCT: tl.constexpr,
+    TILES: tl.constexpr, PREFETCH: tl.constexpr, STREAM: tl.constexpr,
     LIMIT: tl.constexpr,
 ):  # fmt: skip
     if length - full_tokens <= SHORT_BLOCK:
@@ -252,14 +245,14 @@ def _rows(
             q, out, queries, first_query, last_query, query_tokens, text_keys, text_values, more_keys, more_values,
             text_k, text_v, ref_k, ref_v, full_tokens, length,
             Q_STRIDE, TEXT_STRIDE, REF_STRIDE, OUT_STRIDE, SCALE, TEXT_TOKENS, TEXT_BLOCK, TEXT_REST,
-            HEAD_SIZE, BLOCK_M, BLOCK_N, SHORT_BLOCK, TILES, PREFETCH, STREAM, SUM_BY_PRODUCT, LIMIT,
+            HEAD_SIZE, BLOCK_M, BLOCK_N, SHORT_BLOCK, TILES, PREFETCH, STREAM, LIMIT,
         )  # fmt: skip
     else:
         _tiles(
             q, out, queries, first_query, last_query, query_tokens, text_keys, text_values, more_keys, more_values,
             text_k, text_v, ref_k, ref_v, full_tokens, length,
             Q_STRIDE, TEXT_STRIDE, REF_STRIDE, OUT_STRIDE, SCALE, TEXT_TOKENS, TEXT_BLOCK, TEXT_REST,
-            HEAD_SIZE, BLOCK_M, BLOCK_N, BLOCK_N, TILES, PREFETCH, STREAM, SUM_BY_PRODUCT, LIMIT,
+            HEAD_SIZE, BLOCK_M, BLOCK_N, BLOCK_N, TILES, PREFETCH, STREAM, LIMIT,
         )  # fmt: skip
 
 
@@ -276,7 +269,7 @@ def grca_kernel(
     HEAD_SIZE: tl.constexpr, STRIDE_UNIT: tl.constexpr,
     Q_STRIDE: tl.constexpr, TEXT_STRIDE: tl.constexpr, REF_STRIDE: tl.constexpr, OUT_STRIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr, PREFETCH: tl.constexpr,
-    HEADS_FIRST: tl.constexpr, SUM_BY_PRODUCT: tl.constexpr, LIMIT: tl.constexpr,
+    HEADS_FIRST: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     """Grid (ceil(S / (TILES·BLOCK_M)), H, B), the first two swapped if HEADS_FIRST.
 
@@ -330,12 +323,12 @@ def grca_kernel(
             q, out, queries, first_query, last_query, query_tokens, text_keys, text_values, more_keys, more_values,
             text_k, text_v, ref_k, ref_v, full_tokens, length,
             Q_STRIDE, TEXT_STRIDE, REF_STRIDE, OUT_STRIDE, SCALE, TEXT_TOKENS, TEXT_BLOCK, TEXT_REST,
-            HEAD_SIZE, BLOCK_M, BLOCK_N, TILES, PREFETCH, False, SUM_BY_PRODUCT, LIMIT,
+            HEAD_SIZE, BLOCK_M, BLOCK_N, TILES, PREFETCH, False, LIMIT,
         )  # fmt: skip
     else:
         _rows(
             q, out, queries, first_query, last_query, query_tokens, text_keys, text_values, more_keys, more_values,
             text_k, text_v, ref_k, ref_v, full_tokens, length,
             Q_STRIDE, TEXT_STRIDE, REF_STRIDE, OUT_STRIDE, SCALE, TEXT_TOKENS, TEXT_BLOCK, TEXT_REST,
-            HEAD_SIZE, BLOCK_M, BLOCK_N, TILES, PREFETCH, True, SUM_BY_PRODUCT, LIMIT,
+            HEAD_SIZE, BLOCK_M, BLOCK_N, TILES, PREFETCH, True, LIMIT,
         )  # fmt: skip

@@ -1,8 +1,8 @@
-"""`storyadapter::grca_triton`: the fused kernel as an operator of the same signature and meaning as `storyadapter::grca`.
+"""`storyadapter::grca_triton`: the fused kernel as an operator of the signature and meaning of `storyadapter::grca`.
 
 Importing this module registers the operator and needs Triton. It runs under eager PyTorch, is seen through by
-`torch.compile` and AOTInductor (`torch.library.triton_op`), and can be captured in a CUDA graph: it allocates its output
-and launches one kernel, nothing else.
+`torch.compile` (`torch.library.triton_op`), and can be captured in a CUDA graph: it allocates its output and launches
+one kernel, nothing else.
 """
 
 import functools
@@ -36,9 +36,9 @@ def check_arguments(
 ) -> None:
     """Refuses what the kernel can't read; costs no synchronization.
 
-    The values of `text_row`, `ref_row` and `ref_length` are checked where they lie on the host (the interpreter). On a GPU
-    reading them would stall the stream: a row index out of range is undefined there, as for any gather without bounds
-    checks; lengths over R are clamped to R.
+    The values of `text_row`, `ref_row` and `ref_length` are checked where they lie on the host (the interpreter). On a
+    GPU reading them would stall the stream: a row index out of range is undefined there, as for any gather without
+    bounds checks; lengths over R are clamped to R.
 
     Raises:
         ValueError: an argument's shape, dtype, device, layout or (on the host) value; names the argument.

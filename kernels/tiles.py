@@ -1,8 +1,8 @@
 """Which tiles the kernel runs with: data chosen once by measurement and stored beside this file.
 
-Tiles depend on the architecture, the head size and the dtype; never on B, P, G, R or S, so that no shape of a run and no
-symbolic shape of a compiler leads to another compilation. Nothing is tuned in a user's run. Without Triton or PyTorch this
-module still imports.
+Tiles depend on the architecture, the head size and the dtype; never on B, P, G, R or S, so that no shape of a run and
+no symbolic shape of a compiler leads to another compilation. Nothing is tuned in a user's run. This module imports
+neither Triton nor PyTorch.
 """
 
 import functools
@@ -24,6 +24,7 @@ class Tiles:
         num_stages: blocks of reference tokens in flight (1: no pipelining).
         prefetch: reads the next tile's queries while this one is computed.
         heads_first: neighbouring programs take neighbouring heads (else neighbouring queries of one head).
+        max_registers: cap on the registers of a thread; None leaves it to the assembler. torch.compile ignores it.
     """
 
     block_m: int
@@ -33,7 +34,6 @@ class Tiles:
     num_stages: int
     prefetch: bool
     heads_first: bool
-    sum_by_product: bool = False
     max_registers: int | None = None
 
     def constants(self) -> dict[str, Any]:
@@ -44,7 +44,6 @@ class Tiles:
             "TILES": self.tiles,
             "PREFETCH": self.prefetch,
             "HEADS_FIRST": self.heads_first,
-            "SUM_BY_PRODUCT": self.sum_by_product,
         }
 
     def options(self) -> dict[str, int]:

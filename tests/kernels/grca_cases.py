@@ -13,7 +13,7 @@ TOLERANCE = {torch.float16: 6e-4, torch.bfloat16: 5e-3, torch.float32: 5e-6}
 
 @dataclass(frozen=True)
 class Case:
-    """One call. `lengths` has one entry per bank row; `layout` is packed, padded (odd strides) or sliced (a wider q)."""
+    """One call. `lengths`: one per bank row; `layout`: packed, padded (odd strides) or sliced (a wider q)."""
 
     rows: int
     query_tokens: int

@@ -1,0 +1,116 @@
+"""The kernel compiled ahead of time for GPUs that are not here."""
+
+import re
+from types import SimpleNamespace
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="needs Triton")
+
+from storyadapter.kernels.aot import (  # noqa: E402
+    DEFAULT_SHARED_MEMORY,
+    SHARED_MEMORY_LIMIT,
+    AheadOfTimeError,
+    EmbeddedKernel,
+    assemble,
+    check_resources,
+    compile_kernel,
+    evaluate,
+    strip_hidden_parameters,
+)
+from storyadapter.kernels.arguments import PACKED_INTEGERS, grid_expressions, grid_shape  # noqa: E402
+from storyadapter.kernels.tiles import choose_tiles  # noqa: E402
+
+TARGETS = (80, 89, 90, 100, 120)
+ELF = b"\x7fELF"
+# Parameter types of PTX by the kernel's types.
+PTX_TYPES = {"*fp16": ".u64", "*bf16": ".u64", "*i32": ".u64", "i32": ".u32"}
+
+
+def _parameters(kernel: EmbeddedKernel) -> list[str]:
+    found = re.search(rf"\.entry {kernel.entry}\((.*?)\)", kernel.ptx, re.DOTALL)
+    assert found is not None
+    return [line.strip() for line in found.group(1).strip().splitlines()]
+
+
+@pytest.mark.parametrize("capability", TARGETS)
+def test_embedded_kernel_is_what_it_declares(capability: int) -> None:
+    older = {"ptx_version": 86} if capability == 89 else {}
+    kernel = compile_kernel(capability, 10, 64, "bf16" if capability == 120 else "fp16", 77, **older)
+    assert (".version 8.6\n" in kernel.ptx) is bool(older)
+    assert re.search(rf"^\.target sm_{capability}a?$", kernel.ptx, re.MULTILINE)
+    assert [parameter.split()[1] for parameter in _parameters(kernel)] == [
+        PTX_TYPES[argument.type] for argument in kernel.arguments
+    ]
+    assert [argument.kind for argument in kernel.arguments] == ["input"] * 6 + ["integer"] * 10 + ["output"]
+    assert re.search(rf"\.(maxntid|reqntid) {kernel.block[0]}\b", kernel.ptx)
+    assert kernel.shared_bytes <= DEFAULT_SHARED_MEMORY
+    assert kernel.cubin.startswith(ELF)
+    assert kernel.tuned is (capability == 90)
+    assert ".loc" not in kernel.ptx and ".file" not in kernel.ptx
+
+
+@pytest.mark.parametrize(
+    ("capability", "head_size", "element_type", "heads"),
+    [(89, 64, "fp16", 10), (89, 32, "fp32", 2)],
+)
+def test_launched_tiles_fit_shared_memory(capability: int, head_size: int, element_type: str, heads: int) -> None:
+    kernel = compile_kernel(capability, heads, head_size, element_type, 77, embedded=False)
+    assert 0 < kernel.shared_bytes <= SHARED_MEMORY_LIMIT[capability]
+
+
+def test_expressions_give_the_integers_of_contiguous_tensors() -> None:
+    torch = pytest.importorskip("torch")
+    from storyadapter.kernels.launch import launch_arguments
+    from tests.kernels.grca_cases import Case, inputs
+
+    arguments = tuple(tensor.contiguous() for tensor in inputs(Case(4, 300, 3, 64, 20, 13, (13, 4)), torch.float16))
+    letters = {"B": 4, "S": 300, "H": 3, "D": 64, "P": 3, "T": 20, "G": 2, "R": 13}
+    for embedded in (False, True):
+        tiles = choose_tiles(90, 64, 2, embedded=embedded).tiles
+        grid, positional, keywords = launch_arguments(*arguments, torch.empty_like(arguments[0]), tiles)
+        assert tuple(evaluate(expression, letters) for expression in grid_expressions(tiles)) == grid
+        assert grid == grid_shape(4, 300, 3, tiles)
+        integers = [value for value in positional if isinstance(value, int)]
+        assert [evaluate(expression, letters) for expression in PACKED_INTEGERS.values()] == integers
+        assert keywords["STRIDE_UNIT"] == 8
+
+
+def test_integers_do_not_ask_for_the_batch_or_the_banks() -> None:
+    assert not {"B", "P", "G"} & set(re.findall(r"[A-Z]", " ".join(PACKED_INTEGERS.values())))
+
+
+PTX = ".visible .entry f(\n\t.param .u64 f_param_0,\n\t.param .u64 f_param_1,\n\t.param .u64 f_param_2\n)\n{{{body}}}\n"
+
+
+def test_hidden_parameters_that_are_read_are_refused() -> None:
+    assert "f_param_1" not in strip_hidden_parameters(PTX.format(body="ld.param.b64 %rd1, [f_param_0];"), "f", 1)
+    with pytest.raises(AheadOfTimeError, match="the hidden parameter f_param_2 is read"):
+        strip_hidden_parameters(PTX.format(body="ld.param.b64 %rd1, [f_param_2];"), "f", 1)
+    with pytest.raises(AheadOfTimeError, match="3 parameters; expected 2 and 2 hidden ones"):
+        strip_hidden_parameters(PTX.format(body=""), "f", 2)
+
+
+@pytest.mark.parametrize(
+    ("needs", "text"),
+    [
+        ({"shared": 49153}, "49153 bytes of shared memory; expected at most 49152"),
+        ({"shared": 0, "global_scratch_size": 128}, "global_scratch_size is 128; expected 0"),
+        ({"shared": 0, "profile_scratch_size": 1}, "profile_scratch_size is 1; expected 0"),
+    ],
+)
+def test_what_a_plain_launch_lacks_is_refused(needs: dict[str, int], text: str) -> None:
+    check_resources(SimpleNamespace(shared=49152, global_scratch_size=0), DEFAULT_SHARED_MEMORY)
+    with pytest.raises(AheadOfTimeError, match=text):
+        check_resources(SimpleNamespace(**needs), DEFAULT_SHARED_MEMORY)
+
+
+def test_what_the_assembler_refuses_is_told() -> None:
+    with pytest.raises(AheadOfTimeError, match="ptxas refuses the kernel for sm_90"):
+        assemble(".version 8.0\n.target sm_90\n.address_size 64\n.entry f() { nonsense; }\n", 90)
+
+
+@pytest.mark.parametrize(("capability", "element_type"), [(70, "fp16"), (90, "int8")])
+def test_unknown_targets_are_refused(capability: int, element_type: str) -> None:
+    with pytest.raises(ValueError, match="expected one of"):
+        compile_kernel(capability, 10, 64, element_type, 77)

@@ -1,0 +1,149 @@
+"""The fused kernel without a GPU: in Triton's interpreter, and what the launcher refuses."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.kernels.grca_cases import TOLERANCE, Case, inputs
+
+pytest.importorskip("triton", reason="needs Triton")
+
+from storyadapter.kernels.arguments import text_blocks  # noqa: E402
+from storyadapter.kernels.grca import RUN_TIME_INTEGERS, grca_kernel  # noqa: E402
+from storyadapter.kernels.launch import check_arguments, launch_arguments  # noqa: E402
+from storyadapter.kernels.tiles import choose_tiles  # noqa: E402
+from tests.kernels.interpreted import CASES, VARIANTS  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, Any]:
+    """Everything that the interpreter computed, in one process."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.interpreted"],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_parity(interpreted: dict[str, Any], case: str, dtype: torch.dtype) -> None:
+    assert interpreted["parity"][str(dtype)][case] < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_write_every_element_and_nothing_else(interpreted: dict[str, Any], variant: str) -> None:
+    assert interpreted["variants"][variant]["error"] < TOLERANCE[torch.float32]
+    assert interpreted["variants"][variant]["untouched"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_extreme_scores(interpreted: dict[str, Any], dtype: torch.dtype) -> None:
+    found = interpreted["extreme"][str(dtype)]
+    assert found["largest"] > 45
+    assert found["error"] < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_score_that_overflows_the_fixed_shift(interpreted: dict[str, Any], dtype: torch.dtype) -> None:
+    found = interpreted["late key"][str(dtype)]
+    assert found["excess"] > 17  # natural units: more than fp16 weights can show over the shift
+    assert found["error"] < TOLERANCE[dtype]
+
+
+def test_zero_values_contribute_exactly_nothing(interpreted: dict[str, Any]) -> None:
+    assert interpreted["zero values"]
+
+
+def test_no_queries_give_an_empty_result(interpreted: dict[str, Any]) -> None:
+    assert interpreted["empty"] == [2, 0, 2, 32]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("text_row", "text_row is from 3 to 5; expected values from 0 to 2"),
+        ("ref_row", "ref_row is from -1 to 0; expected values from 0 to 1"),
+        ("ref_length", "ref_length is from 0 to 0; expected values from 1 to 10"),
+    ],
+)
+def test_values_on_the_host_are_checked(interpreted: dict[str, Any], name: str, text: str) -> None:
+    assert interpreted["refusals"][name] == f"grca_triton: {text}"
+
+
+@pytest.mark.parametrize(
+    ("index", "change", "text"),
+    [
+        (0, lambda t: t[0], "q is of shape [8, 2, 32]; expected [B, S, H, D]"),
+        (0, lambda t: t.double(), "q is torch.float64; expected float16, bfloat16 or float32"),
+        (0, lambda t: t[..., :16], "q is of head size 16; expected 32 or 64"),
+        (0, lambda t: t.repeat(1, 1, 1, 2)[..., ::2], "q is of stride 2 in the last dimension; expected stride 1"),
+        (1, lambda t: t[:, :1], "text_kv is of shape [3, 1, 20, 64]; expected [P, 2, T, C] with C = H·D = 64"),
+        (1, lambda t: t.half(), "text_kv is torch.float16; expected the dtype of q, torch.float32"),
+        (1, lambda t: t[:0], "text_kv is of shape [0, 2, 20, 64]; expected [P, 2, T, C] with no empty dimension"),
+        (2, lambda t: t.long(), "text_row is torch.int64; expected int32"),
+        (2, lambda t: t[:3], "text_row is of shape [3]; expected [B] = [4]"),
+        (3, lambda t: t[..., :32], "ref_kv is of shape [2, 2, 10, 32]; expected [G, 2, R, C] with C = H·D = 64"),
+        (3, lambda t: t.to("meta"), "ref_kv is on meta; expected the device of q, cpu"),
+        (4, lambda t: t.repeat(2)[::2], "ref_row is of stride 2; expected a contiguous tensor"),
+        (5, lambda t: t[:1], "ref_length is of shape [1]; expected [G] = [2]"),
+        (5, lambda t: t, "q is on cpu; expected a CUDA tensor (on a CPU only with TRITON_INTERPRET=1, for tests)"),
+    ],
+)
+def test_bad_arguments_are_named(index: int, change, text: str) -> None:
+    arguments = list(inputs(Case(4, 8, 2, 32, 20, 10, (4, 10)), torch.float32))
+    arguments[index] = change(arguments[index])
+    with pytest.raises(ValueError) as raised:
+        check_arguments(*arguments)
+    assert str(raised.value) == f"grca_triton: {text}"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "blocks"),
+    [(1, (16, 0)), (16, (16, 0)), (20, (32, 0)), (33, (32, 16)), (77, (64, 16)), (81, (64, 32)), (128, (128, 0))],
+)
+def test_text_is_covered_with_little_padding(tokens: int, blocks: tuple[int, int]) -> None:
+    assert text_blocks(tokens) == blocks
+    assert text_blocks(129) == (0, 0)
+
+
+def _specialization(case: Case) -> tuple[Any, ...]:
+    """What Triton compiles one kernel for: types, constants, and what it reads off the values."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    bind = create_function_from_signature(grca_kernel.signature, grca_kernel.params, backend)
+    arguments = inputs(case, torch.float16)
+    _, positional, keywords = launch_arguments(*arguments, arguments[0].clone(), choose_tiles(90, 64, 2).tiles)
+    _, specialization, options = bind(*positional, **keywords)
+    return tuple(specialization), tuple(sorted(options.items()))
+
+
+def test_one_compilation_over_batch_banks_and_reference_counts() -> None:
+    found = {
+        _specialization(Case(rows, tokens, 2, 64, 77, ref_tokens, (1, ref_tokens)[-banks:], prompts=prompts))
+        for ref_tokens in (1, 4, 12, 16, 400)
+        for rows, banks, prompts in ((1, 1, 1), (2, 1, 2), (4, 2, 3), (16, 2, 16))
+        for tokens in (1, 16, 100)
+    }
+    assert len(found) == 1
+    assert len({_specialization(Case(2, 16, heads, 64, 77, 4)) for heads in (2, 4)}) == 2  # the count can see a second
+
+
+def test_run_time_integers_are_the_ones_of_the_kernel() -> None:
+    assert set(RUN_TIME_INTEGERS) <= set(grca_kernel.arg_names)
