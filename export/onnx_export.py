@@ -15,8 +15,7 @@ from storyadapter.contract import NetworkSpec, Precision, Range, TensorSpec
 from storyadapter.export import OPSET, onnx_name
 from storyadapter.export.grca_node import attach_function, grca_node
 from storyadapter.export.probe import example_letters, probe_inputs
-from storyadapter.grca import grca
-from storyadapter.unet import Denoiser
+from storyadapter.unet import Denoiser, GlobalReferenceCrossAttention
 
 # Latents are exported as multiples of this: the UNet halves them twice.
 LATENT_MULTIPLE = 4
@@ -48,8 +47,10 @@ def export_network(
     positional = 3 if isinstance(module, Denoiser) else len(shapes)
     dynamic_shapes = shapes[:positional] + ((shapes[positional:],) if positional < len(shapes) else ())
     path = folder / onnx_name(spec.name)
-    if isinstance(module, Denoiser):
-        module.use_grca(grca_node)
+    attentions = [part for part in module.modules() if isinstance(part, GlobalReferenceCrossAttention)]
+    eager = [attention.grca for attention in attentions]
+    for attention in attentions:
+        attention.grca = grca_node
     try:
         with torch.no_grad(), _quiet():
             program = torch.onnx.export(
@@ -63,9 +64,12 @@ def export_network(
                 verbose=False,
             )
     finally:
-        if isinstance(module, Denoiser):
-            module.use_grca(grca)
+        for attention, own in zip(attentions, eager, strict=True):
+            attention.grca = own
     program.save(str(path), external_data=True)
+    # the exporter's rewriter keeps the last graph for good: it shall not keep the weights with it
+    for value in tuple(program.model.graph.initializers.values()):
+        value.const_value = None
     model = onnx.load(str(path), load_external_data=False)
     attach_function(model)
     _name_dimensions(model, spec)

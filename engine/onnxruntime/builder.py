@@ -1,14 +1,11 @@
 """Build of the backend `onnxruntime`: every network exported to ONNX and compared with eager."""
 
-import gc
 from collections.abc import Callable
 from pathlib import Path
 
 from storyadapter.checkpoint import Checkpoint
 from storyadapter.contract import Precision, ShapeRanges, network_specs
-from storyadapter.export.onnx_export import export_network
-from storyadapter.export.probe import probe_module
-from storyadapter.export.verify import verify_export
+from storyadapter.export.compared import export_compared
 from storyadapter.grca import grca
 from storyadapter.modules import iterate_modules
 
@@ -41,11 +38,12 @@ def build_onnx(
         name, module = next(modules, ("", None))
         if module is None:
             return errors
-        spec, vae_in_fp32 = specs[name], geometry.vae_in_fp32
-        on_progress(name, "exporting to ONNX")
-        probes = probe_module(spec, module, letters, precision, vae_in_fp32)
-        path = export_network(spec, module, letters, precision, vae_in_fp32, folder)
-        del module  # the UNet and its ONNX session need not fit side by side
-        gc.collect()
-        on_progress(name, "comparing with eager")
-        errors[name] = verify_export(path, probes, "fp32" if name == "vae_decoder" and vae_in_fp32 else precision)
+        _, errors[name] = export_compared(
+            specs[name],
+            module,
+            letters,
+            precision,
+            geometry.vae_in_fp32,
+            folder,
+            lambda what, name=name: on_progress(name, what),
+        )

@@ -1,6 +1,5 @@
 """Build of the backend `tensorrt`: every network exported, compared with eager, and built into an engine."""
 
-import gc
 import json
 import shutil
 import subprocess
@@ -10,8 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
-
-from torch import nn
 
 from storyadapter.checkpoint import Checkpoint
 from storyadapter.contract import (
@@ -29,10 +26,7 @@ from storyadapter.engine.tensorrt.library import Library
 from storyadapter.engine.tensorrt.options import BuildOptions
 from storyadapter.engine.tensorrt.worker import BuildReport, BuildRequest, TensorBounds, peak_memory
 from storyadapter.errors import StoryAdapterError
-from storyadapter.export.onnx_export import export_network
-from storyadapter.export.probe import probe_module
-from storyadapter.export.verify import verify_export
-from storyadapter.export.widen import write_widened
+from storyadapter.export.compared import export_compared
 from storyadapter.grca import grca
 from storyadapter.modules import iterate_modules
 
@@ -91,12 +85,9 @@ def build_tensorrt(
             break
         spec, vae_in_fp32 = specs[name], geometry.vae_in_fp32
         onnx_folder.mkdir()
-        on_stage(name, "exporting to ONNX")
-        path, errors[name] = export_and_compare(
+        path, errors[name] = export_compared(
             spec, module, letters, precision, vae_in_fp32, onnx_folder, lambda what, name=name: on_stage(name, what)
         )
-        del module
-        gc.collect()
         on_stage(name, f"building the engine for {', '.join(targets)} with {library}")
         request = build_request(
             spec, path, folder, letters, precision, vae_in_fp32, library, targets, options, latent_sizes, timing_cache
@@ -111,40 +102,6 @@ def build_tensorrt(
         "builds": reports,
         "export_peak_memory_bytes": peak_memory(),
     }
-
-
-def export_and_compare(
-    spec: NetworkSpec,
-    module: nn.Module,
-    letters: Mapping[str, Range],
-    precision: Precision,
-    vae_in_fp32: bool,
-    folder: Path,
-    on_stage: Callable[[str], None] = lambda what: None,
-) -> tuple[Path, float]:
-    """Export one network, and compare the file with eager: as it is, or in bf16 as its fp32 twin.
-
-    The module's weights are widened in place for a bf16 comparison: it is used up afterwards.
-
-    Returns:
-        The ONNX file, and its relative error.
-    """
-    path = export_network(spec, module, letters, precision, vae_in_fp32, folder)
-    on_stage("comparing with eager")
-    in_fp32 = spec.name == "vae_decoder" and vae_in_fp32
-    if precision != "bf16" or in_fp32:
-        probes = probe_module(spec, module, letters, precision, vae_in_fp32)
-        del module
-        gc.collect()
-        return path, verify_export(path, probes, "fp32" if in_fp32 else precision)
-    probes = probe_module(spec, module.float(), letters, "fp32", vae_in_fp32)
-    del module
-    gc.collect()
-    twin_folder = folder / "widened"
-    twin_folder.mkdir()
-    error = verify_export(write_widened(path, twin_folder), probes, "bf16")
-    shutil.rmtree(twin_folder)
-    return path, error
 
 
 def profiles_of(

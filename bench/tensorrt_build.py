@@ -1,0 +1,165 @@
+"""What it takes to build the full-size SDXL denoiser with TensorRT: seconds, memory, size, layers, fused attention.
+
+`python -m storyadapter.bench.tensorrt_build --target sm89,sm120 --folder sdxl-build --report tensorrt-build.md`
+needs no GPU with TensorRT-RTX, about 20 GB of memory and 15 GB of disk.
+"""
+
+import argparse
+import platform
+import re
+import shlex
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import psutil
+import torch
+
+from storyadapter.bench.synthetic import SDXL_GEOMETRY, sdxl_denoiser
+from storyadapter.contract import PRECISIONS, Range, ShapeRanges, network_specs
+from storyadapter.engine.backends import installed_version
+from storyadapter.engine.tensorrt.builder import build_request, run_worker
+from storyadapter.engine.tensorrt.layers import Layer, parse_layers
+from storyadapter.engine.tensorrt.library import AUTO, Library, choose_library, gpu_target, parse_targets
+from storyadapter.engine.tensorrt.options import BuildOptions
+from storyadapter.engine.tensorrt.worker import BuildReport, peak_memory
+from storyadapter.export.compared import export_compared
+
+GIB: Final = 2**30
+# Where the attentions of one transformer block come from, by the names of their ONNX nodes.
+SELF, TEXT, REFERENCES = "self-attention", "text attention", "reference attention"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One full-size build."""
+
+    library: Library
+    targets: tuple[str, ...]
+    precision: str
+    ranges: ShapeRanges
+    weights_seconds: float
+    export_seconds: float
+    export_peak_bytes: int
+    error: float
+    report: BuildReport
+    layers: tuple[Layer, ...]
+
+
+def fused_by_kind(layers: Sequence[Layer]) -> dict[str, int]:
+    """How many attentions of each kind are one kernel."""
+    kinds: Counter[str] = Counter({SELF: 0, TEXT: 0, REFERENCES: 0})
+    for layer in layers:
+        if layer.is_fused_attention:
+            nodes = " ".join(layer.nodes)
+            if re.search(r"GlobalReferenceCrossAttention/Attention", nodes):
+                kinds[TEXT] += 1
+            elif re.search(r"GlobalReferenceCrossAttention/(MatMul|Softmax)", nodes):
+                kinds[REFERENCES] += 1
+            else:
+                kinds[SELF] += 1
+    return dict(kinds)
+
+
+def measure(args: argparse.Namespace) -> Measured:
+    """Make, export, compare and build the denoiser in `args.folder`."""
+    library, targets = choose_library(parse_targets(args.target), gpu_target())
+    pixels = Range(args.pixels, args.pixels)
+    ranges = ShapeRanges(args.max_frames, args.max_references, pixels, pixels)
+    letters = ranges.letters()
+    spec = network_specs(SDXL_GEOMETRY)["denoiser"]
+    args.folder.mkdir(parents=True)
+    started = time.perf_counter()
+    module = sdxl_denoiser(args.precision)
+    weights_seconds = time.perf_counter() - started
+    print(f"random weights made in {weights_seconds:.0f} s", file=sys.stderr)
+
+    def tell(what: str) -> None:
+        print(f"{time.perf_counter() - started:.0f} s: {what}", file=sys.stderr)
+
+    exporting = time.perf_counter()
+    path, error = export_compared(spec, module, letters, args.precision, True, args.folder, tell)
+    export_seconds, export_peak = time.perf_counter() - exporting, peak_memory()
+    tell("building")
+    request = build_request(spec, path, args.folder, letters, args.precision, True, library, targets, BuildOptions())
+    report = run_worker(spec.name, request, lambda fraction: None)
+    layers = parse_layers(Path(request.layers).read_text(encoding="utf-8")).layers
+    return Measured(
+        library,
+        targets,
+        args.precision,
+        ranges,
+        weights_seconds,
+        export_seconds,
+        export_peak,
+        error,
+        report,
+        layers,
+    )
+
+
+def write_report(measured: Measured, command: str) -> str:
+    """The page on one build, in Markdown."""
+    m, report = measured, measured.report
+    letters = m.ranges.letters()
+    blocks = sum(width.layers for width in SDXL_GEOMETRY.widths)
+    fused = fused_by_kind(m.layers)
+    attention = "\n".join(f"| {kind} | {count} of {blocks} |" for kind, count in fused.items())
+    kinds = Counter(layer.type for layer in m.layers)
+    types = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+    memory = psutil.virtual_memory().total / GIB
+    return f"""# Building the full-size denoiser with TensorRT
+
+SDXL's denoiser (the UNet without the layers that the two projections took over) with random weights, built for
+{" and ".join(m.targets)} in one build, on a CPU without a GPU or a driver. The engine was not executed: no machine here
+has a GPU that this library runs on.
+
+Command: `{command}`
+
+| | |
+| --- | --- |
+| machine | {platform.machine()}, {psutil.cpu_count()} cores, {memory:.0f} GiB memory, no GPU |
+| versions | {m.library}, PyTorch {torch.__version__}, onnx {installed_version("onnx")}, onnxruntime {installed_version("onnxruntime")} |
+| precision | {m.precision}, strongly typed |
+| ranges | {", ".join(f"{name} {letters[name]}" for name in ("B", "P", "G", "R", "h", "w"))} |
+| export to ONNX and comparison with eager | {m.export_seconds:.0f} s, peak memory {m.export_peak_bytes / GIB:.1f} GiB, relative error {m.error:.1e} |
+| parse and build | {report.seconds:.0f} s, of which parse {report.parse_seconds:.0f} s; peak memory {report.peak_memory_bytes / GIB:.1f} GiB |
+| engine | {report.engine_bytes / GIB:.2f} GiB for {len(m.targets)} architectures |
+| layers | {report.layers}: {types} |
+| longest time without a word from the builder | {report.longest_step_seconds:.0f} s |
+
+Attentions that are one kernel, of the {blocks} transformer blocks:
+
+| attention | fused |
+| --- | --- |
+{attention}
+"""  # noqa: E501 (rows of a table)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure one build and write the report."""
+    parser = argparse.ArgumentParser(prog="python -m storyadapter.bench.tensorrt_build", description=__doc__)
+    parser.add_argument(
+        "--target", default=AUTO, help="architectures, such as sm89,sm120 (default: this machine's GPU)"
+    )
+    parser.add_argument("--precision", default="fp16", choices=[name for name in PRECISIONS if name != "fp32"])
+    parser.add_argument("--pixels", type=int, default=1024, help="height and width (default: %(default)s)")
+    parser.add_argument("--max-frames", type=int, default=8)
+    parser.add_argument("--max-references", type=int, default=100)
+    parser.add_argument("--folder", type=Path, required=True, help="a new folder for the ONNX file and the engine")
+    parser.add_argument("--report", type=Path, required=True, help="Markdown file to write")
+    args = parser.parse_args(arguments)
+    measured = measure(args)
+    words = list(arguments if arguments is not None else sys.argv[1:])
+    command = shlex.join(["python", "-m", "storyadapter.bench.tensorrt_build", *words])
+    args.report.parent.mkdir(parents=True, exist_ok=True)
+    args.report.write_text(write_report(measured, command), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
