@@ -21,11 +21,12 @@ from storyadapter.contract import (
     size_of,
     split_dim,
 )
+from storyadapter.engine.backends import installed_version
 from storyadapter.engine.tensorrt.engine_folder import TENSORRT_NAMES, EngineFolder, engine_name
 from storyadapter.engine.tensorrt.library import Library
 from storyadapter.engine.tensorrt.options import BuildOptions
 from storyadapter.engine.tensorrt.worker import BuildReport, BuildRequest, TensorBounds, peak_memory
-from storyadapter.errors import StoryAdapterError
+from storyadapter.errors import StoryAdapterError, UnavailableError
 from storyadapter.export.compared import export_compared
 from storyadapter.grca import grca
 from storyadapter.modules import iterate_modules
@@ -76,6 +77,7 @@ def build_tensorrt(
     specs = network_specs(geometry)
     errors: dict[str, float] = {}
     reports: dict[str, Any] = {}
+    plugin = embeds_kernel(library, targets)
     onnx_folder = folder / "onnx"
     modules = iterate_modules(checkpoint, precision, grca)
     while True:
@@ -90,18 +92,46 @@ def build_tensorrt(
         )
         on_stage(name, f"building the engine for {', '.join(targets)} with {library}")
         request = build_request(
-            spec, path, folder, letters, precision, vae_in_fp32, library, targets, options, latent_sizes, timing_cache
+            spec,
+            path,
+            folder,
+            letters,
+            precision,
+            vae_in_fp32,
+            library,
+            targets,
+            options,
+            latent_sizes,
+            timing_cache,
+            plugin,
         )
         report = run_worker(spec.name, request, lambda fraction, name=name: on_fraction(name, fraction))
         reports[name] = asdict(report)
         shutil.rmtree(onnx_folder)
     profiles = {name: tuple(profiles_of(spec, letters, latent_sizes)) for name, spec in specs.items()}
-    EngineFolder(folder, library.module, library.version, targets, library.has_plugins, profiles).write()
+    EngineFolder(folder, library.module, library.version, targets, plugin, profiles).write()
     return {
         "relative_error_against_eager": errors,
         "builds": reports,
         "export_peak_memory_bytes": peak_memory(),
     }
+
+
+def embeds_kernel(library: Library, targets: tuple[str, ...]) -> bool:
+    """Whether engines for these targets hold the fused kernel; elsewhere attention is made of standard operators.
+
+    Raises:
+        UnavailableError: they would, but Triton isn't installed.
+    """
+    if not library.has_plugins:
+        return False
+    if installed_version("triton") is None:
+        raise UnavailableError(
+            f"{library} embeds the fused kernel; triton, which compiles it, is not installed; type: pip install triton"
+        )
+    from storyadapter.kernels.aot import SHARED_MEMORY_LIMIT
+
+    return all(int(target.removeprefix("sm")) in SHARED_MEMORY_LIMIT for target in targets)
 
 
 def profiles_of(
@@ -125,6 +155,7 @@ def build_request(
     options: BuildOptions,
     latent_sizes: Sequence[tuple[int, int]] = (),
     timing_cache: Path | None = None,
+    plugin: bool = False,
 ) -> BuildRequest:
     """What the worker needs to build one exported network into `folder`."""
     profiles = profiles_of(spec, letters, latent_sizes)
@@ -149,7 +180,7 @@ def build_request(
         optimization_level=options.optimization_level,
         workspace_bytes=options.workspace_mib << 20 if options.workspace_mib else None,
         timing_cache=str(timing_cache) if timing_cache else None,
-        plugin=library.has_plugins and spec.name == "denoiser",
+        plugin=plugin and spec.name == "denoiser",
     )
 
 

@@ -1,0 +1,85 @@
+"""What the tests build with TensorRT-RTX, and for what."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from storyadapter.checkpoint import Checkpoint
+from storyadapter.contract import NetworkSpec, Range, ShapeRanges, TensorSpec
+from storyadapter.engine.identity import EngineIdentity
+from storyadapter.engine.store import EngineStore, StoredEngine
+from storyadapter.engine.tensorrt.options import BuildOptions
+from storyadapter.unet import CrossAttentionInputs, GlobalReferenceCrossAttention
+
+TARGETS = ("sm89", "sm120")
+RANGES = ShapeRanges(4, 6, Range(64, 96), Range(64, 128))
+# A size of its own profile: 96 wide, 64 high.
+OPTIONS = BuildOptions(resolutions=((64, 96),))
+LETTERS = RANGES.letters()
+
+
+@dataclass(frozen=True)
+class Built:
+    """A finished build of the tiny model."""
+
+    checkpoint: Checkpoint
+    identity: EngineIdentity
+    store: EngineStore
+    engine: StoredEngine
+    stages: tuple[tuple[str, str], ...]
+    fractions: tuple[tuple[str, float], ...]
+
+    def text(self, network: str) -> str:
+        return (self.engine.folder / f"{network}.layers").read_text()
+
+
+class LayerBlock(nn.Module):
+    """One ResNet block and one transformer block of SDXL's UNet, with the inputs of the contract's denoiser."""
+
+    def __init__(self, block: nn.Module, attention: GlobalReferenceCrossAttention) -> None:
+        super().__init__()
+        self.block = block
+        self.channels = attention.channels
+
+    def forward(
+        self,
+        hidden: Tensor,
+        embedding: Tensor,
+        text_kv: Tensor,
+        text_row: Tensor,
+        ref_kv: Tensor,
+        ref_row: Tensor,
+        ref_length: Tensor,
+    ) -> Tensor:
+        inputs = CrossAttentionInputs({self.channels: text_kv}, text_row, {self.channels: ref_kv}, ref_row, ref_length)
+        return self.block(hidden, embedding, encoder_hidden_states=inputs)[0]
+
+
+def layer_block_spec(channels: int) -> NetworkSpec:
+    """Inputs and outputs of a `LayerBlock`."""
+    return NetworkSpec(
+        f"block_{channels}",
+        (
+            TensorSpec("hidden", ("B", channels, "h", "w")),
+            TensorSpec("embedding", ("B", 1280)),
+            TensorSpec("text_kv", (1, "P", 2, 77, channels)),
+            TensorSpec("text_row", ("B",), "int32"),
+            TensorSpec("ref_kv", (1, "G", 2, "R", channels)),
+            TensorSpec("ref_row", ("B",), "int32"),
+            TensorSpec("ref_length", ("G",), "int32"),
+        ),
+        (TensorSpec("out", ("B", channels, "h", "w")),),
+    )
+
+
+def broken_onnx(folder: Path, op_type: str) -> Path:
+    """A network `y = op_type(x)` with one node named "culprit", x and y [B, 8] fp16."""
+    from onnx import TensorProto, helper, save
+
+    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT16, ["B", 8]) for name in ("x", "y")]
+    node = helper.make_node(op_type, ["x"], ["y"], name="culprit")
+    graph = helper.make_graph([node], "broken", value[:1], value[1:])
+    path = folder / "broken.onnx"
+    save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)]), path)
+    return path

@@ -1,0 +1,87 @@
+"""The tiny model exported and built once per precision and test session, for two architectures at once."""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers.models.unets.unet_2d_blocks import CrossAttnDownBlock2D
+
+from storyadapter.checkpoint import Checkpoint
+from storyadapter.checkpoint.paths import CheckpointPaths
+from storyadapter.contract import Precision
+from storyadapter.engine.opening import build_engine, identify
+from storyadapter.engine.store import EngineStore
+from storyadapter.engine.tensorrt.library import Library, choose_library
+from storyadapter.export.onnx_export import export_network
+from storyadapter.grca import grca
+from storyadapter.unet import GlobalReferenceCrossAttention
+from tests.engine.tensorrt.building import LETTERS, OPTIONS, RANGES, TARGETS, Built, LayerBlock, layer_block_spec
+
+pytest.importorskip("tensorrt_rtx")
+
+
+@pytest.fixture(scope="session")
+def rtx() -> Library:
+    """The TensorRT-RTX that is installed."""
+    library, _ = choose_library(TARGETS, None)
+    return library
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tiny_model_dir: Path) -> Checkpoint:
+    return Checkpoint.open(
+        CheckpointPaths(tiny_model_dir, tiny_model_dir / "image_encoder", tiny_model_dir / "ip-adapter.safetensors")
+    )
+
+
+@pytest.fixture(scope="session")
+def built(tiny_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Precision], Built]:
+    """Build the tiny model in a precision, or give what was built."""
+
+    @cache
+    def build(precision: Precision) -> Built:
+        store = EngineStore(tmp_path_factory.mktemp(f"engines-{precision}"))
+        identity = identify(tiny_checkpoint, "tensorrt", precision, targets=TARGETS, options=OPTIONS)
+        stages: list[tuple[str, str]] = []
+        fractions: list[tuple[str, float]] = []
+        engine = build_engine(
+            tiny_checkpoint,
+            identity,
+            RANGES,
+            options=OPTIONS,
+            engine_dir=store.root,
+            on_stage=lambda network, what: stages.append((network, what)),
+            on_fraction=lambda network, fraction: fractions.append((network, fraction)),
+        )
+        return Built(tiny_checkpoint, identity, store, engine, tuple(stages), tuple(fractions))
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def layer_block_onnx(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """SDXL's layer block of a width, full size, exported in fp16."""
+
+    @cache
+    def export(channels: int) -> Path:
+        torch.manual_seed(channels)
+        heads = channels // 64
+        block = CrossAttnDownBlock2D(
+            in_channels=channels,
+            out_channels=channels,
+            temb_channels=1280,
+            num_layers=1,
+            num_attention_heads=heads,
+            cross_attention_dim=2048,
+            add_downsample=False,
+            use_linear_projection=True,
+        )
+        transformer = block.attentions[0].transformer_blocks[0]
+        transformer.attn2 = attention = GlobalReferenceCrossAttention(transformer.attn2, 0, grca)
+        module = LayerBlock(block, attention).half().eval()
+        folder = tmp_path_factory.mktemp(f"block-{channels}")
+        return export_network(layer_block_spec(channels), module, LETTERS, "fp16", True, folder)
+
+    return export

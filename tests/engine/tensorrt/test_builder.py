@@ -1,0 +1,325 @@
+"""Real builds with TensorRT-RTX, without a GPU: every network, both half precisions, two architectures at once."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from storyadapter.contract import NetworkSpec, Precision, ShapeRanges, TensorSpec, network_specs, size_of
+from storyadapter.engine.opening import build_engine, identify
+from storyadapter.engine.store import EngineStore
+from storyadapter.engine.tensorrt.builder import EngineBuildError, build_request, profiles_of, run_worker
+from storyadapter.engine.tensorrt.engine_folder import engine_name
+from storyadapter.engine.tensorrt.layers import fused_attentions, parse_layers
+from storyadapter.engine.tensorrt.library import Library
+from storyadapter.engine.tensorrt.options import BuildOptions
+from storyadapter.engine.tensorrt.worker import BuildRequest
+from storyadapter.errors import InputError
+from storyadapter.export.verify import TOLERANCE
+from tests.engine.tensorrt.building import (
+    LETTERS,
+    OPTIONS,
+    RANGES,
+    TARGETS,
+    Built,
+    broken_onnx,
+    layer_block_spec,
+)
+
+DTYPES = {"fp16": "Half", "bf16": "BFloat16"}
+HALF: tuple[Precision, ...] = ("fp16", "bf16")
+BROKEN = NetworkSpec("broken", (TensorSpec("x", ("B", 8)),), (TensorSpec("y", ("B", 8)),))
+
+
+@pytest.mark.parametrize("precision", HALF)
+def test_every_network_is_built_with_the_contracts_inputs_and_outputs(
+    built: Callable[[Precision], Built], precision: Precision
+) -> None:
+    build = built(precision)
+    geometry = build.checkpoint.geometry
+    latent_sizes = [(height // 8, width // 8) for height, width in OPTIONS.resolutions]
+    for name, spec in network_specs(geometry).items():
+        found = {tensor.name: tensor for tensor in parse_layers(build.text(name)).tensors}
+        assert found.keys() == {tensor.name for tensor in (*spec.inputs, *spec.outputs)}
+        profiles = profiles_of(spec, LETTERS, latent_sizes)
+        for tensor in (*spec.inputs, *spec.outputs):
+            seen = found[tensor.name]
+            own = {"float32": "Float", "int32": "Int32"} | {name: DTYPES[precision] for name in ("float16", "bfloat16")}
+            assert seen.is_input == (tensor in spec.inputs)
+            assert seen.dtype == own[tensor.dtype_name(precision, geometry.vae_in_fp32)]
+            assert seen.shape == tuple(dim if isinstance(dim, int) else -1 for dim in tensor.shape)
+            if not seen.is_input:
+                continue
+            assert len(seen.profiles) == len(profiles)
+            for (least, _, most), letters in zip(seen.profiles, profiles, strict=True):
+                for bound, shape in (("minimum", least), ("maximum", most)):
+                    values = {letter: getattr(allowed, bound) for letter, allowed in letters.items()}
+                    assert shape == tuple(size_of(dim, values) for dim in tensor.shape)
+
+
+@pytest.mark.parametrize("precision", HALF)
+def test_a_store_entry_holds_engine_layers_and_log_of_every_network(
+    built: Callable[[Precision], Built], precision: Precision
+) -> None:
+    build = built(precision)
+    names = set(network_specs(build.checkpoint.geometry))
+    files = {f"{name}.{kind}" for name in names for kind in ("engine", "layers", "log")} | {"engines.json"}
+    assert set(build.engine.files) == files
+    details = build.engine.details
+    assert details["relative_error_against_eager"].keys() == names
+    assert all(0 < error < TOLERANCE[precision] for error in details["relative_error_against_eager"].values())
+    assert details["builds"].keys() == names
+    for name, report in details["builds"].items():
+        layers = parse_layers(build.text(name)).layers
+        assert report["engine_bytes"] == build.engine.files[engine_name(name)]
+        assert report["layers"] == len(layers)
+        assert report["fused_attentions"] == fused_attentions(layers)
+        assert report["peak_memory_bytes"] > 100 << 20
+        assert 0 < report["parse_seconds"] < report["seconds"]
+    assert build.identity.architecture == "sm89+sm120"
+    assert build.identity.backend_version.startswith("tensorrt-rtx ")
+
+
+@pytest.mark.parametrize("precision", HALF)
+def test_every_attention_of_the_denoiser_is_in_the_layer_list(
+    built: Callable[[Precision], Built], precision: Precision
+) -> None:
+    """By the names of the ONNX nodes: none of the operator's calls was lost on the way."""
+    build = built(precision)
+    nodes = {node for layer in parse_layers(build.text("denoiser")).layers for node in layer.nodes}
+    blocks = sum(width.layers for width in build.checkpoint.geometry.widths)
+    text = {node for node in nodes if "GlobalReferenceCrossAttention/Attention" in node}
+    references = {node for node in nodes if "GlobalReferenceCrossAttention/Softmax" in node}
+    own = {node for node in nodes if node.startswith("node_scaled_dot_product_attention")}
+    assert len(text) == len(references) == len(own) == blocks
+
+
+def test_progress_grows_and_stages_are_told(built: Callable[[Precision], Built]) -> None:
+    build = built("fp16")
+    denoiser = [fraction for network, fraction in build.fractions if network == "denoiser"]
+    assert len(denoiser) >= 2
+    assert denoiser == sorted(denoiser)
+    assert denoiser[0] > 0 and denoiser[-1] <= 1
+    stages = [what for network, what in build.stages if network == "denoiser"]
+    assert stages[:2] == ["exporting to ONNX", "comparing with eager"]
+    assert stages[2].startswith("building the engine for sm89, sm120 with tensorrt-rtx ")
+
+
+def test_the_same_build_again_takes_what_is_there(built: Callable[[Precision], Built]) -> None:
+    build = built("fp16")
+
+    def never(network: str, what: str) -> None:
+        raise AssertionError(f"{network}: {what}")
+
+    started = time.perf_counter()
+    again = build_engine(
+        build.checkpoint, build.identity, RANGES, options=OPTIONS, engine_dir=build.store.root, on_stage=never
+    )
+    assert again.key == build.engine.key
+    assert time.perf_counter() - started < 2
+
+
+def test_a_run_finds_the_engine_by_its_own_architecture(built: Callable[[Precision], Built]) -> None:
+    """It asks for one of the two architectures, and for nothing of how the engine was tuned."""
+    build = built("fp16")
+    for target in TARGETS:
+        asked = replace(build.identity, architecture=target, tuning=())
+        assert build.store.find(asked, RANGES, "build it").key == build.engine.key
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"architecture": "sm90"}, "architecture is sm89+sm120 in the store, sm90 asked for"),
+        ({"backend_version": "tensorrt 10.14.1"}, "backend version is tensorrt-rtx"),
+        ({"precision": "bf16"}, "precision is fp16 in the store, bf16 asked for"),
+    ],
+)
+def test_what_doesnt_fit_is_told_by_name_with_the_command(
+    built: Callable[[Precision], Built], changes: dict[str, str], told: str
+) -> None:
+    build = built("fp16")
+    with pytest.raises(InputError) as caught:
+        build.store.find(replace(build.identity, **changes), RANGES, "storyadapter-trt build --it")
+    assert told in str(caught.value)
+    assert str(caught.value).endswith("build it: storyadapter-trt build --it")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("ranges", "told"),
+    [
+        (replace(RANGES, max_references=7), "max references is 6, 7 asked for"),
+        (replace(RANGES, max_frames=5), "max frames is 4, 5 asked for"),
+        (replace(RANGES, width=replace(RANGES.width, maximum=160)), "width is 64..128, 64..160 asked for"),
+    ],
+)
+def test_ranges_that_dont_fit_are_told_by_name(
+    built: Callable[[Precision], Built], ranges: ShapeRanges, told: str
+) -> None:
+    build = built("fp16")
+    with pytest.raises(InputError) as caught:
+        build.store.find(replace(build.identity, architecture="sm89"), ranges, "storyadapter-trt build --it")
+    assert told in str(caught.value)
+    assert str(caught.value).endswith("build it: storyadapter-trt build --it")
+
+
+@pytest.mark.parametrize("channels", [640, 1280])
+def test_a_full_size_layer_block_is_built_with_every_attention_fused(
+    layer_block_onnx: Callable[[int], Path], rtx: Library, tmp_path: Path, channels: int
+) -> None:
+    """SDXL's head size of 64: self-attention, text attention and reference attention are one kernel each."""
+    request = block_request(channels, layer_block_onnx(channels), tmp_path, rtx)
+    report = run_worker("block", request, lambda fraction: None)
+    layers = parse_layers(Path(request.layers).read_text()).layers
+    assert report.layers == len(layers) > 10
+    assert report.fused_attentions == 3
+    assert report.engine_bytes == Path(request.engine).stat().st_size > channels * channels * 16
+
+
+def block_request(channels: int, onnx: Path, folder: Path, library: Library) -> BuildRequest:
+    return build_request(
+        layer_block_spec(channels), onnx, folder, LETTERS, "fp16", True, library, TARGETS, BuildOptions()
+    )
+
+
+def test_ctrl_c_ends_the_build_at_once(layer_block_onnx: Callable[[int], Path], rtx: Library, tmp_path: Path) -> None:
+    request = block_request(640, layer_block_onnx(640), tmp_path, rtx)
+    seen: list[psutil.Process] = []
+
+    def interrupt(fraction: float) -> None:
+        seen.extend(psutil.Process().children())
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_worker("block", request, interrupt)
+    started = time.perf_counter()
+    assert seen
+    assert not any(process.is_running() for process in seen)
+    assert time.perf_counter() - started < 1
+    assert not Path(request.engine).exists()
+
+
+def test_a_build_killed_for_want_of_memory_is_one_line(
+    layer_block_onnx: Callable[[int], Path], rtx: Library, tmp_path: Path
+) -> None:
+    request = block_request(640, layer_block_onnx(640), tmp_path, rtx)
+
+    def kill(fraction: float) -> None:
+        for process in psutil.Process().children():
+            process.kill()
+
+    with pytest.raises(EngineBuildError, match="^block: the build was killed, most likely for want of memory; .*$"):
+        run_worker("block", request, kill)
+
+
+def test_no_build_outlives_the_program_that_asked(
+    layer_block_onnx: Callable[[int], Path], rtx: Library, tmp_path: Path
+) -> None:
+    request = block_request(640, layer_block_onnx(640), tmp_path, rtx)
+    (tmp_path / "request.json").write_text(request.to_json())
+    program = (
+        "import sys, pathlib\n"
+        "from storyadapter.engine.tensorrt.builder import run_worker\n"
+        "from storyadapter.engine.tensorrt.worker import BuildRequest\n"
+        "request = BuildRequest.from_json(pathlib.Path(sys.argv[1]).read_text())\n"
+        "run_worker('block', request, lambda fraction: print('building', flush=True))\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "request.json")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout and parent.stdout.readline() == "building\n"
+        workers = psutil.Process(parent.pid).children()
+        assert workers
+        os.kill(parent.pid, signal.SIGKILL)
+    _, alive = psutil.wait_procs(workers, timeout=10)
+    assert not alive
+
+
+def test_a_program_killed_while_it_builds_leaves_the_store_usable(
+    tiny_model_dir: Path, built: Callable[[Precision], Built], tmp_path: Path
+) -> None:
+    words = ["--base-model", tiny_model_dir, "--image-encoder", tiny_model_dir / "image_encoder"]
+    words += ["--ip-adapter", tiny_model_dir / "ip-adapter.safetensors", "--backend", "tensorrt"]
+    words += ["--target", "sm89", "--engine-dir", tmp_path / "store", "--json-log"]
+    code = "import sys; from storyadapter.cli.main import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, "build", *map(str, words)]
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as program:
+        assert program.stdout
+        for line in program.stdout:
+            if '"text": "building the engine' in line:
+                break
+        os.kill(program.pid, signal.SIGKILL)
+    store = EngineStore(tmp_path / "store")
+    left = [path for path in store.root.iterdir() if path.name.endswith(".building")]
+    assert len(left) == 1 and any(left[0].iterdir())
+    assert store.scan() == ([], [])
+    identity = built("fp16").identity
+    engine = store.build(identity, RANGES, lambda folder: {}, lambda message: None)
+    assert store.scan() == ([engine], [])
+    assert not left[0].exists()
+
+
+def test_an_unknown_operator_is_told_with_the_node(rtx: Library, tmp_path: Path) -> None:
+    request = broken_request("NoSuchOperator", rtx, tmp_path)
+    with pytest.raises(EngineBuildError) as caught:
+        run_worker("broken", request, lambda fraction: None)
+    text = str(caught.value)
+    assert text.startswith("broken: tensorrt_rtx refused: node 'culprit' (NoSuchOperator): ")
+    assert text.endswith("; another version of it may take this, or another backend: see doctor")
+    assert "\n" not in text
+
+
+def test_a_network_that_isnt_the_contracts_is_refused_before_it_is_built(rtx: Library, tmp_path: Path) -> None:
+    request = broken_request("Relu", rtx, tmp_path)
+    other = replace(request, inputs=(replace(request.inputs[0], dtype="BF16"),))
+    with pytest.raises(EngineBuildError, match=r"the parsed network's inputs are \[\('x', \(-1, 8\), 'HALF'\)\]"):
+        run_worker("broken", other, lambda fraction: None)
+    assert run_worker("broken", request, lambda fraction: None).engine_bytes > 0
+
+
+def test_a_full_disk_is_an_os_error(rtx: Library, tmp_path: Path) -> None:
+    """The store tells it in one line, with what to do."""
+    request = replace(broken_request("Relu", rtx, tmp_path), engine="/dev/full")
+    with pytest.raises(OSError) as caught:
+        run_worker("broken", request, lambda fraction: None)
+    assert caught.value.errno == errno.ENOSPC
+
+
+def test_a_missing_library_is_the_builders_early_end(rtx: Library, tmp_path: Path) -> None:
+    request = replace(broken_request("Relu", rtx, tmp_path), module="no_such_tensorrt")
+    with pytest.raises(EngineBuildError, match=r"^broken: no_such_tensorrt's builder ended early \(exit code 1\): .*$"):
+        run_worker("broken", request, lambda fraction: None)
+
+
+def broken_request(op_type: str, library: Library, folder: Path) -> BuildRequest:
+    return build_request(
+        BROKEN, broken_onnx(folder, op_type), folder, LETTERS, "fp16", True, library, ("sm89",), BuildOptions()
+    )
+
+
+def test_options_reach_the_builder(layer_block_onnx: Callable[[int], Path], rtx: Library, tmp_path: Path) -> None:
+    """One architecture gives a smaller engine than two."""
+    request = block_request(640, layer_block_onnx(640), tmp_path, rtx)
+    both = run_worker("block", request, lambda fraction: None)
+    one = run_worker(
+        "block",
+        replace(request, targets=("sm89",), optimization_level=0, workspace_bytes=64 << 20),
+        lambda fraction: None,
+    )
+    assert one.engine_bytes < both.engine_bytes
+
+
+def test_loras_and_their_scales_are_in_the_key(built: Callable[[Precision], Built]) -> None:
+    build = built("fp16")
+    plain = identify(build.checkpoint, "tensorrt", "fp16", targets=TARGETS)
+    assert plain.loras == ()
+    assert plain.tuning == () and build.identity.tuning == (("resolutions", "96x64"),)

@@ -1,0 +1,74 @@
+"""Which TensorRT serves which target, and what is told where none does."""
+
+import pytest
+
+from storyadapter.engine.tensorrt.library import Library, choose_library, installed_libraries, parse_targets
+from storyadapter.errors import InputError, UnavailableError
+
+FULL = Library("tensorrt", "10.14.1.48")
+RTX = Library("tensorrt-rtx", "1.7.1.116")
+
+
+def test_targets_are_sorted_and_named_once() -> None:
+    assert parse_targets("auto") == ()
+    assert parse_targets("sm120,sm89, sm120") == ("sm89", "sm120")
+
+
+@pytest.mark.parametrize("text", ["", "89", "sm", "sm8", "sm89,", "SM89", "cuda", "sm89 sm120", "sm1200"])
+def test_other_targets_are_refused(text: str) -> None:
+    with pytest.raises(InputError, match="expected auto, or architectures such as sm89 or sm89,sm120$"):
+        parse_targets(text)
+
+
+@pytest.mark.parametrize(
+    ("targets", "present", "libraries", "chosen"),
+    [
+        ((), "sm90", (FULL, RTX), (FULL, ("sm90",))),
+        ((), "sm89", (FULL, RTX), (FULL, ("sm89",))),
+        ((), "sm89", (RTX,), (RTX, ("sm89",))),
+        (("sm120",), "sm89", (FULL, RTX), (RTX, ("sm120",))),
+        (("sm89", "sm120"), "sm89", (FULL, RTX), (RTX, ("sm89", "sm120"))),
+        (("sm89", "sm120"), None, (RTX,), (RTX, ("sm89", "sm120"))),
+        (("sm89",), "sm89", (Library("tensorrt", "10.13.3"), RTX), (RTX, ("sm89",))),
+    ],
+)
+def test_the_library_is_chosen_by_what_is_installed_and_by_the_target(
+    targets: tuple[str, ...],
+    present: str | None,
+    libraries: tuple[Library, ...],
+    chosen: tuple[Library, tuple[str, ...]],
+) -> None:
+    assert choose_library(targets, present, libraries) == chosen
+
+
+@pytest.mark.parametrize(
+    ("targets", "present", "libraries", "told"),
+    [
+        ((), None, (RTX,), "backend tensorrt: there is no GPU here that PyTorch can use; .* such as --target sm89$"),
+        (
+            (),
+            "sm90",
+            (RTX,),
+            "can't serve sm90 here: tensorrt-rtx 1.7.1.116 builds for sm75, .* only; type: pip install",
+        ),
+        (("sm90",), None, (FULL,), r"tensorrt 10.14.1.48 builds only for the GPU that is present \(none\); type: pip"),
+        (("sm89",), None, (), r"neither tensorrt nor tensorrt-rtx is installed; .*storyadapter-trt\[tensorrt-rtx\]'$"),
+        ((), "sm90", (Library("tensorrt", "10.13.3"),), "tensorrt 10.13.3 is too old, expected 10.14 or later"),
+        (("sm89", "sm90"), None, (RTX,), "can't serve sm89, sm90 here"),
+    ],
+)
+def test_why_none_serves_is_one_line(
+    targets: tuple[str, ...], present: str | None, libraries: tuple[Library, ...], told: str
+) -> None:
+    with pytest.raises(UnavailableError, match=told) as caught:
+        choose_library(targets, present, libraries)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_installed_one_is_found_and_can_be_loaded() -> None:
+    pytest.importorskip("tensorrt_rtx")
+    library = next(library for library in installed_libraries() if library.distribution == "tensorrt-rtx")
+    module = library.load()
+    assert module.__name__ == "tensorrt_rtx"
+    assert module.__version__ == library.version
+    assert not library.has_plugins

@@ -1,0 +1,101 @@
+"""What the plugin declares: the kernel's arguments, grid and block, in TensorRT's symbols.
+
+TensorRT's plugin layer itself can't be installed here; the module that talks to it is checked for the rules that its
+registration has.
+"""
+
+import ast
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from storyadapter.engine.tensorrt import plugin_launch  # noqa: E402
+from storyadapter.engine.tensorrt.plugin_launch import PluginError, plan_launch, substitute  # noqa: E402
+from storyadapter.kernels.aot import evaluate  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Symbol:
+    """A number that, like TensorRT's, takes other operands on its right only."""
+
+    value: int
+
+    def _with(self, other: "Symbol | int") -> int:
+        return other.value if isinstance(other, Symbol) else other
+
+    def __add__(self, other: "Symbol | int") -> "Symbol":
+        return Symbol(self.value + self._with(other))
+
+    def __mul__(self, other: "Symbol | int") -> "Symbol":
+        return Symbol(self.value * self._with(other))
+
+    def __floordiv__(self, other: "Symbol | int") -> "Symbol":
+        return Symbol(self.value // self._with(other))
+
+
+def plain(value: Symbol | int) -> int:
+    return value.value if isinstance(value, Symbol) else value
+
+
+@pytest.mark.parametrize("dtype", ["HALF", "BF16"])
+@pytest.mark.parametrize("sizes", [(2, 1024, 64), (16, 4096, 400), (1, 1, 1), (3, 77, 13)])
+@pytest.mark.parametrize("heads", [10, 20])
+def test_the_launch_in_symbols_is_the_kernels(dtype: str, sizes: tuple[int, int, int], heads: int) -> None:
+    rows, queries, references = sizes
+    fixed = {"H": heads, "D": 64, "T": 77}
+    letters = {"B": Symbol(rows), "S": Symbol(queries), "R": Symbol(references), **fixed}
+    launch = plan_launch(90, dtype, letters)
+    kernel = launch.kernel
+    numbers = {"B": rows, "S": queries, "R": references, **fixed}
+    assert tuple(map(plain, launch.grid)) == tuple(evaluate(expression, numbers) for expression in kernel.grid)
+    expected = [evaluate(str(a.expression), numbers) for a in kernel.arguments if a.kind == "integer"]
+    assert [plain(value) for value in launch.integers] == expected
+    assert launch.block == kernel.block
+    assert launch.shared_bytes == kernel.shared_bytes <= 48 * 1024
+    assert kernel.element_type == {"HALF": "fp16", "BF16": "bf16"}[dtype]
+    kinds = [argument.kind for argument in kernel.arguments]
+    assert kinds == ["input"] * 6 + ["integer"] * len(expected) + ["output"]
+    assert f".entry {kernel.entry}(" in kernel.ptx
+
+
+def test_a_number_on_the_left_is_turned() -> None:
+    letters = {"R": Symbol(7), "H": 2}
+    assert substitute("2 * R * H // 4", letters) == Symbol(7)
+    assert substitute("1 + R", letters) == Symbol(8)
+    assert substitute("H * 3 // 2", letters) == 3
+
+
+@pytest.mark.parametrize("expression", ["R - 1", "8 // R", "Q", "R ** 2", "f(R)", "R if R else 1"])
+def test_other_expressions_are_refused(expression: str) -> None:
+    with pytest.raises(PluginError, match="is no sum, product or floor division of R and numbers$"):
+        substitute(expression, {"R": Symbol(7)})
+
+
+def test_other_types_and_unknown_widths_are_refused() -> None:
+    letters = {"B": 1, "S": 1, "R": 1, "H": 10, "D": 64, "T": 77}
+    with pytest.raises(PluginError, match="^q is FLOAT; expected HALF or BF16$"):
+        plan_launch(90, "FLOAT", letters)
+    with pytest.raises(PluginError, match="^T is not known when the engine is built; expected a number$"):
+        plan_launch(90, "HALF", letters | {"T": Symbol(77)})
+    with pytest.raises(ValueError, match="capability is 70"):
+        plan_launch(70, "HALF", letters)
+
+
+def test_the_plugins_functions_keep_the_rules_of_registration() -> None:
+    """TensorRT compares names and annotations: the six inputs, then outputs, then tactic; no annotation is a string."""
+    tree = ast.parse((Path(plugin_launch.__file__).parent / "plugin.py").read_text())
+    assert not any(isinstance(node, ast.ImportFrom) and node.module == "__future__" for node in tree.body)
+    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    letters = {"B": 1, "S": 1, "R": 1, "H": 10, "D": 64, "T": 77}
+    inputs = [a.name for a in plan_launch(90, "HALF", letters).kernel.arguments if a.kind == "input"]
+    for name, more in (("describe", []), ("offer", ["outputs"]), ("embed", ["outputs", "tactic"])):
+        arguments = functions[name].args
+        assert [argument.arg for argument in arguments.args] == inputs + more
+        assert all(argument.annotation is not None for argument in arguments.args)
+        assert not arguments.defaults and functions[name].returns is not None
+    returned = functions["embed"].returns
+    assert returned is not None
+    assert ast.unparse(returned) == "tuple[str, str, trtp.KernelLaunchParams, trtp.SymIntExprs]"

@@ -1,0 +1,101 @@
+"""What a session knows before anything reaches a GPU. Nothing here enqueues: no GPU here runs these engines."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from storyadapter.contract import Precision, network_specs
+from storyadapter.engine.opening import open_networks
+from storyadapter.engine.tensorrt.engine_folder import EngineFolder
+from storyadapter.errors import EngineMismatchError, UnavailableError
+from storyadapter.export.probe import example_letters, probe_inputs
+from storyadapter.networks import check_inputs
+from tests.engine.tensorrt.building import LETTERS, RANGES, Built
+
+
+def test_it_needs_nothing_but_pytorch_and_tensorrt() -> None:
+    program = (
+        "import sys, json, torch, tensorrt_rtx\n"
+        "before = {name.partition('.')[0] for name in sys.modules}\n"
+        "import storyadapter.engine.tensorrt.session\n"
+        "after = {name.partition('.')[0] for name in sys.modules}\n"
+        "ours = sorted(name for name in sys.modules if name.startswith('storyadapter'))\n"
+        "print(json.dumps([sorted(after - before - set(sys.stdlib_module_names)), ours]))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    others, ours = json.loads(done.stdout)
+    assert others == ["storyadapter"]
+    assert not any(name.startswith(("storyadapter.export", "storyadapter.checkpoint")) for name in ours)
+
+
+def test_the_builders_description_is_read_back(built: Callable[[Precision], Built]) -> None:
+    build = built("fp16")
+    described = EngineFolder.read(build.engine.folder)
+    assert f"{described.module.replace('_', '-')} {described.version}" == build.identity.backend_version
+    assert described.targets == ("sm89", "sm120")
+    assert not described.plugin
+    assert described.load_module().__name__ == "tensorrt_rtx"
+    for name, spec in network_specs(build.checkpoint.geometry).items():
+        whole = described.profiles[name][0]
+        assert whole == {letter: LETTERS[letter] for letter in whole}
+        assert len(described.profiles[name]) == (2 if "h" in whole else 1)
+        assert spec.name == name
+
+
+def test_a_size_with_a_profile_of_its_own_takes_it(built: Callable[[Precision], Built]) -> None:
+    described = EngineFolder.read(built("fp16").engine.folder)
+    values = {"B": 8, "P": 5, "G": 2, "R": 24, "h": 8, "w": 12}
+    assert described.profile_for("denoiser", values) == 1
+    assert described.profile_for("denoiser", values | {"w": 16}) == 0
+    assert described.profile_for("text_encoder", {"P": 5}) == 0
+
+
+def test_engines_of_another_version_are_refused(built: Callable[[Precision], Built]) -> None:
+    described = EngineFolder.read(built("fp16").engine.folder)
+    with pytest.raises(EngineMismatchError, match="was built by tensorrt_rtx 1.0.0; installed: .*tensorrt-rtx"):
+        replace(described, version="1.0.0").load_module()
+
+
+@pytest.mark.parametrize(
+    ("letters", "told"),
+    [
+        ({"R": 25}, "denoiser: R = 25 is outside the engine's range 1..24"),
+        ({"B": 9}, "denoiser: B = 9 is outside the engine's range 1..8"),
+        ({"P": 6}, "denoiser: P = 6 is outside the engine's range 1..5"),
+        ({"h": 16}, "denoiser: h = 16 is outside the engine's range 8..12"),
+        ({"w": 4}, "denoiser: w = 4 is outside the engine's range 8..16"),
+    ],
+)
+def test_a_letter_out_of_its_range_is_told_before_the_enqueue(
+    built: Callable[[Precision], Built], letters: dict[str, int], told: str
+) -> None:
+    build = built("fp16")
+    ranges = EngineFolder.read(build.engine.folder).profiles["denoiser"][0]
+    spec = network_specs(build.checkpoint.geometry)["denoiser"]
+    usual = example_letters({**LETTERS, **ranges})
+    options = {"precision": "fp16", "vae_in_fp32": False, "device": torch.device("cpu"), "letters": ranges}
+    good = probe_inputs(spec, usual, "fp16", False)
+    assert check_inputs(spec, good, **options)["R"] == usual["R"]
+    with pytest.raises(ValueError, match=f"^{told}$"):
+        check_inputs(spec, probe_inputs(spec, usual | letters, "fp16", False), **options)
+
+
+def test_running_without_a_gpu_is_one_line(built: Callable[[Precision], Built]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    build = built("fp16")
+    with pytest.raises(UnavailableError, match="^backend tensorrt builds here but can't run here: there is no GPU .*$"):
+        open_networks(
+            build.checkpoint, backend="tensorrt", precision="fp16", ranges=RANGES, engine_dir=build.store.root
+        )
+
+
+def test_fp32_is_refused(built: Callable[[Precision], Built]) -> None:
+    told = "^backend tensorrt can't serve here: it can't run in fp32; expected --precision fp16 or bf16$"
+    with pytest.raises(UnavailableError, match=told):
+        open_networks(built("fp16").checkpoint, backend="tensorrt", precision="fp32")

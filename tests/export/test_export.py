@@ -1,0 +1,117 @@
+"""Exported files compute what eager computes; fp16 and bf16 are compared by the tests of the engines that are built."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto
+from torch import nn
+
+from storyadapter.checkpoint import Checkpoint
+from storyadapter.checkpoint.paths import CheckpointPaths
+from storyadapter.contract import NetworkSpec, Range, ShapeRanges, TensorSpec, network_specs, size_of
+from storyadapter.export import OPSET
+from storyadapter.export.compared import export_compared
+from storyadapter.export.ort_session import open_session
+from storyadapter.export.probe import Probe
+from storyadapter.export.verify import ExportError, verify_export
+from storyadapter.export.widen import write_widened
+from storyadapter.grca import grca
+from storyadapter.modules import iterate_modules
+
+RANGES = ShapeRanges(4, 6, Range(64, 96), Range(64, 64))
+LETTERS = RANGES.letters()
+LINEAR = NetworkSpec("linear", (TensorSpec("x", ("B", 8)),), (TensorSpec("y", ("B", 8)),))
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
+    """Every network of the tiny model in fp32, for any height and one width; and its error against eager."""
+    checkpoint = Checkpoint.open(
+        CheckpointPaths(tiny_model_dir, tiny_model_dir / "image_encoder", tiny_model_dir / "ip-adapter.safetensors")
+    )
+    folder, errors = tmp_path_factory.mktemp("onnx"), {}
+    for name, module in iterate_modules(checkpoint, "fp32", grca):
+        spec = network_specs(checkpoint.geometry)[name]
+        path, errors[name] = export_compared(spec, module, LETTERS, "fp32", checkpoint.geometry.vae_in_fp32, folder)
+        assert path.name == f"{name}.onnx"
+        assert not any(weight.numel() for weight in module.parameters())
+    return folder, errors
+
+
+def test_every_network_computes_what_eager_computes(exported: tuple[Path, dict[str, float]]) -> None:
+    _, errors = exported
+    assert len(errors) == 7
+    assert all(0 < error < 1e-5 for error in errors.values())
+
+
+def test_files_carry_the_contracts_letters_and_the_stated_opset(
+    exported: tuple[Path, dict[str, float]], tiny_model_dir: Path
+) -> None:
+    folder, errors = exported
+    geometry = Checkpoint.open(
+        CheckpointPaths(tiny_model_dir, tiny_model_dir / "image_encoder", tiny_model_dir / "ip-adapter.safetensors")
+    ).geometry
+    for name in errors:
+        spec = network_specs(geometry)[name]
+        model = onnx.load(str(folder / f"{name}.onnx"), load_external_data=False)
+        assert {entry.domain: entry.version for entry in model.opset_import}[""] == OPSET
+        for values, tensors in ((model.graph.input, spec.inputs), (model.graph.output, spec.outputs)):
+            for value, tensor in zip(values, tensors, strict=True):
+                dims = [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
+                wanted = [size_of(dim, {"w": 8}) if dim in ("w", "8*w") else dim for dim in tensor.shape]
+                assert (value.name, dims) == (tensor.name, wanted)
+
+
+def test_the_operator_is_one_node_with_its_meaning_in_the_file(exported: tuple[Path, dict[str, float]]) -> None:
+    model = onnx.load(str(exported[0] / "denoiser.onnx"), load_external_data=False)
+    nodes = [node for node in model.graph.node if node.domain == "storyadapter"]
+    assert len(nodes) == 7
+    for node in nodes:
+        assert node.op_type == "GlobalReferenceCrossAttention"
+        assert [(a.name, a.s) for a in node.attribute] == [("plugin_namespace", b"storyadapter")]
+    assert [(f.domain, f.name) for f in model.functions] == [("storyadapter", "GlobalReferenceCrossAttention")]
+    assert all(node.name for node in model.functions[0].node)
+
+
+class Linear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x)
+
+
+def test_a_file_that_computes_something_else_is_refused(tmp_path: Path) -> None:
+    path, _ = export_compared(LINEAR, Linear(), LETTERS, "fp32", True, tmp_path)
+    torch.manual_seed(0)
+    x = torch.randn(2, 8)
+    right = Linear()(x).detach()
+    assert verify_export(path, [Probe({"x": x}, {"y": right})], "fp32") < 1e-6
+    for wrong in (1.01 * right, right.roll(1, 0), torch.full_like(right, torch.nan)):
+        with pytest.raises(ExportError, match="^linear.onnx: output y differs from eager by .* in fp32; expected at"):
+            verify_export(path, [Probe({"x": x}, {"y": wrong})], "fp32")
+    with pytest.raises(ExportError, match=r"^linear.onnx: output y has shape \(2, 8\); eager gives \(1, 8\)$"):
+        verify_export(path, [Probe({"x": x}, {"y": right[:1]})], "fp32")
+
+
+def test_the_fp32_twin_of_a_bf16_file_has_its_weights_to_the_last_bit(tmp_path: Path) -> None:
+    module = Linear().bfloat16()
+    weights = {name: weight.detach().float().clone() for name, weight in module.named_parameters()}
+    path, error = export_compared(LINEAR, module, LETTERS, "bf16", True, tmp_path)
+    assert error < 1e-6
+    assert not (tmp_path / "widened").exists()
+    model = onnx.load(str(path))
+    assert model.graph.input[0].type.tensor_type.elem_type == TensorProto.BFLOAT16
+    (tmp_path / "twin").mkdir()
+    twin = write_widened(path, tmp_path / "twin")
+    widened = onnx.load(str(twin))
+    assert not any(tensor.data_type == TensorProto.BFLOAT16 for tensor in widened.graph.initializer)
+    x = np.random.default_rng(0).normal(size=(3, 8)).astype(np.float32)
+    (y,) = open_session(twin).run(["y"], {"x": x})
+    expected = torch.from_numpy(x) @ weights["linear.weight"].T + weights["linear.bias"]
+    assert np.abs(y - expected.numpy()).max() < 1e-6
