@@ -19,8 +19,6 @@ from storyadapter.grca import grca
 from storyadapter.unet import GlobalReferenceCrossAttention
 from tests.engine.tensorrt.building import LETTERS, OPTIONS, RANGES, TARGETS, Built, LayerBlock, layer_block_spec
 
-pytest.importorskip("tensorrt_rtx")
-
 
 @pytest.fixture(scope="session")
 def rtx() -> Library:

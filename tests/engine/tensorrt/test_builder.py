@@ -43,6 +43,8 @@ BROKEN = NetworkSpec("broken", (TensorSpec("x", ("B", 8)),), (TensorSpec("y", ("
 def test_every_network_is_built_with_the_contracts_inputs_and_outputs(
     built: Callable[[Precision], Built], precision: Precision
 ) -> None:
+
+pytest.importorskip("tensorrt_rtx")
     build = built(precision)
     geometry = build.checkpoint.geometry
     latent_sizes = [(height // 8, width // 8) for height, width in OPTIONS.resolutions]

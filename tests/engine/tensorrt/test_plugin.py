@@ -40,9 +40,8 @@ def plain(value: Symbol | int) -> int:
     return value.value if isinstance(value, Symbol) else value
 
 
-@pytest.mark.parametrize("dtype", ["HALF", "BF16"])
+@pytest.mark.parametrize(("dtype", "heads"), [("HALF", 10), ("BF16", 20)])
 @pytest.mark.parametrize("sizes", [(2, 1024, 64), (16, 4096, 400), (1, 1, 1), (3, 77, 13)])
-@pytest.mark.parametrize("heads", [10, 20])
 def test_the_launch_in_symbols_is_the_kernels(dtype: str, sizes: tuple[int, int, int], heads: int) -> None:
     rows, queries, references = sizes
     fixed = {"H": heads, "D": 64, "T": 77}

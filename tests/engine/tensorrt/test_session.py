@@ -17,6 +17,8 @@ from storyadapter.export.probe import example_letters, probe_inputs
 from storyadapter.networks import check_inputs
 from tests.engine.tensorrt.building import LETTERS, RANGES, Built
 
+pytest.importorskip("tensorrt_rtx")
+
 
 def test_it_needs_nothing_but_pytorch_and_tensorrt() -> None:
     program = (
