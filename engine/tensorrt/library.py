@@ -112,6 +112,32 @@ def choose_library(
     )
 
 
+def why_it_cant_run(present: str | None) -> str | None:
+    """Why no TensorRT that is installed runs engines on this machine; None if one does."""
+    if present is None:
+        return "it builds here but can't run: there is no GPU that PyTorch can use"
+    try:
+        choose_library((), present)
+    except UnavailableError as error:
+        return str(error).removeprefix("backend tensorrt ")
+    return None
+
+
+def describe_libraries(present: str | None, libraries: tuple[Library, ...] | None = None) -> list[str]:
+    """For each TensorRT that is installed: whether it runs on this machine's GPU, and whether it embeds the kernel."""
+    lines = []
+    for library in installed_libraries() if libraries is None else libraries:
+        runs = f"runs on this GPU ({present})" if present else "can't run here (no GPU)"
+        if present and (reason := _why_not(library, (present,), present)):
+            runs = f"can't run on this GPU ({present}): it {reason}"
+        builds = "builds for this GPU only" if library.has_plugins else f"builds for {', '.join(RTX_TARGETS)} anywhere"
+        kernel = (
+            "embeds the fused attention kernel" if library.has_plugins else "knows no plugins: attention is its own"
+        )
+        lines.append(f"{library}: {runs}; {builds}; {kernel}")
+    return lines or ["none installed"]
+
+
 def _why_not(library: Library, targets: tuple[str, ...], present: str | None) -> str | None:
     oldest = OLDEST[library.distribution]
     if tuple(int(part) for part in re.findall(r"\d+", library.version)[:2]) < oldest:

@@ -10,6 +10,7 @@ from storyadapter.cli.reporting import print_result
 from storyadapter.cli.versions import versions
 from storyadapter.engine.backends import BACKENDS, choose_backend, why_unavailable
 from storyadapter.engine.store import EngineStore
+from storyadapter.engine.tensorrt.library import describe_libraries, gpu_target, why_it_cant_run
 
 
 def doctor() -> int:
@@ -29,9 +30,10 @@ def doctor() -> int:
     lines.append("versions   " + ", ".join(f"{name} {version}" for name, version in versions().items()))
     usable = []
     for name, backend in BACKENDS.items():
-        reason = why_unavailable(name)
+        reason = why_unavailable(name) or (why_it_cant_run(gpu_target()) if name == "tensorrt" else None)
         usable += [] if reason else [name]
         lines.append(f"backend    {name}: {backend.purpose}; " + (f"NO: {reason}" if reason else "can serve"))
+    lines += [f"TensorRT   {line}" for line in describe_libraries(gpu_target())]
     lines.append(f"default    --backend {choose_backend()}")
     store = EngineStore()
     engines, warnings = store.scan()

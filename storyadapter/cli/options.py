@@ -123,7 +123,7 @@ def check_backend_options(args: argparse.Namespace, backend: str) -> None:
     }
     if backend != "tensorrt" and any(given.values()):
         names = " and ".join(name for name, was in given.items() if was)
-        raise InputError(f"{names} was given for backend {backend}; expected --backend tensorrt with it")
+        raise InputError(f"{names} given for backend {backend}; expected --backend tensorrt with it")
 
 
 def add_size_options(parser: argparse.ArgumentParser, *, as_range: bool) -> None:

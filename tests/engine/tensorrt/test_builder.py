@@ -34,6 +34,8 @@ from tests.engine.tensorrt.building import (
     layer_block_spec,
 )
 
+pytest.importorskip("tensorrt_rtx")
+
 DTYPES = {"fp16": "Half", "bf16": "BFloat16"}
 HALF: tuple[Precision, ...] = ("fp16", "bf16")
 BROKEN = NetworkSpec("broken", (TensorSpec("x", ("B", 8)),), (TensorSpec("y", ("B", 8)),))
@@ -43,8 +45,6 @@ BROKEN = NetworkSpec("broken", (TensorSpec("x", ("B", 8)),), (TensorSpec("y", ("
 def test_every_network_is_built_with_the_contracts_inputs_and_outputs(
     built: Callable[[Precision], Built], precision: Precision
 ) -> None:
-
-pytest.importorskip("tensorrt_rtx")
     build = built(precision)
     geometry = build.checkpoint.geometry
     latent_sizes = [(height // 8, width // 8) for height, width in OPTIONS.resolutions]

@@ -2,7 +2,13 @@
 
 import pytest
 
-from storyadapter.engine.tensorrt.library import Library, choose_library, installed_libraries, parse_targets
+from storyadapter.engine.tensorrt.library import (
+    Library,
+    choose_library,
+    describe_libraries,
+    installed_libraries,
+    parse_targets,
+)
 from storyadapter.errors import InputError, UnavailableError
 
 FULL = Library("tensorrt", "10.14.1.48")
@@ -72,3 +78,18 @@ def test_the_installed_one_is_found_and_can_be_loaded() -> None:
     assert module.__name__ == "tensorrt_rtx"
     assert module.__version__ == library.version
     assert not library.has_plugins
+
+
+def test_doctor_tells_what_each_can_do_here() -> None:
+    everywhere = "builds for sm75, sm80, sm86, sm89, sm120, sm121 anywhere; knows no plugins: attention is its own"
+    here = "builds for this GPU only; embeds the fused attention kernel"
+    assert describe_libraries(None, ()) == ["none installed"]
+    assert describe_libraries("sm89", (FULL, RTX)) == [
+        f"tensorrt 10.14.1.48: runs on this GPU (sm89); {here}",
+        f"tensorrt-rtx 1.7.1.116: runs on this GPU (sm89); {everywhere}",
+    ]
+    assert describe_libraries(None, (RTX,)) == [f"tensorrt-rtx 1.7.1.116: can't run here (no GPU); {everywhere}"]
+    assert describe_libraries("sm90", (RTX,)) == [
+        "tensorrt-rtx 1.7.1.116: can't run on this GPU (sm90): it builds for sm75, sm80, sm86, sm89, sm120, sm121 "
+        f"only; {everywhere}"
+    ]
