@@ -1,0 +1,40 @@
+"""The README's Python example runs as it stands, and its commands and options exist."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from storyadapter.cli.main import build_parser
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_python_example_draws_its_frames(tmp_path: Path) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    done = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"{iteration}-{frame}.png" for iteration in range(3) for frame in range(2)
+    ]
+
+
+@pytest.mark.parametrize("command", ["build", "run"])
+def test_every_option_named_exists(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    known = ""
+    for name in ("build", "run"):
+        with pytest.raises(SystemExit):
+            build_parser().parse_args([name, "--help"])
+        known += capsys.readouterr().out
+    table = re.search(rf"\| option of `[^|]*{command}.*?\n\n", README, re.DOTALL)
+    assert table is not None
+    options = set(re.findall(r"--[a-z][a-z-]+", table[0]))
+    assert options and all(option in known for option in options)
+
+
+def test_pictures_and_links_exist() -> None:
+    root = Path(__file__).parent.parent
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("https://") or (root / target).exists(), target
