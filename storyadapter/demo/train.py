@@ -55,9 +55,9 @@ FULL = Settings(
     test_pictures=2_000,
     variants=2,
     judge=Budget(steps=4_000, batch=256, rate=2e-3, seconds=30),
-    vae=Budget(steps=15_000, batch=16, rate=8e-4, seconds=110, average=0.998),
-    clip=Budget(steps=14_000, batch=256, rate=1e-3, seconds=90, average=0.998),
-    unet=Budget(steps=40_000, batch=512, rate=1e-3, seconds=400, average=0.999),
+    vae=Budget(steps=18_000, batch=16, rate=8e-4, seconds=160, average=0.998),
+    clip=Budget(steps=14_000, batch=256, rate=1e-3, seconds=140, average=0.998),
+    unet=Budget(steps=11_500, batch=512, rate=1e-3, seconds=330, average=0.999),
 )
 TOY = Settings(
     config=replace(TINY, pixels=128),

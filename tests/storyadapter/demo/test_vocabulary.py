@@ -1,6 +1,5 @@
 """The tokenizer files: known words are single tokens, anything else is spelled, nothing is lost."""
 
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
