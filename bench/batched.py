@@ -31,6 +31,11 @@ class Conditions:
     pooled: Tensor
     noise: Tensor  # [n, 4, h, w]
 
+    def of(self, frames: slice) -> Conditions:
+        """Those of some frames."""
+        hidden, pooled = (x.unflatten(0, (2, -1))[:, frames].flatten(0, 1) for x in (self.hidden, self.pooled))
+        return Conditions(hidden, pooled, self.noise[frames])
+
 
 class BatchedMethod:
     """All frames of all stories are one batch; stories have the same number of frames."""
@@ -45,6 +50,7 @@ class BatchedMethod:
     ) -> None:
         """Load a demo model; `dtype` is the UNet's, all else is fp32."""
         self.device, self.steps, self.guidance = torch.device(device), steps, guidance
+        self.at_once = 512 if self.device.type == "cuda" else 32
         self.unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32)
         self.vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32).to(device)
         self.vision = CLIPVisionModelWithProjection.from_pretrained(folder / "image_encoder", dtype=torch.float32)
@@ -78,28 +84,39 @@ class BatchedMethod:
         return Conditions(torch.cat(hidden, -1), pooled, torch.stack(noise).to(self.device))
 
     @torch.inference_mode()
+    def embed(self, pictures: Tensor) -> Tensor:
+        """Image embeddings [n, D] of pictures uint8 [n, 3, 128, 128]."""
+        resize = resizer(self.device)
+        parts = [self.vision(pixel_values=resize(part.to(self.device).float())) for part in pictures.split(256)]
+        return torch.cat([part.image_embeds for part in parts])
+
     def draw(self, conditions: Conditions, references: Tensor | None, scale: float) -> Tensor:
         """Draw every frame.
 
         Args:
             conditions: of n frames.
-            references: pictures uint8 [n, refs, 3, H, W] per frame, or None for text alone.
+            references: image embeddings [n, refs, D] that each frame attends to, or None for text alone.
             scale: λ.
 
         Returns:
             Pictures uint8 [n, 3, H, W].
         """
         frames = len(conditions.noise)
+        parts = []
+        for start in range(0, frames, self.at_once):
+            rows = slice(start, start + self.at_once)
+            seen = None if references is None else references[rows]
+            parts.append(self._draw(conditions.of(rows), seen, scale))
+        return torch.cat(parts)
+
+    @torch.inference_mode()
+    def _draw(self, conditions: Conditions, references: Tensor | None, scale: float) -> Tensor:
+        frames = len(conditions.noise)
         width = self.adapter.image_proj["proj"].in_features
-        refs = 1 if references is None else references.shape[1]
-        embeddings = torch.zeros(2 * frames, refs, width, device=self.device)
+        embeddings = torch.zeros(2 * frames, 1 if references is None else references.shape[1], width)
+        embeddings = embeddings.to(self.device)
         if references is not None:
-            resize = resizer(self.device)
-            seen = [
-                self.vision(pixel_values=resize(p.to(self.device).float())).image_embeds
-                for p in references.flatten(0, 1).split(512)
-            ]
-            embeddings[frames:] = torch.cat(seen).unflatten(0, (frames, refs))
+            embeddings[frames:] = references
         dtype = self.unet.dtype
         tokens = self.adapter.tokens(embeddings.to(dtype)).flatten(1, 2)
         extra = {

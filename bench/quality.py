@@ -207,9 +207,9 @@ def _draw_batched(stories: list[HeldOutStory], args: argparse.Namespace) -> tupl
     conditions = drawer.conditions(prompts, seeds)
 
     def references(pictures: Tensor, shift: int) -> Tensor:
-        """Every frame sees all frames of its story, or of the story `shift` further on."""
-        shown = pictures.unflatten(0, shape).roll(-shift, 0)
-        return shown[:, :, None].expand(-1, -1, args.frames, *[-1] * 4).flatten(0, 2)
+        """Embeddings that each frame sees: of all frames of its story, or of the story `shift` further on."""
+        stories = drawer.embed(pictures).unflatten(0, shape).roll(-shift, 0)
+        return stories[:, :, None].expand(-1, -1, args.frames, -1, -1).flatten(0, 2)
 
     scales = method.reference_scales(args.iterations)
     drawn = [drawer.draw(conditions, None, 0.0)]
