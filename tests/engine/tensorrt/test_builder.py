@@ -12,7 +12,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
+from storyadapter.checkpoint import Checkpoint
 from storyadapter.contract import NetworkSpec, Precision, ShapeRanges, TensorSpec, network_specs, size_of
 from storyadapter.engine.opening import build_engine, identify
 from storyadapter.engine.store import EngineStore
@@ -23,7 +25,9 @@ from storyadapter.engine.tensorrt.library import Library
 from storyadapter.engine.tensorrt.options import BuildOptions
 from storyadapter.engine.tensorrt.worker import BuildRequest
 from storyadapter.errors import InputError
+from storyadapter.export.onnx_export import export_network
 from storyadapter.export.verify import TOLERANCE
+from storyadapter.modules import VaeDecoder
 from tests.engine.tensorrt.building import (
     LETTERS,
     OPTIONS,
@@ -325,3 +329,15 @@ def test_loras_and_their_scales_are_in_the_key(built: Callable[[Precision], Buil
     plain = identify(build.checkpoint, "tensorrt", "fp16", targets=TARGETS)
     assert plain.loras == ()
     assert plain.tuning == () and build.identity.tuning == (("resolutions", "96x64"),)
+
+
+def test_a_vae_that_asks_for_fp32_is_built_in_fp32(tiny_checkpoint: Checkpoint, rtx: Library, tmp_path: Path) -> None:
+    """Its attention has no fp32 kernel: it is taken apart instead of ending the build."""
+    spec = network_specs(tiny_checkpoint.geometry)["vae_decoder"]
+    module = VaeDecoder(tiny_checkpoint.load_vae(torch.float32)).eval()
+    path = export_network(spec, module, LETTERS, "fp16", True, tmp_path)
+    request = build_request(spec, path, tmp_path, LETTERS, "fp16", True, rtx, ("sm89",), BuildOptions())
+    report = run_worker(spec.name, request, lambda fraction: None)
+    assert report.fused_attentions == 0
+    tensors = parse_layers(Path(request.layers).read_text()).tensors
+    assert [tensor.dtype for tensor in tensors] == ["Float", "Float"]
