@@ -44,6 +44,15 @@ def sdxl_denoiser(precision: Precision, seed: int = 0, attention: GrcaFunction =
 
     No weight is ever held in another precision, nor are the layers held that the denoiser doesn't have.
     """
+    denoiser = sdxl_structure(attention)
+    nn.Module.to(denoiser, TORCH_DTYPES[precision])
+    denoiser.to_empty(device="cpu")
+    _fill(denoiser, seed)
+    return denoiser.eval()
+
+
+def sdxl_structure(attention: GrcaFunction = grca) -> Denoiser:
+    """The denoiser at SDXL's size without any weights, on the meta device."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(**SDXL_UNET)
         counts = dict.fromkeys((width.channels for width in SDXL_GEOMETRY.widths), 0)
@@ -54,10 +63,7 @@ def sdxl_denoiser(precision: Precision, seed: int = 0, attention: GrcaFunction =
             block.attn2 = layer
         denoiser = Denoiser(unet, tuple(counts))
     assert all(counts[width.channels] == width.layers for width in SDXL_GEOMETRY.widths)
-    nn.Module.to(denoiser, TORCH_DTYPES[precision])
-    denoiser.to_empty(device="cpu")
-    _fill(denoiser, seed)
-    return denoiser.eval()
+    return denoiser
 
 
 @torch.no_grad()
