@@ -13,7 +13,7 @@ demo: $(INSTALLED)
 	$(BIN)/storyadapter-trt run --iterations 3 --seed 7 --out demo-out
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

@@ -10,6 +10,7 @@ from typing import NoReturn
 import storyadapter
 from storyadapter import method
 from storyadapter.bench import kernel as bench_kernel
+from storyadapter.bench import quality as bench_quality
 from storyadapter.cli import options
 from storyadapter.cli.stopping import exit_code_of, sigterm_as_interrupt
 from storyadapter.errors import InputError, StoryAdapterError
@@ -175,6 +176,11 @@ def _add_bench(commands: "argparse._SubParsersAction[Parser]") -> None:
     kernel = benches.add_parser("kernel", help="the fused attention kernel against its rivals", allow_abbrev=False)
     bench_kernel.add_arguments(kernel)
     kernel.set_defaults(run_bench=bench_kernel.run)
+    quality = benches.add_parser(
+        "quality", help="does the method keep its character, on held-out stories of the demo model", allow_abbrev=False
+    )
+    bench_quality.add_arguments(quality)
+    quality.set_defaults(run_bench=bench_quality.run)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,11 +1,14 @@
 """Commands of the program, and what they leave."""
 
 import json
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from storyadapter.cli.main import main
 
@@ -38,6 +41,11 @@ def pictures(folder: Path) -> dict[str, bytes]:
 
 
 def program(words: list[str], out: Path, err: Path) -> None:
-    """The program in a process of its own, with standard output and error elsewhere."""
+    """The program in a process of its own, with standard output and error elsewhere.
+
+    With one thread, as the tests' own process has: another number of threads sums in another order.
+    """
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is started deaf to Ctrl-C
     with out.open("w") as sys.stdout, err.open("w") as sys.stderr:
         sys.exit(main(words))

@@ -126,9 +126,15 @@ def test_two_runs_into_one_folder(type_in: Type, stopped, long_run: list[str]) -
     assert stopped(long_run, 0, second_run).code == TERMINATED
 
 
+def hear_ctrl_c() -> None:
+    """A shell's background job is started deaf to Ctrl-C, and so are its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_while_loading(quick_run: list[str], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "storyadapter.cli.main", *quick_run, "--json-log"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes, preexec_fn=hear_ctrl_c) as process:
         assert json.loads(process.stdout.readline())["event"] in ("stage", "weights_read")
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
