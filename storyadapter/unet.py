@@ -151,12 +151,6 @@ class Denoiser(nn.Module):
         self.conv_act = unet.conv_act
         self.conv_out = unet.conv_out
 
-    def use_grca(self, grca: GrcaFunction) -> None:
-        """Let every cross-attention layer compute its attention by another function of the same meaning."""
-        for module in self.modules():
-            if isinstance(module, GlobalReferenceCrossAttention):
-                module.grca = grca
-
     def forward(self, latents: Tensor, timestep: Tensor, added_embedding: Tensor, *attention: Tensor) -> Tensor:
         """Contract network `denoiser`; `attention` are its inputs from `text_kv_<C>` to `ref_length`, in order."""
         count = len(self.widths)
