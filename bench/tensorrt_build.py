@@ -82,10 +82,12 @@ def measure(args: argparse.Namespace) -> Measured:
         print(f"{time.perf_counter() - started:.0f} s: {what}", file=sys.stderr)
 
     exporting = time.perf_counter()
-    path, error = export_compared(spec, module, letters, args.precision, True, args.folder, tell)
+    path, error = export_compared(spec, module, letters, args.precision, args.precision, args.folder, tell)
     export_seconds, export_peak = time.perf_counter() - exporting, peak_memory()
     tell("building")
-    request = build_request(spec, path, args.folder, letters, args.precision, True, library, targets, BuildOptions())
+    request = build_request(
+        spec, path, args.folder, letters, args.precision, args.precision, library, targets, BuildOptions()
+    )
     report = run_worker(spec.name, request, lambda fraction: None)
     layers = parse_layers(Path(request.layers).read_text(encoding="utf-8")).layers
     return Measured(

@@ -18,6 +18,7 @@ class Backend:
         one_of: of these packages, one must be installed to run or to build.
         build_packages: what must be installed besides to build.
         precisions: those it can serve.
+        vae_precisions: those in which it can run the VAE, which needn't have the precision of the other networks.
         purpose: for `--help` and `doctor`.
     """
 
@@ -26,6 +27,7 @@ class Backend:
     packages: tuple[str, ...]
     extra: str | None
     precisions: tuple[Precision, ...]
+    vae_precisions: tuple[Precision, ...]
     purpose: str
     one_of: tuple[str, ...] = ()
     build_packages: tuple[str, ...] = ()
@@ -34,12 +36,22 @@ class Backend:
 BACKENDS: Final = {
     backend.name: backend
     for backend in (
-        Backend("eager", False, ("torch",), None, PRECISIONS, "plain PyTorch on CPU or GPU: the reference"),
+        Backend("eager", False, ("torch",), None, PRECISIONS, PRECISIONS, "plain PyTorch on CPU or GPU: the reference"),
+        Backend(
+            "inductor",
+            True,
+            ("torch",),
+            None,
+            PRECISIONS,
+            PRECISIONS,
+            "compiled by PyTorch with the fused kernels: the default with a CUDA GPU",
+        ),
         Backend(
             "onnxruntime",
             True,
             ("onnx", "onnxruntime", "onnxscript"),
             "onnxruntime",
+            ("fp32", "fp16"),
             ("fp32", "fp16"),
             "ONNX on the CPU: the default without a GPU",
         ),
@@ -49,6 +61,7 @@ BACKENDS: Final = {
             (),
             "tensorrt",
             ("fp16", "bf16"),
+            PRECISIONS,
             "engines of TensorRT or TensorRT-RTX, for NVIDIA GPUs",
             one_of=("tensorrt", "tensorrt-rtx"),
             build_packages=("onnx", "onnxruntime", "onnxscript"),
@@ -58,8 +71,14 @@ BACKENDS: Final = {
 AUTO: Final = "auto"
 
 
-def why_unavailable(name: str, precision: Precision | None = None, *, to_build: bool = False) -> str | None:
-    """Why a backend can't serve here (at this precision), in words; None if it can. Asks for packages, not for a GPU.
+def why_unavailable(
+    name: str,
+    precision: Precision | None = None,
+    vae_precision: Precision | None = None,
+    *,
+    to_build: bool = False,
+) -> str | None:
+    """Why a backend can't serve here (at these precisions), in words; None if it can. Asks for packages, not a GPU.
 
     Raises:
         UnavailableError: no backend has this name.
@@ -75,22 +94,28 @@ def why_unavailable(name: str, precision: Precision | None = None, *, to_build: 
         return f"{' and '.join(missing)} not installed; type: pip install 'storyadapter-trt[{backend.extra}]'"
     if precision is not None and precision not in backend.precisions:
         return f"it can't run in {precision}; expected --precision {' or '.join(backend.precisions)}"
+    if vae_precision is not None and vae_precision not in backend.vae_precisions:
+        return (
+            f"it can't run the VAE in {vae_precision}; expected --vae-precision {' or '.join(backend.vae_precisions)}"
+        )
     return None
 
 
-def check_available(name: str, precision: Precision, *, to_build: bool = False) -> None:
-    """Raises UnavailableError, with the reason, if a backend can't serve here at this precision."""
-    if reason := why_unavailable(name, precision, to_build=to_build):
+def check_available(
+    name: str, precision: Precision, vae_precision: Precision | None = None, *, to_build: bool = False
+) -> None:
+    """Raises UnavailableError, with the reason, if a backend can't serve here at these precisions."""
+    if reason := why_unavailable(name, precision, vae_precision, to_build=to_build):
         raise UnavailableError(f"backend {name} can't serve here: {reason}")
 
 
 def choose_backend() -> str:
-    """The default of this machine: `eager` with a CUDA GPU, else `onnxruntime` where it is installed, else `eager`."""
+    """The default of this machine: `inductor` with a CUDA GPU, else `onnxruntime` where installed, else `eager`."""
     import torch
 
-    if not torch.cuda.is_available() and why_unavailable("onnxruntime") is None:
-        return "onnxruntime"
-    return "eager"
+    if torch.cuda.is_available():
+        return "inductor"
+    return "onnxruntime" if why_unavailable("onnxruntime") is None else "eager"
 
 
 def choose_precision(backend: str) -> Precision:

@@ -15,11 +15,11 @@ from storyadapter.networks import Networks, check_inputs
 class EagerNetwork:
     """One module of the contract, called by names."""
 
-    def __init__(self, spec: NetworkSpec, module: nn.Module, *, precision: Precision, vae_in_fp32: bool) -> None:
+    def __init__(self, spec: NetworkSpec, module: nn.Module, *, precision: Precision, vae_precision: Precision) -> None:
         self.spec = spec
         self.module = module
         self.precision: Precision = precision
-        self.vae_in_fp32 = vae_in_fp32
+        self.vae_precision: Precision = vae_precision
         self.device = next(module.parameters()).device
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -28,7 +28,7 @@ class EagerNetwork:
             self.spec,
             inputs,
             precision=self.precision,
-            vae_in_fp32=self.vae_in_fp32,
+            vae_precision=self.vae_precision,
             device=self.device,
             letters=None,
         )
@@ -39,14 +39,25 @@ class EagerNetwork:
 
 
 def open_eager(
-    checkpoint: Checkpoint, precision: Precision, device: torch.device, on_progress: Callable[[str], None]
+    checkpoint: Checkpoint,
+    precision: Precision,
+    vae_precision: Precision,
+    device: torch.device,
+    on_progress: Callable[[str], None],
 ) -> Networks:
     """Load every network of a checkpoint onto a device; `on_progress` gets each network's name before it is loaded."""
     geometry = checkpoint.geometry
     specs = network_specs(geometry)
-    options = {"precision": precision, "vae_in_fp32": geometry.vae_in_fp32}
     networks = {}
-    for name, module in iterate_modules(checkpoint, precision, grca):
+    for name, module in iterate_modules(checkpoint, precision, vae_precision, grca):
         on_progress(name)
-        networks[name] = EagerNetwork(specs[name], module.to(device), **options)
-    return Networks(**networks, geometry=geometry, backend="eager", device=device, precision=precision, letters=None)
+        networks[name] = EagerNetwork(specs[name], module.to(device), precision=precision, vae_precision=vae_precision)
+    return Networks(
+        **networks,
+        geometry=geometry,
+        backend="eager",
+        device=device,
+        precision=precision,
+        vae_precision=vae_precision,
+        letters=None,
+    )

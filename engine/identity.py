@@ -8,8 +8,15 @@ from typing import Any, Final
 
 from storyadapter.contract import CONTRACT_VERSION, MAX_BANK_ROWS, Geometry, ShapeRanges, network_specs
 
-STORE_VERSION: Final = 2  # of the manifest and the key; raised, it makes every engine built before unknown
+STORE_VERSION: Final = 3  # of the manifest and the key; raised, it makes every engine built before unknown
 _KEY_DIGITS: Final = 32
+_SIMPLE_FIELDS: Final = {  # of an identity, as messages name them
+    "backend": "backend",
+    "backend_version": "backend version",
+    "precision": "precision",
+    "vae_precision": "VAE precision",
+    "architecture": "architecture",
+}
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,7 @@ class EngineIdentity:
         backend: "onnxruntime", "tensorrt", …
         backend_version: of the library that reads the engine.
         precision: "fp32", "fp16", "bf16", or the name of a quantized mode.
+        vae_precision: "fp32", "fp16" or "bf16".
         architecture: what the engine runs on: "cpu-x86_64", "sm90", "sm89+sm120", or "any".
         contract: `contract_digest` of the model's geometry.
         weights: every file the engine is made from, configuration files included; kept sorted and
@@ -60,6 +68,7 @@ class EngineIdentity:
     backend: str
     backend_version: str
     precision: str
+    vae_precision: str
     architecture: str
     contract: str
     weights: tuple[WeightFile, ...]
@@ -104,8 +113,8 @@ class EngineIdentity:
         """
         same_backend = self.backend == asked.backend
         found = [
-            f"{name.replace('_', ' ')} is {mine} in the store, {theirs} asked for"
-            for name in ("backend", "backend_version", "precision", "architecture")
+            f"{words} is {mine} in the store, {theirs} asked for"
+            for name, words in _SIMPLE_FIELDS.items()
             if (same_backend or name != "backend_version")
             and (mine := getattr(self, name)) != (theirs := getattr(asked, name))
             and not (name == "architecture" and theirs in mine.split("+"))

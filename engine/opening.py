@@ -11,6 +11,7 @@ from storyadapter.contract import Precision, Range, ShapeRanges
 from storyadapter.engine.backends import check_available, installed_version
 from storyadapter.engine.fingerprint import fingerprint_files
 from storyadapter.engine.identity import EngineIdentity, Lora, WeightFile, contract_digest
+from storyadapter.engine.inductor import BUILD_VERSION as INDUCTOR_BUILD_VERSION
 from storyadapter.engine.store import EngineStore, StoredEngine
 from storyadapter.engine.tensorrt.library import Library, choose_library, gpu_target
 from storyadapter.engine.tensorrt.options import BuildOptions
@@ -27,6 +28,7 @@ def identify(
     checkpoint: Checkpoint,
     backend: str,
     precision: Precision,
+    vae_precision: Precision | None = None,
     on_bytes: ReportBytes | None = None,
     *,
     targets: tuple[str, ...] = (),
@@ -35,6 +37,7 @@ def identify(
     """Everything that what a backend computes with this checkpoint depends on.
 
     Args:
+        vae_precision: of the VAE; by default `Geometry.default_vae_precision`.
         on_bytes: called while weight files are read that were never hashed before.
         targets: architectures that `tensorrt` builds for, such as "sm89"; by default that of the GPU here.
         options: how `tensorrt` builds.
@@ -44,9 +47,17 @@ def identify(
         UnavailableError: no TensorRT that is installed serves the targets.
     """
     version, architecture = installed_version("torch" if backend == "eager" else backend) or "", "any"
+    build_options: tuple[tuple[str, str], ...] = (("opset", str(OPSET)), ("export", str(EXPORT_VERSION)))
     if backend == "tensorrt":
         library, targets = choose_library(targets, gpu_target())
         version, architecture = str(library), "+".join(targets)
+    elif backend == "inductor":
+        from storyadapter.engine.inductor.target import compiler_versions, target_architecture
+
+        version, architecture = compiler_versions(_device()), target_architecture(_device())
+        build_options = (("build", str(INDUCTOR_BUILD_VERSION)),)
+    elif backend == "eager":
+        build_options = ()
     components = checkpoint.files_by_component
     loras = [lora.path for lora in checkpoint.loras]
     digests = fingerprint_files([*(path for paths in components.values() for path in paths), *loras], on_bytes)
@@ -54,13 +65,14 @@ def identify(
         backend=backend,
         backend_version=version,
         precision=precision,
+        vae_precision=vae_precision or checkpoint.geometry.default_vae_precision(precision),
         architecture=architecture,
         contract=contract_digest(checkpoint.geometry),
         weights=tuple(
             WeightFile(component, path.name, digests[path]) for component, paths in components.items() for path in paths
         ),
         loras=tuple(Lora(lora.path.name, digests[lora.path], lora.scale) for lora in checkpoint.loras),
-        build_options=(("opset", str(OPSET)), ("export", str(EXPORT_VERSION))) if backend != "eager" else (),
+        build_options=build_options,
         tuning=options.named() if options else (),
     )
 
@@ -85,10 +97,10 @@ def build_engine(
         UnavailableError: the backend can't serve on this machine.
         InputError: the backend needs no build, an option doesn't fit, or the store can't be written.
         ExportError: an exported network doesn't compute what eager computes.
-        EngineBuildError: TensorRT refused a network.
+        EngineBuildError: a compiler or TensorRT refused a network.
         RunError: no space is left.
     """
-    check_available(identity.backend, identity.precision, to_build=True)
+    check_available(identity.backend, identity.precision, identity.vae_precision, to_build=True)
     store = EngineStore(engine_dir)
     if identity.backend == "tensorrt":
         options = options or BuildOptions()
@@ -100,6 +112,7 @@ def build_engine(
             return build_tensorrt(
                 checkpoint,
                 identity.precision,
+                identity.vae_precision,
                 ranges,
                 library,
                 targets,
@@ -114,7 +127,16 @@ def build_engine(
         from storyadapter.engine.onnxruntime.builder import build_onnx
 
         def write(folder: Path) -> dict[str, Any]:
-            errors = build_onnx(checkpoint, identity.precision, ranges, folder, on_stage)
+            errors = build_onnx(checkpoint, identity.precision, identity.vae_precision, ranges, folder, on_stage)
+            return {"relative_error_against_eager": errors}
+
+    elif identity.backend == "inductor":
+        from storyadapter.engine.inductor.builder import build_inductor
+
+        def write(folder: Path) -> dict[str, Any]:
+            errors = build_inductor(
+                checkpoint, identity.precision, identity.vae_precision, ranges, folder, _device(), on_stage
+            )
             return {"relative_error_against_eager": errors}
 
     else:
@@ -124,6 +146,11 @@ def build_engine(
         return {**write(folder), "geometry": checkpoint.geometry.as_dict()}
 
     return store.build(identity, ranges, write_with_geometry, on_wait)
+
+
+def _device() -> torch.device:
+    """Where PyTorch's own backends run: the CUDA GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _timing_cache(store: EngineStore, library: Library, targets: tuple[str, ...]) -> Path | None:
@@ -136,6 +163,7 @@ def open_networks(
     *,
     backend: str = "eager",
     precision: Precision = "fp32",
+    vae_precision: Precision | None = None,
     device: torch.device | str | None = None,
     ranges: ShapeRanges | None = None,
     engine_dir: Path | None = None,
@@ -149,6 +177,7 @@ def open_networks(
         checkpoint: opened model files.
         backend: a name of `storyadapter.engine.backends.BACKENDS`.
         precision: dtype of weights and activations.
+        vae_precision: the same of the VAE; by default fp32 where the checkpoint asks for it, else `precision`.
         device: of `eager`; a CUDA GPU if there is one, unless said otherwise. Others have their own.
         ranges: what the networks are to be used for; a backend with engines takes one that covers them. By default
             one frame of the model's own size and one reference.
@@ -156,29 +185,42 @@ def open_networks(
         build_command: told to the user when there is no such engine.
 
     Raises:
-        UnavailableError: the backend can't serve here, or not at this precision.
+        UnavailableError: the backend can't serve here, or not at these precisions.
         EngineMismatchError: no engine in the store fits.
     """
-    check_available(backend, precision)
+    geometry = checkpoint.geometry
+    vae_precision = vae_precision or geometry.default_vae_precision(precision)
+    check_available(backend, precision, vae_precision)
     if backend == "eager":
         from storyadapter.engine.eager import open_eager
 
-        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        return open_eager(checkpoint, precision, chosen, lambda network: on_stage(network, "loading weights"))
+        chosen = torch.device(device) if device else _device()
+        return open_eager(
+            checkpoint, precision, vae_precision, chosen, lambda network: on_stage(network, "loading weights")
+        )
     if backend == "tensorrt" and gpu_target() is None:
         raise UnavailableError(
             "backend tensorrt builds here but can't run here: there is no GPU that PyTorch can use; "
             "expected another --backend, or a machine with a GPU"
         )
-    own = Range(checkpoint.geometry.default_pixels, checkpoint.geometry.default_pixels)
+    own = Range(geometry.default_pixels, geometry.default_pixels)
     wanted = ranges or ShapeRanges(1, 1, own, own)
-    identity = identify(checkpoint, backend, precision, on_bytes)
+    identity = identify(checkpoint, backend, precision, vae_precision, on_bytes)
     engine = EngineStore(engine_dir).find(identity, wanted, build_command)
-    letters = engine.ranges.letters(checkpoint.geometry.pixels_per_latent)
+    letters = engine.ranges.letters(geometry.pixels_per_latent)
+    if backend == "inductor":
+        from storyadapter.engine.inductor.session import open_inductor
+
+        return open_inductor(engine.folder, geometry, precision, vae_precision, letters, _device(), on_stage)
     if backend == "tensorrt":
         from storyadapter.engine.tensorrt.session import open_tensorrt as open_engines
     else:
         from storyadapter.engine.onnxruntime.session import open_onnxruntime as open_engines
     return open_engines(
-        engine.folder, checkpoint.geometry, precision, letters, lambda network: on_stage(network, "loading engine")
+        engine.folder,
+        geometry,
+        precision,
+        vae_precision,
+        letters,
+        lambda network: on_stage(network, "loading engine"),
     )

@@ -22,7 +22,7 @@ def export_compared(
     module: nn.Module,
     letters: Mapping[str, Range],
     precision: Precision,
-    vae_in_fp32: bool,
+    vae_precision: Precision,
     folder: Path,
     on_stage: Callable[[str], None] = lambda what: None,
 ) -> tuple[Path, float]:
@@ -32,7 +32,7 @@ def export_compared(
     24 GB side by side.
 
     Args:
-        spec, module, precision: see `export_network`.
+        spec, module, precision, vae_precision: see `export_network`.
         letters: ranges that the file is for; a letter of one value is a constant in it.
         on_stage: called with what is being done.
 
@@ -44,12 +44,12 @@ def export_compared(
     """
     wide = {name: _with_small_latents(value) if name in ("h", "w") else value for name, value in letters.items()}
     on_stage("exporting to ONNX")
-    path = export_network(spec, module, wide, precision, vae_in_fp32, folder)
+    path = export_network(spec, module, wide, precision, vae_precision, folder)
     on_stage("comparing with eager")
-    in_fp32 = spec.name == "vae_decoder" and vae_in_fp32
-    twin = precision == "bf16" and not in_fp32
-    probed: Precision = "fp32" if twin or in_fp32 else precision
-    probes = probe_module(spec, module.float() if twin else module, wide, probed, vae_in_fp32)
+    own = vae_precision if spec.name == "vae_decoder" else precision
+    twin = own == "bf16"
+    probed: Precision = "fp32" if twin else own
+    probes = probe_module(spec, module.float() if twin else module, wide, probed, probed)
     for weight in (*module.parameters(), *module.buffers()):
         weight.data = weight.data.new_empty(0)  # not deleted: the exporter keeps the parameters themselves for good
     if twin:

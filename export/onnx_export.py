@@ -26,21 +26,21 @@ def export_network(
     module: nn.Module,
     ranges: Mapping[str, Range],
     precision: Precision,
-    vae_in_fp32: bool,
+    vae_precision: Precision,
     folder: Path,
 ) -> Path:
     """Write `<network>.onnx` and its weights into `folder`.
 
     Args:
         spec: the network's inputs and outputs.
-        module: takes the inputs in the contract's order; on the CPU, in the precision's dtype.
+        module: takes the inputs in the contract's order; on the CPU, in the precision's dtype, the VAE in its own.
         ranges: of every dynamic letter; a letter whose range is one value is exported as a constant.
 
     Returns:
         The file's path.
     """
     letters = example_letters(dict(ranges))
-    inputs = probe_inputs(spec, letters, precision, vae_in_fp32)
+    inputs = probe_inputs(spec, letters, precision, vae_precision)
     dims = {name: _dim(name, ranges[name]) for name in letters}
     shapes = tuple(_dynamic_shape(tensor, dims) for tensor in spec.inputs)
     # a module with *args sees them as one argument of that name

@@ -29,26 +29,32 @@ def example_letters(ranges: dict[str, Range], *, largest: bool = False) -> dict[
 
 
 def probe_inputs(
-    spec: NetworkSpec, letters: dict[str, int], precision: Precision, vae_in_fp32: bool, seed: int = 0
+    spec: NetworkSpec, letters: dict[str, int], precision: Precision, vae_precision: Precision, seed: int = 0
 ) -> dict[str, Tensor]:
     """Random inputs by name, on the CPU, with the contract's shapes and dtypes and with values in their real ranges."""
     generator = torch.Generator().manual_seed(seed)
     inputs = {}
     for tensor in spec.inputs:
         shape = [size_of(dim, letters) for dim in tensor.shape]
-        dtype = getattr(torch, tensor.dtype_name(precision, vae_in_fp32))
+        dtype = getattr(torch, tensor.dtype_name(precision, vae_precision))
         inputs[tensor.name] = _values(tensor, shape, letters, generator).to(dtype)
     return inputs
 
 
 def probe_module(
-    spec: NetworkSpec, module: nn.Module, ranges: Mapping[str, Range], precision: Precision, vae_in_fp32: bool
+    spec: NetworkSpec,
+    module: nn.Module,
+    ranges: Mapping[str, Range],
+    precision: Precision,
+    vae_precision: Precision,
 ) -> tuple[Probe, ...]:
-    """Run a module eagerly at two points of its ranges, to compare an export with."""
+    """Run a module eagerly, where its weights lie, at two points of its ranges, to compare an export with."""
+    device = next(module.parameters()).device
     probes = []
     for seed, larger in enumerate((False, True)):
         letters = example_letters(dict(ranges), largest=larger)
-        inputs = probe_inputs(spec, letters, precision, vae_in_fp32, seed)
+        inputs = probe_inputs(spec, letters, precision, vae_precision, seed)
+        inputs = {name: value.to(device) for name, value in inputs.items()}
         with torch.inference_mode():
             outputs = module(*inputs.values())
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)

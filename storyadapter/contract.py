@@ -53,6 +53,10 @@ class Geometry:
     def default_pixels(self) -> int:
         return self.sample_size * self.pixels_per_latent
 
+    def default_vae_precision(self, precision: Precision) -> Precision:
+        """The precision of the VAE where none was asked for, in a model whose other networks run in `precision`."""
+        return "fp32" if self.vae_in_fp32 else precision
+
     def as_dict(self) -> dict[str, Any]:
         """Plain data for a manifest; `Geometry.from_dict` reads it back."""
         return asdict(self)
@@ -158,11 +162,15 @@ class TensorSpec:
     shape: tuple[Dim, ...]
     dtype: DtypeRole = "engine"
 
-    def dtype_name(self, precision: Precision, vae_in_fp32: bool = True) -> str:
+    def dtype_name(self, precision: Precision, vae_precision: Precision) -> str:
         """The dtype as PyTorch names it: "float32", "float16", "bfloat16" or "int32"."""
-        if self.dtype == "vae":
-            return "float32" if vae_in_fp32 else DTYPE_NAMES[precision]
-        return DTYPE_NAMES[precision] if self.dtype == "engine" else self.dtype
+        match self.dtype:
+            case "engine":
+                return DTYPE_NAMES[precision]
+            case "vae":
+                return DTYPE_NAMES[vae_precision]
+            case fixed:
+                return fixed
 
     def solve(self, sizes: tuple[int, ...], letters: dict[str, int], network: str) -> None:
         """Check `sizes` against the shape; letters met for the first time are added to `letters`.

@@ -6,7 +6,6 @@ them, the exporters export them, and nothing else knows how a network is compute
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
 
 from storyadapter.checkpoint import Checkpoint
@@ -71,7 +70,7 @@ class VaeDecoder(nn.Module):
 
 
 def iterate_modules(
-    checkpoint: Checkpoint, precision: Precision, grca: GrcaFunction
+    checkpoint: Checkpoint, precision: Precision, vae_precision: Precision, grca: GrcaFunction
 ) -> Iterator[tuple[str, nn.Module]]:
     """The seven modules by their contract names, loaded one checkpoint component at a time, on the CPU.
 
@@ -80,7 +79,8 @@ def iterate_modules(
 
     Args:
         checkpoint: an opened (that is, validated) checkpoint.
-        precision: dtype of the weights; the VAE keeps fp32 where its configuration says `force_upcast`.
+        precision: dtype of all weights but the VAE's.
+        vae_precision: dtype of the VAE's.
         grca: the attention function of the denoiser's cross-attention layers.
     """
     dtype = TORCH_DTYPES[precision]
@@ -97,5 +97,4 @@ def iterate_modules(
     del parts
     for name in tuple(modules):
         yield name, modules.pop(name).eval()
-    vae_dtype = torch.float32 if checkpoint.geometry.vae_in_fp32 else dtype
-    yield "vae_decoder", VaeDecoder(checkpoint.load_vae(vae_dtype)).eval()
+    yield "vae_decoder", VaeDecoder(checkpoint.load_vae(TORCH_DTYPES[vae_precision])).eval()

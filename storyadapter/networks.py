@@ -45,6 +45,7 @@ class Networks:
     backend: str
     device: torch.device
     precision: Precision
+    vae_precision: Precision
     letters: Mapping[str, Range] | None  # the engine's ranges; None where shapes are free
 
     @property
@@ -53,7 +54,7 @@ class Networks:
 
     @property
     def vae_dtype(self) -> torch.dtype:
-        return torch.float32 if self.geometry.vae_in_fp32 else self.dtype
+        return TORCH_DTYPES[self.vae_precision]
 
 
 TORCH_DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -64,7 +65,7 @@ def check_inputs(
     inputs: Mapping[str, Tensor],
     *,
     precision: Precision,
-    vae_in_fp32: bool,
+    vae_precision: Precision,
     device: torch.device,
     letters: Mapping[str, Range] | None,
 ) -> dict[str, int]:
@@ -76,7 +77,7 @@ def check_inputs(
     values = spec.check_shapes({name: tuple(tensor.shape) for name, tensor in inputs.items()}, letters)
     for tensor_spec in spec.inputs:
         tensor = inputs[tensor_spec.name]
-        expected = getattr(torch, tensor_spec.dtype_name(precision, vae_in_fp32))
+        expected = getattr(torch, tensor_spec.dtype_name(precision, vae_precision))
         where = f"{spec.name}: input {tensor_spec.name}"
         if tensor.dtype != expected:
             raise ValueError(f"{where} is {tensor.dtype}; expected {expected}")
@@ -95,7 +96,7 @@ def idle_inputs(networks: Networks, spec: NetworkSpec, letters: Mapping[str, int
     """
     inputs = {}
     for tensor in spec.inputs:
-        dtype = getattr(torch, tensor.dtype_name(networks.precision, networks.geometry.vae_in_fp32))
+        dtype = getattr(torch, tensor.dtype_name(networks.precision, networks.vae_precision))
         shape = [size_of(dim, letters) for dim in tensor.shape]
         value = letters["R"] if tensor.name == "ref_length" else 0
         inputs[tensor.name] = torch.full(shape, value, dtype=dtype, device=networks.device)

@@ -203,12 +203,15 @@ class StoryPipeline:
                 yield StepFinished(iteration, batch, call, table.calls)
             with torch.inference_mode(), clock.stage("decode"):
                 image = decode_latents(networks, latents)
-            for frame, finite in zip(batch, image.isfinite().flatten(1).all(1).tolist(), strict=True):
-                if not finite:
+            for frame, drawn, decoded in zip(batch, latents, image, strict=True):
+                if not decoded.isfinite().all():
                     # one bad reference would poison every frame of the next iteration
+                    in_vae = bool(drawn.isfinite().all())
+                    option = "--vae-precision" if in_vae else "--precision"
                     raise RunError(
-                        f"iteration {iteration}, frame {frame}: the picture has values that are not finite in "
-                        f"{networks.precision}; try --precision bf16 or fp32 (finished iterations are kept: --resume)"
+                        f"iteration {iteration}, frame {frame}: the {'VAE' if in_vae else 'UNet'} gave values that are "
+                        f"not finite in {networks.vae_precision if in_vae else networks.precision}; try {option} bf16 "
+                        "or fp32, with another --out"
                     )
             for frame, picture in zip(batch, to_pictures(image), strict=True):
                 yield FrameFinished(iteration, frame, scale, picture)

@@ -13,6 +13,7 @@ from storyadapter.modules import iterate_modules
 def build_onnx(
     checkpoint: Checkpoint,
     precision: Precision,
+    vae_precision: Precision,
     ranges: ShapeRanges,
     folder: Path,
     on_progress: Callable[[str, str], None],
@@ -32,7 +33,7 @@ def build_onnx(
     letters = ranges.letters(geometry.pixels_per_latent)
     specs = network_specs(geometry)
     errors = {}
-    modules = iterate_modules(checkpoint, precision, grca)
+    modules = iterate_modules(checkpoint, precision, vae_precision, grca)
     while True:
         on_progress("", "loading weights")
         name, module = next(modules, ("", None))
@@ -43,7 +44,7 @@ def build_onnx(
             module,
             letters,
             precision,
-            geometry.vae_in_fp32,
+            vae_precision,
             folder,
             lambda what, name=name: on_progress(name, what),
         )

@@ -23,12 +23,12 @@ class OnnxRuntimeNetwork:
         path: Path,
         *,
         precision: Precision,
-        vae_in_fp32: bool,
+        vae_precision: Precision,
         letters: Mapping[str, Range],
     ) -> None:
         self.spec = spec
         self.precision: Precision = precision
-        self.vae_in_fp32 = vae_in_fp32
+        self.vae_precision: Precision = vae_precision
         self.letters = letters
         self.session = open_session(path)
 
@@ -38,7 +38,7 @@ class OnnxRuntimeNetwork:
             self.spec,
             inputs,
             precision=self.precision,
-            vae_in_fp32=self.vae_in_fp32,
+            vae_precision=self.vae_precision,
             device=DEVICE,
             letters=self.letters,
         )
@@ -51,6 +51,7 @@ def open_onnxruntime(
     folder: Path,
     geometry: Geometry,
     precision: Precision,
+    vae_precision: Precision,
     letters: Mapping[str, Range],
     on_progress: Callable[[str], None],
 ) -> Networks:
@@ -62,9 +63,15 @@ def open_onnxruntime(
             spec,
             folder / onnx_name(name),
             precision=precision,
-            vae_in_fp32=geometry.vae_in_fp32,
+            vae_precision=vae_precision,
             letters=letters,
         )
     return Networks(
-        **networks, geometry=geometry, backend="onnxruntime", device=DEVICE, precision=precision, letters=letters
+        **networks,
+        geometry=geometry,
+        backend="onnxruntime",
+        device=DEVICE,
+        precision=precision,
+        vae_precision=vae_precision,
+        letters=letters,
     )

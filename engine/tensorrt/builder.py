@@ -44,6 +44,7 @@ class EngineBuildError(StoryAdapterError):
 def build_tensorrt(
     checkpoint: Checkpoint,
     precision: Precision,
+    vae_precision: Precision,
     ranges: ShapeRanges,
     library: Library,
     targets: tuple[str, ...],
@@ -79,16 +80,16 @@ def build_tensorrt(
     reports: dict[str, Any] = {}
     plugin = embeds_kernel(library, targets)
     onnx_folder = folder / "onnx"
-    modules = iterate_modules(checkpoint, precision, grca)
+    modules = iterate_modules(checkpoint, precision, vae_precision, grca)
     while True:
         on_stage("", "loading weights")
         name, module = next(modules, ("", None))
         if module is None:
             break
-        spec, vae_in_fp32 = specs[name], geometry.vae_in_fp32
+        spec = specs[name]
         onnx_folder.mkdir()
         path, errors[name] = export_compared(
-            spec, module, letters, precision, vae_in_fp32, onnx_folder, lambda what, name=name: on_stage(name, what)
+            spec, module, letters, precision, vae_precision, onnx_folder, lambda what, name=name: on_stage(name, what)
         )
         on_stage(name, f"building the engine for {', '.join(targets)} with {library}")
         request = build_request(
@@ -97,7 +98,7 @@ def build_tensorrt(
             folder,
             letters,
             precision,
-            vae_in_fp32,
+            vae_precision,
             library,
             targets,
             options,
@@ -149,7 +150,7 @@ def build_request(
     folder: Path,
     letters: Mapping[str, Range],
     precision: Precision,
-    vae_in_fp32: bool,
+    vae_precision: Precision,
     library: Library,
     targets: tuple[str, ...],
     options: BuildOptions,
@@ -164,7 +165,7 @@ def build_request(
         return TensorBounds(
             name=tensor.name,
             shape=tuple(_parsed_size(dim, letters) for dim in tensor.shape),
-            dtype=TENSORRT_NAMES[tensor.dtype_name(precision, vae_in_fp32)],
+            dtype=TENSORRT_NAMES[tensor.dtype_name(precision, vae_precision)],
             profiles=tuple(profile_shapes(tensor, profile) for profile in profiles) if is_input else (),
         )
 

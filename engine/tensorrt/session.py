@@ -60,12 +60,12 @@ class TensorRTNetwork:
         shared: Device,
         *,
         precision: Precision,
-        vae_in_fp32: bool,
+        vae_precision: Precision,
         runtime_cache: Path | None,
     ) -> None:
         self.spec = spec
         self.precision: Precision = precision
-        self.vae_in_fp32 = vae_in_fp32
+        self.vae_precision: Precision = vae_precision
         self._engine = engine
         self._trt = trt
         self._described = described
@@ -98,7 +98,7 @@ class TensorRTNetwork:
             self.spec,
             inputs,
             precision=self.precision,
-            vae_in_fp32=self.vae_in_fp32,
+            vae_precision=self.vae_precision,
             device=shared.device,
             letters=self._letters,
         )
@@ -157,7 +157,7 @@ class TensorRTNetwork:
 
     def _dtype(self, name: str) -> torch.dtype:
         tensor = next(t for t in (*self.spec.inputs, *self.spec.outputs) if t.name == name)
-        return getattr(torch, tensor.dtype_name(self.precision, self.vae_in_fp32))
+        return getattr(torch, tensor.dtype_name(self.precision, self.vae_precision))
 
     def _open_runtime_cache(self, path: Path) -> None:
         """TensorRT-RTX compiles its kernels when a context is made; what it compiled is kept beside the engine."""
@@ -186,6 +186,7 @@ def open_tensorrt(
     folder: Path,
     geometry: Geometry,
     precision: Precision,
+    vae_precision: Precision,
     letters: Mapping[str, Range],
     on_progress: Callable[[str], None],
 ) -> Networks:
@@ -206,7 +207,7 @@ def open_tensorrt(
         engine = runtime.deserialize_cuda_engine((folder / engine_name(name)).read_bytes())
         if engine is None:
             raise RunError(f"{name}: {described.module} can't load the engine: {logger.last_error or 'no reason told'}")
-        check_engine(engine, spec, precision, geometry.vae_in_fp32)
+        check_engine(engine, spec, precision, vae_precision)
         engines[name] = (spec, engine)
     scratch = max(engine.device_memory_size_v2 for _, engine in engines.values())
     shared = Device(device, torch.cuda.Stream(device), torch.empty(max(scratch, 1), dtype=torch.uint8, device=device))
@@ -219,17 +220,23 @@ def open_tensorrt(
             described,
             shared,
             precision=precision,
-            vae_in_fp32=geometry.vae_in_fp32,
+            vae_precision=vae_precision,
             runtime_cache=folder / f"{name}.runtime-cache" if keeps_cache else None,
         )
         for name, (spec, engine) in engines.items()
     }
     return Networks(
-        **networks, geometry=geometry, backend="tensorrt", device=device, precision=precision, letters=letters
+        **networks,
+        geometry=geometry,
+        backend="tensorrt",
+        device=device,
+        precision=precision,
+        vae_precision=vae_precision,
+        letters=letters,
     )
 
 
-def check_engine(engine: Any, spec: NetworkSpec, precision: Precision, vae_in_fp32: bool) -> None:
+def check_engine(engine: Any, spec: NetworkSpec, precision: Precision, vae_precision: Precision) -> None:
     """Raises EngineMismatchError unless an engine's inputs and outputs are the contract's, by name and dtype."""
     found = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
     expected = {tensor.name for tensor in (*spec.inputs, *spec.outputs)}
@@ -237,7 +244,7 @@ def check_engine(engine: Any, spec: NetworkSpec, precision: Precision, vae_in_fp
         raise EngineMismatchError(f"{spec.name}: the engine has {sorted(found)}; the contract has {sorted(expected)}")
     for tensor in (*spec.inputs, *spec.outputs):
         dtype = engine.get_tensor_dtype(tensor.name).name
-        wanted = TENSORRT_NAMES[tensor.dtype_name(precision, vae_in_fp32)]
+        wanted = TENSORRT_NAMES[tensor.dtype_name(precision, vae_precision)]
         if dtype != wanted:
             raise EngineMismatchError(f"{spec.name}: {tensor.name} is {dtype} in the engine; expected {wanted}")
 

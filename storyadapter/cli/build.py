@@ -53,13 +53,14 @@ def _build(
         session.checkpoint,
         session.backend,
         session.precision,
+        session.vae_precision,
         reporter.bytes_read,
         targets=targets,
         options=options,
     )
     reporter.note(
         "build",
-        f"build {session.model.label} for {session.backend} {session.precision}: up to "
+        f"build {session.model.label} for {session.how}: up to "
         f"{count(ranges.max_frames, 'frame')} of {ranges.width}x{ranges.height} at once, stories of up to "
         f"{count(ranges.max_references, 'frame')}",
     )

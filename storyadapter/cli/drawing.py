@@ -76,13 +76,16 @@ def draw(
 
 def _identity(story: Story, style: str, plan: RunPlan, session: Session, reporter: Reporter) -> dict[str, Any]:
     """Everything that decides the pictures. The split into micro-batches doesn't: it may change in a resumed run."""
-    engine = identify(session.checkpoint, session.backend, session.precision, reporter.bytes_read)
+    engine = identify(
+        session.checkpoint, session.backend, session.precision, session.vae_precision, reporter.bytes_read
+    )
     return {
         "story": story.to_dict(),
         "style": style,
         "plan": {name: value for name, value in plan.as_dict().items() if name != "max_frames"},
         "backend": session.backend,
         "precision": session.precision,
+        "vae_precision": session.vae_precision,
         "weights": {f"{weight.component}/{weight.name}": weight.sha256 for weight in engine.weights},
         "loras": [{"name": lora.name, "sha256": lora.sha256, "scale": lora.scale} for lora in engine.loras],
     }
@@ -97,10 +100,15 @@ def _open_pipeline(
         session.checkpoint,
         backend=session.backend,
         precision=session.precision,
+        vae_precision=session.vae_precision,
         ranges=ShapeRanges(batch, frames, height, width),
         engine_dir=args.engine_dir,
         build_command=build_command(
-            args, session.backend, session.precision, ShapeRanges(plan.max_frames, frames, height, width)
+            args,
+            session.backend,
+            session.precision,
+            session.vae_precision,
+            ShapeRanges(plan.max_frames, frames, height, width),
         ),
         on_stage=reporter.stage,
     )
@@ -139,7 +147,7 @@ def _tell_plan(
     split = " + ".join(str(len(batch)) for batch in batches)
     reporter.note(
         "plan",
-        f"{session.model.label}, {session.backend} {session.precision} on {pipeline.networks.device}: "
+        f"{session.model.label}, {session.how} on {pipeline.networks.device}: "
         f"{count(frames, 'frame')} of {plan.width}x{plan.height}, {count(plan.iterations, 'iteration')}"
         + (f" ({first} finished)" if first else "")
         + f", {left:,} UNet rows in micro-batches of {split}; {memory / 2**20:,.0f} MB in use; seed {plan.seed}; "

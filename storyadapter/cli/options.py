@@ -66,6 +66,14 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="of weights and activations (default: auto, fp16 on a GPU, fp32 on a CPU)",
     )
     engine.add_argument(
+        "--vae-precision",
+        default=AUTO,
+        choices=(AUTO, *PRECISIONS),
+        help="of the VAE alone: fp32 is the safest and takes several times as long to decode on a GPU; bf16 is fast "
+        "and rounds the most; fp16 is fast, and SDXL's own VAE overflows in it (default: auto, fp32 if the VAE's "
+        "configuration says force_upcast, else as --precision)",
+    )
+    engine.add_argument(
         "--max-frames",
         type=int,
         default=MAX_FRAMES,
@@ -226,7 +234,9 @@ def run_plan(args: argparse.Namespace, default_pixels: int, seed: int) -> RunPla
     )
 
 
-def build_command(args: argparse.Namespace, backend: str, precision: str, ranges: ShapeRanges) -> str:
+def build_command(
+    args: argparse.Namespace, backend: str, precision: str, vae_precision: str, ranges: ShapeRanges
+) -> str:
     """The `build` command whose engine serves these ranges, as it would be typed."""
     words: list[Any] = ["storyadapter-trt", "build"]
     for name in ("base_model", "image_encoder", "ip_adapter", "base_config", "vae", "variant"):
@@ -234,7 +244,7 @@ def build_command(args: argparse.Namespace, backend: str, precision: str, ranges
             words += [f"--{name.replace('_', '-')}", value]
     for lora in args.lora:
         words += ["--lora", lora]
-    words += ["--backend", backend, "--precision", precision]
+    words += ["--backend", backend, "--precision", precision, "--vae-precision", vae_precision]
     words += ["--height", str(ranges.height).replace("..", ":"), "--width", str(ranges.width).replace("..", ":")]
     words += ["--max-frames", ranges.max_frames, "--max-references", max(MAX_REFERENCES, ranges.max_references)]
     if args.engine_dir:

@@ -1,4 +1,4 @@
-"""What `build` and `run` do first: the model's files, the backend, the precision."""
+"""What `build` and `run` do first: the model's files, the backend, the precisions."""
 
 import argparse
 from dataclasses import dataclass
@@ -17,6 +17,13 @@ class Session:
     checkpoint: Checkpoint
     backend: str
     precision: Precision
+    vae_precision: Precision
+
+    @property
+    def how(self) -> str:
+        """Backend and precisions, for a message."""
+        vae = "" if self.vae_precision == self.precision else f" (VAE {self.vae_precision})"
+        return f"{self.backend} {self.precision}{vae}"
 
 
 def open_session(args: argparse.Namespace, model: ModelChoice) -> Session:
@@ -28,5 +35,8 @@ def open_session(args: argparse.Namespace, model: ModelChoice) -> Session:
     """
     backend = choose_backend() if args.backend == AUTO else args.backend
     precision: Precision = choose_precision(backend) if args.precision == AUTO else args.precision
-    check_available(backend, precision)
-    return Session(model, Checkpoint.open(model.paths), backend, precision)
+    asked: Precision | None = None if args.vae_precision == AUTO else args.vae_precision
+    check_available(backend, precision, asked)
+    checkpoint = Checkpoint.open(model.paths)
+    vae_precision = asked or checkpoint.geometry.default_vae_precision(precision)
+    return Session(model, checkpoint, backend, precision, vae_precision)

@@ -21,6 +21,7 @@ def identity(**changes: Any) -> EngineIdentity:
         "backend": "onnxruntime",
         "backend_version": "1.24.1",
         "precision": "fp16",
+        "vae_precision": "fp32",
         "architecture": "cpu-x86_64",
         "contract": digest("e"),
         "weights": (UNET, VAE, TEXT),

@@ -23,6 +23,7 @@ identities = st.builds(
     backend=texts,
     backend_version=texts,
     precision=texts,
+    vae_precision=texts,
     architecture=texts,
     contract=digests,
     weights=st.lists(weight_files, max_size=4).map(tuple),
@@ -75,10 +76,21 @@ def test_a_manifest_gives_back_the_identity_and_the_key(stored: EngineIdentity, 
 
 def test_the_key_is_the_same_in_every_process_and_release() -> None:
     """A changed constant here means that every engine ever built is built again: raise STORE_VERSION with it."""
-    assert engine_key(identity(), ranges()) == "4a9ddc86f76c01ba8031c6be57d91fdc"
+    assert engine_key(identity(), ranges()) == "93b193cea53cdc9a51e7a5fc6e46c8a4"
     assert engine_key(identity(loras=(Lora("a", digest("d"), 1),)), ranges()) == engine_key(
         identity(loras=(Lora("a", digest("d"), 1.0),)), ranges()
     )
+
+
+def test_every_field_that_differs_is_told_by_name() -> None:
+    asked = identity(backend_version="1.25.0", precision="fp32", vae_precision="fp16", architecture="any")
+    assert identity().differences(asked) == [
+        "backend version is 1.24.1 in the store, 1.25.0 asked for",
+        "precision is fp16 in the store, fp32 asked for",
+        "VAE precision is fp32 in the store, fp16 asked for",
+        "architecture is cpu-x86_64 in the store, any asked for",
+    ]
+    assert not identity().serves(identity(vae_precision="bf16"))
 
 
 def test_loras_in_another_order_are_another_engine() -> None:

@@ -307,7 +307,7 @@ def _remove_weights(folder: Path) -> None:
     [
         (_remove_manifest, "manifest.json can't be read (No such file or directory)"),
         (_cut_manifest, "manifest.json is not valid JSON"),
-        (_edit('"store_version": 2', '"store_version": 99'), "its store version is 99, expected 2"),
+        (_edit('"store_version": 3', '"store_version": 99'), "its store version is 99, expected 3"),
         (_edit('"identity"', '"identify"'), "manifest.json is no manifest of an engine (KeyError('identity'))"),
         (_edit('"max_frames": 4', '"max_frames": "x"'), "manifest.json is no manifest of an engine (TypeError"),
         (_edit('"max_frames": 4', '"max_frames": 0'), "manifest.json is no manifest of an engine (InputError"),

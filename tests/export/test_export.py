@@ -33,9 +33,9 @@ def exported(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         CheckpointPaths(tiny_model_dir, tiny_model_dir / "image_encoder", tiny_model_dir / "ip-adapter.safetensors")
     )
     folder, errors = tmp_path_factory.mktemp("onnx"), {}
-    for name, module in iterate_modules(checkpoint, "fp32", grca):
+    for name, module in iterate_modules(checkpoint, "fp32", "fp32", grca):
         spec = network_specs(checkpoint.geometry)[name]
-        path, errors[name] = export_compared(spec, module, LETTERS, "fp32", checkpoint.geometry.vae_in_fp32, folder)
+        path, errors[name] = export_compared(spec, module, LETTERS, "fp32", "fp32", folder)
         assert path.name == f"{name}.onnx"
         assert not any(weight.numel() for weight in module.parameters())
     return folder, errors
@@ -87,7 +87,7 @@ class Linear(nn.Module):
 
 
 def test_a_file_that_computes_something_else_is_refused(tmp_path: Path) -> None:
-    path, _ = export_compared(LINEAR, Linear(), LETTERS, "fp32", True, tmp_path)
+    path, _ = export_compared(LINEAR, Linear(), LETTERS, "fp32", "fp32", tmp_path)
     torch.manual_seed(0)
     x = torch.randn(2, 8)
     right = Linear()(x).detach()
@@ -102,7 +102,7 @@ def test_a_file_that_computes_something_else_is_refused(tmp_path: Path) -> None:
 def test_the_fp32_twin_of_a_bf16_file_has_its_weights_to_the_last_bit(tmp_path: Path) -> None:
     module = Linear().bfloat16()
     weights = {name: weight.detach().float().clone() for name, weight in module.named_parameters()}
-    path, error = export_compared(LINEAR, module, LETTERS, "bf16", True, tmp_path)
+    path, error = export_compared(LINEAR, module, LETTERS, "bf16", "bf16", tmp_path)
     assert error < 1e-6
     assert not (tmp_path / "widened").exists()
     model = onnx.load(str(path))

@@ -1,10 +1,23 @@
 """The contract: letters, ranges, and the messages of what doesn't fit."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storyadapter.contract import Geometry, LayerWidth, NetworkSpec, Range, ShapeRanges, network_specs, size_of
+from storyadapter.contract import (
+    DTYPE_NAMES,
+    PRECISIONS,
+    Geometry,
+    LayerWidth,
+    NetworkSpec,
+    Precision,
+    Range,
+    ShapeRanges,
+    network_specs,
+    size_of,
+)
 from storyadapter.errors import InputError
 
 SDXL = Geometry(
@@ -47,6 +60,22 @@ def test_network_outputs_feed_the_inputs_of_the_next() -> None:
     denoiser = {tensor.name: tensor for tensor in specs["denoiser"].inputs}
     for width in SDXL.widths:
         assert made[f"text_kv_{width.channels}"] == denoiser[f"text_kv_{width.channels}"]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("vae_precision", PRECISIONS)
+def test_only_the_vae_has_the_vaes_precision(precision: Precision, vae_precision: Precision) -> None:
+    for name, spec in network_specs(SDXL).items():
+        own = DTYPE_NAMES[vae_precision if name == "vae_decoder" else precision]
+        dtypes = {tensor.dtype_name(precision, vae_precision) for tensor in (*spec.inputs, *spec.outputs)}
+        assert own in dtypes and dtypes <= {own, "float32", "int32"}
+        assert name != "vae_decoder" or dtypes == {own}
+
+
+def test_the_vae_has_the_engines_precision_unless_the_checkpoint_asks_for_fp32() -> None:
+    for precision in PRECISIONS:
+        assert replace(SDXL, vae_in_fp32=False).default_vae_precision(precision) == precision
+        assert replace(SDXL, vae_in_fp32=True).default_vae_precision(precision) == "fp32"
 
 
 LETTERS = {"B": 4, "P": 3, "G": 2, "R": 64, "h": 128, "w": 96}

@@ -240,5 +240,5 @@ def test_a_frame_that_is_not_finite_stops_the_run_before_it_becomes_a_reference(
     weights = load_file(tiny_model_dir / "vae" / "diffusion_pytorch_model.safetensors")
     weights["decoder.conv_out.bias"] = torch.full_like(weights["decoder.conv_out.bias"], torch.inf)
     save_file(weights, broken / "vae" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(RunError, match="iteration 0, frame 0: the picture has values that are not finite in fp32"):
+    with pytest.raises(RunError, match="frame 0: the VAE gave values that are not finite in fp32; try --vae-precision"):
         draw(open_tiny(broken))

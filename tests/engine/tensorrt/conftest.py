@@ -80,6 +80,6 @@ def layer_block_onnx(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int]
         transformer.attn2 = attention = GlobalReferenceCrossAttention(transformer.attn2, 0, grca)
         module = LayerBlock(block, attention).half().eval()
         folder = tmp_path_factory.mktemp(f"block-{channels}")
-        return export_network(layer_block_spec(channels), module, LETTERS, "fp16", True, folder)
+        return export_network(layer_block_spec(channels), module, LETTERS, "fp16", "fp16", folder)
 
     return export

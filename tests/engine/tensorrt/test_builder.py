@@ -18,13 +18,13 @@ from storyadapter.checkpoint import Checkpoint
 from storyadapter.contract import NetworkSpec, Precision, ShapeRanges, TensorSpec, network_specs, size_of
 from storyadapter.engine.opening import build_engine, identify
 from storyadapter.engine.store import EngineStore
-from storyadapter.engine.tensorrt.builder import EngineBuildError, build_request, profiles_of, run_worker
+from storyadapter.engine.tensorrt.builder import build_request, profiles_of, run_worker
 from storyadapter.engine.tensorrt.engine_folder import engine_name
 from storyadapter.engine.tensorrt.layers import fused_attentions, parse_layers
 from storyadapter.engine.tensorrt.library import Library
 from storyadapter.engine.tensorrt.options import BuildOptions
 from storyadapter.engine.tensorrt.worker import BuildRequest
-from storyadapter.errors import InputError
+from storyadapter.errors import EngineBuildError, InputError
 from storyadapter.export.onnx_export import export_network
 from storyadapter.export.verify import TOLERANCE
 from storyadapter.modules import VaeDecoder
@@ -60,7 +60,7 @@ def test_every_network_is_built_with_the_contracts_inputs_and_outputs(
             seen = found[tensor.name]
             own = {"float32": "Float", "int32": "Int32"} | {name: DTYPES[precision] for name in ("float16", "bfloat16")}
             assert seen.is_input == (tensor in spec.inputs)
-            assert seen.dtype == own[tensor.dtype_name(precision, geometry.vae_in_fp32)]
+            assert seen.dtype == own[tensor.dtype_name(precision, precision)]
             assert seen.shape == tuple(dim if isinstance(dim, int) else -1 for dim in tensor.shape)
             if not seen.is_input:
                 continue
@@ -147,6 +147,7 @@ def test_a_run_finds_the_engine_by_its_own_architecture(built: Callable[[Precisi
         ({"architecture": "sm90"}, "architecture is sm89+sm120 in the store, sm90 asked for"),
         ({"backend_version": "tensorrt 10.14.1"}, "backend version is tensorrt-rtx"),
         ({"precision": "bf16"}, "precision is fp16 in the store, bf16 asked for"),
+        ({"vae_precision": "fp32"}, "VAE precision is fp16 in the store, fp32 asked for"),
     ],
 )
 def test_what_doesnt_fit_is_told_by_name_with_the_command(
@@ -193,7 +194,7 @@ def test_a_full_size_layer_block_is_built_with_every_attention_fused(
 
 def block_request(channels: int, onnx: Path, folder: Path, library: Library) -> BuildRequest:
     return build_request(
-        layer_block_spec(channels), onnx, folder, LETTERS, "fp16", True, library, TARGETS, BuildOptions()
+        layer_block_spec(channels), onnx, folder, LETTERS, "fp16", "fp16", library, TARGETS, BuildOptions()
     )
 
 
@@ -308,7 +309,7 @@ def test_a_missing_library_is_the_builders_early_end(rtx: Library, tmp_path: Pat
 
 def broken_request(op_type: str, library: Library, folder: Path) -> BuildRequest:
     return build_request(
-        BROKEN, broken_onnx(folder, op_type), folder, LETTERS, "fp16", True, library, ("sm89",), BuildOptions()
+        BROKEN, broken_onnx(folder, op_type), folder, LETTERS, "fp16", "fp16", library, ("sm89",), BuildOptions()
     )
 
 
@@ -335,8 +336,8 @@ def test_a_vae_that_asks_for_fp32_is_built_in_fp32(tiny_checkpoint: Checkpoint, 
     """Its attention has no fp32 kernel: it is taken apart instead of ending the build."""
     spec = network_specs(tiny_checkpoint.geometry)["vae_decoder"]
     module = VaeDecoder(tiny_checkpoint.load_vae(torch.float32)).eval()
-    path = export_network(spec, module, LETTERS, "fp16", True, tmp_path)
-    request = build_request(spec, path, tmp_path, LETTERS, "fp16", True, rtx, ("sm89",), BuildOptions())
+    path = export_network(spec, module, LETTERS, "fp16", "fp32", tmp_path)
+    request = build_request(spec, path, tmp_path, LETTERS, "fp16", "fp32", rtx, ("sm89",), BuildOptions())
     report = run_worker(spec.name, request, lambda fraction: None)
     assert report.fused_attentions == 0
     tensors = parse_layers(Path(request.layers).read_text()).tensors

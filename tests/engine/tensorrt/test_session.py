@@ -80,11 +80,11 @@ def test_a_letter_out_of_its_range_is_told_before_the_enqueue(
     ranges = EngineFolder.read(build.engine.folder).profiles["denoiser"][0]
     spec = network_specs(build.checkpoint.geometry)["denoiser"]
     usual = example_letters({**LETTERS, **ranges})
-    options = {"precision": "fp16", "vae_in_fp32": False, "device": torch.device("cpu"), "letters": ranges}
-    good = probe_inputs(spec, usual, "fp16", False)
+    options = {"precision": "fp16", "vae_precision": "fp16", "device": torch.device("cpu"), "letters": ranges}
+    good = probe_inputs(spec, usual, "fp16", "fp16")
     assert check_inputs(spec, good, **options)["R"] == usual["R"]
     with pytest.raises(ValueError, match=f"^{told}$"):
-        check_inputs(spec, probe_inputs(spec, usual | letters, "fp16", False), **options)
+        check_inputs(spec, probe_inputs(spec, usual | letters, "fp16", "fp16"), **options)
 
 
 def test_running_without_a_gpu_is_one_line(built: Callable[[Precision], Built]) -> None:

@@ -79,7 +79,18 @@ def test_no_engine(type_in: Type, engine_run: list[str], tiny_model: list[str]) 
     done = type_in(*engine_run, "--engine-dir", "my engines")
     assert done.code == 2
     words = ["storyadapter-trt", "build", *tiny_model, "--backend", "onnxruntime", "--precision", "fp32"]
-    words += ["--height", "64", "--width", "64", "--max-frames", "3", "--max-references", "100"]
+    words += [
+        "--vae-precision",
+        "fp32",
+        "--height",
+        "64",
+        "--width",
+        "64",
+        "--max-frames",
+        "3",
+        "--max-references",
+        "100",
+    ]
     told = shlex.join([*words, "--engine-dir", "my engines"])
     assert done.err.endswith(f"storyadapter-trt: error: no engine in my engines; build it: {told}\n")
     assert files(Path()) == {} and list(Path().iterdir()) == []
@@ -90,7 +101,8 @@ def test_no_engine(type_in: Type, engine_run: list[str], tiny_model: list[str]) 
     [
         ("--prompt 4 5 6 7 --max-frames 4", "max frames is 3, 4 asked for"),
         ("--height 96", "height is 64, 96 asked for"),
-        ("--precision fp16", "precision is fp32 in the store, fp16 asked for"),
+        ("--vae-precision fp32 --precision fp16", "precision is fp32 in the store, fp16 asked for"),
+        ("--vae-precision fp16", "VAE precision is fp32 in the store, fp16 asked for"),
     ],
 )
 def test_no_engine_that_fits(words: str, reason: str, type_in: Type, engine_run: list[str]) -> None:

@@ -86,6 +86,9 @@ SETTINGS = {
     "--backend onnxruntime --precision bf16": (
         "backend onnxruntime can't serve here: it can't run in bf16; expected --precision fp32 or fp16"
     ),
+    "--backend onnxruntime --vae-precision bf16": (
+        "backend onnxruntime can't serve here: it can't run the VAE in bf16; expected --vae-precision fp32 or fp16"
+    ),
     "--lora :0.5": "--lora ':0.5' has no path; expected PATH or PATH:SCALE, such as style.safetensors:0.8",
     "--lora gone.safetensors": "--lora gone.safetensors: there is no such file or folder",
     "--base-model gone": "--base-model gone: there is no such file or folder",
@@ -118,7 +121,7 @@ def test_scales(scales: str, reason: str, refused, quick_run: list[str]) -> None
     assert refused(*words_without(quick_run, "--iterations"), "--scales", scales) == reason
 
 
-@pytest.mark.parametrize("option", ["--backend", "--precision"])
+@pytest.mark.parametrize("option", ["--backend", "--precision", "--vae-precision"])
 def test_a_backend_or_precision_that_is_unknown(option: str, refused, quick_run: list[str]) -> None:
     reason = refused(*quick_run, option, "quantum")
     assert reason.startswith(f"argument {option}: invalid choice: 'quantum' (choose from 'auto', ")
@@ -172,6 +175,9 @@ def test_an_output_folder_that_holds_another_story(type_in: Type, refused, quick
         )
         assert refused(*again, "--seed", "8", *resume) == (
             "out holds another run: plan.seed is 7 there, 8 here; choose another folder with --out"
+        )
+        assert refused(*again, "--vae-precision", "bf16", *resume) == (
+            "out holds another run: vae_precision is 'fp32' there, 'bf16' here; choose another folder with --out"
         )
     record = json.loads(Path("out/story.json").read_text())
     assert record["progress"]["status"] == "finished"

@@ -37,7 +37,8 @@ def test_everything_is_written(type_in: Type, quick_run: list[str]) -> None:
     story = record()
     plan = story["identity"]["plan"]
     assert (plan["seed"], plan["steps"], plan["scales"], plan["height"]) == (7, 2, [0.3, 0.5], 64)
-    assert (story["identity"]["style"], story["identity"]["precision"]) == ("film", "fp32")
+    decided = story["identity"]
+    assert (decided["style"], decided["precision"], decided["vae_precision"]) == ("film", "fp32", "fp32")
     (session,) = story["sessions"]
     assert session["details"]["split"] == [3]
     assert {"torch", "python", "storyadapter-trt"} <= set(session["details"]["versions"])
@@ -222,6 +223,16 @@ def test_half_precision_draws_nearly_the_same(type_in: Type, quick_run: list[str
         assert type_in(*quick_run, "--iterations", "0", "--precision", precision, "--out", precision).code == 0
         difference = np.abs(pixels(Path("out/frames/000.png")) - pixels(Path(precision, "frames/000.png")))
         assert difference.max() > 0 and difference.mean() < 4
+
+
+def test_the_vae_alone_in_half_precision(type_in: Type, quick_run: list[str]) -> None:
+    words = [*quick_run, "--iterations", "0"]
+    assert type_in(*words).code == 0
+    done = type_in(*words, "--vae-precision", "bf16", "--out", "bf16")
+    assert done.code == 0 and ", eager fp32 (VAE bf16) on " in done.err
+    assert json.loads(Path("bf16/story.json").read_text())["identity"]["vae_precision"] == "bf16"
+    difference = np.abs(pixels(Path("out/frames/000.png")) - pixels(Path("bf16/frames/000.png")))
+    assert 0 < difference.max() <= 4
 
 
 def test_guidance_of_one_computes_no_unconditional_rows(type_in: Type, quick_run: list[str]) -> None:
