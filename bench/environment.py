@@ -1,14 +1,19 @@
 """What a report must say about where its numbers come from."""
 
 import platform
+import statistics
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
-_PACKAGES = ("torch", "triton", "xformers")
+_PACKAGES = ("torch", "triton", "diffusers", "transformers", "xformers", "tensorrt", "tensorrt-rtx")
+_SAMPLE_MS = 250
 
 
 def _output(*command: str, cwd: Path | None = None) -> str | None:
@@ -67,3 +72,46 @@ def describe(device: torch.device, source_commit: str | None = None) -> dict[str
     found["commit"] = source_commit or commit()
     found["command"] = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
     return found
+
+
+@dataclass
+class Load:
+    """What a GPU did while it was watched; empty on other devices."""
+
+    clocks_mhz: list[float] = field(default_factory=list)
+    watts: list[float] = field(default_factory=list)
+
+    def as_data(self) -> dict[str, float]:
+        """Medians, for a report; empty without samples."""
+        if not self.clocks_mhz:
+            return {}
+        return {"sm_clock_mhz": statistics.median(self.clocks_mhz), "watts": statistics.median(self.watts)}
+
+
+@contextmanager
+def watch(device: torch.device) -> Iterator[Load]:
+    """Sample the SM clock and the power draw of a GPU several times a second, by `nvidia-smi` where it is there."""
+    load = Load()
+    if device.type != "cuda":
+        yield load
+        return
+    query = ["nvidia-smi", f"--id={device.index or 0}", "--query-gpu=clocks.sm,power.draw"]
+    query += ["--format=csv,noheader,nounits", f"--loop-ms={_SAMPLE_MS}"]
+    try:
+        process = subprocess.Popen(query, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    except OSError:
+        yield load
+        return
+    try:
+        yield load
+    finally:
+        process.terminate()
+        told, _ = process.communicate()
+        for line in told.splitlines():
+            clock, _, watts = line.partition(", ")
+            try:
+                sample = float(clock), float(watts)
+            except ValueError:  # a line cut short, or a GPU that doesn't tell
+                continue
+            load.clocks_mhz.append(sample[0])
+            load.watts.append(sample[1])

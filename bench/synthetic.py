@@ -1,79 +1,180 @@
-"""A full-size SDXL denoiser of random weights: what sizes, times and memory depend on, without a checkpoint."""
+"""A whole model of seeded random weights, made on its device in seconds: what sizes, times and memory depend on.
+
+The weights are scaled by what each layer sums over, and the ends of residual branches are damped, so that activations
+neither vanish nor come near fp16's limit over 70 transformer layers, and pictures lie about in -1 to 1. Prompts and
+references matter in it: a path that forgets one draws other pictures.
+"""
 
 import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Final
 
 import torch
-from diffusers import UNet2DConditionModel
-from torch import nn
-
-from storyadapter.contract import Geometry, LayerWidth, Precision
-from storyadapter.grca import GrcaFunction, grca
-from storyadapter.networks import TORCH_DTYPES
-from storyadapter.unet import Denoiser, GlobalReferenceCrossAttention
-
-# The published configuration of SDXL base 1.0's UNet, what differs from diffusers' defaults.
-# Source: huggingface.co/stabilityai/stable-diffusion-xl-base-1.0, unet/config.json.
-SDXL_UNET: Final[dict[str, Any]] = {
-    "sample_size": 128,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (320, 640, 1280),
-    "layers_per_block": 2,
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-SDXL_GEOMETRY: Final = Geometry(
-    widths=(LayerWidth(640, 10, 10), LayerWidth(1280, 60, 20)),
-    time_embedding=1280,
-    text_width=768,
-    text_width_2=1280,
-    pooled_width=1280,
-    image_embedding_width=1280,
-    sample_size=128,
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    PretrainedConfig,
 )
 
+from storyadapter import method
+from storyadapter.bench import synthetic_models
+from storyadapter.bench.synthetic_models import SyntheticModel
+from storyadapter.checkpoint import AdapterLayer, IPAdapterWeights
+from storyadapter.checkpoint.ip_adapter import cross_attentions
+from storyadapter.checkpoint.loras import Lora
+from storyadapter.checkpoint.tokenizers import load_tokenizer
+from storyadapter.contract import Geometry
+from storyadapter.demo.shipped import MODEL
 
-def sdxl_denoiser(precision: Precision, seed: int = 0, attention: GrcaFunction = grca) -> Denoiser:
-    """The contract's denoiser at SDXL's size, on the CPU, with seeded weights that keep activations in a sane range.
+# With a network that knows nothing of its input, this is the prediction under which a sampler's state keeps its size:
+# each step turns it towards the prediction instead of dividing by what little signal there is at first.
+PREDICTION_TYPE: Final = "v_prediction"
 
-    No weight is ever held in another precision, nor are the layers held that the denoiser doesn't have.
+# How much smaller than its layer's input a residual branch's output is.
+_DAMPING: Final = 0.25
+_BRANCH_ENDS: Final = (".conv2", ".to_out.0", ".ff.net.2", ".proj_out", ".out_proj", ".fc2")
+# Others that are not scaled by their fan-in alone, by the end of their name.
+_SCALES: Final[Mapping[str, float]] = {
+    "attn2.to_k": 1.75,  # attention looks at few tokens, as in a trained model, instead of at their mean
+    "attn2.to_v": 2.0,
+    "to_k_ip": 1.75,
+    "to_v_ip": 8.0,  # so that pictures tell a missing reference, or half of λ
+    "add_embedding.linear_2": 0.25,  # prompts shift a prediction, they don't replace it
+    "post_quant_conv": 0.13025,  # the VAE's latents are larger by the inverse of its scaling factor
+    "decoder.conv_out": 0.6,
+}
+_BIAS: Final = 0.05
+_NORM_SPREAD: Final = 0.1
+
+_UNET, _ADAPTER, _VAE, _TEXT, _TEXT_2, _IMAGE = range(6)  # seeds of the parts, so that each can be made alone
+
+
+class SyntheticCheckpoint:
+    """A model of random weights with the methods of `storyadapter.checkpoint.Checkpoint` (`ModelParts`, and more).
+
+    The same model, seed and kind of device give the same weights in every precision, up to rounding.
+
+    Args:
+        model: sizes, of `synthetic_models`.
+        device: where weights are made; "meta" makes none.
+        seed: of all weights.
     """
-    denoiser = sdxl_structure(attention)
-    nn.Module.to(denoiser, TORCH_DTYPES[precision])
-    denoiser.to_empty(device="cpu")
-    _fill(denoiser, seed)
-    return denoiser.eval()
+
+    def __init__(self, model: SyntheticModel, device: torch.device, seed: int = 0) -> None:
+        self.model = model
+        self.device = device
+        self.seed = seed
+        self.loras: tuple[Lora, ...] = ()
+
+    @property
+    def geometry(self) -> Geometry:
+        return self.model.geometry
+
+    @property
+    def files_by_component(self) -> dict[str, tuple[Path, ...]]:
+        """What the weights depend on: this code; the component's name tells the rest."""
+        name = f"synthetic {self.model.name}, seed {self.seed}, {self.device.type}"
+        return {name: (Path(__file__), Path(synthetic_models.__file__))}
+
+    def load_unet(self, dtype: torch.dtype) -> UNet2DConditionModel:
+        """The UNet in `dtype` on the checkpoint's device. The other networks are made alike."""
+        return self._make(lambda: UNet2DConditionModel(**self.model.unet), dtype, _UNET)
+
+    def load_vae(self, dtype: torch.dtype) -> AutoencoderKL:
+        """The VAE."""
+        return self._make(lambda: AutoencoderKL(**self.model.vae), dtype, _VAE)
+
+    def load_text_encoder(self, dtype: torch.dtype) -> CLIPTextModel:
+        """Text encoder 1."""
+        config = self._text_config(self.model.text_encoder)
+        return self._make(lambda: CLIPTextModel(config), dtype, _TEXT)
+
+    def load_text_encoder_2(self, dtype: torch.dtype) -> CLIPTextModelWithProjection:
+        """Text encoder 2."""
+        config = self._text_config(self.model.text_encoder_2)
+        return self._make(lambda: CLIPTextModelWithProjection(config), dtype, _TEXT_2)
+
+    def load_image_encoder(self, dtype: torch.dtype) -> CLIPVisionModelWithProjection:
+        """The CLIP image encoder."""
+        config = _config(CLIPVisionConfig, image_size=method.CLIP_PIXELS, **self.model.image_encoder)
+        return self._make(lambda: CLIPVisionModelWithProjection(config), dtype, _IMAGE)
+
+    def load_ip_adapter(self, dtype: torch.dtype) -> IPAdapterWeights:
+        """The IP-Adapter of this UNet."""
+        generator = self._generator(_ADAPTER)
+        width = self.model.unet["cross_attention_dim"]
+        embedding = self.geometry.image_embedding_width
+
+        def normal(*shape: int, std: float, mean: float = 0.0) -> Tensor:
+            values = torch.empty(shape, device=self.device)
+            return values.normal_(mean, std, generator=generator).to(dtype)
+
+        def projection(channels: int, kind: str) -> Tensor:
+            return normal(channels, width, std=_SCALES[kind] * width**-0.5)
+
+        tokens = method.TOKENS_PER_IMAGE * width
+        with init_empty_weights():
+            unet = UNet2DConditionModel(**self.model.unet)
+        return IPAdapterWeights(
+            projection_weight=normal(tokens, embedding, std=embedding**-0.5),
+            projection_bias=normal(tokens, std=_BIAS),
+            norm_weight=normal(width, std=_NORM_SPREAD, mean=1.0),
+            norm_bias=normal(width, std=_BIAS),
+            layers=tuple(
+                AdapterLayer(layer.module, projection(layer.channels, "to_k_ip"), projection(layer.channels, "to_v_ip"))
+                for layer in cross_attentions(unet)
+            ),
+        )
+
+    def load_tokenizers(self) -> tuple[CLIPTokenizer, CLIPTokenizer]:
+        """The demo model's: they know fewer words than these text encoders."""
+        return load_tokenizer(MODEL / "tokenizer"), load_tokenizer(MODEL / "tokenizer_2")
+
+    def _text_config(self, sizes: Mapping[str, Any]) -> CLIPTextConfig:
+        first, _ = self.load_tokenizers()
+        ids = {"bos_token_id": first.bos_token_id, "eos_token_id": first.eos_token_id}
+        return _config(CLIPTextConfig, max_position_embeddings=method.TEXT_TOKENS, **ids, **sizes)
+
+    def _make(self, build: Callable[[], Any], dtype: torch.dtype, part: int) -> Any:
+        with init_empty_weights(include_buffers=False):
+            network = build().eval()
+        generator = self._generator(part)
+        for prefix, module in network.named_modules():
+            for name, empty in list(module.named_parameters(recurse=False)):
+                # in fp32 first, so that every precision rounds the same numbers
+                weight = torch.empty(empty.shape, device=self.device)
+                _fill(weight, prefix, name, module, generator)
+                module.register_parameter(name, nn.Parameter(weight.to(dtype), requires_grad=False))
+        return nn.Module.to(network, self.device)  # only buffers are left to be moved
+
+    def _generator(self, part: int) -> torch.Generator | None:
+        if self.device.type == "meta":
+            return None
+        return torch.Generator(self.device).manual_seed(self.seed * 100 + part)
 
 
-def sdxl_structure(attention: GrcaFunction = grca) -> Denoiser:
-    """The denoiser at SDXL's size without any weights, on the meta device."""
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(**SDXL_UNET)
-        counts = dict.fromkeys((width.channels for width in SDXL_GEOMETRY.widths), 0)
-        for name in [name for name in unet.attn_processors if name.endswith("attn2.processor")]:
-            block = unet.get_submodule(name.removesuffix(".attn2.processor"))
-            layer = GlobalReferenceCrossAttention(block.attn2, counts[block.attn2.inner_dim], attention)
-            counts[layer.channels] += 1
-            block.attn2 = layer
-        denoiser = Denoiser(unet, tuple(counts))
-    assert all(counts[width.channels] == width.layers for width in SDXL_GEOMETRY.widths)
-    return denoiser
+def _config(kind: type[PretrainedConfig], **sizes: Any) -> Any:
+    # transformers' attention through PyTorch's own, as for models loaded from files
+    return kind(attn_implementation="sdpa", **sizes)
 
 
 @torch.no_grad()
-def _fill(network: nn.Module, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for module in network.modules():
-        for name, weight in module.named_parameters(recurse=False):
-            if isinstance(module, nn.LayerNorm | nn.GroupNorm):
-                weight.fill_(1.0 if name == "weight" else 0.0)
-            elif name == "bias":
-                weight.zero_()
-            else:
-                weight.normal_(std=1 / math.sqrt(math.prod(weight.shape[1:])), generator=generator)
+def _fill(weight: Tensor, prefix: str, name: str, module: nn.Module, generator: torch.Generator | None) -> None:
+    if name == "bias":
+        weight.normal_(std=_BIAS, generator=generator)
+    elif isinstance(module, nn.LayerNorm | nn.GroupNorm):
+        weight.normal_(1.0, _NORM_SPREAD, generator=generator)
+    elif isinstance(module, nn.Embedding) or weight.ndim == 1:
+        weight.normal_(generator=generator)
+    else:
+        scale = _DAMPING if prefix.endswith(_BRANCH_ENDS) else 1.0
+        scale *= next((factor for end, factor in _SCALES.items() if prefix.endswith(end)), 1.0)
+        weight.normal_(std=scale / math.sqrt(math.prod(weight.shape[1:])), generator=generator)

@@ -19,7 +19,8 @@ from typing import Final
 import psutil
 import torch
 
-from storyadapter.bench.synthetic import SDXL_GEOMETRY, sdxl_denoiser
+from storyadapter.bench.synthetic import SyntheticCheckpoint
+from storyadapter.bench.synthetic_models import SDXL
 from storyadapter.contract import PRECISIONS, Range, ShapeRanges, network_specs
 from storyadapter.engine.backends import installed_version
 from storyadapter.engine.tensorrt.builder import build_request, run_worker
@@ -28,6 +29,9 @@ from storyadapter.engine.tensorrt.library import AUTO, Library, choose_library, 
 from storyadapter.engine.tensorrt.options import BuildOptions
 from storyadapter.engine.tensorrt.worker import BuildReport, peak_memory
 from storyadapter.export.compared import export_compared
+from storyadapter.grca import grca
+from storyadapter.networks import TORCH_DTYPES
+from storyadapter.unet import split_unet
 
 GIB: Final = 2**30
 # Where the attentions of one transformer block come from, by the names of their ONNX nodes.
@@ -71,10 +75,11 @@ def measure(args: argparse.Namespace) -> Measured:
     pixels = Range(args.pixels, args.pixels)
     ranges = ShapeRanges(args.max_frames, args.max_references, pixels, pixels)
     letters = ranges.letters()
-    spec = network_specs(SDXL_GEOMETRY)["denoiser"]
+    spec = network_specs(SDXL.geometry)["denoiser"]
     args.folder.mkdir(parents=True)
     started = time.perf_counter()
-    module = sdxl_denoiser(args.precision)
+    checkpoint, dtype = SyntheticCheckpoint(SDXL, torch.device("cpu")), TORCH_DTYPES[args.precision]
+    module = split_unet(checkpoint.load_unet(dtype), checkpoint.load_ip_adapter(dtype), grca).denoiser
     weights_seconds = time.perf_counter() - started
     print(f"random weights made in {weights_seconds:.0f} s", file=sys.stderr)
 
@@ -108,7 +113,7 @@ def write_report(measured: Measured, command: str) -> str:
     """The page on one build, in Markdown."""
     m, report = measured, measured.report
     letters = m.ranges.letters()
-    blocks = sum(width.layers for width in SDXL_GEOMETRY.widths)
+    blocks = sum(width.layers for width in SDXL.geometry.widths)
     fused = fused_by_kind(m.layers)
     attention = "\n".join(f"| {kind} | {count} of {blocks} |" for kind, count in fused.items())
     kinds = Counter(layer.type for layer in m.layers)

@@ -10,11 +10,17 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+Result = TypeVar("Result")
+
 MIN_REPEATS = 30
+# A region at least this long is hundreds of kernels, so that launches and the clock's ticks average out within it:
+# fewer repeats tell its median, and 30 of them would take minutes.
+LONG_REGION_MS = 100.0
+MIN_LONG_REPEATS = 5
 # A timed region shorter than this is lengthened by more calls: events tick in about half a microsecond.
 MIN_REGION_MS = 0.5
 # Sets of buffers together exceed the cache by this factor, so that a set is evicted before its next turn.
@@ -75,6 +81,7 @@ def measure(
     repeats: int = MIN_REPEATS,
     warmup_seconds: float = 0.05,
     graph: bool = True,
+    budget_seconds: float | None = None,
 ) -> Timing:
     """Milliseconds of one call.
 
@@ -86,6 +93,8 @@ def measure(
         warmup_seconds: how long the work runs untimed beforehand (at least one round over `calls`).
         graph: capture the calls in one CUDA graph and time its replays; False for work that can't be captured. No
             effect on a CPU.
+        budget_seconds: stop repeating a region of 100 ms or more after about so long, though not before 5 repeats; a
+            shorter region gets all its repeats. By default every region does.
 
     Raises:
         ValueError: fewer than 30 repeats, or no calls.
@@ -97,26 +106,55 @@ def measure(
     check()
     if device.type == "cuda":
         with torch.cuda.device(device):
-            return _measure_cuda(calls, repeats, warmup_seconds, graph)
-    return _measure_host(calls, repeats, warmup_seconds)
+            return _measure_cuda(calls, repeats, warmup_seconds, graph, budget_seconds)
+    return _measure_host(calls, repeats, warmup_seconds, budget_seconds)
 
 
-def _measure_host(calls: Sequence[Callable[[], object]], repeats: int, warmup_seconds: float) -> Timing:
+def repeats_within(region_ms: float, repeats: int, budget_seconds: float | None) -> int:
+    """How often a region of so many milliseconds is timed where `repeats` were asked for; see `measure`."""
+    if budget_seconds is None or region_ms < LONG_REGION_MS:
+        return repeats
+    return min(repeats, max(MIN_LONG_REPEATS, int(budget_seconds * 1e3 / region_ms)))
+
+
+def measure_run(run: Callable[[], Result], device: torch.device) -> tuple[Result, float]:
+    """What a whole run gives, and its seconds on the host's clock, from an idle device to an idle device.
+
+    For runs of thousands of calls, whose average is in them: they are timed once. Warm up what a run warms up first.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    result = run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return result, time.perf_counter() - start
+
+
+def _measure_host(
+    calls: Sequence[Callable[[], object]], repeats: int, warmup_seconds: float, budget_seconds: float | None
+) -> Timing:
     end = time.perf_counter() + warmup_seconds
     for call in calls:
         call()
     while time.perf_counter() < end:
         calls[0]()
-    milliseconds = []
-    for repeat in range(repeats):
-        call = calls[repeat % len(calls)]
+    milliseconds: list[float] = []
+    while len(milliseconds) < (repeats_within(milliseconds[0], repeats, budget_seconds) if milliseconds else 1):
+        call = calls[len(milliseconds) % len(calls)]
         start = time.perf_counter()
         call()
         milliseconds.append((time.perf_counter() - start) * 1e3)
     return Timing(tuple(milliseconds), 1, False)
 
 
-def _measure_cuda(calls: Sequence[Callable[[], object]], repeats: int, warmup_seconds: float, graph: bool) -> Timing:
+def _measure_cuda(
+    calls: Sequence[Callable[[], object]],
+    repeats: int,
+    warmup_seconds: float,
+    graph: bool,
+    budget_seconds: float | None,
+) -> Timing:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # a stream of our own: capture needs one, and first calls may synchronize
@@ -147,7 +185,8 @@ def _measure_cuda(calls: Sequence[Callable[[], object]], repeats: int, warmup_se
     region_ms = max(_elapsed_ms(regions[0]), 1e-3)
     for index in range(max(len(regions), min(10_000, int(warmup_seconds * 1e3 / region_ms)))):
         regions[index % len(regions)]()
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    count = repeats_within(region_ms, repeats, budget_seconds)
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
     for index, (start, stop) in enumerate(events):
         start.record()
         regions[index % len(regions)]()

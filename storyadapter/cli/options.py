@@ -20,8 +20,8 @@ MAX_FRAMES = 8
 MAX_REFERENCES = 100
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Which model, LoRAs, backend and engine; the same for `build` and `run`."""
+def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
+    """Which model and LoRAs."""
     model = parser.add_argument_group(
         "model", "Without these, the demo model of this project is used. The published scripts' spellings work too."
     )
@@ -52,6 +52,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="P[:SCALE]",
         help="LoRA fused into the model, with its scale (default 1); may be given several times",
     )
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Which model, LoRAs, backend and engine; the same for `build` and `run`."""
+    add_checkpoint_options(parser)
     engine = parser.add_argument_group("engine")
     engine.add_argument(
         "--backend",

@@ -1,9 +1,19 @@
 """The timing core on a CPU."""
 
+import time
+
 import pytest
 import torch
 
-from storyadapter.bench.timing import MIN_REPEATS, Timing, buffer_sets, measure
+from storyadapter.bench.timing import (
+    MIN_LONG_REPEATS,
+    MIN_REPEATS,
+    Timing,
+    buffer_sets,
+    measure,
+    measure_run,
+    repeats_within,
+)
 
 CPU = torch.device("cpu")
 
@@ -43,3 +53,32 @@ def test_median_and_spread() -> None:
 
 def test_a_cpu_rotates_over_two_sets() -> None:
     assert buffer_sets(1, CPU) == 2
+
+
+def test_long_regions_get_fewer_repeats_within_a_budget() -> None:
+    assert repeats_within(400.0, 30, None) == 30
+    assert repeats_within(99.9, 30, 0.001) == 30
+    assert repeats_within(400.0, 30, 4.0) == 10
+    assert repeats_within(400.0, 30, 0.1) == MIN_LONG_REPEATS
+    assert repeats_within(100.0, 30, 1e6) == 30
+
+
+def test_a_budget_ends_the_repeats_of_a_slow_call_and_not_of_a_fast_one() -> None:
+    slow = measure([lambda: time.sleep(0.11)], lambda: None, CPU, warmup_seconds=0.0, budget_seconds=0.2)
+    assert len(slow.milliseconds) == MIN_LONG_REPEATS
+    assert min(slow.milliseconds) > 100
+    fast = measure([lambda: None], lambda: None, CPU, warmup_seconds=0.0, budget_seconds=0.0)
+    assert len(fast.milliseconds) == MIN_REPEATS
+
+
+def test_a_run_is_timed_once() -> None:
+    runs: list[int] = []
+
+    def run() -> int:
+        time.sleep(0.02)
+        runs.append(1)
+        return 7
+
+    result, seconds = measure_run(run, CPU)
+    assert (result, len(runs)) == (7, 1)
+    assert 0.02 <= seconds < 1
