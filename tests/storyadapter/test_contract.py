@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from storyadapter.bench.synthetic_models import SDXL as FULL_SIZE
 from storyadapter.contract import (
     DTYPE_NAMES,
     PRECISIONS,
     Geometry,
-    LayerWidth,
     NetworkSpec,
     Precision,
     Range,
@@ -20,15 +20,7 @@ from storyadapter.contract import (
 )
 from storyadapter.errors import InputError
 
-SDXL = Geometry(
-    widths=(LayerWidth(640, 10, 10), LayerWidth(1280, 60, 20)),
-    time_embedding=1280,
-    text_width=768,
-    text_width_2=1280,
-    pooled_width=1280,
-    image_embedding_width=1280,
-    sample_size=128,
-)
+SDXL = FULL_SIZE.geometry
 PIXELS = Range(1024, 1024)
 
 

@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw
 
 from storyadapter.errors import InputError, RunError
 from storyadapter.run_folder import RunFolder, stored_identity
+from tests.small_disk import run_on_small_disk
 
 FRAMES = 3
 SCALES = (None, 0.3, 0.5)
@@ -364,20 +365,10 @@ def test_stopped_by_a_file_size_limit(tmp_path: Path) -> None:
 
 
 def test_stopped_by_a_full_disk(tmp_path: Path) -> None:
-    """A real file system of 512 KiB, mounted in a namespace of the test's own."""
-    mount = 'mount -t tmpfs -o size=512k tmpfs "$1"'
-    unshare = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
     disk, kept = tmp_path / "disk", tmp_path / "kept"
     disk.mkdir()
-    try:
-        allowed = subprocess.run([*unshare, mount, "sh", disk], capture_output=True, text=True)
-    except FileNotFoundError:
-        pytest.skip("there is no unshare command to mount a small disk with")
-    if allowed.returncode:
-        pytest.skip(f"this machine lets nobody mount a small disk: {allowed.stderr.strip()}")
-    # The disk is gone with the namespace: what is on it at the end is copied out first, and so is the run's answer.
-    script = f'{mount} && "$2" -c "$3" "$1/out" 0; code=$?; cp -a "$1/out" "$4" && exit $code'
-    done = subprocess.run([*unshare, script, "sh", disk, sys.executable, FILL, kept], capture_output=True, text=True)
+    command = [sys.executable, "-c", FILL, disk / "out", "0"]
+    done = run_on_small_disk(512, command, disk, "out", kept)
     check_stopped_run(kept, done, "no space left on the disk")
     with RunFolder.open(kept, {}, frames=2, scales=(None, *[0.3] * 30), resume=True) as folder:
         count = folder.finished_iterations()

@@ -7,23 +7,12 @@ import pytest
 import torch
 from torch import nn
 
+from storyadapter.bench.synthetic_models import SDXL
 from storyadapter.checkpoint import Checkpoint, CheckpointPaths
-from storyadapter.contract import Geometry, LayerWidth
 from storyadapter.demo.networks import MODEL_INDEX, Adapter
 from storyadapter.demo.vocabulary import write_tokenizer
 from tests.storyadapter.checkpoint.original_layout import single_file
 from tests.storyadapter.checkpoint.spoil import write_header_only
-
-# The published configurations: https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0
-SDXL = Geometry(
-    widths=(LayerWidth(640, 10, 10), LayerWidth(1280, 60, 20)),
-    time_embedding=1280,
-    text_width=768,
-    text_width_2=1280,
-    pooled_width=1280,
-    image_embedding_width=1280,
-    sample_size=128,
-)
 
 
 def full_size_networks() -> dict[str, nn.Module]:
@@ -38,60 +27,14 @@ def full_size_networks() -> dict[str, nn.Module]:
     )
 
     with torch.device("meta"):
-        unet = UNet2DConditionModel(
-            sample_size=128,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            block_out_channels=(320, 640, 1280),
-            layers_per_block=2,
-            transformer_layers_per_block=(1, 2, 10),
-            attention_head_dim=(5, 10, 20),
-            cross_attention_dim=2048,
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=2816,
-        )
-        text = {"vocab_size": 49408, "max_position_embeddings": 77}
+        unet = UNet2DConditionModel(**SDXL.unet)
         return {
             "unet": unet,
-            "vae": AutoencoderKL(
-                down_block_types=("DownEncoderBlock2D",) * 4,
-                up_block_types=("UpDecoderBlock2D",) * 4,
-                block_out_channels=(128, 256, 512, 512),
-                layers_per_block=2,
-                sample_size=1024,
-                scaling_factor=0.13025,
-                force_upcast=True,
-            ),
-            "text_encoder": CLIPTextModel(
-                CLIPTextConfig(
-                    hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, **text
-                )
-            ),
-            "text_encoder_2": CLIPTextModelWithProjection(
-                CLIPTextConfig(
-                    hidden_size=1280,
-                    intermediate_size=5120,
-                    num_hidden_layers=32,
-                    num_attention_heads=20,
-                    projection_dim=1280,
-                    hidden_act="gelu",
-                    **text,
-                )
-            ),
-            "image_encoder": CLIPVisionModelWithProjection(
-                CLIPVisionConfig(
-                    hidden_size=1664,
-                    intermediate_size=8192,
-                    num_hidden_layers=48,
-                    num_attention_heads=16,
-                    patch_size=14,
-                    projection_dim=1280,
-                    hidden_act="gelu",
-                )
-            ),
-            "ip-adapter": Adapter(unet, 1280),
+            "vae": AutoencoderKL(**SDXL.vae),
+            "text_encoder": CLIPTextModel(CLIPTextConfig(**SDXL.text_encoder)),
+            "text_encoder_2": CLIPTextModelWithProjection(CLIPTextConfig(**SDXL.text_encoder_2)),
+            "image_encoder": CLIPVisionModelWithProjection(CLIPVisionConfig(**SDXL.image_encoder)),
+            "ip-adapter": Adapter(unet, SDXL.geometry.image_embedding_width),
         }
 
 
@@ -129,7 +72,7 @@ def test_geometry_and_memory(folder: Path) -> None:
     checkpoint = Checkpoint.open(
         base_model=folder, image_encoder=folder / "image_encoder", ip_adapter=folder / "ip-adapter.safetensors"
     )
-    assert checkpoint.geometry == SDXL
+    assert checkpoint.geometry == SDXL.geometry
     declared = sum(path.stat().st_size for paths in checkpoint.files_by_component.values() for path in paths)
     assert declared > 10e9
     assert process.memory_info().rss - before < 0.05 * declared
@@ -145,4 +88,4 @@ def test_single_file(folder: Path, networks: dict[str, nn.Module], tmp_path: Pat
         image_encoder=folder / "image_encoder",
         ip_adapter=folder / "ip-adapter.safetensors",
     )
-    assert Checkpoint.open(paths).geometry == SDXL
+    assert Checkpoint.open(paths).geometry == SDXL.geometry

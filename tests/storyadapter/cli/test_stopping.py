@@ -17,6 +17,7 @@ from PIL import Image
 
 from storyadapter.cli.main import main
 from storyadapter.cli.stopping import INTERRUPTED, TERMINATED
+from tests.small_disk import run_on_small_disk
 from tests.storyadapter.cli.running import Done, Type, pictures, program
 
 HINT = "type the same command with --resume to go on"
@@ -144,20 +145,10 @@ def test_ctrl_c_while_loading(quick_run: list[str], tmp_path: Path) -> None:
 
 
 def test_a_full_disk(quick_run: list[str], tmp_path: Path) -> None:
-    """A real file system of 144 KiB, mounted in a namespace of the test's own."""
-    mount = 'mount -t tmpfs -o size=144k tmpfs "$1"'
-    unshare = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
     disk = tmp_path / "disk"
     disk.mkdir()
-    try:
-        allowed = subprocess.run([*unshare, mount, "sh", disk], capture_output=True, text=True)
-    except FileNotFoundError:
-        pytest.skip("there is no unshare command to mount a small disk with")
-    if allowed.returncode:
-        pytest.skip(f"this machine lets nobody mount a small disk: {allowed.stderr.strip()}")
-    script = f'{mount}; disk="$1"; shift; "$@"; code=$?; cp -a "$disk/out" kept && exit $code'
-    command = [sys.executable, "-m", "storyadapter.cli.main", *quick_run, "--out", str(disk / "out")]
-    done = subprocess.run([*unshare, script, "sh", disk, *command], capture_output=True, text=True)
+    command = [sys.executable, "-m", "storyadapter.cli.main", *quick_run, "--out", disk / "out"]
+    done = run_on_small_disk(144, command, disk, "out", Path("kept"))
     assert done.returncode == 1
     assert "no space left on the disk; make room, then go on with --resume" in done.stderr.splitlines()[-1]
     assert 1 <= finished_iterations("kept") < 3
