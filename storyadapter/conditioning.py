@@ -1,4 +1,4 @@
-"""Text conditioning: prompts become projected keys and values, once per prompt and run."""
+"""Text conditioning: prompts become projected keys and values, a micro-batch at a time."""
 
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from storyadapter import method
-from storyadapter.contract import text_kv_name
+from storyadapter.contract import Geometry, text_kv_name
 from storyadapter.networks import Networks
 
 
@@ -49,7 +49,7 @@ class Tokenizers:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BoundText:
     """The text inputs of one micro-batch's UNet calls.
 
@@ -61,63 +61,73 @@ class BoundText:
     added_embedding: Tensor
 
 
-@dataclass(frozen=True)
-class TextConditioning:
-    """Projected text of a whole story.
+class StoryText:
+    """The prompts of a story; encoded and projected per micro-batch, each micro-batch once if that is kept.
 
-    text_kv: by width C, [L, prompts, 2, T, C]; added_embedding: [prompts, E]; engine's dtype. `prompts` counts the
-    negative prompt first, if `guided`, then one prompt per frame.
+    The negative prompt is encoded with every micro-batch, so that a micro-batch's text is the same whether it was kept
+    or not, and no call has more prompts than a UNet call. Nothing but the token numbers comes from the host, and they
+    do so at once.
     """
 
-    text_kv: dict[int, Tensor]
-    added_embedding: Tensor
-    guided: bool
+    def __init__(
+        self,
+        networks: Networks,
+        tokenizers: Tokenizers,
+        prompts: Sequence[str],
+        *,
+        negative_prompt: str | None,
+        height: int,
+        width: int,
+        keep: bool = True,
+    ) -> None:
+        """
+        Args:
+            prompts: final prompts, one per frame.
+            negative_prompt: text of the unconditional rows; None computes none (guidance of 1 or less).
+            height, width: size of the frames in pixels; original and target size of both rows, without a crop.
+            keep: whether the keys and values of all micro-batches stay in memory, see `text_bytes`.
+        """
+        self._networks = networks
+        self._guided = negative_prompt is not None
+        self._keep = keep
+        self._kept: dict[range, BoundText] = {}
+        device = networks.device
+        texts = [*([] if negative_prompt is None else [negative_prompt]), *prompts]
+        self._ids = tuple(ids.to(device) for ids in tokenizers.input_ids(texts))
+        self._sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32, device=device)
 
     def bind(self, frames: range) -> BoundText:
-        """The inputs for these frames: unconditional rows first, all of them reading the one negative prompt."""
-        device, count = self.added_embedding.device, len(frames)
-        first = int(self.guided)
-        prompts = [0] * first + [first + frame for frame in frames]
-        rows = [0] * (count * first) + [first + i for i in range(count)]
-        chosen = torch.tensor(prompts, device=device)
-        text_row = torch.tensor(rows, dtype=torch.int32, device=device)
-        return BoundText(
-            text_kv={channels: kv.index_select(1, chosen) for channels, kv in self.text_kv.items()},
-            text_row=text_row,
-            added_embedding=self.added_embedding.index_select(0, chosen).index_select(0, text_row),
-        )
+        """The inputs for these frames: unconditional rows first, all of them reading the one negative prompt.
+
+        What isn't kept may lie in memory that the next call of the backend writes again.
+        """
+        if frames in self._kept:
+            return self._kept[frames]
+        networks, first = self._networks, int(self._guided)
+        chosen = slice(first + frames.start, first + frames.stop)
+        ids, ids_2 = (torch.cat((ids[:first], ids[chosen])) for ids in self._ids)
+        inputs = networks.text_encoder({"input_ids": ids})
+        inputs |= networks.text_encoder_2({"input_ids": ids_2})
+        inputs["sizes"] = self._sizes.repeat(len(ids), 1)
+        outputs = networks.text_projection(inputs)
+        row = text_rows(len(frames), self._guided, networks.device)
+        kv = {width.channels: outputs[text_kv_name(width.channels)] for width in networks.geometry.widths}
+        if self._keep:
+            kv = {channels: value.clone() for channels, value in kv.items()}
+        bound = BoundText(kv, row, outputs["added_embedding"].index_select(0, row))
+        if self._keep:
+            self._kept[frames] = bound
+        return bound
 
 
-def encode_text(
-    networks: Networks,
-    tokenizers: Tokenizers,
-    prompts: Sequence[str],
-    *,
-    negative_prompt: str | None,
-    height: int,
-    width: int,
-) -> TextConditioning:
-    """Encode and project every prompt of a story once.
+def text_rows(frames: int, guided: bool, device: torch.device) -> Tensor:
+    """[B] int32: the prompt that each UNet row reads, unconditional rows first; made on the device."""
+    options = {"dtype": torch.int32, "device": device}
+    own = torch.arange(int(guided), frames + int(guided), **options)
+    return torch.cat((torch.zeros(frames, **options), own)) if guided else own
 
-    Args:
-        prompts: final prompts, one per frame.
-        negative_prompt: text of the unconditional rows; None computes none (guidance of 1 or less).
-        height, width: size of the frames in pixels; original and target size of both rows, without a crop.
-    """
-    texts = ([] if negative_prompt is None else [negative_prompt]) + list(prompts)
-    limit = networks.letters["P"].maximum if networks.letters else len(texts)
-    sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32, device=networks.device)
-    parts: list[dict[str, Tensor]] = []
-    for start in range(0, len(texts), limit):
-        ids, ids_2 = tokenizers.input_ids(texts[start : start + limit])
-        inputs = networks.text_encoder({"input_ids": ids.to(networks.device)})
-        inputs |= networks.text_encoder_2({"input_ids": ids_2.to(networks.device)})
-        inputs["sizes"] = sizes.repeat(len(ids), 1)
-        # a backend may reuse its outputs' memory in the next call
-        parts.append({name: value.clone() for name, value in networks.text_projection(inputs).items()})
-    widths = [width.channels for width in networks.geometry.widths]
-    return TextConditioning(
-        text_kv={c: torch.cat([part[text_kv_name(c)] for part in parts], dim=1) for c in widths},
-        added_embedding=torch.cat([part["added_embedding"] for part in parts]),
-        guided=negative_prompt is not None,
-    )
+
+def text_bytes(geometry: Geometry, dtype: torch.dtype, prompts: int) -> int:
+    """What the projected keys and values of so many prompts take: 26 MB each for SDXL in half precision."""
+    channels = sum(width.layers * width.channels for width in geometry.widths)
+    return prompts * 2 * method.TEXT_TOKENS * channels * dtype.itemsize

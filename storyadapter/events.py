@@ -42,6 +42,15 @@ class StepFinished:
 
 
 @dataclass(frozen=True)
+class MicroBatchHalved:
+    """The memory didn't suffice for these frames at once; the rest is drawn with at most `max_frames` at once."""
+
+    iteration: int
+    frames: range
+    max_frames: int
+
+
+@dataclass(frozen=True)
 class FrameFinished:
     """A frame of an iteration is drawn."""
 
@@ -53,10 +62,15 @@ class FrameFinished:
 
 @dataclass(frozen=True)
 class IterationFinished:
-    """All frames of an iteration are drawn. `seconds`: by stage ("references", "denoise", "decode")."""
+    """All frames of an iteration are drawn.
+
+    `seconds`: by stage ("references", "denoise", "decode"); on a GPU stages overlap. `batches`: the micro-batches that
+    were drawn.
+    """
 
     iteration: int
     seconds: dict[str, float]
+    batches: tuple[range, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,4 +80,13 @@ class RunFinished:
     seconds: dict[str, float]
 
 
-Event = PromptTruncated | RunStarted | IterationStarted | StepFinished | FrameFinished | IterationFinished | RunFinished
+Event = (
+    PromptTruncated
+    | RunStarted
+    | IterationStarted
+    | StepFinished
+    | MicroBatchHalved
+    | FrameFinished
+    | IterationFinished
+    | RunFinished
+)

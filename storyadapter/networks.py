@@ -1,6 +1,6 @@
 """What a backend gives to the method: seven networks behind one protocol."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,6 +30,35 @@ class Network(Protocol):
         ...
 
 
+class StepRunner(Protocol):
+    """How a backend runs one step of the denoising loop."""
+
+    def __call__(self, key: Hashable, step: Callable[[], None]) -> None:
+        """Run `step` once, perhaps by replaying what was recorded of it under `key`.
+
+        Args:
+            key: whenever it is equal, `step` reads and writes the same addresses.
+            step: puts the work on the current stream, without waiting for it.
+        """
+        ...
+
+    def forget(self) -> None:
+        """Let go of what was recorded, and of the memory that it takes."""
+        ...
+
+
+class DirectStepRunner:
+    """The `StepRunner` that records nothing."""
+
+    def __call__(self, key: Hashable, step: Callable[[], None]) -> None:
+        step()
+
+    def forget(self) -> None: ...
+
+
+run_directly = DirectStepRunner()
+
+
 @dataclass(frozen=True)
 class Networks:
     """The seven networks of one model on one backend, with what a run must know of them."""
@@ -47,6 +76,9 @@ class Networks:
     precision: Precision
     vae_precision: Precision
     letters: Mapping[str, Range] | None  # the engine's ranges; None where shapes are free
+    run_step: StepRunner = run_directly
+    # whether reference tokens behind `ref_length` take no time, as the fused kernel reads only those before it
+    padding_is_free: bool = False
 
     @property
     def dtype(self) -> torch.dtype:

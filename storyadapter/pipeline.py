@@ -2,8 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import psutil
 import torch
@@ -11,28 +10,21 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from storyadapter import method
-from storyadapter.conditioning import TextConditioning, Tokenizers, encode_text
-from storyadapter.denoising import denoise
-from storyadapter.errors import InputError, RunError
-from storyadapter.events import (
-    Event,
-    FrameFinished,
-    IterationFinished,
-    IterationStarted,
-    PromptTruncated,
-    RunFinished,
-    RunStarted,
-    StepFinished,
-)
+from storyadapter.clock import StageClock
+from storyadapter.conditioning import StoryText, Tokenizers
+from storyadapter.decoding import FrameDecoder
+from storyadapter.denoising import LoopBuffers, LoopInputs
+from storyadapter.errors import InputError
+from storyadapter.events import Event, IterationFinished, PromptTruncated, RunFinished, RunStarted
 from storyadapter.networks import Networks, idle_inputs
-from storyadapter.noise import Noise, draw_noise
-from storyadapter.pictures import decode_latents, embed_pictures, to_pictures
+from storyadapter.noise import draw_noise
 from storyadapter.plan import RunPlan, split_evenly
-from storyadapter.reference_bank import ReferenceBank
 from storyadapter.sampler import SamplerTable, build_sampler
 from storyadapter.story import Story
+from storyadapter.story_run import StoryRun
 
 _SLOW_CALL = 5.0  # seconds
+_DECODED_TOGETHER = 2  # frames, on a GPU: one fills it, and smaller parts come to the host earlier
 
 
 @dataclass(frozen=True)
@@ -43,33 +35,27 @@ class FinishedIteration:
     pictures: Sequence[Image.Image]
 
 
-@dataclass
-class StageClock:
-    """Wall-clock seconds by stage; waits for the device at the end of a stage, so that a stage owns its work."""
-
-    device: torch.device
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-
 class StoryPipeline:
-    """Draws stories; holds no state between runs.
+    """Draws stories. Between runs it keeps nothing but buffers, so that equal shapes find the same memory again.
 
     Args:
         networks: the seven networks, from `storyadapter.engine.open_networks`.
         tokenizers: of text encoder 1 and 2 of the same checkpoint, from `Checkpoint.load_tokenizers`.
+        overlapped: whether decoding and what follows on it go on beside the UNet's work on the next micro-batch; by
+            default on a GPU alone, as there is nothing to gain on a CPU.
     """
 
-    def __init__(self, networks: Networks, tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]) -> None:
+    def __init__(
+        self,
+        networks: Networks,
+        tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase],
+        *,
+        overlapped: bool | None = None,
+    ) -> None:
         self.networks = networks
         self.tokenizers = Tokenizers(*tokenizers)
+        self.overlapped = networks.device.type == "cuda" if overlapped is None else overlapped
+        self._buffers = LoopBuffers(networks)
 
     def run(
         self, story: Story, plan: RunPlan, *, style: str | None = None, resume: FinishedIteration | None = None
@@ -112,13 +98,16 @@ class StoryPipeline:
             "w": plan.width // scale,
         }
         inputs = idle_inputs(networks, networks.denoiser.spec, letters)
-        clock = StageClock(networks.device)
-        for name in ("warm-up", "call"):
-            with clock.stage(name):
-                networks.denoiser(inputs)
-            if clock.seconds[name] > _SLOW_CALL:
+        seconds = 0.0
+        for _ in ("warm-up", "call"):
+            start = time.perf_counter()
+            networks.denoiser(inputs)
+            if networks.device.type == "cuda":
+                torch.cuda.synchronize(networks.device)
+            seconds = time.perf_counter() - start
+            if seconds > _SLOW_CALL:
                 break
-        return clock.seconds[name] / rows
+        return seconds / rows
 
     def memory_in_use(self) -> int:
         """Bytes held now: of the GPU by this process's tensors, or of the process itself on a CPU."""
@@ -152,7 +141,7 @@ class StoryPipeline:
             if words := self.tokenizers.words_cut_off(prompt):
                 yield PromptTruncated(frame, words)
         with torch.inference_mode(), total.stage("text"):
-            text = encode_text(
+            text = StoryText(
                 networks,
                 self.tokenizers,
                 prompts,
@@ -160,58 +149,18 @@ class StoryPipeline:
                 height=plan.height,
                 width=plan.width,
             )
-        noise = draw_noise(plan.seed, plan.height // scale, plan.width // scale, table)
-        pictures = list(resume.pictures) if resume else []
-        for iteration in range(first, plan.iterations):
-            clock = StageClock(networks.device)
-            references, pictures = pictures, []
-            for event in self._iteration(iteration, references, text, plan, table, noise, batches, clock):
-                if isinstance(event, FrameFinished):
-                    pictures.append(event.picture)
+            noise = draw_noise(plan.seed, plan.height // scale, plan.width // scale, table)
+            loop = LoopInputs.upload(table, noise, plan.guidance, networks.device)
+        on_gpu = networks.device.type == "cuda"
+        decoder = FrameDecoder(networks, chunk=_DECODED_TOGETHER if on_gpu else None, overlapped=self.overlapped)
+        run = StoryRun(networks, self._buffers, plan, len(prompts), loop, text, decoder, plan.max_frames, total)
+        stages: dict[str, float] = {}
+        try:
+            for event in run.iterate(first, resume.pictures if resume else ()):
+                if isinstance(event, IterationFinished):
+                    for stage, seconds in event.seconds.items():
+                        stages[stage] = stages.get(stage, 0.0) + seconds
                 yield event
-            for stage, seconds in clock.seconds.items():
-                total.seconds[stage] = total.seconds.get(stage, 0.0) + seconds
-            yield IterationFinished(iteration, clock.seconds)
-        yield RunFinished(total.seconds)
-
-    def _iteration(
-        self,
-        iteration: int,
-        references: Sequence[Image.Image],
-        text: TextConditioning,
-        plan: RunPlan,
-        table: SamplerTable,
-        noise: Noise,
-        batches: Sequence[range],
-        clock: StageClock,
-    ) -> Iterator[Event]:
-        networks, scale = self.networks, plan.scale_of(iteration)
-        yield IterationStarted(iteration, scale)
-        with torch.inference_mode(), clock.stage("references"):
-            if scale is None:
-                bank = ReferenceBank.empty(networks)
-            else:
-                bank = ReferenceBank.project(networks, embed_pictures(networks, references), scale)
-        for batch in batches:
-            latents = torch.empty(0)
-            with torch.inference_mode(), clock.stage("denoise"):
-                bound = text.bind(batch)
-                steps = denoise(networks, bound, bank, table, noise, frames=len(batch), guidance=plan.guidance)
-            for call in range(1, table.calls + 1):
-                with torch.inference_mode(), clock.stage("denoise"):
-                    latents = next(steps)
-                yield StepFinished(iteration, batch, call, table.calls)
-            with torch.inference_mode(), clock.stage("decode"):
-                image = decode_latents(networks, latents)
-            for frame, drawn, decoded in zip(batch, latents, image, strict=True):
-                if not decoded.isfinite().all():
-                    # one bad reference would poison every frame of the next iteration
-                    in_vae = bool(drawn.isfinite().all())
-                    option = "--vae-precision" if in_vae else "--precision"
-                    raise RunError(
-                        f"iteration {iteration}, frame {frame}: the {'VAE' if in_vae else 'UNet'} gave values that are "
-                        f"not finite in {networks.vae_precision if in_vae else networks.precision}; try {option} bf16 "
-                        "or fp32, with another --out"
-                    )
-            for frame, picture in zip(batch, to_pictures(image), strict=True):
-                yield FrameFinished(iteration, frame, scale, picture)
+        finally:
+            decoder.close()
+        yield RunFinished(total.seconds() | stages)

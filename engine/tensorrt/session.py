@@ -16,9 +16,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from storyadapter.contract import Geometry, NetworkSpec, Precision, Range, network_specs, size_of
+from storyadapter.contract import Geometry, NetworkSpec, Precision, Range, size_of
+from storyadapter.engine.graphs import GraphStepRunner
+from storyadapter.engine.loading import load_each
 from storyadapter.engine.tensorrt.engine_folder import TENSORRT_NAMES, EngineFolder, engine_name
-from storyadapter.engine.tensorrt.graphs import GraphCache
 from storyadapter.errors import EngineMismatchError, RunError
 from storyadapter.networks import Networks, check_inputs
 
@@ -42,7 +43,7 @@ class _Ready:
 
     context: Any
     outputs: dict[str, Tensor]
-    graphs: GraphCache
+    graphs: GraphStepRunner
 
 
 class TensorRTNetwork:
@@ -113,7 +114,7 @@ class TensorRTNetwork:
             self._ready.move_to_end(key)
             ready = self._ready[key]
             addresses = tuple(inputs[tensor.name].data_ptr() for tensor in self.spec.inputs)
-            ready.graphs.run(addresses, lambda: self._enqueue(ready.context, inputs))
+            ready.graphs(addresses, lambda: self._enqueue(ready.context, inputs))
         current.wait_stream(shared.stream)
         if fresh:
             self._save_runtime_cache()
@@ -153,7 +154,7 @@ class TensorRTNetwork:
             buffer = self._buffers[tensor.name][: math.prod(shape) * dtype.itemsize]
             outputs[tensor.name] = buffer.view(dtype).view(shape)
             context.set_tensor_address(tensor.name, buffer.data_ptr())
-        return _Ready(context, outputs, GraphCache(GRAPHS_AT_MOST))
+        return _Ready(context, outputs, GraphStepRunner(GRAPHS_AT_MOST))
 
     def _dtype(self, name: str) -> torch.dtype:
         tensor = next(t for t in (*self.spec.inputs, *self.spec.outputs) if t.name == name)
@@ -201,14 +202,16 @@ def open_tensorrt(
     device = torch.device("cuda", torch.cuda.current_device())
     logger = _logger(trt)
     runtime = trt.Runtime(logger)
-    engines = {}
-    for name, spec in network_specs(geometry).items():
-        on_progress(name)
-        engine = runtime.deserialize_cuda_engine((folder / engine_name(name)).read_bytes())
+
+    def load(spec: NetworkSpec) -> tuple[NetworkSpec, Any]:
+        engine = runtime.deserialize_cuda_engine((folder / engine_name(spec.name)).read_bytes())
         if engine is None:
-            raise RunError(f"{name}: {described.module} can't load the engine: {logger.last_error or 'no reason told'}")
+            reason = logger.last_error or "no reason told"
+            raise RunError(f"{spec.name}: {described.module} can't load the engine: {reason}")
         check_engine(engine, spec, precision, vae_precision)
-        engines[name] = (spec, engine)
+        return spec, engine
+
+    engines = load_each(geometry, load, on_progress)
     scratch = max(engine.device_memory_size_v2 for _, engine in engines.values())
     shared = Device(device, torch.cuda.Stream(device), torch.empty(max(scratch, 1), dtype=torch.uint8, device=device))
     keeps_cache = described.module == "tensorrt_rtx"

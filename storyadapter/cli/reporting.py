@@ -15,9 +15,9 @@ from rich.progress import TimeRemainingColumn as TimeLeftColumn
 from storyadapter.errors import RunError
 from storyadapter.events import (
     Event,
-    FrameFinished,
     IterationFinished,
     IterationStarted,
+    MicroBatchHalved,
     PromptTruncated,
     RunStarted,
     StepFinished,
@@ -122,6 +122,7 @@ class LineReporter:
         self._frames = 0
         self._scale: float | None = None
         self._started = 0.0
+        self._iteration_started = 0.0
 
     def note(self, kind: str, text: str, **fields: Any) -> None:
         print(f"warning: {text}" if kind == "warning" else text, file=sys.stderr, flush=True)
@@ -146,11 +147,13 @@ class LineReporter:
             case RunStarted(frames, iterations, first, _):
                 self._frames, self._total, self._started = frames, iterations - first, time.perf_counter()
             case IterationStarted(_, scale):
-                self._scale = scale
-            case IterationFinished(iteration, seconds):
+                self._scale, self._iteration_started = scale, time.perf_counter()
+            case MicroBatchHalved():
+                self.note("warning", halving_in_words(event))
+            case IterationFinished(iteration):
                 self._done += 1
                 text = f"iteration {iteration}, {scale_in_words(self._scale)}: {count(self._frames, 'frame')} in "
-                text += duration(sum(seconds.values()))
+                text += duration(time.perf_counter() - self._iteration_started)
                 if left := self._total - self._done:
                     text += f", about {duration((time.perf_counter() - self._started) / self._done * left)} left"
                 self.note("iteration", text)
@@ -195,6 +198,8 @@ class BarReporter:
         match event:
             case PromptTruncated():
                 self.note("warning", truncation_in_words(event))
+            case MicroBatchHalved():
+                self.note("warning", halving_in_words(event))
             case RunStarted(frames, iterations, first, _):
                 self.close()
                 self._frames = frames
@@ -210,9 +215,8 @@ class BarReporter:
                 if step == 1:
                     bar.reset(task, description=f"steps of {which}")  # the time left is this micro-batch's own
                 bar.update(task, completed=step)
-            case FrameFinished():
-                self._frames_done += 1
-                self._advance(self._frames_done)
+                if step == steps:  # they are decoded while the next ones are denoised
+                    self._frames_done += len(frames)
 
     def close(self) -> None:
         if self._progress:
@@ -246,6 +250,11 @@ class BarReporter:
 
 def truncation_in_words(event: PromptTruncated) -> str:
     return f'frame {event.frame}: the prompt is over {TEXT_TOKENS} tokens; cut off: "{event.words}"'
+
+
+def halving_in_words(event: MicroBatchHalved) -> str:
+    which = count(len(event.frames), "frame")
+    return f"iteration {event.iteration}: out of memory with {which} at once; going on with {event.max_frames}"
 
 
 def scale_in_words(scale: float | None) -> str:

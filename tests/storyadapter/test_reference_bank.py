@@ -8,7 +8,7 @@ import torch
 from storyadapter.checkpoint import Checkpoint
 from storyadapter.engine import open_networks
 from storyadapter.networks import Networks
-from storyadapter.reference_bank import ReferenceBank
+from storyadapter.reference_bank import ReferenceBank, bank_rows
 
 
 @pytest.fixture(scope="module")
@@ -51,15 +51,28 @@ def test_the_scale_is_folded_into_the_values_alone(networks: Networks, embedding
         torch.testing.assert_close(half.ref_kv[channels][:, :, 1], 0.5 * kv[:, :, 1])
 
 
-def test_an_empty_bank_is_one_zero_token_per_row(networks: Networks) -> None:
-    bank = ReferenceBank.empty(networks)
-    assert bank.ref_length.tolist() == [1, 1]
-    for width in networks.geometry.widths:
-        assert bank.ref_kv[width.channels].shape == (width.layers, 2, 2, 1, width.channels)
-        assert not bank.ref_kv[width.channels].any()
+def test_an_empty_bank_is_one_zero_token_per_row(networks: Networks, embeddings: torch.Tensor) -> None:
+    used = ReferenceBank.project(networks, embeddings, 0.5)
+    used.clear()
+    for bank, references in ((ReferenceBank.empty(networks), 1), (used, 5)):
+        assert bank.ref_length.tolist() == [1, 1]
+        for width in networks.geometry.widths:
+            assert bank.ref_kv[width.channels].shape == (width.layers, 2, 2, 4 * references, width.channels)
+            assert not bank.ref_kv[width.channels].any()
+
+
+def test_a_bank_that_is_filled_again_stays_where_it_is(networks: Networks, embeddings: torch.Tensor) -> None:
+    bank = ReferenceBank.project(networks, embeddings, 0.5)
+    addresses = [tensor.data_ptr() for tensor in (bank.ref_length, *bank.ref_kv.values())]
+    for kv in bank.ref_kv.values():
+        kv.fill_(7)
+    bank.fill(networks, embeddings.flip(0), 0.3)
+    fresh = ReferenceBank.project(networks, embeddings.flip(0), 0.3)
+    assert torch.equal(bank.ref_length, fresh.ref_length)
+    assert all(torch.equal(kv, fresh.ref_kv[channels]) for channels, kv in bank.ref_kv.items())
+    assert [tensor.data_ptr() for tensor in (bank.ref_length, *bank.ref_kv.values())] == addresses
 
 
 def test_unconditional_rows_come_first(networks: Networks) -> None:
-    bank = ReferenceBank.empty(networks)
-    assert bank.rows(3, guided=True).tolist() == [0, 0, 0, 1, 1, 1]
-    assert bank.rows(3, guided=False).tolist() == [1, 1, 1]
+    assert bank_rows(3, True, networks.device).tolist() == [0, 0, 0, 1, 1, 1]
+    assert bank_rows(3, False, networks.device).tolist() == [1, 1, 1]

@@ -1,0 +1,103 @@
+"""A story on a GPU: nothing is copied inside the loop, graphs are shared, and decoding goes on beside the UNet."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from storyadapter import Checkpoint, RunPlan, Story, StoryPipeline
+from storyadapter.engine import open_networks
+from storyadapter.engine.graphs import GraphStepRunner
+from storyadapter.events import FrameFinished, IterationFinished, RunStarted, StepFinished
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+STORY = Story(tuple(f"a fox and {number} owls" for number in range(5)), style="none")
+PLAN = RunPlan(height=64, width=64, seed=3, steps=4, scales=(0.3, 0.5), max_frames=3)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_model_dir: Path) -> Checkpoint:
+    paths = {"image_encoder": tiny_model_dir / "image_encoder", "ip_adapter": tiny_model_dir / "ip-adapter.safetensors"}
+    return Checkpoint.open(base_model=tiny_model_dir, **paths)
+
+
+def opened(checkpoint: Checkpoint, runner: GraphStepRunner | None = None, **options: bool) -> StoryPipeline:
+    networks = open_networks(checkpoint, backend="eager", precision="fp32", device="cuda")
+    if runner:
+        # eager reads padding too, which is masked; here it is only to be the same shape
+        networks = replace(networks, run_step=runner, padding_is_free=True)
+    return StoryPipeline(networks, checkpoint.load_tokenizers(), **options)
+
+
+def draw(pipeline: StoryPipeline, plan: RunPlan = PLAN) -> list[np.ndarray]:
+    return [np.asarray(e.picture) for e in pipeline.run(STORY, plan) if isinstance(e, FrameFinished)]
+
+
+@pytest.fixture
+def told_when_the_host_waits() -> Iterator[None]:
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.usefixtures("told_when_the_host_waits")
+@pytest.mark.parametrize("scheduler", ["ddim", "lcm"])
+def test_nothing_is_copied_between_host_and_device_inside_the_loop(checkpoint: Checkpoint, scheduler: str) -> None:
+    plan = replace(PLAN, scheduler=scheduler)
+    pipeline = opened(checkpoint, GraphStepRunner(limit=4))
+    draw(pipeline, plan)  # warms up and captures
+    steps = 0
+    for event in pipeline.run(STORY, plan):
+        if isinstance(event, StepFinished):
+            torch.cuda.set_sync_debug_mode("error")
+            steps += 1
+        if isinstance(event, IterationFinished):
+            torch.cuda.set_sync_debug_mode("default")
+    assert steps == 3 * 2 * 4
+
+
+def test_the_mode_would_tell() -> None:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with pytest.raises(RuntimeError, match="synchronizing"):
+            torch.ones(1, device="cuda").cpu()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_graphs_draw_the_same_and_are_shared_over_iterations_and_stories(checkpoint: Checkpoint) -> None:
+    runner = GraphStepRunner(limit=4)
+    pipeline, plain = opened(checkpoint, runner), opened(checkpoint)
+    expected = draw(plain)
+    assert all(np.array_equal(*pair) for pair in zip(draw(pipeline), expected, strict=True))
+    assert runner.captures == 2  # of the micro-batches of 3 and of 2 frames, in whichever iteration
+    draw(pipeline, replace(PLAN, seed=4, guidance=3.0, steps=6))
+    assert runner.captures == 2
+    assert all(np.array_equal(*pair) for pair in zip(draw(pipeline), expected, strict=True))
+
+
+def test_overlapped_decoding_draws_the_same(checkpoint: Checkpoint) -> None:
+    one, other = draw(opened(checkpoint)), draw(opened(checkpoint, overlapped=False))
+    assert max(np.abs(a.astype(int) - b).max() for a, b in zip(one, other, strict=True)) <= 1
+
+
+def test_a_story_that_is_left_early_can_be_begun_again(checkpoint: Checkpoint) -> None:
+    pipeline = opened(checkpoint, GraphStepRunner(limit=4))
+    expected = draw(pipeline)
+    for event in pipeline.run(STORY, PLAN):
+        if isinstance(event, StepFinished) and event.iteration == 1:
+            break
+    assert all(np.array_equal(*pair) for pair in zip(draw(pipeline), expected, strict=True))
+
+
+def test_steps_are_told_in_order_and_stages_are_timed(checkpoint: Checkpoint) -> None:
+    events = list(opened(checkpoint, GraphStepRunner(limit=4)).run(STORY, PLAN))
+    assert isinstance(events[0], RunStarted)
+    steps = [(e.iteration, e.frames.start, e.step) for e in events if isinstance(e, StepFinished)]
+    assert steps == sorted(steps) and len(steps) == 3 * 2 * 4
+    finished = [event for event in events if isinstance(event, IterationFinished)]
+    assert all(set(event.seconds) == {"references", "denoise", "decode"} for event in finished)
+    assert all(seconds > 0 for event in finished for seconds in event.seconds.values())
