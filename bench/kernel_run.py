@@ -15,7 +15,9 @@ from storyadapter.bench.rivals import rivals
 from storyadapter.bench.roofline import Rates, measure_rates
 from storyadapter.bench.timing import Timing, buffer_sets, measure
 from storyadapter.grca import grca
-from storyadapter.kernels.launch import grca_triton, interpreted
+from storyadapter.kernels.grca import grca_kernel
+from storyadapter.kernels.host import interpreted
+from storyadapter.kernels.launch import grca_triton
 
 KERNEL = "grca_triton"
 # The batch size that the summary speaks of.
@@ -75,7 +77,7 @@ def _run_case(case: KernelCase, device: torch.device, dtype: torch.dtype, repeat
     inputs = [make_inputs(case, dtype, device, seed) for seed in range(sets)]
     expected = grca(*inputs[0].to(torch.float32).arguments())
     measured: dict[str, Measured] = {}
-    if device.type == "cuda" or interpreted():
+    if device.type == "cuda" or interpreted(grca_kernel):
         calls = [functools.partial(grca_triton, *item.arguments()) for item in inputs]
         measured[KERNEL] = _contender(calls, expected, TOLERANCE[dtype], device, repeats)
     expanded = [expand(case, item) for item in inputs]

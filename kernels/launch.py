@@ -5,26 +5,18 @@ Importing this module registers the operator and needs Triton. It runs under eag
 one kernel, nothing else.
 """
 
-import functools
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from storyadapter.kernels.arguments import ALIGNED_STRIDE, TokenStrides, constants, grid_shape
 from storyadapter.kernels.grca import grca_kernel
+from storyadapter.kernels.host import ELEMENT_TYPES, capability, interpreted
 from storyadapter.kernels.tiles import Tiles, choose_tiles
 
 HEAD_SIZES = (32, 64)
-ELEMENT_TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-
-
-@functools.cache
-def _capability(index: int) -> int:
-    major, minor = torch.cuda.get_device_capability(index)
-    return 10 * major + minor
 
 
 def _fail(name: str, found: object, expected: str) -> ValueError:
@@ -83,7 +75,7 @@ def check_arguments(
         if tensor.device != q.device:
             raise _fail(name, f"on {tensor.device}", f"the device of q, {q.device}")
     if q.device.type == "cpu":
-        if not interpreted():
+        if not interpreted(grca_kernel):
             raise _fail("q", "on cpu", "a CUDA tensor (on a CPU only with TRITON_INTERPRET=1, for tests)")
         if type(q) is Tensor and rows > 0:
             _check_values(text_row, ref_row, ref_length, text_kv.shape[0], ref_kv.shape[0], ref_kv.shape[2])
@@ -102,11 +94,6 @@ def _check_values(
         least, most = int(values.min()), int(values.max())
         if least < low or most > high:
             raise _fail(name, f"from {least} to {most}", f"values from {low} to {high}")
-
-
-def interpreted() -> bool:
-    """Whether Triton runs kernels in its interpreter (TRITON_INTERPRET=1 when it was imported)."""
-    return not isinstance(grca_kernel, triton.runtime.JITFunction)
 
 
 def _stride_unit(*tensors: Tensor) -> int:
@@ -178,8 +165,8 @@ def grca_triton(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if q.numel() == 0:
         return out
-    capability = _capability(q.device.index or 0) if q.device.type == "cuda" else 0
-    choice = choose_tiles(capability, int(head_size), q.element_size())
+    target = capability(q.device.index or 0) if q.device.type == "cuda" else 0
+    choice = choose_tiles(target, int(head_size), q.element_size())
     grid, arguments, keywords = launch_arguments(q, text_kv, text_row, ref_kv, ref_row, ref_length, out, choice.tiles)
     wrap_triton(grca_kernel)[grid](*arguments, **keywords)
     return out
