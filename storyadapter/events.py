@@ -15,12 +15,17 @@ class PromptTruncated:
 
 @dataclass(frozen=True)
 class RunStarted:
-    """Text is about to be encoded. `batches`: the frames of each micro-batch of an iteration."""
+    """Text is about to be encoded.
+
+    `batches`: the frames of each micro-batch of an iteration. `text_kept`: whether the projected text of the whole
+    story stays in memory; if not, it is computed again for each micro-batch.
+    """
 
     frames: int
     iterations: int
     first_iteration: int
     batches: tuple[range, ...]
+    text_kept: bool = True
 
 
 @dataclass(frozen=True)

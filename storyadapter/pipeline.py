@@ -1,7 +1,7 @@
 """The iterations of Story-Adapter over networks that a backend gives. Imports no backend."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from storyadapter import method
 from storyadapter.clock import StageClock
 from storyadapter.conditioning import StoryText, Tokenizers
 from storyadapter.decoding import FrameDecoder
 from storyadapter.denoising import LoopBuffers, LoopInputs
 from storyadapter.errors import InputError
 from storyadapter.events import Event, IterationFinished, PromptTruncated, RunFinished, RunStarted
+from storyadapter.memory import Batching, choose_batching, release_memory, unet_letters
 from storyadapter.networks import Networks, idle_inputs
 from storyadapter.noise import draw_noise
 from storyadapter.plan import RunPlan, split_evenly
@@ -24,7 +24,7 @@ from storyadapter.story import Story
 from storyadapter.story_run import StoryRun
 
 _SLOW_CALL = 5.0  # seconds
-_DECODED_TOGETHER = 2  # frames, on a GPU: one fills it, and smaller parts come to the host earlier
+_BATCHINGS_AT_MOST = 64
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,11 @@ class StoryPipeline:
         self.tokenizers = Tokenizers(*tokenizers)
         self.overlapped = networks.device.type == "cuda" if overlapped is None else overlapped
         self._buffers = LoopBuffers(networks)
+        self._batchings: dict[tuple[object, ...], Batching] = {}
 
     def run(
         self, story: Story, plan: RunPlan, *, style: str | None = None, resume: FinishedIteration | None = None
-    ) -> Iterator[Event]:
+    ) -> Generator[Event, None, None]:
         """Draw a story, iteration by iteration.
 
         Args:
@@ -81,22 +82,47 @@ class StoryPipeline:
         prompts = story.final_prompts(style)
         return self._events(prompts, plan, table, resume)
 
+    def batching(self, plan: RunPlan, frames: int) -> Batching:
+        """How a story of so many frames is split into micro-batches here.
+
+        On a GPU this follows from the memory that is free, measured once per pipeline and size of story, so that a
+        story that is drawn again is split as before.
+
+        Raises:
+            torch.OutOfMemoryError: a single frame doesn't fit.
+        """
+        key = (plan.height, plan.width, plan.guided, bool(plan.scales), plan.max_frames, frames)
+        if key not in self._batchings:
+            if self.networks.device.type == "cuda":
+                release_memory(self.networks, self._buffers)
+            self._batchings[key] = choose_batching(self.networks, plan, frames)
+            if len(self._batchings) > _BATCHINGS_AT_MOST:
+                self._batchings.pop(next(iter(self._batchings)))
+        return self._batchings[key]
+
     def seconds_per_row(self, plan: RunPlan, frames: int, references: int) -> float:
         """Seconds of one row of a UNet call with so many frames and references, from one call after a warm-up.
 
         Good enough to tell a user how long a run will take; measurements are made by `storyadapter.bench`. Where a call
         takes so long that warming up hardly counts, the warm-up is what is timed.
         """
-        networks, scale = self.networks, self.networks.geometry.pixels_per_latent
-        rows = 2 * frames if plan.guided else frames
-        letters = {
-            "B": rows,
-            "P": frames + int(plan.guided),
-            "G": 2,
-            "R": method.TOKENS_PER_IMAGE * references,
-            "h": plan.height // scale,
-            "w": plan.width // scale,
-        }
+        while True:
+            try:
+                return self._timed_call(plan, frames, references)
+            except torch.OutOfMemoryError:
+                if frames == 1:
+                    raise
+            frames = -(-frames // 2)  # as a run does then
+
+    def memory_in_use(self) -> int:
+        """Bytes held now: of the GPU by this process's tensors, or of the process itself on a CPU."""
+        if self.networks.device.type == "cuda":
+            return torch.cuda.memory_allocated(self.networks.device)
+        return psutil.Process().memory_info().rss
+
+    def _timed_call(self, plan: RunPlan, frames: int, references: int) -> float:
+        networks = self.networks
+        letters = unet_letters(networks, plan, frames, references)
         inputs = idle_inputs(networks, networks.denoiser.spec, letters)
         seconds = 0.0
         for _ in ("warm-up", "call"):
@@ -107,20 +133,15 @@ class StoryPipeline:
             seconds = time.perf_counter() - start
             if seconds > _SLOW_CALL:
                 break
-        return seconds / rows
-
-    def memory_in_use(self) -> int:
-        """Bytes held now: of the GPU by this process's tensors, or of the process itself on a CPU."""
-        if self.networks.device.type == "cuda":
-            return torch.cuda.memory_allocated(self.networks.device)
-        return psutil.Process().memory_info().rss
+        return seconds / letters["B"]
 
     def _check(self, plan: RunPlan, frames: int) -> None:
         letters, scale = self.networks.letters, self.networks.geometry.pixels_per_latent
         if letters is None:
             return
+        together = 1 if plan.max_frames is None else len(split_evenly(frames, plan.max_frames)[0])
         for option, letter, value, factor in (
-            ("--max-frames", "F", len(split_evenly(frames, plan.max_frames)[0]), 1),
+            ("--max-frames", "F", together, 1),
             ("the story's frames (--max-references)", "N", frames + 1 if plan.scales else 1, 1),
             ("--height", "h", plan.height // scale, scale),
             ("--width", "w", plan.width // scale, scale),
@@ -131,12 +152,13 @@ class StoryPipeline:
 
     def _events(
         self, prompts: Sequence[str], plan: RunPlan, table: SamplerTable, resume: FinishedIteration | None
-    ) -> Iterator[Event]:
+    ) -> Generator[Event, None, None]:
         networks, scale = self.networks, self.networks.geometry.pixels_per_latent
         total = StageClock(networks.device)
-        batches = split_evenly(len(prompts), plan.max_frames)
+        batching = self.batching(plan, len(prompts))
+        batches = split_evenly(len(prompts), batching.max_frames)
         first = resume.iteration + 1 if resume else 0
-        yield RunStarted(len(prompts), plan.iterations, first, batches)
+        yield RunStarted(len(prompts), plan.iterations, first, batches, batching.keep_text)
         for frame, prompt in enumerate(prompts):
             if words := self.tokenizers.words_cut_off(prompt):
                 yield PromptTruncated(frame, words)
@@ -148,12 +170,12 @@ class StoryPipeline:
                 negative_prompt=plan.negative_prompt if plan.guided else None,
                 height=plan.height,
                 width=plan.width,
+                keep=batching.keep_text,
             )
             noise = draw_noise(plan.seed, plan.height // scale, plan.width // scale, table)
             loop = LoopInputs.upload(table, noise, plan.guidance, networks.device)
-        on_gpu = networks.device.type == "cuda"
-        decoder = FrameDecoder(networks, chunk=_DECODED_TOGETHER if on_gpu else None, overlapped=self.overlapped)
-        run = StoryRun(networks, self._buffers, plan, len(prompts), loop, text, decoder, plan.max_frames, total)
+        decoder = FrameDecoder(networks, chunk=batching.decode_frames, overlapped=self.overlapped)
+        run = StoryRun(networks, self._buffers, plan, len(prompts), loop, text, decoder, batching.max_frames, total)
         stages: dict[str, float] = {}
         try:
             for event in run.iterate(first, resume.pictures if resume else ()):

@@ -8,6 +8,8 @@ from storyadapter.contract import check_pixels
 from storyadapter.errors import InputError
 
 SEED_LIMIT: Final = 2**63
+FRAMES_UNMEASURED: Final = 8  # of a micro-batch, where the memory isn't measured
+FRAMES_AT_MOST: Final = 16  # of a micro-batch that is chosen by memory: more make no row faster, and overlap less
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class RunPlan:
         prediction_type: what the UNet was trained to predict: "epsilon" or "v_prediction".
         guidance: classifier-free guidance; 1 or less computes no unconditional rows.
         negative_prompt: text of the unconditional rows.
-        max_frames: frames of one micro-batch at the most.
+        max_frames: frames of one micro-batch at the most; None: on a GPU as many as fit, elsewhere 8.
 
     Raises:
         InputError: a value that can't be served, naming the command line's option.
@@ -39,7 +41,7 @@ class RunPlan:
     prediction_type: str = "epsilon"
     guidance: float = method.GUIDANCE
     negative_prompt: str = method.NEGATIVE_PROMPT
-    max_frames: int = 8
+    max_frames: int | None = None
 
     def __post_init__(self) -> None:
         check_pixels("--height", self.height)
@@ -53,7 +55,7 @@ class RunPlan:
             raise InputError(f"--steps is {self.steps}; expected 1 or more")
         if not 0 <= self.guidance <= 100:
             raise InputError(f"--guidance is {self.guidance:g}; expected 0 to 100")
-        if self.max_frames < 1:
+        if self.max_frames is not None and self.max_frames < 1:
             raise InputError(f"--max-frames is {self.max_frames}; expected 1 or more")
 
     @property

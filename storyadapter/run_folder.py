@@ -176,12 +176,13 @@ class RunFolder:
         self._thumbnails[frame] = self._thumbnail(image)
         return path
 
-    def finish_iteration(self, iteration: int, seconds: Mapping[str, float]) -> None:
+    def finish_iteration(self, iteration: int, seconds: Mapping[str, float], split: Sequence[int] = ()) -> None:
         """Record that all frames of the iteration that is being made are written; what `keep` says goes is removed.
 
         Args:
             iteration: must be `finished_iterations()`.
             seconds: of each stage, by name.
+            split: frames of each micro-batch that was drawn.
 
         Raises:
             RunError: no space is left, or the folder can't be written.
@@ -193,7 +194,8 @@ class RunFolder:
             raise ValueError(f"iteration {iteration} can't be finished: frames {missing} are missing")
         self._write_thumbnails(iteration, [self._thumbnails[frame] for frame in frames])
         self._thumbnails.clear()
-        record = self._record.with_iteration(IterationRecord(self._record.scales[iteration], dict(seconds)))
+        done = IterationRecord(self._record.scales[iteration], dict(seconds), split=tuple(split))
+        record = self._record.with_iteration(done)
         if self._keep == "last":
             record = record.with_removed(iteration)
         self._write_record(record)

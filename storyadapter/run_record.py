@@ -9,7 +9,7 @@ from typing import Any, Self
 from storyadapter.errors import InputError
 
 FORMAT = "storyadapter-trt run"
-SCHEMA = 1
+SCHEMA = 2
 
 _ABSENT = object()
 _EXCERPT = 40  # letters of a value shown in a message
@@ -23,11 +23,13 @@ class IterationRecord:
         scale: λ of its references; None for the text-only iteration.
         seconds: of each stage, by name.
         removed: whether its pictures were removed when the next iteration was finished (`--keep last`).
+        split: frames of each micro-batch that was drawn.
     """
 
     scale: float | None
     seconds: Mapping[str, float]
     removed: bool = False
+    split: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ class RunRecord:
                 identity=dict(value["identity"]),
                 frames=int(progress["frames"]),
                 scales=tuple(progress["scales"]),
-                iterations=tuple(IterationRecord(**item) for item in progress["iterations"]),
+                iterations=tuple(map(_iteration, progress["iterations"])),
                 sessions=tuple(Session(**item) for item in value["sessions"]),
                 finished=progress["status"] == "finished",
             )
@@ -125,6 +127,10 @@ class RunRecord:
         """The record after the pictures of the first `count` iterations are removed."""
         removed = (replace(iteration, removed=True) for iteration in self.iterations[:count])
         return replace(self, iterations=(*removed, *self.iterations[count:]))
+
+
+def _iteration(item: Mapping[str, Any]) -> IterationRecord:
+    return IterationRecord(**{**item, "split": tuple(item["split"])})
 
 
 def json_values(value: Any) -> Any:

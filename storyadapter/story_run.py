@@ -4,7 +4,6 @@ The host puts all steps of a micro-batch on the stream and goes on; what the dev
 At most two micro-batches are on their way: while one is decoded, the next is denoised.
 """
 
-import gc
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -24,6 +23,7 @@ from storyadapter.events import (
     MicroBatchHalved,
     StepFinished,
 )
+from storyadapter.memory import release_memory
 from storyadapter.networks import Networks
 from storyadapter.pictures import embed_pictures
 from storyadapter.plan import RunPlan, split_evenly
@@ -111,7 +111,7 @@ class StoryRun:
                 roomy, start = False, batch.start
             if not roomy and len(batch) > 1:
                 yield from self._drain(iteration)
-                self._release_memory()
+                release_memory(self._networks, self._buffers)
                 self.max_frames = -(-len(batch) // 2)
                 yield MicroBatchHalved(iteration, batch, self.max_frames)
                 rest = split_evenly(self._frames - start, self.max_frames) if start < self._frames else ()
@@ -146,7 +146,7 @@ class StoryRun:
         rest = self._decoder.submit(iteration, batch, latents, clock, embed=embed)
         if rest:
             yield from self._drain(iteration)
-            self._release_memory()
+            release_memory(self._networks, self._buffers)
             left = latents[rest.start - batch.start :]
             if self._decoder.submit(iteration, rest, left, clock, embed=embed):
                 raise torch.OutOfMemoryError("a single frame can't be decoded")
@@ -173,11 +173,3 @@ class StoryRun:
         while len(self._marks):
             time.sleep(POLL_SECONDS)
             yield from self._news(iteration)
-
-    def _release_memory(self) -> None:
-        """Let go of everything that is kept for speed alone, when nothing is on its way."""
-        self._networks.run_step.forget()
-        self._buffers.clear()
-        gc.collect()
-        if self._networks.device.type == "cuda":
-            torch.cuda.empty_cache()

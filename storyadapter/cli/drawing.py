@@ -3,7 +3,8 @@
 import argparse
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,16 @@ import torch
 
 from storyadapter.cli.options import build_command
 from storyadapter.cli.reporting import Reporter, count, duration
+from storyadapter.cli.saving import FrameSaver
 from storyadapter.cli.session import Session
 from storyadapter.cli.versions import versions
 from storyadapter.contract import Range, ShapeRanges
 from storyadapter.engine.opening import identify, open_networks
-from storyadapter.errors import RunError
+from storyadapter.errors import EngineMismatchError, RunError
 from storyadapter.events import FrameFinished, IterationFinished, RunFinished
+from storyadapter.networks import Networks
 from storyadapter.pipeline import FinishedIteration, StoryPipeline
-from storyadapter.plan import RunPlan, split_evenly
+from storyadapter.plan import FRAMES_UNMEASURED, RunPlan, split_evenly
 from storyadapter.run_folder import RunFolder
 from storyadapter.sampler import build_sampler
 from storyadapter.story import Story
@@ -37,17 +40,18 @@ def draw(
     started = time.perf_counter()
     build_sampler(plan.scheduler, plan.steps, plan.karras, plan.prediction_type)
     frames = len(story.prompts)
-    batches = split_evenly(frames, plan.max_frames)
     scales = [plan.scale_of(iteration) for iteration in range(plan.iterations)]
     identity = _identity(story, style, plan, session, reporter)
     RunFolder.check(args.out, identity, frames=frames, scales=scales, resume=args.resume)
     with _told_when_out_of_memory(plan):
-        pipeline = _open_pipeline(args, plan, frames, max(map(len, batches)), session, reporter)
+        pipeline = _open_pipeline(args, plan, frames, session, reporter)
+        batching = pipeline.batching(plan, frames)
         loading = time.perf_counter() - started
         details = {
             "model": session.model.label,
-            "split": [len(batch) for batch in batches],
-            "max_frames": plan.max_frames,
+            "split": [len(batch) for batch in split_evenly(frames, batching.max_frames)],
+            "max_frames": batching.max_frames,
+            "text_kept": batching.keep_text,
             "final_prompts": list(story.final_prompts(style)),
             "device": str(pipeline.networks.device),
             "versions": versions(),
@@ -92,26 +96,40 @@ def _identity(story: Story, style: str, plan: RunPlan, session: Session, reporte
 
 
 def _open_pipeline(
-    args: argparse.Namespace, plan: RunPlan, frames: int, batch: int, session: Session, reporter: Reporter
+    args: argparse.Namespace, plan: RunPlan, frames: int, session: Session, reporter: Reporter
 ) -> StoryPipeline:
-    """The networks for micro-batches of `batch` frames; the build command that is told asks for `--max-frames`."""
+    """The networks for the plan's micro-batches; the build command that is told asks for `--max-frames`."""
     height, width = Range(plan.height, plan.height), Range(plan.width, plan.width)
-    networks = open_networks(
-        session.checkpoint,
-        backend=session.backend,
-        precision=session.precision,
-        vae_precision=session.vae_precision,
-        ranges=ShapeRanges(batch, frames, height, width),
-        engine_dir=args.engine_dir,
-        build_command=build_command(
-            args,
-            session.backend,
-            session.precision,
-            session.vae_precision,
-            ShapeRanges(plan.max_frames, frames, height, width),
-        ),
-        on_stage=reporter.stage,
-    )
+    asked = FRAMES_UNMEASURED if plan.max_frames is None else plan.max_frames
+
+    def opened(together: int) -> Networks:
+        return open_networks(
+            session.checkpoint,
+            backend=session.backend,
+            precision=session.precision,
+            vae_precision=session.vae_precision,
+            ranges=ShapeRanges(together, frames, height, width),
+            engine_dir=args.engine_dir,
+            build_command=build_command(
+                args,
+                session.backend,
+                session.precision,
+                session.vae_precision,
+                ShapeRanges(asked, frames, height, width),
+            ),
+            on_stage=reporter.stage,
+        )
+
+    together = len(split_evenly(frames, asked)[0])
+    try:
+        networks = opened(together)
+    except EngineMismatchError as error:
+        if plan.max_frames is not None or together == 1:
+            raise
+        try:
+            networks = opened(1)  # how many it takes is the engine's own
+        except EngineMismatchError:
+            raise error from None
     return StoryPipeline(networks, session.checkpoint.load_tokenizers())
 
 
@@ -124,8 +142,14 @@ def _told_when_out_of_memory(plan: RunPlan) -> Iterator[None]:
         known = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
         if not known:
             raise
+        if isinstance(error, torch.OutOfMemoryError):
+            raise RunError(
+                f"out of memory on the GPU with one frame of {plan.width}x{plan.height} at once; end other programs "
+                "that use it, or type a smaller --height and --width, with another --out"
+            ) from error
+        max_frames = plan.max_frames or FRAMES_UNMEASURED
         raise RunError(
-            f"out of memory with --max-frames {plan.max_frames} and frames of {plan.width}x{plan.height}; "
+            f"out of memory with --max-frames {max_frames} and frames of {plan.width}x{plan.height}; "
             "type a smaller --max-frames, and --resume to keep what is finished"
         ) from error
 
@@ -140,23 +164,27 @@ def _tell_plan(
 ) -> None:
     """The line before slow work; the time is that of the rows that are left, from one timed UNet call."""
     frames, first = len(story.prompts), folder.finished_iterations()
-    batches = split_evenly(frames, plan.max_frames)
+    batching = pipeline.batching(plan, frames)
+    batches = split_evenly(frames, batching.max_frames)
     left = plan.unet_rows(frames) * (plan.iterations - first) // plan.iterations
     seconds = pipeline.seconds_per_row(plan, len(batches[0]), frames) * left if left else 0.0
     memory = pipeline.memory_in_use()
     split = " + ".join(str(len(batch)) for batch in batches)
+    text = "once" if batching.keep_text else "again for each of them, to save memory"
     reporter.note(
         "plan",
         f"{session.model.label}, {session.how} on {pipeline.networks.device}: "
         f"{count(frames, 'frame')} of {plan.width}x{plan.height}, {count(plan.iterations, 'iteration')}"
         + (f" ({first} finished)" if first else "")
-        + f", {left:,} UNet rows in micro-batches of {split}; {memory / 2**20:,.0f} MB in use; seed {plan.seed}; "
-        f"about {duration(seconds)}",
+        + f", {left:,} UNet rows in micro-batches of {split}; text projected {text}; {memory / 2**20:,.0f} MB in use; "
+        f"seed {plan.seed}; about {duration(seconds)}",
         frames=frames,
         iterations=plan.iterations,
         finished=first,
         unet_rows=left,
         split=[len(batch) for batch in batches],
+        text_kept=batching.keep_text,
+        needs=None if batching.needs is None else asdict(batching.needs),
         memory_bytes=memory,
         seconds=round(seconds, 1),
         seed=plan.seed,
@@ -175,18 +203,27 @@ def _iterate(
     prompts = story.final_prompts(style)
     done = folder.finished_iterations()
     resume = FinishedIteration(done - 1, folder.load_iteration(done - 1)) if done else None
-    saving = 0.0
-    for event in pipeline.run(story, plan, style=style, resume=resume):
-        started = time.perf_counter()
-        match event:
-            case FrameFinished(iteration, frame, scale, picture):
-                folder.save_frame(iteration, frame, picture, _png_text(prompts[frame], plan.seed, scale))
-            case IterationFinished(iteration, stages):
-                folder.finish_iteration(iteration, stages)
-            case RunFinished(stages):
-                folder.finish({"load": loading, **stages, "save": saving}, story.prompts, story.title)
-        saving += time.perf_counter() - started
-        reporter.event(event)
+    saving = 0.0  # seconds in which the run waited for files
+    with (
+        FrameSaver(folder, lambda event: _png_text(prompts[event.frame], plan.seed, event.scale)) as saver,
+        closing(pipeline.run(story, plan, style=style, resume=resume)) as events,
+    ):
+        for event in events:
+            started = time.perf_counter()
+            match event:
+                case FrameFinished():
+                    saver.save(event)
+                case IterationFinished(iteration, stages, batches):
+                    for saved in saver.saved(wait=True):
+                        reporter.event(saved)
+                    folder.finish_iteration(iteration, stages, [len(batch) for batch in batches])
+                case RunFinished(stages):
+                    folder.finish({"load": loading, **stages, "save": saving}, story.prompts, story.title)
+            saving += time.perf_counter() - started
+            for saved in saver.saved():
+                reporter.event(saved)  # a frame that is told is on the disk
+            if not isinstance(event, FrameFinished):
+                reporter.event(event)
 
 
 def _png_text(prompt: str, seed: int, scale: float | None) -> Mapping[str, str]:

@@ -14,9 +14,8 @@ from storyadapter.demo.shipped import MODEL
 from storyadapter.engine.backends import AUTO, BACKENDS
 from storyadapter.engine.tensorrt.options import BuildOptions, parse_resolution
 from storyadapter.errors import InputError
-from storyadapter.plan import RunPlan
+from storyadapter.plan import FRAMES_UNMEASURED, RunPlan
 
-MAX_FRAMES = 8
 MAX_REFERENCES = 100
 
 
@@ -80,10 +79,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     engine.add_argument(
         "--max-frames",
-        type=int,
-        default=MAX_FRAMES,
+        type=frames_or_auto,
+        default=AUTO,
         metavar="F",
-        help="frames drawn together in one micro-batch, at most (default: %(default)s)",
+        help="frames drawn together in one micro-batch, at most (default: auto, for run as many as the engine takes "
+        f"and the GPU's memory holds, for build and without a GPU {FRAMES_UNMEASURED})",
     )
     engine.add_argument("--engine-dir", type=Path, metavar="D", help="engine store (default: in the user's cache)")
 
@@ -102,7 +102,8 @@ def add_tensorrt_options(parser: argparse.ArgumentParser) -> None:
         "--optimization-level",
         type=int,
         metavar="0-5",
-        help="from the fastest build to the fastest engine (default: TensorRT's own, 3)",
+        help="from the fastest build to the fastest engine (default: TensorRT's own, 3; not with TensorRT-RTX, which "
+        "builds the same at every level)",
     )
     group.add_argument(
         "--workspace", type=int, metavar="MIB", help="the most scratch memory of one layer (default: all there is)"
@@ -170,6 +171,14 @@ def pixel_range(text: str) -> Range:
     return Range(low, high)
 
 
+def frames_or_auto(text: str) -> int | None:
+    """A number, or None for "auto"."""
+    try:
+        return None if text == AUTO else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of frames such as 8, or {AUTO}") from None
+
+
 def scales_list(text: str) -> tuple[float, ...]:
     """ "0.3,0.4,0.5"."""
     try:
@@ -213,7 +222,8 @@ _MODEL = "--base-model, --image-encoder and --ip-adapter"
 def shape_ranges(args: argparse.Namespace, default_pixels: int) -> ShapeRanges:
     """What `build` was asked to build for."""
     own = Range(default_pixels, default_pixels)
-    return ShapeRanges(args.max_frames, args.max_references, args.height or own, args.width or own)
+    max_frames = FRAMES_UNMEASURED if args.max_frames is None else args.max_frames
+    return ShapeRanges(max_frames, args.max_references, args.height or own, args.width or own)
 
 
 def run_plan(args: argparse.Namespace, default_pixels: int, seed: int) -> RunPlan:

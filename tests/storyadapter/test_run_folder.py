@@ -30,7 +30,7 @@ def make(folder: RunFolder, iterations: range | None = None) -> None:
     for iteration in iterations or range(folder.finished_iterations(), len(SCALES)):
         for frame in range(FRAMES):
             folder.save_frame(iteration, frame, picture(iteration, frame), TEXT)
-        folder.finish_iteration(iteration, {"denoise": 1.5})
+        folder.finish_iteration(iteration, {"denoise": 1.5}, [2, 1])
 
 
 def complete(path: Path, **options) -> None:
@@ -79,7 +79,9 @@ def test_layout(tmp_path: Path) -> None:
         "status": "finished",
         "frames": 3,
         "scales": [None, 0.3, 0.5],
-        "iterations": [{"scale": scale, "seconds": {"denoise": 1.5}, "removed": False} for scale in SCALES],
+        "iterations": [
+            {"scale": scale, "seconds": {"denoise": 1.5}, "removed": False, "split": [2, 1]} for scale in SCALES
+        ],
     }
     assert record["sessions"] == [
         {

@@ -21,7 +21,7 @@ RECORD = RunRecord(
     identity={"story": {"title": "Größe"}, "seed": 7},
     frames=2,
     scales=(None, 0.3),
-    iterations=(IterationRecord(None, {"denoise": 1.5}),),
+    iterations=(IterationRecord(None, {"denoise": 1.5}, split=(1, 1)),),
     sessions=(Session(0, {"versions": {"torch": "2.13"}}, {"load": 0.5}),),
 )
 
@@ -31,13 +31,13 @@ def test_layout() -> None:
     text = RECORD.to_json().decode()
     assert json.loads(text) == {
         "format": "storyadapter-trt run",
-        "schema": 1,
+        "schema": 2,
         "identity": {"story": {"title": "Größe"}, "seed": 7},
         "progress": {
             "status": "running",
             "frames": 2,
             "scales": [None, 0.3],
-            "iterations": [{"scale": None, "seconds": {"denoise": 1.5}, "removed": False}],
+            "iterations": [{"scale": None, "seconds": {"denoise": 1.5}, "removed": False, "split": [1, 1]}],
         },
         "sessions": [
             {"first_iteration": 0, "details": {"versions": {"torch": "2.13"}}, "seconds": {"load": 0.5}},
@@ -63,8 +63,8 @@ def test_reads_back(tmp_path_factory: pytest.TempPathFactory, identity: dict, fi
         (b"[" * 100_000, "is no valid JSON"),
         (b'{"name": "my story"}', "is something else, expected the record of a storyadapter-trt run"),
         (b"[]", "is something else, expected the record of a storyadapter-trt run"),
-        (b'{"format": "storyadapter-trt run", "schema": 2}', "has schema 2, expected 1"),
-        (b'{"format": "storyadapter-trt run", "schema": 1}', "is damaged (KeyError('progress'))"),
+        (b'{"format": "storyadapter-trt run", "schema": 1}', "has schema 1, expected 2"),
+        (b'{"format": "storyadapter-trt run", "schema": 2}', "is damaged (KeyError('progress'))"),
         (RECORD.to_json().replace(b'"removed"', b'"gone"'), "is damaged (TypeError("),
     ],
 )

@@ -43,6 +43,12 @@ def test_an_engine_serves_fewer_frames_at_once(type_in: Type, engine_run: list[s
     assert json.loads(Path("out/story.json").read_text())["sessions"][0]["details"]["split"] == [3, 2]
 
 
+def test_by_default_an_engine_says_how_many_frames_it_takes(type_in: Type, engine_run: list[str]) -> None:
+    done = type_in(*engine_run, "--prompt", "a sea", "a hill", "--max-frames", "auto", "--iterations", "0")
+    assert done.code == 0
+    assert json.loads(Path("out/story.json").read_text())["sessions"][0]["details"]["split"] == [3, 2]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a CUDA GPU the default is another backend")
 def test_onnxruntime_is_the_default_without_a_gpu(type_in: Type, engine_run: list[str]) -> None:
     done = type_in(*engine_run, "--backend", "auto", "--precision", "auto", "--iterations", "0")

@@ -78,6 +78,10 @@ SETTINGS = {
     "--width 0": "--width is 0; expected a multiple of 32, such as 32 or 64",
     "--style commic": ("unknown style 'commic', expected comic, film, realistic or none; did you mean 'comic'?"),
     "--max-frames 0": "--max-frames is 0; expected 1 or more",
+    "--max-frames all": (
+        "argument --max-frames: 'all' is not a number of frames such as 8, or auto; for all options type "
+        "storyadapter-trt run --help"
+    ),
     "--iterations -1": "--iterations is -1; expected 0 (text only) or more",
     "--steps 0": "--steps is 0; expected 1 or more",
     "--seed -1": "--seed is -1; expected 0 to 2^63 - 1",

@@ -8,6 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from storyadapter.cli.drawing import draw
+from storyadapter.cli.main import build_parser
+from storyadapter.cli.options import model_choice, run_plan
+from storyadapter.cli.reporting import JsonReporter
+from storyadapter.cli.session import open_session
+from storyadapter.events import Event, FrameFinished
+from storyadapter.story import Story
 from tests.storyadapter.cli.running import Type, files, pictures
 
 
@@ -40,7 +47,8 @@ def test_everything_is_written(type_in: Type, quick_run: list[str]) -> None:
     decided = story["identity"]
     assert (decided["style"], decided["precision"], decided["vae_precision"]) == ("film", "fp32", "fp32")
     (session,) = story["sessions"]
-    assert session["details"]["split"] == [3]
+    assert (session["details"]["split"], session["details"]["text_kept"]) == ([3], True)
+    assert [iteration["split"] for iteration in story["progress"]["iterations"]] == [[3]] * 3
     assert {"torch", "python", "storyadapter-trt"} <= set(session["details"]["versions"])
     assert {"load", "text", "references", "denoise", "decode", "save"} == set(session["seconds"])
     assert session["seconds"]["denoise"] > 0
@@ -55,7 +63,7 @@ def test_the_plan_and_each_iteration_are_told(type_in: Type, quick_run: list[str
     done = type_in(*quick_run)
     lines = done.err.splitlines()
     (plan,) = (line for line in lines if "UNet rows" in line)
-    assert ": 3 frames of 64x64, 3 iterations, 36 UNet rows in micro-batches of 3; " in plan
+    assert ": 3 frames of 64x64, 3 iterations, 36 UNet rows in micro-batches of 3; text projected once; " in plan
     assert ", eager fp32 on " in plan
     assert " MB in use; seed 7; about " in plan
     assert [line.split(":")[0] for line in lines[-3:]] == [
@@ -106,6 +114,20 @@ def test_frames_are_split_evenly(
     drawn = [event["frames"] for event in done.events if event["event"] == "step_finished"]
     assert [len(batch) for batch in drawn] == split
     assert sum(drawn, []) == list(range(frames))
+
+
+def test_a_frame_that_is_told_is_on_the_disk(quick_run: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    told: list[bool] = []
+
+    class Looking(JsonReporter):
+        def event(self, event: Event) -> None:
+            if isinstance(event, FrameFinished):
+                told.append(Path(f"out/iteration-{event.iteration:02d}/frame-{event.frame:03d}.png").exists())
+
+    args = build_parser().parse_args(quick_run)
+    story, session = Story.from_prompts(args.prompt), open_session(args, model_choice(args))
+    draw(args, story, "none", run_plan(args, 64, 7), session, Looking())
+    assert told == [True] * 9
 
 
 def test_batching_does_not_change_pictures(type_in: Type, quick_run: list[str]) -> None:
