@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from storyadapter.contract import Geometry, NetworkSpec, Precision, Range, network_specs
+from storyadapter.contract import Geometry, NetworkSpec, Precision, Range
+from storyadapter.engine.loading import load_each
 from storyadapter.export import onnx_name
 from storyadapter.export.ort_session import open_session
 from storyadapter.networks import Networks, check_inputs
@@ -56,18 +57,13 @@ def open_onnxruntime(
     on_progress: Callable[[str], None],
 ) -> Networks:
     """Open the seven exported networks of one engine folder; `on_progress` gets each name before it is loaded."""
-    networks = {}
-    for name, spec in network_specs(geometry).items():
-        on_progress(name)
-        networks[name] = OnnxRuntimeNetwork(
-            spec,
-            folder / onnx_name(name),
-            precision=precision,
-            vae_precision=vae_precision,
-            letters=letters,
-        )
+
+    def load(spec: NetworkSpec) -> OnnxRuntimeNetwork:
+        path = folder / onnx_name(spec.name)
+        return OnnxRuntimeNetwork(spec, path, precision=precision, vae_precision=vae_precision, letters=letters)
+
     return Networks(
-        **networks,
+        **load_each(geometry, load, on_progress),
         geometry=geometry,
         backend="onnxruntime",
         device=DEVICE,
