@@ -11,6 +11,7 @@ import storyadapter
 from storyadapter import method
 from storyadapter.bench import kernel as bench_kernel
 from storyadapter.bench import quality as bench_quality
+from storyadapter.bench.throughput import command as bench_throughput
 from storyadapter.cli import options
 from storyadapter.cli.stopping import exit_code_of, sigterm_as_interrupt
 from storyadapter.errors import InputError, StoryAdapterError
@@ -55,6 +56,24 @@ A story file, tale.yaml (or the same as .json; a .txt has a prompt per line):
 
 DIR/ then holds iteration-00/frame-000.png …, frames/000.png … (the last iteration), contact-sheet.png (a row per
 iteration), story.gif and story.json (every setting, the seed, versions, seconds per stage).
+"""
+
+_THROUGHPUT_DESCRIPTION = """\
+Measures UNet rows per second (a row is one latent picture in one UNet call; a frame has two per step) on a ladder in
+which each rung adds one thing: the published method frame by frame, batched, fused attention (sdpa), keys and values
+cached with one bank of references (cached), the fused kernel (fused), compiled networks (compiled), CUDA graphs
+(graphs). A rung is compared with the one below and timed only if it draws the same. Then whole stories: one thing after
+the other, and overlapped as run draws them. Beside them stand diffusers' own IP-Adapter and other rivals.
+"""
+
+_THROUGHPUT_EPILOG = """\
+examples:
+  storyadapter-trt bench throughput --smoke                 does the benchmark itself work? (a CPU will do)
+  storyadapter-trt bench throughput --synthetic-weights sdxl --gpu-price 2.5 --out sdxl
+  storyadapter-trt bench throughput --synthetic-weights sdxl --cases n16 --rungs sdpa,graphs
+  storyadapter-trt bench compare before.json after.json     what got slower
+
+The full table takes about 8 minutes on an H100; the engine is built first where the store has none.
 """
 
 
@@ -181,6 +200,16 @@ def _add_bench(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     bench_quality.add_arguments(quality)
     quality.set_defaults(run_bench=bench_quality.run)
+    throughput = benches.add_parser(
+        "throughput",
+        help="from the published method to this project, one step at a time; and whole stories",
+        description=_THROUGHPUT_DESCRIPTION,
+        epilog=_THROUGHPUT_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    bench_throughput.add_arguments(throughput)
+    throughput.set_defaults(run_bench=bench_throughput.run)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,109 @@
+"""What is benchmarked: a model, its precision, its device, and networks of it on any backend."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from storyadapter.bench.synthetic import PREDICTION_TYPE, SyntheticCheckpoint
+from storyadapter.bench.synthetic_models import MODELS
+from storyadapter.bench.timing import measure_run
+from storyadapter.checkpoint import Checkpoint
+from storyadapter.cli.options import ModelChoice
+from storyadapter.conditioning import Tokenizers
+from storyadapter.contract import Precision, ShapeRanges
+from storyadapter.engine.backends import BACKENDS, check_available
+from storyadapter.engine.opening import build_engine, identify, open_networks
+from storyadapter.engine.tensorrt.library import gpu_target, why_it_cant_run
+from storyadapter.errors import UnavailableError
+from storyadapter.networks import Networks
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Networks on a backend; `build_seconds`: what building their engine took, 0 where the store had it."""
+
+    networks: Networks
+    build_seconds: float
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to be measured.
+
+    Attributes:
+        label: for people.
+        checkpoint: its files, or its random weights.
+        prediction_type: what its UNet predicts.
+        precision: of all networks but the VAE.
+        device: where everything runs.
+        engine_dir: of the engine store; the user's cache folder if None.
+    """
+
+    label: str
+    checkpoint: Checkpoint | SyntheticCheckpoint
+    prediction_type: str
+    precision: Precision
+    device: torch.device
+    engine_dir: Path | None
+
+    @classmethod
+    def synthetic(cls, name: str, precision: Precision, device: torch.device, engine_dir: Path | None) -> "Subject":
+        """A model of random weights, by the name of its sizes."""
+        checkpoint = SyntheticCheckpoint(MODELS[name], device)
+        label = f"{name} with random weights (seed {checkpoint.seed})"
+        return cls(label, checkpoint, PREDICTION_TYPE, precision, device, engine_dir)
+
+    @classmethod
+    def from_files(
+        cls, model: ModelChoice, precision: Precision, device: torch.device, engine_dir: Path | None
+    ) -> "Subject":
+        """A model's files.
+
+        Raises:
+            CheckpointError: see `Checkpoint.open`.
+        """
+        return cls(model.label, Checkpoint.open(model.paths), "epsilon", precision, device, engine_dir)
+
+    def tokenizers(self) -> Tokenizers:
+        return Tokenizers(*self.checkpoint.load_tokenizers())
+
+    def open(self, backend: str, ranges: ShapeRanges, vae_precision: Precision, tell: Tell) -> Opened:
+        """Networks on a backend; its engine is built first where the store has none that fits.
+
+        Raises:
+            UnavailableError: the backend can't serve here.
+            EngineBuildError: the engine can't be built.
+        """
+        check_available(backend, self.precision, vae_precision, to_build=BACKENDS[backend].builds)
+        if backend == "tensorrt" and (reason := why_it_cant_run(gpu_target())):
+            raise UnavailableError(f"backend tensorrt: {reason}")
+        build_seconds = 0.0
+        if BACKENDS[backend].builds:
+            built = False
+
+            def on_stage(network: str, what: str) -> None:
+                nonlocal built
+                built = True
+                if network:
+                    tell(f"    building {backend}: {network}: {what}")
+
+            identity = identify(self.checkpoint, backend, self.precision, vae_precision)
+            _, seconds = measure_run(
+                lambda: build_engine(self.checkpoint, identity, ranges, engine_dir=self.engine_dir, on_stage=on_stage),
+                self.device,
+            )
+            build_seconds = seconds if built else 0.0
+        networks = open_networks(
+            self.checkpoint,
+            backend=backend,
+            precision=self.precision,
+            vae_precision=vae_precision,
+            device=self.device if backend == "eager" else None,
+            ranges=ranges,
+            engine_dir=self.engine_dir,
+        )
+        return Opened(networks, build_seconds)

@@ -1,0 +1,106 @@
+"""The cases of the ladder and the whole stories, as data."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+from storyadapter import method
+from storyadapter.contract import Range, ShapeRanges
+from storyadapter.errors import InputError
+
+
+@dataclass(frozen=True)
+class Case:
+    """One micro-batch that rungs of the ladder denoise.
+
+    Attributes:
+        name: as typed after `--cases`.
+        references: N, all of which every frame attends to.
+        frames: F; a UNet call has B = 2·F rows.
+        height, width: in pixels.
+        check_steps: steps of the drawings by which a rung is compared with the one below.
+        rungs: names of those that run it; None for all of them and the rivals.
+    """
+
+    name: str
+    references: int
+    frames: int
+    height: int
+    width: int
+    check_steps: int = 3
+    rungs: tuple[str, ...] | None = None
+
+    @property
+    def rows(self) -> int:
+        """B, with the unconditional rows."""
+        return 2 * self.frames
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class StoryCase:
+    """One whole story: `iterations` after the text-only one, in micro-batches of `max_frames`."""
+
+    name: str
+    frames: int
+    iterations: int
+    steps: int
+    max_frames: int
+    height: int
+    width: int
+
+    @property
+    def drawn(self) -> int:
+        """Frames drawn in all iterations."""
+        return self.frames * (1 + self.iterations)
+
+    @property
+    def unet_rows(self) -> int:
+        return 2 * self.steps * self.drawn
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+# What the published command draws in the longest story of its paper.
+PUBLISHED: Final = StoryCase("published", 100, method.ITERATIONS, method.STEPS, 8, 1024, 1024)
+
+_FRAME_BY_FRAME: Final = ("published", "batched", "sdpa")
+_LAST: Final = ("compiled", "graphs")  # the fastest of one call; without a GPU there are no graphs
+
+CASES: Final = (
+    Case("n16", 16, 8, 1024, 1024),
+    Case("n8", 8, 8, 1024, 1024, rungs=_LAST),
+    Case("n100", 100, 8, 1024, 1024, check_steps=2, rungs=(*_FRAME_BY_FRAME, *_LAST)),
+)
+STORIES: Final = (StoryCase("story", 16, 2, 20, 8, 1024, 1024),)
+
+SMOKE_CASES: Final = (Case("n3", 3, 2, 64, 64), Case("n5", 5, 2, 64, 64, rungs=(*_FRAME_BY_FRAME, *_LAST)))
+SMOKE_STORIES: Final = (StoryCase("story", 3, 2, 3, 2, 64, 64),)
+
+
+def chosen(names: list[str] | None, known: tuple[Any, ...], option: str) -> tuple[Any, ...]:
+    """Those of `known` (anything with a name) whose names were typed, in the order of `known`; all without names.
+
+    Raises:
+        InputError: an unknown name.
+    """
+    if names is None:
+        return known
+    by_name = {item.name: item for item in known}
+    if unknown := [name for name in names if name not in by_name]:
+        raise InputError(f"{option} {unknown[0]}: expected some of {','.join(by_name)}")
+    return tuple(item for item in known if item.name in names)
+
+
+def ranges(cases: tuple[Case, ...], stories: tuple[StoryCase, ...]) -> ShapeRanges:
+    """What an engine must be built for to serve all of them."""
+    heights = [case.height for case in (*cases, *stories)]
+    widths = [case.width for case in (*cases, *stories)]
+    return ShapeRanges(
+        max([case.frames for case in cases] + [story.max_frames for story in stories]),
+        max([case.references for case in cases] + [story.frames for story in stories]),
+        Range(min(heights), max(heights)),
+        Range(min(widths), max(widths)),
+    )

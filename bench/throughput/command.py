@@ -1,0 +1,99 @@
+"""The options of `bench throughput` and its course."""
+
+import argparse
+from pathlib import Path
+
+from storyadapter.cli.options import add_checkpoint_options
+from storyadapter.contract import PRECISIONS
+from storyadapter.engine.backends import AUTO
+from storyadapter.errors import InputError
+
+RUNGS = ("published", "batched", "sdpa", "cached", "fused", "compiled", "graphs", "overlapped")
+RIVALS = ("diffusers", "diffusers-compile", "diffusers-xformers", "tensorrt")
+MODELS = ("sdxl", "toy")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options; imports nothing heavy."""
+    parser.add_argument(
+        "--synthetic-weights",
+        choices=MODELS,
+        metavar="SIZE",
+        help="sdxl: the full-size model with seeded random weights made on the device, which needs no files and takes "
+        "the time of a trained one; toy: a tiny one of the same structure",
+    )
+    parser.add_argument(
+        "--cases",
+        type=_names,
+        metavar="NAME,…",
+        help="only these: n16 (all rungs and rivals), n8 and n100 (the cost over the number of references), story (16 "
+        "frames, from prompts to pictures); of a model for small pictures: n3, n5, story",
+    )
+    parser.add_argument(
+        "--rungs",
+        type=_names,
+        metavar="NAME,…",
+        help=f"only these rungs ({', '.join(RUNGS)}) and rivals ({', '.join(RIVALS)}); a rung is then compared with "
+        "the next lower one that is there",
+    )
+    parser.add_argument(
+        "--precision",
+        default=AUTO,
+        choices=(AUTO, *PRECISIONS),
+        help="of all networks but the VAE (default: auto, fp16 on a GPU, fp32 on a CPU)",
+    )
+    parser.add_argument("--device", default=AUTO, help="cuda, cuda:1, … or cpu (default: auto, a GPU if there is one)")
+    parser.add_argument(
+        "--gpu-price", type=_price, metavar="X", help="price of the device per hour: adds the money per frame"
+    )
+    parser.add_argument("--engine-dir", type=Path, metavar="D", help="engine store (default: in the user's cache)")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="write FILE.md, FILE.json (for bench compare) and FILE.png"
+    )
+    parser.add_argument(
+        "--smoke",
+        action="store_true",
+        help="the toy model and tiny cases, also on a CPU: does the benchmark itself work?",
+    )
+    parser.add_argument("--commit", metavar="SHA", help="commit to report, where the checkout has no history")
+    add_checkpoint_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the ladder and the stories, print the page, write the files.
+
+    Returns:
+        0, or 1 if a rung draws wrong pictures or fails.
+
+    Raises:
+        InputError: options that don't fit together, or an unknown name.
+        UnavailableError: the device isn't there.
+    """
+    _check(args)
+    from storyadapter.bench.throughput.course import measure
+
+    return measure(args)
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.smoke and args.synthetic_weights == "sdxl":
+        raise InputError("--smoke is for the toy model; expected no --synthetic-weights sdxl with it")
+    if (args.smoke or args.synthetic_weights) and args.base_model:
+        raise InputError("--base-model with random weights; expected one of --base-model, --synthetic-weights, --smoke")
+    unknown = [name for name in args.rungs or () if name not in (*RUNGS, *RIVALS)]
+    if unknown:
+        raise InputError(f"--rungs {unknown[0]}: expected some of {','.join((*RUNGS, *RIVALS))}")
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _price(text: str) -> float:
+    try:
+        price = float(text)
+    except ValueError:
+        price = -1.0
+    if not 0 <= price < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a price such as 2.5")
+    return price

@@ -1,0 +1,245 @@
+"""Runs the ladder: each rung is compared with the one below, and only then timed."""
+
+import functools
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from storyadapter.bench.environment import watch
+from storyadapter.bench.progress import Progress
+from storyadapter.bench.throughput.cases import Case
+from storyadapter.bench.throughput.inputs import CaseInputs
+from storyadapter.bench.throughput.rungs import Rung, Steps
+from storyadapter.bench.throughput.workbench import Workbench
+from storyadapter.bench.timing import Timing, measure
+from storyadapter.errors import StoryAdapterError
+from storyadapter.networks import Network
+from storyadapter.plan import split_evenly
+from storyadapter.sampler import SamplerTable
+
+MIN_PSNR: Final = 34.0  # dB: the worst picture that half precision may give
+BUDGET_SECONDS: Final = 4.0  # of timed steps, per rung and case
+WARMUP_SECONDS: Final = 0.5
+
+MEASURED, WRONG, FAILED, NOT_RUN = "measured", "wrong", "failed", "not run"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How a rung's drawings differ from those of another.
+
+    Attributes:
+        other: the rung it was compared with.
+        psnr: dB, of the frame that differs most, from pictures decoded in fp32.
+        latents: ‖difference‖ / ‖other‖ of all frames' latents.
+    """
+
+    other: str
+    psnr: float
+    latents: float
+
+
+@dataclass(frozen=True)
+class RungResult:
+    """What was found of one rung on one case.
+
+    Attributes:
+        case, rung, adds, rival: what it is.
+        status: "measured", "wrong" (its pictures differ: not timed), "failed" or "not run".
+        reason: why it isn't measured.
+        comparison: with the rung below; None for the lowest.
+        rows: of one UNet call.
+        timing: of one step: UNet call, guidance and sampler.
+        peak_bytes: most memory of the device in use by tensors, the model's own included; None on a CPU.
+        load: clock and power while it was timed.
+    """
+
+    case: str
+    rung: str
+    adds: str
+    rival: bool
+    status: str
+    reason: str = ""
+    comparison: Comparison | None = None
+    rows: int = 0
+    timing: Timing | None = None
+    peak_bytes: int | None = None
+    load: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def rows_per_second(self) -> float | None:
+        return None if self.timing is None else self.rows / self.timing.median * 1e3
+
+
+@dataclass(frozen=True, eq=False)
+class Drawing:
+    """What a rung drew: latents [F, 4, h, w] and pictures [F, 3, 8h, 8w] fp32, on the CPU."""
+
+    latents: Tensor
+    pictures: Tensor
+
+
+class WrongPictures(Exception):
+    """A rung draws something else than the one below."""
+
+
+def draw(rung: Rung, steps: Steps, inputs: CaseInputs, table: SamplerTable) -> Tensor:
+    """The latents of all frames of a case, [F, 4, h, w] fp32 on the CPU."""
+    parts = []
+    for frames in split_evenly(inputs.case.frames, rung.at_once(inputs.case.frames)):
+        # cloned, as a loop may give the same tensor after every step
+        (last,) = deque((state.clone() for state in steps(inputs, table, frames)), maxlen=1)
+        parts.append(last.cpu())
+    return torch.cat(parts)
+
+
+def endless(rung: Rung, steps: Steps, inputs: CaseInputs) -> Callable[[], Tensor]:
+    """One step per call, on the first frames that the rung draws at once; begins anew when a loop has ended."""
+
+    def forever() -> Iterator[Tensor]:
+        while True:
+            yield from steps(inputs, inputs.timed_table, range(rung.at_once(inputs.case.frames)))
+
+    return functools.partial(next, forever())
+
+
+class Pictures:
+    """Latents to pictures in fp32, the same decoder for all.
+
+    Args:
+        decoder: the eager network `vae_decoder` in fp32.
+        device: where it lies.
+    """
+
+    def __init__(self, decoder: Network, device: torch.device) -> None:
+        self._decoder = decoder
+        self._device = device
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [F, 4, h, w] fp32 → pictures [F, 3, 8h, 8w] in -1 to 1, both on the CPU; frame by frame."""
+        with torch.inference_mode():
+            frames = [self._decoder({"latents": frame.to(self._device)})["image"].cpu() for frame in latents.split(1)]
+        return torch.cat(frames).clamp(-1, 1)
+
+
+def compare(other: str, found: Drawing, expected: Drawing) -> Comparison:
+    """Two drawings of the same frames; `other` names the rung of the expected one."""
+    errors = (found.pictures - expected.pictures).square().flatten(1).mean(1)
+    worst = 10 * torch.log10(4 / errors.max().clamp(min=4e-10))  # 100 dB at the most
+    difference = (found.latents - expected.latents).norm() / expected.latents.norm()
+    return Comparison(other, float(worst), float(difference))
+
+
+@dataclass
+class Ladder:
+    """One run over rungs and cases.
+
+    Attributes:
+        workbench: gives each rung its model.
+        inputs: of each case, by name.
+        pictures: decodes what is compared.
+        progress: tells how far it is.
+    """
+
+    workbench: Workbench
+    inputs: dict[str, CaseInputs]
+    pictures: Pictures
+    progress: Progress
+
+    def run(self, rungs: Sequence[Rung], rivals: Sequence[Rung]) -> list[RungResult]:
+        """All rungs over their cases, then the rivals, which are compared with the highest rung that draws alike."""
+        results: list[RungResult] = []
+        drawn: dict[str, tuple[str, Drawing]] = {}  # by case: the highest right rung so far, and what it drew
+        for rung in (*rungs, *rivals):
+            for inputs in self.inputs.values():
+                if not runs(rung, inputs.case):
+                    continue
+                self.progress.begin(f"{inputs.case.name}: {rung.name}")
+                result, drawing = self._measure(rung, inputs, drawn.get(inputs.case.name))
+                if drawing is not None and not rung.rival:
+                    drawn[inputs.case.name] = rung.name, drawing
+                results.append(result)
+                self.progress.done(describe(result))
+        return results
+
+    def _measure(
+        self, rung: Rung, inputs: CaseInputs, below: tuple[str, Drawing] | None
+    ) -> tuple[RungResult, Drawing | None]:
+        blank = functools.partial(RungResult, inputs.case.name, rung.name, rung.adds, rung.rival)
+        device = self.workbench.subject.device
+        found: dict[str, Any] = {}
+        try:
+            steps = rung.prepare(self.workbench)
+            with ExitStack() as stack:
+
+                def check() -> None:
+                    latents = draw(rung, steps, inputs, inputs.table)
+                    found["drawing"] = Drawing(latents, self.pictures.decode(latents))
+                    if below is not None:
+                        found["comparison"] = compare(below[0], found["drawing"], below[1])
+                    _check(latents, found.get("comparison"))
+                    if device.type == "cuda":
+                        torch.cuda.reset_peak_memory_stats(device)  # the decoder's is no part of it
+                    found["load"] = stack.enter_context(watch(device))
+
+                timing = measure(
+                    [endless(rung, steps, inputs)],
+                    check,
+                    device,
+                    warmup_seconds=WARMUP_SECONDS,
+                    graph=False,
+                    budget_seconds=BUDGET_SECONDS,
+                )
+            peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+        except WrongPictures as error:
+            return blank(WRONG, str(error), found.get("comparison")), None
+        except StoryAdapterError as error:
+            return blank(NOT_RUN, str(error)), None
+        except torch.OutOfMemoryError as error:
+            return blank(NOT_RUN, f"doesn't fit: {str(error).split('. GPU')[0]}"), None
+        except Exception as error:  # whatever a compiler or a library raises: the other rungs are still worth measuring
+            return blank(FAILED, failure(error)), None
+        result = blank(
+            MEASURED,
+            comparison=found.get("comparison"),
+            rows=2 * rung.at_once(inputs.case.frames),
+            timing=timing,
+            peak_bytes=peak,
+            load=found["load"].as_data(),
+        )
+        return result, found["drawing"]
+
+
+def _check(latents: Tensor, comparison: Comparison | None) -> None:
+    if not latents.isfinite().all():
+        raise WrongPictures("its latents have values that are not finite")
+    if comparison is not None and not comparison.psnr >= MIN_PSNR:
+        raise WrongPictures(
+            f"a picture is {comparison.psnr:.1f} dB from that of {comparison.other}; expected {MIN_PSNR:g} or more"
+        )
+
+
+def runs(rung: Rung, case: Case) -> bool:
+    """Whether a case is for this rung: rivals run those that have all rungs."""
+    return case.rungs is None or (not rung.rival and rung.name in case.rungs)
+
+
+def describe(result: RungResult) -> str:
+    """One line for the progress."""
+    if result.rows_per_second is None:
+        return f"{result.status}: {result.reason}"
+    text = f"{result.rows_per_second:.2f} rows/s"
+    return (
+        text if result.comparison is None else f"{text}, {result.comparison.psnr:.1f} dB to {result.comparison.other}"
+    )
+
+
+def failure(error: Exception) -> str:
+    """An exception that nobody expected, in one line."""
+    first = next((line for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {first[:200]}"

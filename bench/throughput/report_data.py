@@ -1,0 +1,189 @@
+"""Everything that a throughput report says, as plain data: the JSON file. The page and the chart are made from it."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+from storyadapter.bench.kernel_classes import KernelTimes
+from storyadapter.bench.throughput.cases import PUBLISHED, Case, StoryCase
+from storyadapter.bench.throughput.ladder import MEASURED, RungResult
+from storyadapter.bench.throughput.story import StoryResult
+
+KIND: Final = "throughput"
+VERSION: Final = 1
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a run of the benchmark found.
+
+    Attributes:
+        environment: see `storyadapter.bench.environment.describe`.
+        model: its label; precision: of all networks but the VAE.
+        cases, stories: that were run.
+        operations: of one UNet call with all rows of a case, by its name.
+        matrix_flops: measured rate of the device's matrix products; None on a CPU.
+        rungs, drawn: results of the ladder and of the whole stories.
+        undrawn: why whole stories weren't drawn, a line each.
+        build_seconds: by backend, of the engines that were built in this run.
+        profiled: case and rung of the call whose kernels were timed, and those; None on a CPU.
+        gpu_price: money per hour of the device, or None.
+    """
+
+    environment: dict[str, str]
+    model: str
+    precision: str
+    cases: Sequence[Case]
+    stories: Sequence[StoryCase]
+    operations: dict[str, int]
+    matrix_flops: float | None
+    rungs: Sequence[RungResult]
+    drawn: Sequence[StoryResult]
+    undrawn: Sequence[str]
+    build_seconds: dict[str, float]
+    profiled: tuple[str, str, KernelTimes] | None
+    gpu_price: float | None
+
+    def highest(self, case: str) -> RungResult | None:
+        """The highest rung of the ladder that was measured on a case: what whole stories are drawn by."""
+        measured = [r for r in self.rungs if r.case == case and r.status == MEASURED and not r.rival]
+        return measured[-1] if measured else None
+
+    def money(self, seconds: float) -> float | None:
+        """What so many seconds of the device cost."""
+        return None if self.gpu_price is None else self.gpu_price * seconds / 3600
+
+
+def as_data(found: Findings) -> dict[str, Any]:
+    """The report as JSON data."""
+    profiled = None
+    if found.profiled is not None:
+        case, rung, times = found.profiled
+        profiled = {
+            "case": case,
+            "rung": rung,
+            "kernels": times.kernels,
+            "milliseconds": times.milliseconds,
+            "slowest": [{"name": n, "class": c, "milliseconds": ms} for n, c, ms in times.slowest],
+        }
+    return {
+        "kind": KIND,
+        "version": VERSION,
+        "environment": found.environment,
+        "model": found.model,
+        "precision": found.precision,
+        "gpu_price": found.gpu_price,
+        "matrix_flops": found.matrix_flops,
+        "cases": [{**case.as_dict(), "operations": found.operations[case.name]} for case in found.cases],
+        "story_cases": [case.as_dict() for case in found.stories],
+        "rungs": [_rung(found, result) for result in found.rungs],
+        "stories": [_story(found, result) for result in found.drawn],
+        "undrawn": list(found.undrawn),
+        "build_seconds": found.build_seconds,
+        "kernels": profiled,
+        "cost_over_references": cost_over_references(found),
+        "published_workload": projection(found),
+    }
+
+
+def _rung(found: Findings, result: RungResult) -> dict[str, Any]:
+    data: dict[str, Any] = {
+        "case": result.case,
+        "rung": result.rung,
+        "adds": result.adds,
+        "rival": result.rival,
+        "status": result.status,
+    }
+    if result.reason:
+        data["reason"] = result.reason
+    if result.comparison is not None:
+        data["compared_with"] = asdict(result.comparison)
+    rate = result.rows_per_second
+    if rate is None or result.timing is None:
+        return data
+    case = next(case for case in found.cases if case.name == result.case)
+    flops = found.operations[case.name] / case.rows * rate
+    per_frame = 2 * PUBLISHED.steps * (1 + PUBLISHED.iterations) / rate
+    return data | {
+        "rows": result.rows,
+        "rows_per_second": rate,
+        "ms_per_call": result.timing.median,
+        "tflops": flops / 1e12,
+        "matrix_share": None if found.matrix_flops is None else flops / found.matrix_flops,
+        "peak_bytes": result.peak_bytes,
+        "seconds_per_frame": per_frame,
+        "money_per_frame": found.money(per_frame),
+        "load": result.load,
+        "timing": result.timing.as_data(),
+    }
+
+
+def _story(found: Findings, result: StoryResult) -> dict[str, Any]:
+    highest = found.highest(unet_case(found, result.case))
+    rate = highest.rows_per_second if highest is not None else None
+    return {
+        **asdict(result),
+        "seconds_per_frame": result.seconds_per_frame,
+        "rows_per_second": result.rows_per_second,
+        "share_of_unet_rate": None if rate is None else result.rows_per_second / rate,
+        "stage_shares": {name: seconds / result.seconds for name, seconds in result.stages.items()},
+        "money_per_frame": found.money(result.seconds_per_frame),
+    }
+
+
+def unet_case(found: Findings, story: str) -> str:
+    """The case of the ladder whose UNet calls a story makes: as many references and frames at once, and that size."""
+    wanted = next(case for case in found.stories if case.name == story)
+    for case in found.cases:
+        same = (case.references, case.frames, case.height, case.width)
+        if same == (wanted.frames, wanted.max_frames, wanted.height, wanted.width):
+            return case.name
+    return ""
+
+
+def cost_over_references(found: Findings) -> dict[str, Any] | None:
+    """Rows per second of the highest rung that was measured on several cases, by number of references."""
+    order = [result.rung for result in found.rungs if not result.rival]
+    references = {case.name: case.references for case in found.cases}
+    for rung in reversed(list(dict.fromkeys(order))):
+        measured = [r for r in found.rungs if r.rung == rung and r.status == MEASURED]
+        if len(measured) > 1:
+            rates = {references[result.case]: result.rows_per_second for result in measured}
+            few, many = rates[min(rates)], rates[max(rates)]
+            by_references = {str(count): rates[count] for count in sorted(rates)}
+            return {"rung": rung, "rows_per_second": by_references, "most_over_fewest": many / few}
+    return None
+
+
+def projection(found: Findings) -> list[dict[str, Any]]:
+    """The published workload's time, for each whole story: its UNet rows at the rate measured with the most
+    references, and every frame's other work as long as in the story."""
+    most = max(found.cases, key=lambda case: case.references, default=None)
+    if most is None or (most.height, most.width) != (PUBLISHED.height, PUBLISHED.width):
+        return []
+    highest = found.highest(most.name)
+    if highest is None or highest.rows_per_second is None:
+        return []
+    projected = []
+    for result in found.drawn:
+        of_story = found.highest(unet_case(found, result.case))
+        if of_story is None or of_story.rows_per_second is None:
+            continue
+        unet = result.unet_rows / of_story.rows_per_second
+        rest = max(0.0, result.seconds - unet) / result.drawn
+        seconds = PUBLISHED.unet_rows / highest.rows_per_second + PUBLISHED.drawn * rest
+        projected.append(
+            {
+                "way": result.way,
+                "vae_precision": result.vae_precision,
+                "rows": PUBLISHED.unet_rows,
+                "rows_per_second": highest.rows_per_second,
+                "references": most.references,
+                "drawn": PUBLISHED.drawn,
+                "rest_seconds_per_drawn_frame": rest,
+                "seconds": seconds,
+                "seconds_per_frame": seconds / PUBLISHED.frames,
+                "money": found.money(seconds),
+            }
+        )
+    return projected

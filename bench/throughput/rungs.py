@@ -1,0 +1,110 @@
+"""The rungs of the ladder: each adds one thing to the one before, with the same weights, inputs and noise."""
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from storyadapter import method
+from storyadapter.bench.throughput.inputs import SCALE, CaseInputs, bind_references, bind_text
+from storyadapter.bench.throughput.published import Attend, fused, install, materialized, published_steps
+from storyadapter.bench.throughput.workbench import Workbench, without_graphs
+from storyadapter.denoising import denoise
+from storyadapter.errors import UnavailableError
+from storyadapter.grca import grca
+from storyadapter.networks import Networks
+from storyadapter.sampler import SamplerTable
+
+# Denoises some frames of a case over a sampler's table; yields their state [F, 4, h, w] fp32 after each step, perhaps
+# always the same tensor.
+Steps = Callable[[CaseInputs, SamplerTable, range], Iterator[Tensor]]
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A way to denoise.
+
+    Attributes:
+        name: as typed after `--rungs`.
+        adds: what it has that the rung below has not; or what a rival is.
+        prepare: makes the steps; raises UnavailableError where it can't run, with the reason.
+        frame_by_frame: draws one frame at a time.
+        rival: not a rung of the ladder, but what others offer.
+    """
+
+    name: str
+    adds: str
+    prepare: Callable[[Workbench], Steps]
+    frame_by_frame: bool = False
+    rival: bool = False
+
+    def at_once(self, frames: int) -> int:
+        """Frames of one UNet call."""
+        return 1 if self.frame_by_frame else frames
+
+
+def _published(attend: Attend, workbench: Workbench) -> Steps:
+    unet, adapter = workbench.unet()
+    install(unet, adapter, attend, SCALE)
+    return functools.partial(published_steps, unet, adapter)
+
+
+def contract_steps(networks: Networks, inputs: CaseInputs, table: SamplerTable, frames: range) -> Iterator[Tensor]:
+    """The project's own loop over all frames of a case."""
+    if frames != range(inputs.case.frames):
+        raise ValueError(f"frames are {frames}; expected all {inputs.case.frames}")
+    with torch.inference_mode():
+        text, references = bind_text(networks, inputs.text), bind_references(networks, inputs)
+        steps = denoise(networks, text, references, table, inputs.noise, frames=len(frames), guidance=method.GUIDANCE)
+    while True:
+        with torch.inference_mode():
+            state = next(steps, None)
+        if state is None:
+            return
+        yield state
+
+
+def _cached(workbench: Workbench) -> Steps:
+    return functools.partial(contract_steps, workbench.eager(grca))
+
+
+def _fused(workbench: Workbench) -> Steps:
+    if workbench.subject.device.type != "cuda":
+        raise UnavailableError("the fused kernel needs a CUDA GPU")
+    try:
+        from storyadapter.kernels.launch import grca_triton
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise UnavailableError("triton is not installed") from None
+    return functools.partial(contract_steps, workbench.eager(grca_triton))
+
+
+def _compiled(workbench: Workbench) -> Steps:
+    return functools.partial(contract_steps, without_graphs(workbench.networks("inductor")))
+
+
+def _graphs(workbench: Workbench) -> Steps:
+    if workbench.subject.device.type != "cuda":
+        raise UnavailableError("CUDA graphs need a CUDA GPU")
+    return functools.partial(contract_steps, workbench.networks("inductor"))
+
+
+LADDER: Final = (
+    Rung(
+        "published",
+        "the published processors, frame by frame: scores in memory, text and reference keys and values projected in "
+        "every step, N references in every row",
+        functools.partial(_published, materialized),
+        frame_by_frame=True,
+    ),
+    Rung("batched", "frames in one batch", functools.partial(_published, materialized)),
+    Rung("sdpa", "PyTorch's fused attention instead of scores in memory", functools.partial(_published, fused)),
+    Rung("cached", "keys and values projected once, one bank of references for all rows", _cached),
+    Rung("fused", "text and reference attention in one kernel", _fused),
+    Rung("compiled", "the networks compiled ahead of time (backend inductor)", _compiled),
+    Rung("graphs", "a step replayed as a CUDA graph", _graphs),
+)

@@ -1,0 +1,212 @@
+"""Whole stories: the pipeline that `run` uses, and the same iterations one thing after the other."""
+
+import gc
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from storyadapter import method
+from storyadapter.bench.environment import watch
+from storyadapter.bench.throughput.cases import StoryCase
+from storyadapter.bench.throughput.inputs import SEED, bind_text, encode_prompts, prompts
+from storyadapter.bench.timing import Result, measure_run
+from storyadapter.conditioning import BoundText, Tokenizers
+from storyadapter.denoising import DenoisingState, LoopInputs
+from storyadapter.events import FrameFinished, RunFinished
+from storyadapter.networks import Networks
+from storyadapter.noise import draw_noise
+from storyadapter.pictures import embed_pictures
+from storyadapter.pipeline import StoryPipeline
+from storyadapter.plan import RunPlan, split_evenly
+from storyadapter.reference_bank import ReferenceBank
+from storyadapter.sampler import build_sampler
+from storyadapter.story import Story
+
+MIN_PSNR = 34.0  # dB, of the last iteration's pictures: the same networks, so only rounding may differ
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A story that was drawn: its last iteration, seconds by stage, and in which precision it was decoded."""
+
+    pictures: list[Image.Image]
+    stages: dict[str, float]
+    vae_precision: str
+
+
+@dataclass(frozen=True)
+class StoryResult:
+    """What was found of one whole story.
+
+    Attributes:
+        case: its name.
+        way: "one after the other" or "overlapped".
+        vae_precision: and where the VAE runs.
+        seconds: of the whole run, from prompts to pictures.
+        stages: seconds by stage; where stages overlap, their sum is more than `seconds`.
+        frames: of the story; drawn: in all iterations; unet_rows: of all its UNet calls.
+        psnr: dB of the last iteration's worst picture to the first way's; None for the first.
+        same_vae: whether that had the same VAE.
+        peak_bytes: most memory of the device in use by tensors; None on a CPU.
+    """
+
+    case: str
+    way: str
+    vae_precision: str
+    seconds: float
+    stages: dict[str, float]
+    frames: int
+    drawn: int
+    unet_rows: int
+    psnr: float | None
+    same_vae: bool
+    peak_bytes: int | None
+    load: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def seconds_per_frame(self) -> float:
+        """Per frame of the story, all its iterations included."""
+        return self.seconds / self.frames
+
+    @property
+    def rows_per_second(self) -> float:
+        """UNet rows per second of the whole run."""
+        return self.unet_rows / self.seconds
+
+
+def plan_of(case: StoryCase, prediction_type: str) -> RunPlan:
+    """The settings of a case."""
+    return RunPlan(
+        height=case.height,
+        width=case.width,
+        seed=SEED,
+        scales=method.reference_scales(case.iterations),
+        steps=case.steps,
+        prediction_type=prediction_type,
+        max_frames=case.max_frames,
+    )
+
+
+def draw_overlapped(networks: Networks, tokenizers: Tokenizers, plan: RunPlan, frames: int) -> Drawn:
+    """By the project's pipeline."""
+    pictures: dict[int, Image.Image] = {}
+    stages: dict[str, float] = {}
+    pipeline = StoryPipeline(networks, (tokenizers.first, tokenizers.second))
+    for event in pipeline.run(Story(tuple(prompts(frames)), style="none"), plan):
+        match event:
+            case FrameFinished():
+                pictures[event.frame] = event.picture
+            case RunFinished():
+                stages = dict(event.seconds)
+    return Drawn([pictures[frame] for frame in range(frames)], stages, networks.vae_precision)
+
+
+def draw_in_sequence(networks: Networks, tokenizers: Tokenizers, plan: RunPlan, frames: int) -> Drawn:
+    """The same iterations from the method's parts, each finished before the next begins."""
+    stages: dict[str, float] = defaultdict(float)
+
+    def stage(name: str, work: Callable[[], Result]) -> Result:
+        result, seconds = measure_run(work, networks.device)
+        stages[name] += seconds
+        return result
+
+    scale = networks.geometry.pixels_per_latent
+    table = build_sampler(plan.scheduler, plan.steps, prediction_type=plan.prediction_type)
+    noise = draw_noise(plan.seed, plan.height // scale, plan.width // scale, table)
+    loop = LoopInputs.upload(table, noise, plan.guidance, networks.device)
+    batches, words = split_evenly(frames, plan.max_frames), prompts(frames)
+    # one set of buffers per size, as in the pipeline, so that graphs are recorded once
+    bank = ReferenceBank.empty(networks, frames)
+    states = {len(batch): DenoisingState(networks, loop.shape(len(batch))) for batch in batches}
+
+    def text_of(batch: range) -> BoundText:
+        texts = [plan.negative_prompt, *words[batch.start : batch.stop]]
+        return bind_text(networks, encode_prompts(networks, tokenizers, texts, plan.height, plan.width))
+
+    def refer(references: list[Image.Image], scale: float | None) -> None:
+        if scale is None:
+            bank.clear()
+        else:
+            embeddings = [embed_pictures(networks, references[batch.start : batch.stop]) for batch in batches]
+            bank.fill(networks, torch.cat(embeddings), scale)
+
+    def latents_of(batch: range, text: BoundText) -> Tensor:
+        state = states[len(batch)]
+        state.load(loop, text, bank)
+        for _ in range(loop.calls):
+            state.advance()
+        return state.x
+
+    texts = stage("text", lambda: [text_of(batch) for batch in batches])
+    pictures: list[Image.Image] = []
+    for iteration in range(plan.iterations):
+        stage("references", partial(refer, pictures, plan.scale_of(iteration)))
+        pictures = []
+        for batch, text in zip(batches, texts, strict=True):
+            latents = stage("denoise", partial(latents_of, batch, text))
+            pictures += stage("decode", partial(_decode, networks, latents))
+    return Drawn(pictures, dict(stages), networks.vae_precision)
+
+
+def _decode(networks: Networks, latents: Tensor) -> list[Image.Image]:
+    image = networks.vae_decoder({"latents": latents.to(networks.vae_dtype)})["image"].float()
+    array = ((image / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(frame) for frame in array]
+
+
+def measure_story(
+    draw: Callable[[Networks, Tokenizers, RunPlan, int], Drawn],
+    way: str,
+    networks: Networks,
+    tokenizers: Tokenizers,
+    case: StoryCase,
+    prediction_type: str,
+    other: Drawn | None,
+) -> tuple[StoryResult, Drawn]:
+    """Draw a story once to warm up, with two steps, and once to be timed.
+
+    Args:
+        draw: `draw_overlapped` or `draw_in_sequence`.
+        other: the same story drawn otherwise, to be compared with.
+    """
+    device = networks.device
+    plan = plan_of(case, prediction_type)
+    warm_up = RunPlan(**{**plan.as_dict(), "steps": 2, "scales": plan.scales[:1]})
+    with torch.inference_mode():
+        draw(networks, tokenizers, warm_up, case.frames)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        with watch(device) as load:
+            drawn, seconds = measure_run(lambda: draw(networks, tokenizers, plan, case.frames), device)
+    result = StoryResult(
+        case=case.name,
+        way=way,
+        vae_precision=networks.vae_precision,
+        seconds=seconds,
+        stages=drawn.stages,
+        frames=case.frames,
+        drawn=case.drawn,
+        unet_rows=case.unet_rows,
+        psnr=None if other is None else worst_psnr(drawn.pictures, other.pictures),
+        same_vae=other is None or other.vae_precision == drawn.vae_precision,
+        peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        load=load.as_data(),
+    )
+    return result, drawn
+
+
+def worst_psnr(found: Iterable[Image.Image], expected: Iterable[Image.Image]) -> float:
+    """dB of the picture that differs most, of 255; 100 where all are equal."""
+    worst = 100.0
+    for one, two in zip(found, expected, strict=True):
+        difference = np.asarray(one, dtype=np.float64) - np.asarray(two)
+        if error := float(np.square(difference).mean()):
+            worst = min(worst, float(10 * np.log10(255**2 / error)))
+    return worst

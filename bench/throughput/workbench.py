@@ -1,0 +1,110 @@
+"""The model in the form that a rung needs; one form at a time is in memory, so that each rung's peak is its own."""
+
+import dataclasses
+import gc
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from storyadapter.bench.progress import Progress
+from storyadapter.bench.subject import Subject
+from storyadapter.checkpoint import IPAdapterWeights
+from storyadapter.contract import Precision, ShapeRanges
+from storyadapter.engine.eager import EagerNetwork
+from storyadapter.grca import GrcaFunction
+from storyadapter.modules import VaeDecoder
+from storyadapter.networks import TORCH_DTYPES, Networks, run_directly
+from storyadapter.unet import GlobalReferenceCrossAttention
+
+
+class Workbench:
+    """Loads forms of one subject and lets go of the one before.
+
+    Args:
+        subject: the model.
+        ranges: what engines are built for.
+        vae_precision: of the engines' VAE.
+        progress: told of what is slow.
+
+    Attributes:
+        build_seconds: by backend, of the engines that were built.
+    """
+
+    def __init__(self, subject: Subject, ranges: ShapeRanges, vae_precision: Precision, progress: Progress) -> None:
+        self.subject = subject
+        self.ranges = ranges
+        self.vae_precision: Precision = vae_precision
+        self.progress = progress
+        self.build_seconds: dict[str, float] = {}
+        self._name = ""
+        self._form: Any = None
+
+    def unet(self, user: str = "published") -> tuple[UNet2DConditionModel, IPAdapterWeights]:
+        """diffusers' UNet and the adapter, on the device; who changes the UNet for good asks by another `user` name."""
+        if self._name != user:
+            self.clear()
+            checkpoint, dtype, device = (
+                self.subject.checkpoint,
+                TORCH_DTYPES[self.subject.precision],
+                self.subject.device,
+            )
+            unet = checkpoint.load_unet(dtype)
+            self._form = torch.nn.Module.to(unet, device), _on(checkpoint.load_ip_adapter(dtype), device)
+            self._name = user
+        return self._form
+
+    def networks(self, backend: str) -> Networks:
+        """The contract's networks on a backend.
+
+        Raises:
+            UnavailableError: see `Subject.open`.
+            EngineBuildError: see `Subject.open`.
+        """
+        if self._name != backend:
+            self.clear()
+            opened = self.subject.open(backend, self.ranges, self.vae_precision, self.progress.tell)
+            if opened.build_seconds:
+                self.build_seconds[backend] = opened.build_seconds
+                self.progress.leave_out(opened.build_seconds)
+            self._form = opened.networks
+            self._name = backend
+        return self._form
+
+    def eager(self, attention: GrcaFunction) -> Networks:
+        """Eager networks whose denoiser attends by this implementation of the operator."""
+        networks = self.networks("eager")
+        assert isinstance(networks.denoiser, EagerNetwork)
+        for module in networks.denoiser.module.modules():
+            if isinstance(module, GlobalReferenceCrossAttention):
+                module.grca = attention
+        return networks
+
+    def clear(self) -> None:
+        """Let go of what is in memory."""
+        self._name, self._form = "", None
+        gc.collect()
+        if self.subject.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def without_graphs(networks: Networks) -> Networks:
+    """The same networks, whose steps are run and not replayed."""
+    return dataclasses.replace(networks, run_step=run_directly)
+
+
+def with_eager_vae(networks: Networks, subject: Subject, precision: Precision) -> Networks:
+    """The same networks with a VAE in plain PyTorch, channels last; in fp32 on a GPU, its convolutions use TF32."""
+    decoder = VaeDecoder(subject.checkpoint.load_vae(TORCH_DTYPES[precision])).to(subject.device).eval()
+    decoder.to(memory_format=torch.channels_last)
+    network = EagerNetwork(networks.vae_decoder.spec, decoder, precision=networks.precision, vae_precision=precision)
+    return dataclasses.replace(networks, vae_decoder=network, vae_precision=precision)
+
+
+def _on(adapter: IPAdapterWeights, device: torch.device) -> IPAdapterWeights:
+    layers = tuple(
+        dataclasses.replace(layer, to_k=layer.to_k.to(device), to_v=layer.to_v.to(device)) for layer in adapter.layers
+    )
+    tensors = ("projection_weight", "projection_bias", "norm_weight", "norm_bias")
+    moved = {name: getattr(adapter, name).to(device) for name in tensors}
+    return dataclasses.replace(adapter, layers=layers, **moved)
