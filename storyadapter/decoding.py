@@ -121,9 +121,9 @@ class FrameDecoder:
                 yield frame, picture
             if batch.frames:
                 return
-            self._batches.popleft()
             if batch.embed:
                 self._embeddings.append(self._embed(batch.pixels))
+            self._batches.popleft()
 
     def take_embeddings(self) -> Tensor:
         """[N, width] in the engine's dtype: CLIP embeddings of all frames since the last call, in their order.

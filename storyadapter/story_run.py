@@ -90,7 +90,7 @@ class StoryRun:
                     groups = split_evenly(self._frames, self.max_frames) if self._decoder.overlapped else None
                     bank.fill(self._networks, embed_pictures(self._networks, references, groups), scale)
             for event in self._iteration(iteration, bank, clock, batches):
-                if isinstance(event, FrameFinished):
+                if isinstance(event, FrameFinished) and not self._decoder.overlapped:
                     given.append(event.picture)
                 yield event
             self._buffers.give_bank(room, bank)

@@ -52,7 +52,7 @@ def test_another_stream_is_kept_in_order() -> None:
             runner("square", lambda: torch.matmul(source, source, out=result))
             expected = source @ source
         stream.synchronize()
-        torch.testing.assert_close(result, expected)
+        torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-2)
 
 
 def test_graphs_share_their_scratch_memory_and_give_it_back() -> None:

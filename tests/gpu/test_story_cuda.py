@@ -12,6 +12,7 @@ from storyadapter import Checkpoint, RunPlan, Story, StoryPipeline
 from storyadapter.engine import open_networks
 from storyadapter.engine.graphs import GraphStepRunner
 from storyadapter.events import FrameFinished, IterationFinished, RunStarted, StepFinished
+from storyadapter.networks import run_directly
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -27,9 +28,8 @@ def checkpoint(tiny_model_dir: Path) -> Checkpoint:
 
 def opened(checkpoint: Checkpoint, runner: GraphStepRunner | None = None, **options: bool) -> StoryPipeline:
     networks = open_networks(checkpoint, backend="eager", precision="fp32", device="cuda")
-    if runner:
-        # eager reads padding too, which is masked; here it is only to be the same shape
-        networks = replace(networks, run_step=runner, padding_is_free=True)
+    # eager reads padding too, which is masked; here iteration 0 is only to have the shape of the later ones
+    networks = replace(networks, run_step=runner or run_directly, padding_is_free=True)
     return StoryPipeline(networks, checkpoint.load_tokenizers(), **options)
 
 
@@ -71,8 +71,9 @@ def test_the_mode_would_tell() -> None:
 def test_graphs_draw_the_same_and_are_shared_over_iterations_and_stories(checkpoint: Checkpoint) -> None:
     runner = GraphStepRunner(limit=4)
     pipeline, plain = opened(checkpoint, runner), opened(checkpoint)
-    expected = draw(plain)
-    assert all(np.array_equal(*pair) for pair in zip(draw(pipeline), expected, strict=True))
+    expected = draw(pipeline)
+    pairs = zip(draw(plain), expected, strict=True)
+    assert max(np.abs(one.astype(int) - other).max() for one, other in pairs) <= 1
     assert runner.captures == 2  # of the micro-batches of 3 and of 2 frames, in whichever iteration
     draw(pipeline, replace(PLAN, seed=4, guidance=3.0, steps=6))
     assert runner.captures == 2
