@@ -5,11 +5,17 @@ what isn't counted one by one, the frames of a micro-batch are
 
     (free - reserve - fixed - decode) // per_frame
 
-within what the engine takes and at most `plan.FRAMES_AT_MOST`; then the story is split evenly. `fixed` is what a UNet
-call takes however few its frames are (the reference bank above all), `per_frame` what each frame adds to it (the
-activations of two rows, the keys and values of its prompt), `decode` what decoding one frame takes, which goes on at
-the same time. What is left then keeps the text of the whole story, or else it is projected again for each micro-batch,
-which costs a few thousandths of the time; and two frames are decoded at once if there is still room for that.
+within what the engine takes and at most `plan.FRAMES_AT_MOST`; then the story is split evenly.
+
+- `decode` is what decoding one frame takes, which goes on beside the UNet's work.
+- `fixed` is what a UNet call takes however few its frames are (the reference bank above all), what the image encoder
+  takes over `decode`, whose place it takes, and what the hungriest of the networks takes that run between micro-batches:
+  little, unless their weights come from the host for each call.
+- `per_frame` is what each frame adds to a UNet call (the activations of two rows, the keys and values of its prompt),
+  and two more copies of those keys and values on their way.
+
+What is left then keeps the text of the whole story, or else it is projected again for each micro-batch, which costs a
+few thousandths of the time; and two frames are decoded at once if there is still room for that.
 """
 
 import gc
@@ -23,7 +29,7 @@ from storyadapter import method
 from storyadapter.conditioning import text_bytes
 from storyadapter.contract import Range
 from storyadapter.denoising import LoopBuffers
-from storyadapter.networks import Networks, idle_inputs
+from storyadapter.networks import Network, Networks, idle_inputs
 from storyadapter.plan import FRAMES_AT_MOST, FRAMES_UNMEASURED, RunPlan, split_evenly
 
 RESERVE_SHARE: Final = 16
@@ -110,26 +116,31 @@ def measure_needs(networks: Networks, plan: RunPlan, references: int, allowed: R
     Raises:
         torch.OutOfMemoryError: a single frame doesn't fit.
     """
-    device, scale = networks.device, networks.geometry.pixels_per_latent
-    frame = {"F": 1, "h": plan.height // scale, "w": plan.width // scale}
+    device = networks.device
 
-    def denoise(frames: int) -> int:
-        letters = unet_letters(networks, plan, frames, references)
-        return _peak(device, lambda: networks.denoiser(idle_inputs(networks, networks.denoiser.spec, letters)))
+    def peak(network: Network, frames: int = 1) -> int:
+        letters = unet_letters(networks, plan, frames, references) | {"F": frames, "N": references + 1}
+        return _peak(device, lambda: network(idle_inputs(networks, network.spec, letters)))
 
     with torch.inference_mode():
-        denoise(1)  # libraries take scratch memory once
-        one = denoise(1)
-        decode = _peak(device, lambda: networks.vae_decoder(idle_inputs(networks, networks.vae_decoder.spec, frame)))
-        per_frame = one
+        peak(networks.denoiser)  # libraries take scratch memory once
+        one = per_frame = peak(networks.denoiser)
+        decode, encode = peak(networks.vae_decoder), peak(networks.image_encoder)
+        text = (networks.text_encoder, networks.text_encoder_2, networks.text_projection)
+        between = max(map(peak, (*text, networks.reference_projection)))
         if allowed.maximum >= _PROBED_FRAMES:
             try:
-                per_frame = (denoise(_PROBED_FRAMES) - one) // (_PROBED_FRAMES - 1)
+                per_frame = (peak(networks.denoiser, _PROBED_FRAMES) - one) // (_PROBED_FRAMES - 1)
             except torch.OutOfMemoryError:
                 per_frame = one
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
-    return MemoryNeeds(free, max(0, one - per_frame), max(1, per_frame), decode)
+    return MemoryNeeds(
+        free,
+        fixed=max(0, one - per_frame) + max(0, encode - decode) + between,
+        per_frame=per_frame + 2 * text_bytes(networks.geometry, networks.dtype, 1),
+        decode=decode,
+    )
 
 
 def unet_letters(networks: Networks, plan: RunPlan, frames: int, references: int) -> dict[str, int]:

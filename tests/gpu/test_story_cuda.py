@@ -1,5 +1,6 @@
 """A story on a GPU: nothing is copied inside the loop, graphs are shared, and decoding goes on beside the UNet."""
 
+import gc
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +12,9 @@ import torch
 from storyadapter import Checkpoint, RunPlan, Story, StoryPipeline
 from storyadapter.engine import open_networks
 from storyadapter.engine.graphs import GraphStepRunner
-from storyadapter.events import FrameFinished, IterationFinished, RunStarted, StepFinished
+from storyadapter.events import FrameFinished, IterationFinished, MicroBatchHalved, RunStarted, StepFinished
 from storyadapter.networks import run_directly
+from storyadapter.plan import FRAMES_AT_MOST
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -102,3 +104,37 @@ def test_steps_are_told_in_order_and_stages_are_timed(checkpoint: Checkpoint) ->
     finished = [event for event in events if isinstance(event, IterationFinished)]
     assert all(set(event.seconds) == {"references", "denoise", "decode"} for event in finished)
     assert all(seconds > 0 for event in finished for seconds in event.seconds.values())
+
+
+def test_frames_are_split_by_the_memory_that_is_free(checkpoint: Checkpoint) -> None:
+    pipeline = opened(checkpoint)
+    small, large = (
+        pipeline.batching(replace(PLAN, height=side, width=side, max_frames=None), 40) for side in (64, 512)
+    )
+    assert small.max_frames == FRAMES_AT_MOST  # on any GPU that there is
+    assert small.needs and large.needs
+    for name in ("per_frame", "decode"):
+        assert getattr(large.needs, name) > 10 * getattr(small.needs, name)
+    assert len(draw(pipeline, replace(PLAN, max_frames=None))) == 15
+
+
+def test_a_gpu_with_little_memory_draws_the_same(checkpoint: Checkpoint) -> None:
+    """The allocator is really given less than the micro-batch that is asked for takes."""
+    plan = replace(PLAN, height=512, width=512, steps=3, scales=(0.4,), max_frames=5)
+    plain = opened(checkpoint)
+    expected, needs = draw(plain, plan), plain.batching(plan, 5).needs
+    del plain
+    pipeline = opened(checkpoint, GraphStepRunner())
+    pipeline.batching(plan, 5)
+    gc.collect()
+    torch.cuda.empty_cache()
+    total = torch.cuda.mem_get_info()[1]
+    limit = torch.cuda.memory_reserved() + needs.fixed + needs.decode + 2.5 * needs.per_frame
+    torch.cuda.set_per_process_memory_fraction(limit / total)
+    try:
+        events = list(pipeline.run(STORY, plan))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert [event for event in events if isinstance(event, MicroBatchHalved)]
+    drawn = [np.asarray(event.picture) for event in events if isinstance(event, FrameFinished)]
+    assert max(np.abs(one.astype(int) - other).max() for one, other in zip(drawn, expected, strict=True)) <= 2

@@ -7,11 +7,12 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from storyadapter.cli.reporting import BarReporter, count, duration
+from storyadapter.cli.reporting import BarReporter, LineReporter, count, duration
 from storyadapter.events import (
     FrameFinished,
     IterationFinished,
     IterationStarted,
+    MicroBatchHalved,
     PromptTruncated,
     RunFinished,
     RunStarted,
@@ -59,6 +60,7 @@ def test_bars(capsys: pytest.CaptureFixture[str]) -> None:
     reporter.note("plan", "the plan [3 frames]")
     reporter.event(RunStarted(3, 3, 1, batches))  # resumed: one of three iterations is finished
     reporter.event(PromptTruncated(2, "the end [of it]"))
+    reporter.event(MicroBatchHalved(1, range(0, 3), 2))
     for iteration, scale in ((1, 0.3), (2, 0.5)):
         reporter.event(IterationStarted(iteration, scale))
         for batch in batches:
@@ -76,7 +78,23 @@ def test_bars(capsys: pytest.CaptureFixture[str]) -> None:
     )
     assert "the plan [3 frames]" in screen.getvalue()
     assert 'warning: frame 2: the prompt is over 77 tokens; cut off: "the end [of it]"' in screen.getvalue()
+    assert "warning: iteration 1: out of memory with 3 frames at once; going on with 2" in screen.getvalue()
     reporter.event(RunFinished({"denoise": 2.0}))
     reporter.result("drawn", "out/contact-sheet.png")
     reporter.close()
     assert capsys.readouterr().out == "out/contact-sheet.png\n"
+
+
+def test_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    reporter = LineReporter()
+    for event in (
+        RunStarted(3, 1, 0, split_evenly(3, 3)),
+        IterationStarted(0, None),
+        MicroBatchHalved(0, range(0, 3), 2),
+        IterationFinished(0, {"denoise": 100.0, "decode": 100.0}),  # stages overlap: their sum is no time
+    ):
+        reporter.event(event)
+    assert capsys.readouterr().err.splitlines() == [
+        "warning: iteration 0: out of memory with 3 frames at once; going on with 2",
+        "iteration 0, text only: 3 frames in 0.0 s",
+    ]
