@@ -104,8 +104,8 @@ def build_engine(
     store = EngineStore(engine_dir)
     if identity.backend == "tensorrt":
         options = options or BuildOptions()
-        options.check(ranges)
         library, targets = choose_library(tuple(identity.architecture.split("+")), gpu_target())
+        options.check(ranges, library)
         from storyadapter.engine.tensorrt.builder import build_tensorrt
 
         def write(folder: Path) -> dict[str, Any]:

@@ -11,14 +11,12 @@ import onnx
 import torch
 from torch import nn
 
-from storyadapter.contract import NetworkSpec, Precision, Range, TensorSpec
+from storyadapter.contract import NetworkSpec, Precision, Range
 from storyadapter.export import OPSET, onnx_name
+from storyadapter.export.dynamic_shapes import dynamic_shapes
 from storyadapter.export.grca_node import attach_function, grca_node
 from storyadapter.export.probe import example_letters, probe_inputs
-from storyadapter.unet import Denoiser, GlobalReferenceCrossAttention
-
-# Latents are exported as multiples of this: the UNet halves them twice.
-LATENT_MULTIPLE = 4
+from storyadapter.unet import GlobalReferenceCrossAttention
 
 
 def export_network(
@@ -41,11 +39,6 @@ def export_network(
     """
     letters = example_letters(dict(ranges))
     inputs = probe_inputs(spec, letters, precision, vae_precision)
-    dims = {name: _dim(name, ranges[name]) for name in letters}
-    shapes = tuple(_dynamic_shape(tensor, dims) for tensor in spec.inputs)
-    # a module with *args sees them as one argument of that name
-    positional = 3 if isinstance(module, Denoiser) else len(shapes)
-    dynamic_shapes = shapes[:positional] + ((shapes[positional:],) if positional < len(shapes) else ())
     path = folder / onnx_name(spec.name)
     attentions = [part for part in module.modules() if isinstance(part, GlobalReferenceCrossAttention)]
     eager = [attention.grca for attention in attentions]
@@ -58,7 +51,7 @@ def export_network(
                 tuple(inputs.values()),
                 dynamo=True,
                 opset_version=OPSET,
-                dynamic_shapes=dynamic_shapes,
+                dynamic_shapes=dynamic_shapes(spec, module, ranges),
                 input_names=[tensor.name for tensor in spec.inputs],
                 output_names=[tensor.name for tensor in spec.outputs],
                 verbose=False,
@@ -90,21 +83,6 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-
-def _dim(name: str, value: Range) -> object | None:
-    """A dynamic dimension of torch.export, or None for a constant one."""
-    if value.minimum == value.maximum:
-        return None
-    if name in ("h", "w"):
-        low, high = value.minimum // LATENT_MULTIPLE, value.maximum // LATENT_MULTIPLE
-        return LATENT_MULTIPLE * torch.export.Dim(f"{name}_quarter", min=low, max=high)
-    return torch.export.Dim(name, min=value.minimum, max=value.maximum)
-
-
-def _dynamic_shape(tensor: TensorSpec, dims: Mapping[str, object | None]) -> dict[int, object]:
-    letters = {axis: dim for axis, dim in enumerate(tensor.shape) if isinstance(dim, str)}
-    return {axis: dims[dim] for axis, dim in letters.items() if dims[dim] is not None}
 
 
 def _name_dimensions(model: onnx.ModelProto, spec: NetworkSpec) -> None:

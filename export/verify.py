@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
+import torch
+from torch import Tensor
 
 from storyadapter.contract import Precision
 from storyadapter.errors import StoryAdapterError
@@ -34,14 +35,32 @@ def verify_export(path: Path, probes: Sequence[Probe], precision: Precision) -> 
         feed = {name: tensor.numpy() for name, tensor in probe.inputs.items()}
         names = list(probe.outputs)
         for name, got in zip(names, session.run(names, feed), strict=True):
-            expected = probe.outputs[name].double().numpy()
-            if got.shape != expected.shape:
-                raise ExportError(f"{path.name}: output {name} has shape {got.shape}; eager gives {expected.shape}")
-            error = float(np.linalg.norm(got.astype(np.float64) - expected) / np.linalg.norm(expected))
-            if not error <= TOLERANCE[precision]:
-                raise ExportError(
-                    f"{path.name}: output {name} differs from eager by {error:.2e} (relative) in {precision}; "
-                    f"expected at most {TOLERANCE[precision]:g}"
-                )
-            worst = max(worst, error)
+            where = f"{path.name}: output {name}"
+            worst = max(
+                worst,
+                relative_error(where, torch.from_numpy(got), probe.outputs[name], precision, TOLERANCE[precision]),
+            )
     return worst
+
+
+def relative_error(where: str, got: Tensor, expected: Tensor, precision: Precision, tolerance: float) -> float:
+    """‖got − expected‖ / ‖expected‖ of one output.
+
+    Args:
+        where: names the output in a message.
+        got, expected: the output, and what eager gives; any dtype and device.
+        precision: for the message.
+        tolerance: the largest error allowed.
+
+    Raises:
+        ExportError: the shapes differ, or the error is above `tolerance` or not finite.
+    """
+    if got.shape != expected.shape:
+        raise ExportError(f"{where} has shape {tuple(got.shape)}; eager gives {tuple(expected.shape)}")
+    reference = expected.double().cpu()
+    error = float((got.double().cpu() - reference).norm() / reference.norm())
+    if not error <= tolerance:
+        raise ExportError(
+            f"{where} differs from eager by {error:.2e} (relative) in {precision}; expected at most {tolerance:g}"
+        )
+    return error

@@ -30,3 +30,7 @@ class EngineMismatchError(InputError):
 
 class RunError(StoryAdapterError):
     """The run began and had to stop: no space left, a frame that came out non-finite, an engine that failed."""
+
+
+class EngineBuildError(StoryAdapterError):
+    """A builder refused a network, ended early, or made something that computes something else."""

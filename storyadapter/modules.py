@@ -5,14 +5,39 @@ them, the exporters export them, and nothing else knows how a network is compute
 """
 
 from collections.abc import Iterator
+from typing import Protocol
 
+import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from storyadapter.checkpoint import Checkpoint
-from storyadapter.contract import Precision
+from storyadapter.checkpoint import IPAdapterWeights
+from storyadapter.contract import Geometry, Precision
 from storyadapter.grca import GrcaFunction
 from storyadapter.networks import TORCH_DTYPES
 from storyadapter.unet import split_unet
+
+
+class ModelParts(Protocol):
+    """What the seven networks are made from: an opened `Checkpoint`, or a model made otherwise.
+
+    Each method gives a fresh copy of its part in `dtype`, ready for inference.
+    """
+
+    @property
+    def geometry(self) -> Geometry: ...
+
+    def load_text_encoder(self, dtype: torch.dtype) -> nn.Module: ...
+
+    def load_text_encoder_2(self, dtype: torch.dtype) -> nn.Module: ...
+
+    def load_image_encoder(self, dtype: torch.dtype) -> nn.Module: ...
+
+    def load_unet(self, dtype: torch.dtype) -> UNet2DConditionModel: ...
+
+    def load_ip_adapter(self, dtype: torch.dtype) -> IPAdapterWeights: ...
+
+    def load_vae(self, dtype: torch.dtype) -> nn.Module: ...
 
 
 class TextEncoder(nn.Module):
@@ -63,14 +88,15 @@ class VaeDecoder(nn.Module):
 
     def forward(self, latents: Tensor) -> Tensor:
         """latents [F, 4, h, w] as the sampler leaves them → image [F, 3, 8h, 8w], about -1 to 1."""
-        z = latents / self.scaling_factor
+        # in fp32: an exported file would hold the factor in the network's own type, 0.3 % off in bf16
+        z = (latents.float() / self.scaling_factor).to(latents.dtype)
         if self.post_quant_conv is not None:
             z = self.post_quant_conv(z)
         return self.decoder(z)
 
 
 def iterate_modules(
-    checkpoint: Checkpoint, precision: Precision, vae_precision: Precision, grca: GrcaFunction
+    checkpoint: ModelParts, precision: Precision, vae_precision: Precision, grca: GrcaFunction
 ) -> Iterator[tuple[str, nn.Module]]:
     """The seven modules by their contract names, loaded one checkpoint component at a time, on the CPU.
 

@@ -1,5 +1,6 @@
 """Fixtures shared by all tests."""
 
+import os
 import shlex
 from contextlib import redirect_stderr
 from io import StringIO
@@ -9,8 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from storyadapter.checkpoint import Checkpoint
+from storyadapter.checkpoint.paths import CheckpointPaths
 from storyadapter.cli.main import main
 from storyadapter.demo.networks import TINY, write_random_model
+from storyadapter.demo.shipped import MODEL
 from tests.oracle.published_method import encode_picture, load_published_model, published_frame
 
 
@@ -56,6 +60,19 @@ def tell_pictures_apart(folder: Path) -> None:
 
 
 @pytest.fixture(scope="session")
+def demo_checkpoint() -> Checkpoint:
+    """The demo model that the project ships."""
+    return Checkpoint.open(CheckpointPaths(MODEL, MODEL / "image_encoder", MODEL / "ip-adapter.safetensors"))
+
+
+@pytest.fixture(scope="session")
+def session_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all processes of one test session see, for what only one of them shall make; lock what you make."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session")
 def tiny_engine_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An engine store with one onnxruntime engine of the tiny model: fp32, 64×64, 3 frames at once, 100 references.
 
@@ -73,4 +90,19 @@ def tiny_engine_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFacto
     program, *build = shlex.split(told.getvalue().partition("build it: ")[2])
     assert program == "storyadapter-trt"
     assert main([*build, "--quiet"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_inductor_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An engine store with one inductor engine of the tiny model for the CPU: fp32, 64×64, 2 frames at once,
+    8 references. It takes a minute or two of a C++ compiler. Read only."""
+    folder = tmp_path_factory.mktemp("inductor-engines")
+    build = [
+        *("build", "--base-model", str(tiny_model_dir), "--image-encoder", str(tiny_model_dir / "image_encoder")),
+        *("--ip-adapter", str(tiny_model_dir / "ip-adapter.safetensors"), "--backend", "inductor"),
+        *("--precision", "fp32", "--max-frames", "2", "--max-references", "8"),
+        *("--engine-dir", str(folder), "--quiet"),
+    ]
+    assert main(build) == 0
     return folder

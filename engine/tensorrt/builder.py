@@ -26,7 +26,7 @@ from storyadapter.engine.tensorrt.engine_folder import TENSORRT_NAMES, EngineFol
 from storyadapter.engine.tensorrt.library import Library
 from storyadapter.engine.tensorrt.options import BuildOptions
 from storyadapter.engine.tensorrt.worker import BuildReport, BuildRequest, TensorBounds, peak_memory
-from storyadapter.errors import StoryAdapterError, UnavailableError
+from storyadapter.errors import EngineBuildError, UnavailableError
 from storyadapter.export.compared import export_compared
 from storyadapter.grca import grca
 from storyadapter.modules import iterate_modules
@@ -35,10 +35,6 @@ _KILLED: Final = -9
 
 ReportStage = Callable[[str, str], None]
 ReportFraction = Callable[[str, float], None]  # network, how much of its engine is built
-
-
-class EngineBuildError(StoryAdapterError):
-    """TensorRT refused a network, or its builder ended early."""
 
 
 def build_tensorrt(
@@ -70,7 +66,7 @@ def build_tensorrt(
         EngineBuildError: TensorRT refused.
         InputError: an option that doesn't fit.
     """
-    options.check(ranges)
+    options.check(ranges, library)
     geometry = checkpoint.geometry
     scale = geometry.pixels_per_latent
     letters = ranges.letters(scale)

@@ -130,7 +130,7 @@ def test_cuda_graph_replays_with_new_values(loads: str) -> None:
 @pytest.mark.parametrize(
     ("index", "change", "name"),
     [
-        (0, lambda tensor: tensor.T, "x"),
+        (0, lambda tensor: tensor.repeat(1, 2)[:, ::2], "x"),
         (1, lambda tensor: tensor.cpu(), "weight"),
         (1, lambda tensor: tensor.float(), "weight"),
         (2, lambda tensor: tensor[:-32], "bias"),

@@ -1,0 +1,158 @@
+"""Compiled networks, opened: nothing is compiled here, and weights are read once."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from storyadapter.contract import Geometry, NetworkSpec, Precision, Range, network_specs
+from storyadapter.engine.graphs import GraphStepRunner
+from storyadapter.engine.inductor import package_name, weights_name
+from storyadapter.engine.inductor.shapes import compiled_ranges, cut, doubled
+from storyadapter.engine.out_of_memory import told_as_out_of_memory
+from storyadapter.networks import Networks, check_inputs, run_directly
+
+# Above this share of the free memory the weights leave too little for frames: all but the denoiser's stay on the host.
+_OFFLOAD_ABOVE = 0.5
+_GRAPHS = 8  # a story has one or two shapes
+
+
+class InductorNetwork:
+    """A network of the contract as an AOTInductor package."""
+
+    def __init__(
+        self,
+        spec: NetworkSpec,
+        folder: Path,
+        precision: Precision,
+        vae_precision: Precision,
+        device: torch.device,
+        letters: Mapping[str, Range],
+        weights: Mapping[str, Tensor],
+        *,
+        offloaded: bool = False,
+    ) -> None:
+        """
+        Args:
+            spec, precision, vae_precision, letters: what the package was compiled for.
+            folder: holds the package.
+            device: what it was compiled for.
+            weights: by name, at least those that the package reads; on `device`, or on the host if `offloaded`.
+            offloaded: weights are copied to the device for each call and given up after it.
+        """
+        self.spec = spec
+        self.precision: Precision = precision
+        self.vae_precision: Precision = vae_precision
+        self.device = device
+        self.letters = letters
+        self.offloaded = offloaded
+        self._compiled = compiled_ranges(spec, letters)
+        # run_single_threaded: the other mode keeps a pool of runners that synchronizes, which no graph can capture
+        index = device.index if device.type == "cuda" and device.index is not None else -1
+        self._package = torch._inductor.aoti_load_package(
+            str(folder / package_name(spec.name)), run_single_threaded=True, device_index=index
+        )
+        self.weights = {name: weights[name] for name in self._package.get_constant_fqns()}
+        if not offloaded:
+            self._bind(self.weights)
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See `storyadapter.networks.Network`."""
+        # a package doesn't look at strides: a view would give wrong numbers without an error
+        sizes = check_inputs(
+            self.spec,
+            inputs,
+            precision=self.precision,
+            vae_precision=self.vae_precision,
+            device=self.device,
+            letters=self.letters,
+        )
+        tensors = [inputs[tensor.name] for tensor in self.spec.inputs]
+        if not self.offloaded:
+            outputs = self._run(tensors, sizes)
+        else:
+            # the allocator gives memory to other work of this stream only, so what is given up is read before
+            on_device = {name: value.to(self.device, non_blocking=True) for name, value in self.weights.items()}
+            self._bind(on_device)
+            outputs = self._run(tensors, sizes)
+        return {tensor.name: value for tensor, value in zip(self.spec.outputs, outputs, strict=True)}
+
+    def _bind(self, weights: dict[str, Tensor]) -> None:
+        # user_managed: the package reads them where they lie instead of keeping a copy
+        self._package.load_constants(weights, check_full_update=True, user_managed=True)
+
+    def _run(self, tensors: list[Tensor], sizes: Mapping[str, int]) -> list[Tensor]:
+        if self._compiled.get("F") == Range(1, 1) and sizes["F"] > 1:
+            parts = [self._call([tensor[frame : frame + 1] for tensor in tensors]) for frame in range(sizes["F"])]
+            return [torch.cat(values) for values in zip(*parts, strict=True)]
+        ones = [name for name, value in self._compiled.items() if sizes[name] < value.minimum]
+        if not ones:
+            return self._call(tensors)
+        outputs = self._call(doubled(self.spec, tensors, ones))
+        return [cut(tensor, value, ones) for tensor, value in zip(self.spec.outputs, outputs, strict=True)]
+
+    def _call(self, tensors: list[Tensor]) -> list[Tensor]:
+        with torch.inference_mode(), told_as_out_of_memory(self.device):
+            outputs = self._package(*tensors)
+        return list(outputs) if isinstance(outputs, tuple | list) else [outputs]
+
+
+def read_weights(path: Path, device: torch.device) -> dict[str, Tensor]:
+    """Weights of a package in the layouts that it was compiled for; in pinned memory where `device` is the host."""
+    pinned = device.type == "cpu" and torch.cuda.is_available()
+    with safe_open(path, framework="pt", device=str(device)) as file:
+        channels_last = set(json.loads(file.metadata()["channels_last"]))
+        weights = {}
+        for name in file.keys():  # noqa: SIM118 (not a dict)
+            value = file.get_tensor(name)
+            if name in channels_last:
+                value = value.contiguous(memory_format=torch.channels_last)
+            weights[name] = value.pin_memory() if pinned else value
+    return weights
+
+
+def open_inductor(
+    folder: Path,
+    geometry: Geometry,
+    precision: Precision,
+    vae_precision: Precision,
+    letters: Mapping[str, Range],
+    device: torch.device,
+    on_progress: Callable[[str, str], None] = lambda network, what: None,
+) -> Networks:
+    """Open the seven compiled networks of one engine folder.
+
+    On a GPU the denoising step is captured as CUDA graphs. Where the weights would take more than half of the memory
+    that is free, only the denoiser's stay there and the others come from the host for each call.
+
+    Args:
+        on_progress: called with each network's name and what is done, before it is.
+    """
+    specs = network_specs(geometry)
+    offload = False
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        offload = sum((folder / weights_name(name)).stat().st_size for name in specs) > _OFFLOAD_ABOVE * free
+    networks = {}
+    for name, spec in specs.items():
+        offloaded = offload and name != "denoiser"
+        on_progress(name, "loading into host memory: little is free on the GPU" if offloaded else "loading engine")
+        weights = read_weights(folder / weights_name(name), torch.device("cpu") if offloaded else device)
+        networks[name] = InductorNetwork(
+            spec, folder, precision, vae_precision, device, letters, weights, offloaded=offloaded
+        )
+    on_gpu = device.type == "cuda"
+    return Networks(
+        **networks,
+        geometry=geometry,
+        backend="inductor",
+        device=device,
+        precision=precision,
+        vae_precision=vae_precision,
+        letters=letters,
+        run_step=GraphStepRunner(_GRAPHS) if on_gpu else run_directly,
+        padding_is_free=on_gpu,
+    )

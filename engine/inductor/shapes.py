@@ -1,0 +1,59 @@
+"""The sizes that a package is compiled for, and how a call of another size is brought to them.
+
+A compiler takes a size of 1 for a constant, so dynamic letters start at 2, and a call with 1 is doubled and its result
+cut. The VAE's decoder is compiled for one frame: one already fills a GPU, and memory for more buys nothing.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from storyadapter.contract import NetworkSpec, Range, TensorSpec
+
+_ONE_FRAME = ("vae_decoder",)
+
+
+def compiled_ranges(spec: NetworkSpec, letters: Mapping[str, Range]) -> dict[str, Range]:
+    """The range that each letter of a network's inputs is compiled for."""
+    names = {dim for tensor in spec.inputs for dim in tensor.shape if isinstance(dim, str)}
+    ranges = {}
+    for name in sorted(names):
+        value = letters[name]
+        if name == "F" and spec.name in _ONE_FRAME:
+            ranges[name] = Range(1, 1)
+        else:
+            ranges[name] = Range(max(value.minimum, min(2, value.maximum)), value.maximum)
+    return ranges
+
+
+def example_sizes(ranges: Mapping[str, Range]) -> dict[str, int]:
+    """The sizes that the compiler sees: the largest, which is what a story is drawn with, but few bank rows."""
+    return {name: 2 if name == "G" else value.maximum for name, value in ranges.items()}
+
+
+def doubled(spec: NetworkSpec, tensors: Sequence[Tensor], letters: Sequence[str]) -> list[Tensor]:
+    """Inputs of a network with what is 1 in these letters repeated to 2; the rest as they are."""
+    result = []
+    for tensor, value in zip(spec.inputs, tensors, strict=True):
+        repeats = [2 if dim in letters else 1 for dim in tensor.shape]
+        result.append(value.repeat(repeats) if 2 in repeats else value)
+    return result
+
+
+def cut(tensor: TensorSpec, value: Tensor, letters: Sequence[str]) -> Tensor:
+    """An output of doubled inputs, without what the doubling added."""
+    for axis, dim in enumerate(tensor.shape):
+        if isinstance(dim, str) and dim.rpartition("*")[2] in letters:
+            value = value.narrow(axis, 0, value.shape[axis] // 2)
+    return value.contiguous()
+
+
+def channels_last(module: torch.nn.Module) -> list[str]:
+    """Bring the weights of all 2-D convolutions to channels-last; returns their names."""
+    names = []
+    for name, part in module.named_modules():
+        if isinstance(part, torch.nn.Conv2d):
+            part.to(memory_format=torch.channels_last)
+            names.append(f"{name}.weight" if name else "weight")
+    return names

@@ -1,0 +1,46 @@
+"""What a package is compiled for and with: it runs only where these are the same."""
+
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+from torch._inductor.cpp_builder import get_cpp_compiler
+
+from storyadapter.engine.backends import installed_version
+from storyadapter.errors import UnavailableError
+
+
+def target_architecture(device: torch.device) -> str:
+    """ "sm90" for a GPU; for a CPU its kind and the vector instructions that PyTorch uses, "cpu-x86_64-avx512"."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"sm{major}{minor}"
+    return f"cpu-{platform.machine()}-{torch.backends.cpu.get_cpu_capability().lower()}"
+
+
+def compiler_versions(device: torch.device) -> str:
+    """PyTorch's version, and Triton's where it makes the kernels."""
+    torch_version = f"torch {installed_version('torch')}"
+    return f"{torch_version} triton {installed_version('triton')}" if device.type == "cuda" else torch_version
+
+
+def check_compilers(device: torch.device) -> None:
+    """Find out before a long build whether packages can be made and loaded.
+
+    Raises:
+        UnavailableError: no Triton for a GPU; no C++ compiler; or no shared C++ library for it: a package with a static
+            one crashes when PyTorch, which brings another, loads it.
+    """
+    if device.type == "cuda" and installed_version("triton") is None:
+        raise UnavailableError("backend inductor needs Triton to build for a GPU; type: pip install triton")
+    compiler = get_cpp_compiler()
+    if shutil.which(compiler) is None:
+        raise UnavailableError(f"backend inductor needs a C++ compiler to build; {compiler} isn't there; expected g++")
+    asked = subprocess.run([compiler, "-print-file-name=libstdc++.so"], capture_output=True, text=True, check=False)
+    if not Path(asked.stdout.strip()).exists():
+        raise UnavailableError(
+            f"{compiler} finds no shared libstdc++.so, and a package with a static one crashes when it is loaded; "
+            "expected the library beside the compiler (Debian, Ubuntu: libstdc++-dev of the compiler's version)"
+        )

@@ -1,0 +1,128 @@
+"""Compiled networks on the CPU: what a GPU runs, without kernels and graphs."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from storyadapter import Checkpoint, RunPlan, Story, StoryPipeline
+from storyadapter.contract import Range, ShapeRanges
+from storyadapter.engine import open_networks
+from storyadapter.engine.inductor import package_name, weights_name
+from storyadapter.engine.inductor.session import InductorNetwork, open_inductor, read_weights
+from storyadapter.errors import EngineMismatchError
+from storyadapter.events import FrameFinished
+from storyadapter.export.probe import probe_inputs
+from storyadapter.networks import Networks
+
+PROMPTS = ("a red fox runs in the snow", "a small owl sleeps in a tree at night", "the fox and the owl share soup")
+SIZES = Range(64, 64)
+RANGES = ShapeRanges(2, 8, SIZES, SIZES)
+
+
+def checkpoint_in(folder: Path) -> Checkpoint:
+    paths = {"image_encoder": folder / "image_encoder", "ip_adapter": folder / "ip-adapter.safetensors"}
+    return Checkpoint.open(base_model=folder, **paths)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_model_dir: Path) -> Checkpoint:
+    return checkpoint_in(tiny_model_dir)
+
+
+@pytest.fixture(scope="module")
+def networks(checkpoint: Checkpoint, tiny_inductor_dir: Path) -> Networks:
+    return open_networks(checkpoint, backend="inductor", precision="fp32", ranges=RANGES, engine_dir=tiny_inductor_dir)
+
+
+def engine_folder(store: Path) -> Path:
+    (folder,) = (path for path in store.iterdir() if path.is_dir())
+    return folder
+
+
+def pictures(networks: Networks, checkpoint: Checkpoint, guidance: float = 5.0, prompts=PROMPTS) -> list[Image.Image]:
+    plan = RunPlan(height=64, width=64, seed=3, steps=3, scales=(0.3, 0.5), max_frames=2, guidance=guidance)
+    events = StoryPipeline(networks, checkpoint.load_tokenizers()).run(Story(prompts), plan)
+    return [event.picture for event in events if isinstance(event, FrameFinished)]
+
+
+def psnr(one: Image.Image, other: Image.Image) -> float:
+    error = np.square(np.asarray(one, float) - np.asarray(other, float)).mean()
+    return math.inf if error == 0 else float(10 * np.log10(255**2 / error))
+
+
+# without guidance a single frame is one row, one prompt, one reference: all that is compiled for 2 and more
+@pytest.mark.parametrize(("guidance", "prompts"), [(5.0, PROMPTS), (1.0, PROMPTS[:1])])
+def test_draws_what_eager_draws(networks: Networks, checkpoint: Checkpoint, guidance: float, prompts) -> None:
+    expected = pictures(open_networks(checkpoint, precision="fp32", device="cpu"), checkpoint, guidance, prompts)
+    drawn = pictures(networks, checkpoint, guidance, prompts)
+    assert len(drawn) == 3 * len(prompts)
+    assert min(psnr(one, other) for one, other in zip(drawn, expected, strict=True)) >= 50
+    # the comparison sees a difference: a frame against the same frame of the iteration before
+    assert psnr(drawn[-1], expected[-1 - len(prompts)]) < 45
+
+
+def test_the_engine_holds_each_weight_once(tiny_inductor_dir: Path, networks: Networks) -> None:
+    folder = engine_folder(tiny_inductor_dir)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["identity"]["architecture"].startswith("cpu-")
+    assert max(manifest["details"]["relative_error_against_eager"].values()) < 1e-4
+    for name in manifest["details"]["relative_error_against_eager"]:
+        weights = read_weights(folder / weights_name(name), torch.device("cpu"))
+        addresses = [value.data_ptr() for value in getattr(networks, name).weights.values()]
+        assert len(set(addresses)) == len(weights)
+        # the package itself holds none: it is a few MB of code
+        assert (folder / package_name(name)).stat().st_size < 6e6
+
+
+def test_a_view_is_refused_because_a_package_would_misread_it(networks: Networks) -> None:
+    inputs = {"latents": torch.randn(2, 4, 8, 16)[..., ::2]}
+    with pytest.raises(ValueError, match=r"^vae_decoder: input latents has strides \[512, 128, 16, 2\]; "):
+        networks.vae_decoder(inputs)
+
+
+def test_a_size_out_of_range_is_told_by_its_letter(networks: Networks) -> None:
+    letters = {"B": 5, "P": 2, "G": 2, "R": 4, "h": 8, "w": 8}
+    inputs = probe_inputs(networks.denoiser.spec, letters, "fp32", "fp32")
+    with pytest.raises(ValueError, match=r"^denoiser: B = 5 is outside the engine's range 1..4$"):
+        networks.denoiser(inputs)
+
+
+def test_more_frames_than_the_decoder_takes_at_once_come_one_by_one(networks: Networks) -> None:
+    latents = torch.randn(2, 4, 8, 8)
+    both = networks.vae_decoder({"latents": latents})["image"]
+    one = networks.vae_decoder({"latents": latents[1:].clone()})["image"]
+    assert torch.equal(both[1:], one)
+
+
+def test_weights_on_the_host_give_the_same(networks: Networks, tiny_inductor_dir: Path, checkpoint: Checkpoint) -> None:
+    folder, spec = engine_folder(tiny_inductor_dir), networks.text_projection.spec
+    weights = read_weights(folder / weights_name(spec.name), torch.device("cpu"))
+    letters = RANGES.letters(checkpoint.geometry.pixels_per_latent)
+    network = InductorNetwork(spec, folder, "fp32", "fp32", torch.device("cpu"), letters, weights, offloaded=True)
+    inputs = probe_inputs(spec, {"P": 3}, "fp32", "fp32")
+    expected = networks.text_projection(inputs)
+    for _ in range(2):
+        assert all(torch.equal(value, expected[name]) for name, value in network(inputs).items())
+
+
+def test_other_frames_at_once_need_another_engine(checkpoint: Checkpoint, tiny_inductor_dir: Path) -> None:
+    wanted = ShapeRanges(3, 8, SIZES, SIZES)
+    with pytest.raises(EngineMismatchError, match="max frames is 2, 3 asked for"):
+        open_networks(checkpoint, backend="inductor", precision="fp32", ranges=wanted, engine_dir=tiny_inductor_dir)
+
+
+def test_a_weight_that_is_not_there_is_an_error(
+    tiny_inductor_dir: Path, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    folder = tmp_path / "engine"
+    shutil.copytree(engine_folder(tiny_inductor_dir), folder)
+    (folder / weights_name("text_encoder")).write_bytes((folder / weights_name("vae_decoder")).read_bytes())
+    letters = RANGES.letters(checkpoint.geometry.pixels_per_latent)
+    with pytest.raises(KeyError):
+        open_inductor(folder, checkpoint.geometry, "fp32", "fp32", letters, torch.device("cpu"))

@@ -1,0 +1,68 @@
+"""What sizes a package is compiled for, and how calls of size 1 are brought to them."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from storyadapter.bench.synthetic_models import SDXL
+from storyadapter.contract import Range, ShapeRanges, network_specs
+from storyadapter.engine.inductor.shapes import channels_last, compiled_ranges, cut, doubled, example_sizes
+from storyadapter.export.probe import probe_inputs
+
+SPECS = network_specs(SDXL.geometry)
+FIXED = Range(1024, 1024)
+
+
+@given(frames=st.integers(1, 40), references=st.integers(1, 200), name=st.sampled_from(sorted(SPECS)))
+def test_every_size_of_the_contract_is_compiled_or_one_that_is_doubled(frames: int, references: int, name: str) -> None:
+    letters = ShapeRanges(frames, references, FIXED, FIXED).letters()
+    compiled = compiled_ranges(SPECS[name], letters)
+    for letter, value in compiled.items():
+        if name == "vae_decoder" and letter == "F":
+            assert value == Range(1, 1)  # one frame at a time
+            continue
+        assert value.maximum == letters[letter].maximum
+        # dynamic sizes start at 2; what is left below is 1 alone
+        assert value.minimum >= 2 or value.minimum == value.maximum
+        assert value.minimum <= letters[letter].minimum + 1
+    assert all(example_sizes(compiled)[letter] in compiled[letter] for letter in compiled)
+
+
+@given(images=st.integers(1, 2), latents=st.sampled_from([1, 3]))
+def test_doubled_inputs_cut_again_are_the_same(images: int, latents: int) -> None:
+    spec = SPECS["reference_projection"]
+    inputs = [torch.randn(images, 1280), torch.tensor([0.4])]
+    larger = doubled(spec, inputs, ["N"])
+    assert [tuple(value.shape) for value in larger] == [(2 * images, 1280), (1,)]
+    (first, *_) = spec.outputs
+    output = torch.randn(latents, 2, 4 * 2 * images, 8)
+    result = cut(first, output, ["N"])
+    assert torch.equal(result, output[:, :, : 4 * images]) and result.is_contiguous()
+
+
+def test_all_rows_of_a_denoiser_call_are_doubled_together() -> None:
+    spec = SPECS["denoiser"]
+    letters = {"B": 1, "P": 1, "G": 2, "R": 1, "h": 4, "w": 4}
+    sizes = [
+        tuple(value.shape)
+        for value in doubled(spec, list(probe_inputs(spec, letters, "fp32", "fp32").values()), ["B", "P", "R"])
+    ]
+    expected = probe_inputs(spec, {**letters, "B": 2, "P": 2, "R": 2}, "fp32", "fp32")
+    assert sizes == [tuple(value.shape) for value in expected.values()]
+
+
+def test_only_convolutions_change_their_layout() -> None:
+    module = torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3), torch.nn.Linear(8, 8))
+    module.stack = torch.nn.Parameter(torch.randn(3, 2, 8, 4))
+    assert channels_last(module) == ["0.weight"]
+    assert module[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert module.stack.is_contiguous()
+
+
+@pytest.mark.parametrize("frames", [1, 2])
+def test_an_engine_for_one_frame_is_compiled_for_two_rows(frames: int) -> None:
+    letters = ShapeRanges(frames, 1, FIXED, FIXED).letters()
+    compiled = compiled_ranges(SPECS["denoiser"], letters)
+    assert compiled["B"] == Range(2, 2 * frames) and compiled["P"] == Range(2, frames + 1)
+    assert compiled_ranges(SPECS["image_encoder"], letters)["F"] == Range(frames, frames)
