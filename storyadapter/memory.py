@@ -9,8 +9,8 @@ within what the engine takes and at most `plan.FRAMES_AT_MOST`; then the story i
 
 - `decode` is what decoding one frame takes, which goes on beside the UNet's work.
 - `fixed` is what a UNet call takes however few its frames are (the reference bank above all), what the image encoder
-  takes over `decode`, whose place it takes, and what the hungriest of the networks takes that run between micro-batches:
-  little, unless their weights come from the host for each call.
+  takes over `decode`, whose place it takes, and what the hungriest of the networks takes that run between
+  micro-batches: little, unless their weights come from the host for each call.
 - `per_frame` is what each frame adds to a UNet call (the activations of two rows, the keys and values of its prompt),
   and two more copies of those keys and values on their way.
 

@@ -114,7 +114,7 @@ def test_frames_are_split_by_the_memory_that_is_free(checkpoint: Checkpoint) -> 
     assert small.max_frames == FRAMES_AT_MOST  # on any GPU that there is
     assert small.needs and large.needs
     for name in ("per_frame", "decode"):
-        assert getattr(large.needs, name) > 10 * getattr(small.needs, name)
+        assert getattr(large.needs, name) > 4 * getattr(small.needs, name)
     assert len(draw(pipeline, replace(PLAN, max_frames=None))) == 15
 
 
