@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
+from storyadapter.bench.compare import KIND
 from storyadapter.bench.kernel_classes import KernelTimes
 from storyadapter.bench.throughput.cases import PUBLISHED, Case, StoryCase
 from storyadapter.bench.throughput.ladder import MEASURED, RungResult
 from storyadapter.bench.throughput.story import StoryResult
 
-KIND: Final = "throughput"
 VERSION: Final = 1
 
 

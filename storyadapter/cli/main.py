@@ -9,8 +9,10 @@ from typing import NoReturn
 
 import storyadapter
 from storyadapter import method
+from storyadapter.bench import compare as bench_compare
 from storyadapter.bench import kernel as bench_kernel
 from storyadapter.bench import quality as bench_quality
+from storyadapter.bench import soak as bench_soak
 from storyadapter.bench.throughput import command as bench_throughput
 from storyadapter.cli import options
 from storyadapter.cli.stopping import exit_code_of, sigterm_as_interrupt
@@ -210,6 +212,25 @@ def _add_bench(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     bench_throughput.add_arguments(throughput)
     throughput.set_defaults(run_bench=bench_throughput.run)
+    compare = benches.add_parser(
+        "compare",
+        help="what got slower between two reports of throughput",
+        description="Compares two reports of bench throughput, of one device, model and set of cases. Exit code 1 if "
+        "something got slower or gives no number any more.",
+        allow_abbrev=False,
+    )
+    bench_compare.add_arguments(compare)
+    compare.set_defaults(run_bench=bench_compare.run)
+    soak = benches.add_parser(
+        "soak",
+        help="many stories in one process: memory must not grow, pictures must not change",
+        description="Draws many stories of random length, size and seed in one process. Every third is the first one "
+        "again: its pictures must be the same each time, and the memory in use after it must not grow. Exit code 1 if "
+        "one of these fails.",
+        allow_abbrev=False,
+    )
+    bench_soak.add_arguments(soak)
+    soak.set_defaults(run_bench=bench_soak.run)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,153 @@
+"""`storyadapter-trt bench compare`: what got slower between two reports of `bench throughput`."""
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from storyadapter.errors import InputError
+
+KIND = "throughput"
+_SAME = ("device", "power limit")  # of the environment; times of different ones say nothing about the program
+
+
+@dataclass(frozen=True)
+class Change:
+    """One thing that the earlier report measured.
+
+    Attributes:
+        name: case and rung, or story and way.
+        before, after: rows per second; `after` is None where the later report has no number.
+        lost: why it has none, if it was tried; None if it was not.
+    """
+
+    name: str
+    before: float
+    after: float | None
+    lost: str | None = None
+
+    @property
+    def ratio(self) -> float | None:
+        return None if self.after is None else self.after / self.before
+
+    def is_worse(self, threshold: float) -> bool:
+        """Whether it is slower by more than `threshold` (0.03: three per cent), or gives no number any more."""
+        return self.lost is not None if self.ratio is None else self.ratio < 1 - threshold
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options; imports nothing heavy."""
+    parser.add_argument("before", type=Path, metavar="A.json", help="the earlier report of bench throughput --out")
+    parser.add_argument("after", type=Path, metavar="B.json", help="the later one, of the same device, model and cases")
+    parser.add_argument(
+        "--threshold",
+        type=_per_cent,
+        default=3.0,
+        metavar="PER_CENT",
+        help="how many per cent slower is still the same (default: %(default)g; repeated runs differ by 1 to 2)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print a table of all changes, then what got slower.
+
+    Returns:
+        0, or 1 if something got slower or gives no number any more.
+
+    Raises:
+        InputError: a file is no such report, or the two can't be compared.
+    """
+    before, after = _read(args.before), _read(args.after)
+    refuse_different(before, after, args.before.name, args.after.name)
+    changes = compare(before, after)
+    threshold = args.threshold / 100
+    print("| what | before, rows/s | after, rows/s | change |\n| --- | --- | --- | --- |")
+    for change in changes:
+        print(_row(change))
+    worse = [change for change in changes if change.is_worse(threshold)]
+    for change in worse:
+        what = f"slower by {1 - change.ratio:.1%}" if change.ratio is not None else change.lost
+        print(f"{change.name}: {what}")
+    if not worse:
+        print(f"nothing got slower by more than {args.threshold:g} %")
+    return 1 if worse else 0
+
+
+def refuse_different(before: dict[str, Any], after: dict[str, Any], first: str, second: str) -> None:
+    """Raises InputError unless device, model, precision and the cases that both have are the same.
+
+    Args:
+        before, after: the reports.
+        first, second: what messages call them.
+    """
+    pairs = [(key, before["environment"].get(key), after["environment"].get(key)) for key in _SAME]
+    pairs += [(key, before[key], after[key]) for key in ("model", "precision")]
+    for key, one, other in pairs:
+        if one != other:
+            raise InputError(f"{key} is {one} in {first} and {other} in {second}; expected two reports of one {key}")
+    mine, theirs = _cases(before), _cases(after)
+    shared = mine.keys() & theirs.keys()
+    if not shared:
+        raise InputError(
+            f"{first} has cases {', '.join(mine)}, {second} has {', '.join(theirs)}; expected a common one"
+        )
+    for name in sorted(shared):
+        for key, value in mine[name].items():
+            if theirs[name].get(key) != value:
+                raise InputError(
+                    f"case {name} has {key} {value} in {first} and {theirs[name].get(key)} in {second}; "
+                    "expected the same cases"
+                )
+
+
+def compare(before: dict[str, Any], after: dict[str, Any]) -> list[Change]:
+    """Everything that the earlier report measured, in its order."""
+    later = _measured(after)
+    refused = {f"{rung['case']}: {rung['rung']}": rung for rung in after["rungs"] if "reason" in rung}
+    changes = []
+    for name, rate in _measured(before).items():
+        lost = refused.get(name)
+        reason = None if lost is None else f"{lost['status']}: {lost['reason']}"
+        changes.append(Change(name, rate, later.get(name), None if name in later else reason))
+    return changes
+
+
+def _measured(report: dict[str, Any]) -> dict[str, float]:
+    rungs = {f"{r['case']}: {r['rung']}": r["rows_per_second"] for r in report["rungs"] if "rows_per_second" in r}
+    stories = {f"{s['case']}: {s['way']}, VAE in {s['vae_precision']}": s["rows_per_second"] for s in report["stories"]}
+    return rungs | stories
+
+
+def _cases(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    cases = {case["name"]: case for case in (*report["cases"], *report["story_cases"])}
+    # which rungs run a case, and how they are compared, changes no time
+    return {name: {k: v for k, v in case.items() if k not in ("rungs", "check_steps")} for name, case in cases.items()}
+
+
+def _row(change: Change) -> str:
+    if change.ratio is None:
+        return f"| {change.name} | {change.before:.2f} | - | {'lost' if change.lost else 'not measured'} |"
+    return f"| {change.name} | {change.before:.2f} | {change.after:.2f} | {change.ratio - 1:+.1%} |"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path} can't be read: {error.strerror}") from error
+    except ValueError:
+        raise InputError(f"{path} is not JSON; expected a report of bench throughput --out") from None
+    if not isinstance(data, dict) or data.get("kind") != KIND:
+        raise InputError(f"{path} is no report of bench throughput; expected its .json file")
+    return data
+
+
+def _per_cent(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 100:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a percentage such as 3")
+    return value

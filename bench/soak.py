@@ -1,0 +1,90 @@
+"""`storyadapter-trt bench soak`: many stories in one process; memory must not grow, and pictures must not change."""
+
+import argparse
+import json
+from pathlib import Path
+
+from storyadapter.cli.options import add_checkpoint_options
+from storyadapter.contract import PRECISIONS
+from storyadapter.engine.backends import AUTO, BACKENDS
+from storyadapter.errors import InputError
+
+MODELS = ("sdxl", "toy")
+_STORIES = 24
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options; imports nothing heavy."""
+    length = parser.add_argument_group("how long (whatever ends first)")
+    length.add_argument("--stories", type=int, metavar="N", help=f"stories (default: {_STORIES}, without --minutes)")
+    length.add_argument("--minutes", type=float, metavar="M", help="no new story after so long")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of stories (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=2, help="denoising steps of each (default: %(default)s)")
+    parser.add_argument(
+        "--max-references",
+        type=int,
+        default=6,
+        metavar="N",
+        help="frames of a story at the most (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-frames",
+        type=int,
+        default=3,
+        metavar="F",
+        help="frames of a micro-batch at the most (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--synthetic-weights",
+        choices=MODELS,
+        metavar="SIZE",
+        help="random weights instead of the demo model: sdxl (full size) or toy",
+    )
+    parser.add_argument(
+        "--backend",
+        default=AUTO,
+        choices=(AUTO, *BACKENDS),
+        help="what runs the networks; its engine is built first where the store has none (default: auto, as run)",
+    )
+    parser.add_argument(
+        "--precision", default=AUTO, choices=(AUTO, *PRECISIONS), help="(default: auto, fp16 on a GPU, fp32 on a CPU)"
+    )
+    parser.add_argument("--engine-dir", type=Path, metavar="D", help="engine store (default: in the user's cache)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write FILE.md and FILE.json")
+    parser.add_argument("--commit", metavar="SHA", help="commit to report, where the checkout has no history")
+    add_checkpoint_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Draw the stories, print the page, write the files.
+
+    Returns:
+        0, or 1 if memory grew or a repeated story gave other pictures.
+
+    Raises:
+        InputError: options that don't fit together.
+        UnavailableError: the backend can't serve here.
+    """
+    for option, value, least in (
+        ("--stories", args.stories, 9),
+        ("--steps", args.steps, 1),
+        ("--max-references", args.max_references, 1),
+        ("--max-frames", args.max_frames, 1),
+    ):
+        if value is not None and value < least:
+            raise InputError(f"{option} is {value}; expected {least} or more")
+    if args.minutes is not None and not args.minutes > 0:
+        raise InputError(f"--minutes is {args.minutes:g}; expected more than 0")
+    if args.synthetic_weights and args.base_model:
+        raise InputError("--base-model with random weights; expected one of --base-model, --synthetic-weights")
+    from storyadapter.bench.soak_run import as_data, markdown, soak
+
+    found = soak(args, _STORIES if args.stories is None and args.minutes is None else args.stories)
+    page = markdown(found)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.with_name(args.out.name + ".md").write_text(page, encoding="utf-8")
+        data = json.dumps(as_data(found), indent=1)
+        args.out.with_name(args.out.name + ".json").write_text(data + "\n", encoding="utf-8")
+    print(page)
+    return 1 if found.problems else 0

@@ -1,0 +1,250 @@
+"""The stories of a soak test, what is noted of each, and the verdict.
+
+Every third story is the first one again, the yardstick: its pictures must be those of the first time, and as the same
+work ended last, the memory in use after it can be compared with that after it before.
+"""
+
+import argparse
+import gc
+import hashlib
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import count, islice
+from random import Random
+from typing import Any, Final
+
+import psutil
+import torch
+
+from storyadapter import method
+from storyadapter.bench.environment import describe
+from storyadapter.bench.subject import Subject
+from storyadapter.bench.throughput.inputs import prompts
+from storyadapter.bench.timing import measure_run
+from storyadapter.cli.options import model_choice
+from storyadapter.contract import Precision, Range, ShapeRanges
+from storyadapter.engine.backends import AUTO, choose_backend, choose_precision
+from storyadapter.events import FrameFinished
+from storyadapter.pipeline import StoryPipeline
+from storyadapter.plan import RunPlan
+from storyadapter.story import Story
+
+KIND: Final = "soak"
+YARDSTICK_EVERY: Final = 3
+MIB: Final = 2**20
+# What memory after the yardstick may differ by, in bytes and as a share: the resident memory of a process wanders as
+# its allocator keeps pages, a GPU's allocations are counted exactly, and only the graphs that are kept differ.
+TOLERANCE: Final = {"cpu": (48 * MIB, 0.03), "cuda": (32 * MIB, 0.01)}
+
+
+@dataclass(frozen=True)
+class SoakStory:
+    """One story: its frames, its size in pixels, its seed and its number of iterations after the first."""
+
+    frames: int
+    height: int
+    width: int
+    seed: int
+    iterations: int
+
+
+@dataclass(frozen=True)
+class Noted:
+    """What was noted of one story.
+
+    Attributes:
+        story: that was drawn.
+        yardstick: whether it is the first story, or that again.
+        seconds: it took.
+        digest: SHA-256 of all its pictures.
+        memory: bytes in use after it: allocated on the GPU, or resident on a CPU.
+    """
+
+    story: SoakStory
+    yardstick: bool
+    seconds: float
+    digest: str
+    memory: int
+
+
+@dataclass(frozen=True)
+class Findings:
+    """A whole soak test; `problems` is empty where it passed."""
+
+    environment: dict[str, str]
+    model: str
+    backend: str
+    precision: str
+    device: str
+    noted: Sequence[Noted]
+    growth: int
+    allowed: int
+    problems: Sequence[str]
+
+
+def stories(seed: int, sizes: Sequence[int], max_references: int) -> Iterator[SoakStory]:
+    """Endlessly: random stories, and after every two of them the first one again."""
+    random = Random(seed)
+
+    def fresh() -> SoakStory:
+        return SoakStory(
+            random.randint(1, max_references),
+            random.choice(sizes),
+            random.choice(sizes),
+            random.randrange(2**32),
+            random.randint(0, 2),
+        )
+
+    first = fresh()
+    # all that a story can do, so that the yardstick leaves behind what any of them leaves
+    first = SoakStory(max_references, sizes[-1], sizes[-1], first.seed, 1)
+    for index in count():
+        yield first if index % YARDSTICK_EVERY == 0 else fresh()
+
+
+def growth_of(memory: Sequence[int]) -> int:
+    """By how many bytes the memory after the yardstick has grown: the least of the last third over that of the middle
+    third; in the first third, caches fill. 0 for fewer than three."""
+    third = len(memory) // 3
+    if third == 0:
+        return 0
+    middle, last = memory[third : len(memory) - third], memory[-third:]
+    return min(last) - min(middle)
+
+
+def problems_of(noted: Sequence[Noted], growth: int, allowed: int) -> list[str]:
+    """What is wrong, in words."""
+    found = []
+    yardsticks = [item for item in noted if item.yardstick]
+    different = [number for number, item in enumerate(yardsticks) if item.digest != yardsticks[0].digest]
+    if different:
+        found.append(f"the repeated story gave other pictures in {len(different)} of {len(yardsticks) - 1} repeats")
+    if len(yardsticks) < 3:
+        found.append(f"only {len(yardsticks)} of the repeated story: too few to see memory grow; expected 3 or more")
+    if growth > allowed:
+        found.append(f"memory grew by {growth / MIB:.0f} MiB; allowed are {allowed / MIB:.0f} MiB")
+    return found
+
+
+def picture_sizes(default: int) -> list[int]:
+    """Heights and widths to choose from, ascending, for a model of this default size."""
+    if default < 128:
+        return [default, default + method.PIXEL_MULTIPLE]
+    step = method.PIXEL_MULTIPLE
+    return sorted({max(step, int(default * share) // step * step) for share in (0.5, 0.75, 1)})
+
+
+def soak(args: argparse.Namespace, limit: int | None) -> Findings:
+    """Draw up to `limit` stories, or until `args.minutes` are over; see `soak.run`."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    backend = choose_backend() if args.backend == AUTO else args.backend
+    precision: Precision = choose_precision(backend) if args.precision == AUTO else args.precision
+    if args.synthetic_weights:
+        subject = Subject.synthetic(args.synthetic_weights, precision, device, args.engine_dir)
+    else:
+        subject = Subject.from_files(model_choice(args), precision, device, args.engine_dir)
+    geometry = subject.checkpoint.geometry
+    sizes = picture_sizes(geometry.default_pixels)
+    pixels = Range(sizes[0], sizes[-1])
+    ranges = ShapeRanges(args.max_frames, args.max_references, pixels, pixels)
+    vae_precision = (
+        "bf16" if args.synthetic_weights and precision == "fp16" else geometry.default_vae_precision(precision)
+    )
+    opened = subject.open(backend, ranges, vae_precision, lambda line: print(line, flush=True))
+    tokenizers = subject.tokenizers()
+    pipeline = StoryPipeline(opened.networks, (tokenizers.first, tokenizers.second))
+    noted: list[Noted] = []
+    started = time.monotonic()
+    for story in islice(stories(args.seed, sizes, args.max_references), limit):
+        noted.append(_draw(pipeline, subject, story, args.steps, args.max_frames, len(noted)))
+        if args.minutes is not None and time.monotonic() - started > args.minutes * 60:
+            break
+    memory = [item.memory for item in noted if item.yardstick]
+    floor, share = TOLERANCE[device.type]
+    growth, allowed = growth_of(memory), max(floor, int(share * memory[0]))
+    return Findings(
+        environment=describe(device, args.commit),
+        model=subject.label,
+        backend=backend,
+        precision=precision,
+        device=str(device),
+        noted=noted,
+        growth=growth,
+        allowed=allowed,
+        problems=problems_of(noted, growth, allowed),
+    )
+
+
+def _draw(
+    pipeline: StoryPipeline, subject: Subject, story: SoakStory, steps: int, max_frames: int, number: int
+) -> Noted:
+    plan = RunPlan(
+        height=story.height,
+        width=story.width,
+        seed=story.seed,
+        scales=method.reference_scales(story.iterations),
+        steps=steps,
+        prediction_type=subject.prediction_type,
+        max_frames=max_frames,
+    )
+    digest = hashlib.sha256()
+
+    def draw() -> None:
+        pictures = {}
+        for event in pipeline.run(Story(tuple(prompts(story.frames)), style="none"), plan):
+            if isinstance(event, FrameFinished):
+                pictures[event.iteration, event.frame] = event.picture.tobytes()
+        for key in sorted(pictures):
+            digest.update(pictures[key])
+
+    _, seconds = measure_run(draw, subject.device)
+    noted = Noted(story, number % YARDSTICK_EVERY == 0, seconds, digest.hexdigest(), memory_in_use(subject.device))
+    print(
+        f"{number}: {story.frames} frames of {story.width}x{story.height}, {1 + story.iterations} iterations: "
+        f"{seconds:.1f} s, {noted.memory / MIB:.0f} MiB in use" + (" (the repeated story)" if noted.yardstick else ""),
+        flush=True,
+    )
+    return noted
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Bytes: allocated on the GPU, or resident on a CPU; after what Python can collect was collected."""
+    gc.collect()
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
+
+
+def as_data(found: Findings) -> dict[str, Any]:
+    """The report as JSON data."""
+    return {"kind": KIND, "version": 1, "passed": not found.problems, **asdict(found)}
+
+
+def markdown(found: Findings) -> str:
+    """The page."""
+    yardsticks = [item for item in found.noted if item.yardstick]
+    different = len({item.digest for item in yardsticks})
+    frames = sum(item.story.frames * (1 + item.story.iterations) for item in found.noted)
+    kind = "allocated on the GPU" if found.device.startswith("cuda") else "resident"
+    lines = [f"# Soak: {found.model}, {found.backend}, {found.precision}", "", "| what | value |", "| --- | --- |"]
+    lines += [f"| {key} | {value} |" for key, value in found.environment.items()]
+    lines += [
+        f"| stories | {len(found.noted)}, {frames} frames drawn |",
+        f"| the repeated story | {len(yardsticks)} times, different pictures: {different - 1} |",
+        f"| memory after it ({kind}) | first {yardsticks[0].memory / MIB:.0f} MiB, median "
+        f"{statistics.median(item.memory for item in yardsticks) / MIB:.0f} MiB, last "
+        f"{yardsticks[-1].memory / MIB:.0f} MiB |",
+        f"| growth, last third over middle | {found.growth / MIB:.1f} MiB; allowed {found.allowed / MIB:.0f} MiB |",
+        f"| verdict | {'; '.join(found.problems) or 'passed'} |",
+        "",
+        "| story | frames | size | iterations | s | MiB in use after it |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for number, item in enumerate(found.noted):
+        name = f"{number} (repeated)" if item.yardstick else str(number)
+        size = f"{item.story.width}x{item.story.height}"
+        lines.append(
+            f"| {name} | {item.story.frames} | {size} | {1 + item.story.iterations} | {item.seconds:.2f} | "
+            f"{item.memory / MIB:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
