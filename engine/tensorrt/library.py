@@ -34,6 +34,11 @@ class Library:
     def has_plugins(self) -> bool:
         return self.distribution == "tensorrt"
 
+    @property
+    def has_levels(self) -> bool:
+        """Whether the builder's optimization level decides what it builds: TensorRT-RTX chooses kernels at run time."""
+        return self.distribution == "tensorrt"
+
     def load(self) -> ModuleType:
         return importlib.import_module(self.module)
 

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 
 from storyadapter.contract import ShapeRanges, check_pixels
+from storyadapter.engine.tensorrt.library import Library
 from storyadapter.errors import InputError
 
 
@@ -12,7 +13,8 @@ class BuildOptions:
     """What a user may choose about the build; none of it changes what an engine computes.
 
     Attributes:
-        optimization_level: 0 (fastest build) to 5 (fastest engine); None is TensorRT's own default, 3.
+        optimization_level: 0 (fastest build) to 5 (fastest engine); None is TensorRT's own default, 3. Of `tensorrt`
+            alone.
         workspace_mib: the most scratch memory of one layer, in MiB; None is TensorRT's own default, all there is.
         resolutions: (height, width) in pixels, each a profile of its own beside the one for the whole range.
     """
@@ -27,8 +29,13 @@ class BuildOptions:
         if self.workspace_mib is not None and self.workspace_mib < 1:
             raise InputError(f"--workspace is {self.workspace_mib}; expected 1 or more MiB")
 
-    def check(self, ranges: ShapeRanges) -> None:
-        """Raises InputError if a resolution lies outside of the ranges."""
+    def check(self, ranges: ShapeRanges, library: Library) -> None:
+        """Raises InputError if a resolution lies outside of the ranges, or the library has no use for an option."""
+        if self.optimization_level is not None and not library.has_levels:
+            raise InputError(
+                f"--optimization-level was given, but {library} builds the same at every level: it chooses its kernels "
+                "when an engine is first run; leave it out"
+            )
         for height, width in self.resolutions:
             if height not in ranges.height or width not in ranges.width:
                 raise InputError(

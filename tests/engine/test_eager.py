@@ -16,32 +16,31 @@ from storyadapter.demo.scenes import draw
 from storyadapter.demo.shipped import MODEL
 from storyadapter.engine import open_networks
 from storyadapter.networks import Networks
-from storyadapter.pictures import decode_latents, to_pictures
+from storyadapter.pictures import decode_latents
 
 
 @pytest.fixture(scope="module")
-def demo() -> Checkpoint:
-    return Checkpoint.open(CheckpointPaths(MODEL, MODEL / "image_encoder", MODEL / "ip-adapter.safetensors"))
-
-
-@pytest.fixture(scope="module")
-def latents(demo: Checkpoint) -> Tensor:
+def latents(demo_checkpoint: Checkpoint) -> Tensor:
     """Six pictures of the demo's world as the sampler would leave them: [6, 4, 16, 16] fp32."""
     pictures = np.stack([np.asarray(draw(scene)) for scene in mixed_scenes(6, seed=0)])
     pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
-    vae = demo.load_vae(torch.float32)
+    vae = demo_checkpoint.load_vae(torch.float32)
     with torch.inference_mode():
         return vae.encode(pixels).latent_dist.mean.contiguous() * vae.config.scaling_factor
 
 
 @pytest.fixture(scope="module")
-def decoded(demo: Checkpoint, latents: Tensor):
+def decoded(demo_checkpoint: Checkpoint, latents: Tensor):
     """The pictures that the demo's VAE decodes in a precision, the other networks being in fp32."""
 
     @cache
     def decode(precision: Precision) -> list[np.ndarray]:
-        networks = open_networks(demo, backend="eager", precision="fp32", vae_precision=precision, device="cpu")
-        return [np.asarray(picture, dtype=np.float64) for picture in to_pictures(decode_latents(networks, latents))]
+        networks = open_networks(
+            demo_checkpoint, backend="eager", precision="fp32", vae_precision=precision, device="cpu"
+        )
+        pictures, finite = decode_latents(networks, latents)
+        assert finite.all()
+        return list(pictures.numpy().astype(np.float64))
 
     return decode
 
@@ -60,22 +59,22 @@ def test_a_vae_in_half_precision_decodes_nearly_the_same(
     assert least <= min(values) and max(values) <= most
 
 
-def test_the_vaes_precision_is_its_own(demo: Checkpoint, latents: Tensor) -> None:
+def test_the_vaes_precision_is_its_own(demo_checkpoint: Checkpoint, latents: Tensor) -> None:
     def dtypes(networks: Networks) -> tuple[torch.dtype, ...]:
         loaded = (networks.denoiser, networks.image_encoder, networks.vae_decoder)
         return tuple(next(network.module.parameters()).dtype for network in loaded)
 
-    networks = open_networks(demo, backend="eager", precision="fp16", vae_precision="bf16", device="cpu")
+    networks = open_networks(demo_checkpoint, backend="eager", precision="fp16", vae_precision="bf16", device="cpu")
     assert dtypes(networks) == (torch.float16, torch.float16, torch.bfloat16)
     assert (networks.precision, networks.vae_precision, networks.vae_dtype) == ("fp16", "bf16", torch.bfloat16)
     with pytest.raises(ValueError, match=r"^vae_decoder: input latents is torch.float16; expected torch.bfloat16$"):
         networks.vae_decoder({"latents": latents.half()})
-    assert demo.geometry.vae_in_fp32 is False
-    by_default = open_networks(demo, backend="eager", precision="bf16", device="cpu")
+    assert demo_checkpoint.geometry.vae_in_fp32 is False
+    by_default = open_networks(demo_checkpoint, backend="eager", precision="bf16", device="cpu")
     assert dtypes(by_default) == (torch.bfloat16,) * 3
 
 
-def test_a_vae_that_asks_for_fp32_gets_it_by_default(demo: Checkpoint, tmp_path) -> None:
+def test_a_vae_that_asks_for_fp32_gets_it_by_default(demo_checkpoint: Checkpoint, tmp_path) -> None:
     """`force_upcast` in the configuration, as in SDXL's own VAE."""
     config = (MODEL / "vae" / "config.json").read_text()
     assert '"force_upcast": false' in config

@@ -10,7 +10,6 @@ from onnx import TensorProto
 from torch import nn
 
 from storyadapter.checkpoint import Checkpoint
-from storyadapter.checkpoint.paths import CheckpointPaths
 from storyadapter.contract import NetworkSpec, Range, ShapeRanges, TensorSpec, network_specs, size_of
 from storyadapter.export import OPSET
 from storyadapter.export.compared import export_compared
@@ -27,14 +26,14 @@ LINEAR = NetworkSpec("linear", (TensorSpec("x", ("B", 8)),), (TensorSpec("y", ("
 
 
 @pytest.fixture(scope="module")
-def exported(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
-    """Every network of the tiny model in fp32, for any height and one width; and its error against eager."""
-    checkpoint = Checkpoint.open(
-        CheckpointPaths(tiny_model_dir, tiny_model_dir / "image_encoder", tiny_model_dir / "ip-adapter.safetensors")
-    )
+def exported(demo_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
+    """Every network of the demo model in fp32, for any height and one width; and its error against eager.
+
+    The builds of `tests/engine/tensorrt` compare those in fp16 and bf16.
+    """
     folder, errors = tmp_path_factory.mktemp("onnx"), {}
-    for name, module in iterate_modules(checkpoint, "fp32", "fp32", grca):
-        spec = network_specs(checkpoint.geometry)[name]
+    for name, module in iterate_modules(demo_checkpoint, "fp32", "fp32", grca):
+        spec = network_specs(demo_checkpoint.geometry)[name]
         path, errors[name] = export_compared(spec, module, LETTERS, "fp32", "fp32", folder)
         assert path.name == f"{name}.onnx"
         assert not any(weight.numel() for weight in module.parameters())
@@ -48,14 +47,11 @@ def test_every_network_computes_what_eager_computes(exported: tuple[Path, dict[s
 
 
 def test_files_carry_the_contracts_letters_and_the_stated_opset(
-    exported: tuple[Path, dict[str, float]], tiny_model_dir: Path
+    exported: tuple[Path, dict[str, float]], demo_checkpoint: Checkpoint
 ) -> None:
     folder, errors = exported
-    geometry = Checkpoint.open(
-        CheckpointPaths(tiny_model_dir, tiny_model_dir / "image_encoder", tiny_model_dir / "ip-adapter.safetensors")
-    ).geometry
     for name in errors:
-        spec = network_specs(geometry)[name]
+        spec = network_specs(demo_checkpoint.geometry)[name]
         model = onnx.load(str(folder / f"{name}.onnx"), load_external_data=False)
         assert {entry.domain: entry.version for entry in model.opset_import}[""] == OPSET
         for values, tensors in ((model.graph.input, spec.inputs), (model.graph.output, spec.outputs)):

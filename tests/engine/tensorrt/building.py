@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor, nn
 
 from storyadapter.checkpoint import Checkpoint
@@ -21,7 +22,7 @@ LETTERS = RANGES.letters()
 
 @dataclass(frozen=True)
 class Built:
-    """A finished build of the tiny model."""
+    """A finished build of the demo model."""
 
     checkpoint: Checkpoint
     identity: EngineIdentity
@@ -73,13 +74,14 @@ def layer_block_spec(channels: int) -> NetworkSpec:
     )
 
 
-def broken_onnx(folder: Path, op_type: str) -> Path:
-    """A network `y = op_type(x)` with one node named "culprit", x and y [B, 8] fp16."""
-    from onnx import TensorProto, helper, save
+def small_onnx(folder: Path, op_type: str, other: np.ndarray | None = None) -> Path:
+    """A network `y = op_type(x)` or `op_type(x, other)` with one node named "culprit", x and y [B, 8] fp16."""
+    from onnx import TensorProto, helper, numpy_helper, save
 
     value = [helper.make_tensor_value_info(name, TensorProto.FLOAT16, ["B", 8]) for name in ("x", "y")]
-    node = helper.make_node(op_type, ["x"], ["y"], name="culprit")
-    graph = helper.make_graph([node], "broken", value[:1], value[1:])
-    path = folder / "broken.onnx"
+    constants = [] if other is None else [numpy_helper.from_array(other, "other")]
+    node = helper.make_node(op_type, ["x", *(constant.name for constant in constants)], ["y"], name="culprit")
+    graph = helper.make_graph([node], "small", value[:1], value[1:], constants)
+    path = folder / "small.onnx"
     save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)]), path)
     return path

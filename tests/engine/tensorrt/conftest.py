@@ -1,5 +1,6 @@
-"""The tiny model exported and built once per precision and test session, for two architectures at once."""
+"""The demo model exported and built once per precision and test session, for two architectures at once."""
 
+import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -7,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers.models.unets.unet_2d_blocks import CrossAttnDownBlock2D
+from filelock import FileLock
 
 from storyadapter.checkpoint import Checkpoint
-from storyadapter.checkpoint.paths import CheckpointPaths
 from storyadapter.contract import Precision
 from storyadapter.engine.opening import build_engine, identify
 from storyadapter.engine.store import EngineStore
@@ -28,32 +29,30 @@ def rtx() -> Library:
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tiny_model_dir: Path) -> Checkpoint:
-    return Checkpoint.open(
-        CheckpointPaths(tiny_model_dir, tiny_model_dir / "image_encoder", tiny_model_dir / "ip-adapter.safetensors")
-    )
-
-
-@pytest.fixture(scope="session")
-def built(tiny_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Precision], Built]:
-    """Build the tiny model in a precision, or give what was built."""
+def built(demo_checkpoint: Checkpoint, session_folder: Path) -> Callable[[Precision], Built]:
+    """Build the demo model in a precision, or give what was built, in whichever process."""
 
     @cache
     def build(precision: Precision) -> Built:
-        store = EngineStore(tmp_path_factory.mktemp(f"engines-{precision}"))
-        identity = identify(tiny_checkpoint, "tensorrt", precision, targets=TARGETS, options=OPTIONS)
+        folder = session_folder / f"tensorrt-{precision}"
+        store, told = EngineStore(folder / "engines"), folder / "told.json"
+        identity = identify(demo_checkpoint, "tensorrt", precision, targets=TARGETS, options=OPTIONS)
         stages: list[tuple[str, str]] = []
         fractions: list[tuple[str, float]] = []
-        engine = build_engine(
-            tiny_checkpoint,
-            identity,
-            RANGES,
-            options=OPTIONS,
-            engine_dir=store.root,
-            on_stage=lambda network, what: stages.append((network, what)),
-            on_fraction=lambda network, fraction: fractions.append((network, fraction)),
-        )
-        return Built(tiny_checkpoint, identity, store, engine, tuple(stages), tuple(fractions))
+        with FileLock(f"{folder}.lock"):
+            engine = build_engine(
+                demo_checkpoint,
+                identity,
+                RANGES,
+                options=OPTIONS,
+                engine_dir=store.root,
+                on_stage=lambda network, what: stages.append((network, what)),
+                on_fraction=lambda network, fraction: fractions.append((network, fraction)),
+            )
+            if stages:
+                told.write_text(json.dumps([stages, fractions]))
+            stages, fractions = ([tuple(item) for item in items] for items in json.loads(told.read_text()))
+        return Built(demo_checkpoint, identity, store, engine, tuple(stages), tuple(fractions))
 
     return build
 

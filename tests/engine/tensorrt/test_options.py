@@ -3,8 +3,11 @@
 import pytest
 
 from storyadapter.contract import Range, ShapeRanges
+from storyadapter.engine.tensorrt.library import Library
 from storyadapter.engine.tensorrt.options import BuildOptions, parse_resolution
 from storyadapter.errors import InputError
+
+FULL, RTX = Library("tensorrt", "10.14.1"), Library("tensorrt-rtx", "1.7.1")
 
 
 def test_a_resolution_is_typed_width_first() -> None:
@@ -32,9 +35,18 @@ def test_values_out_of_range_are_refused(options: dict[str, int], told: str) -> 
 
 def test_a_resolution_outside_of_the_ranges_is_refused() -> None:
     ranges = ShapeRanges(1, 1, Range(768, 1024), Range(1024, 1024))
-    BuildOptions(resolutions=((768, 1024),)).check(ranges)
+    BuildOptions(resolutions=((768, 1024),)).check(ranges, FULL)
     with pytest.raises(InputError, match="^--resolution 832x768 is outside of --width 1024 and --height 768..1024$"):
-        BuildOptions(resolutions=((768, 832),)).check(ranges)
+        BuildOptions(resolutions=((768, 832),)).check(ranges, FULL)
+
+
+def test_an_optimization_level_is_only_for_the_library_that_has_use_for_it() -> None:
+    """TensorRT-RTX takes one and builds the same: see `test_what_the_options_do` of the builder."""
+    ranges = ShapeRanges(1, 1, Range(1024, 1024), Range(1024, 1024))
+    BuildOptions(5).check(ranges, FULL)
+    BuildOptions(None, 512).check(ranges, RTX)
+    with pytest.raises(InputError, match="^--optimization-level was given, but tensorrt-rtx 1.7.1 builds the same at "):
+        BuildOptions(5).check(ranges, RTX)
 
 
 def test_what_was_chosen_is_named_and_nothing_else() -> None:
