@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         UnavailableError: no CUDA device, or no Triton.
-        InputError: fewer than 30 repeats, or a CPU without `--smoke`.
+        InputError: fewer than 30 repeats, or a CPU without `--smoke` or with bf16.
     """
     import torch
 
@@ -39,6 +39,8 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--device {args.device}: expected cuda, cuda:<index> or cpu") from None
     if device.type == "cpu" and not args.smoke:
         raise InputError("--device cpu: the full table needs a GPU; expected --smoke with it")
+    if device.type == "cpu" and args.dtype == "bfloat16":
+        raise InputError("--dtype bfloat16: Triton's interpreter computes it wrongly; expected float16, or a GPU")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UnavailableError(f"--device {args.device}: no CUDA device here; try --device cpu --smoke")
     try:

@@ -59,6 +59,7 @@ def test_smoke_run_writes_a_report(tmp_path: Path) -> None:
     [
         (("--repeats", "5"), InputError, "expected at least 30"),
         (("--device", "cpu"), InputError, "expected --smoke"),
+        (("--device", "cpu", "--smoke", "--dtype", "bfloat16"), InputError, "expected float16, or a GPU"),
         (("--device", "quantum"), InputError, "expected cuda, cuda:<index> or cpu"),
     ],
 )
@@ -92,6 +93,31 @@ def test_rivals_get_the_same_function() -> None:
         for rival in rivals():
             if not rival.cuda_only:
                 torch.testing.assert_close(rival.run(expand(case, inputs)), expected)
+
+
+def test_every_case_has_the_whole_recompile_limit_for_flex_attention() -> None:
+    """Each case asks for the rivals anew, which forgets the shapes of earlier cases; else FlexAttention is refused."""
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+    from torch.nn.attention.flex_attention import flex_attention
+
+    from storyadapter.bench.rivals import rivals
+
+    def attend(tokens: int) -> None:
+        compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True, backend="eager")
+        kv = torch.randn(1, 1, tokens, 16)
+        with torch.no_grad():
+            compiled(torch.randn(1, 1, 16, 16), kv, kv)
+
+    limit = torch._dynamo.config.recompile_limit
+    rivals()
+    for case in range(limit + 1):
+        rivals()
+        attend(16 + case)
+    rivals()
+    with pytest.raises(FailOnRecompileLimitHit):
+        for case in range(limit + 1):
+            attend(16 + case)
+    torch.compiler.reset()
 
 
 def test_the_table_covers_what_it_promises() -> None:
