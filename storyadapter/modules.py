@@ -4,8 +4,8 @@ Each module's `forward` takes the contract's inputs in order and gives the contr
 them, the exporters export them, and nothing else knows how a network is computed.
 """
 
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Collection, Iterator
+from typing import Final, Protocol
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -16,6 +16,8 @@ from storyadapter.contract import Geometry, Precision
 from storyadapter.grca import GrcaFunction
 from storyadapter.networks import TORCH_DTYPES
 from storyadapter.unet import split_unet
+
+_UNET_PARTS: Final = ("text_projection", "reference_projection", "denoiser")
 
 
 class ModelParts(Protocol):
@@ -96,7 +98,11 @@ class VaeDecoder(nn.Module):
 
 
 def iterate_modules(
-    checkpoint: ModelParts, precision: Precision, vae_precision: Precision, grca: GrcaFunction
+    checkpoint: ModelParts,
+    precision: Precision,
+    vae_precision: Precision,
+    grca: GrcaFunction,
+    only: Collection[str] | None = None,
 ) -> Iterator[tuple[str, nn.Module]]:
     """The seven modules by their contract names, loaded one checkpoint component at a time, on the CPU.
 
@@ -108,19 +114,25 @@ def iterate_modules(
         precision: dtype of all weights but the VAE's.
         vae_precision: dtype of the VAE's.
         grca: the attention function of the denoiser's cross-attention layers.
+        only: names of the modules to be had; components that none of them needs aren't loaded. None for all.
     """
     dtype = TORCH_DTYPES[precision]
-    yield "text_encoder", TextEncoder(checkpoint.load_text_encoder(dtype)).eval()
-    yield "text_encoder_2", TextEncoder2(checkpoint.load_text_encoder_2(dtype)).eval()
-    yield "image_encoder", ImageEncoder(checkpoint.load_image_encoder(dtype)).eval()
-    parts = split_unet(checkpoint.load_unet(dtype), checkpoint.load_ip_adapter(dtype), grca)
-    # taken out one by one: what a suspended generator still names would stay in memory
-    modules = {
-        "text_projection": parts.text_projection,
-        "reference_projection": parts.reference_projection,
-        "denoiser": parts.denoiser,
-    }
-    del parts
-    for name in tuple(modules):
-        yield name, modules.pop(name).eval()
-    yield "vae_decoder", VaeDecoder(checkpoint.load_vae(TORCH_DTYPES[vae_precision])).eval()
+
+    def wanted(name: str) -> bool:
+        return only is None or name in only
+
+    if wanted("text_encoder"):
+        yield "text_encoder", TextEncoder(checkpoint.load_text_encoder(dtype)).eval()
+    if wanted("text_encoder_2"):
+        yield "text_encoder_2", TextEncoder2(checkpoint.load_text_encoder_2(dtype)).eval()
+    if wanted("image_encoder"):
+        yield "image_encoder", ImageEncoder(checkpoint.load_image_encoder(dtype)).eval()
+    if any(map(wanted, _UNET_PARTS)):
+        parts = split_unet(checkpoint.load_unet(dtype), checkpoint.load_ip_adapter(dtype), grca)
+        # taken out one by one: what a suspended generator still names would stay in memory
+        modules = {name: getattr(parts, name) for name in _UNET_PARTS if wanted(name)}
+        del parts
+        for name in tuple(modules):
+            yield name, modules.pop(name).eval()
+    if wanted("vae_decoder"):
+        yield "vae_decoder", VaeDecoder(checkpoint.load_vae(TORCH_DTYPES[vae_precision])).eval()

@@ -1,43 +1,36 @@
-"""Build of the backend `inductor`: every network exported and compiled by AOTInductor, its weights beside it once."""
+"""Build of the backend `inductor`: groups of networks compiled at once, each group in a process of its own."""
 
-import contextlib
-import functools
+import base64
 import json
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from storyadapter.contract import NetworkSpec, Precision, Range, ShapeRanges, network_specs
-from storyadapter.engine.inductor import package_name, weights_name
-from storyadapter.engine.inductor.fusion import fuse_denoiser
-from storyadapter.engine.inductor.operators import Operators, operators_for
-from storyadapter.engine.inductor.session import InductorNetwork
-from storyadapter.engine.inductor.shapes import channels_last, compiled_ranges, example_sizes
+from storyadapter.contract import Precision, ShapeRanges
+from storyadapter.engine.inductor.compilation import BuildRequest
 from storyadapter.engine.inductor.target import check_compilers
 from storyadapter.errors import EngineBuildError
-from storyadapter.export.dynamic_shapes import dynamic_shapes
-from storyadapter.export.probe import Probe, probe_inputs, probe_module
-from storyadapter.export.verify import relative_error
-from storyadapter.modules import ModelParts, iterate_modules
-from storyadapter.unet import Denoiser
+from storyadapter.modules import ModelParts
 
-# Measured on an H100 at S = 4096 and 10 heads: cuDNN 480 TFLOP/s, FlashAttention-2 304.
-_ATTENTION: Final = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
-# ‖compiled − eager‖ / ‖eager‖. Sums are taken in another order, and on a GPU fp32 convolutions use TF32 in both.
-_TOLERANCE: Final[Mapping[Precision, float]] = {"fp32": 5e-3, "fp16": 2e-2, "bf16": 6e-2}
-_OPTIONS: Final[Mapping[str, Any]] = {"aot_inductor.package_constants_in_so": False}
+# A compiler works on one core most of the time. The denoiser takes as long as all others together; with it go those
+# that are made from the same files.
+_GROUPS: Final = (
+    ("text_projection", "reference_projection", "denoiser"),
+    ("image_encoder", "vae_decoder"),
+    ("text_encoder", "text_encoder_2"),
+)
+_KILLED: Final = -9
+
+ReportStage = Callable[[str, str], None]
 
 
 def build_inductor(
@@ -47,122 +40,88 @@ def build_inductor(
     ranges: ShapeRanges,
     folder: Path,
     device: torch.device,
-    on_stage: Callable[[str, str], None] = lambda network, what: None,
+    on_stage: ReportStage = lambda network, what: None,
 ) -> dict[str, float]:
-    """Compile the seven networks into `folder`, one after the other, each compared with eager on `device`.
+    """Compile the seven networks into `folder`, each compared with eager on `device`.
 
     Args:
-        checkpoint: an opened checkpoint, or anything else that gives the model's parts.
+        checkpoint: an opened checkpoint, or anything else that gives the model's parts and can be pickled.
         precision, vae_precision: of the networks, and of the VAE's decoder.
         ranges: shapes to be served; one package serves them all.
-        on_stage: called with a network's name and what is being done to it.
+        on_stage: called with a network's name ("" for none in particular) and what is done to it; from several
+            threads, one at a time.
 
     Returns:
         Relative error against eager by network.
 
     Raises:
         UnavailableError: see `check_compilers`.
-        EngineBuildError: a network can't be compiled, or computes something else than eager.
+        EngineBuildError: a network can't be compiled, computes something else than eager, or a compiler ended early.
+        OSError: a file can't be written.
     """
     check_compilers(device)
-    geometry = checkpoint.geometry
-    letters = ranges.letters(geometry.pixels_per_latent)
-    specs = network_specs(geometry)
-    operators = operators_for(device)
-    errors = {}
-    modules = iterate_modules(checkpoint, precision, vae_precision, operators.grca)
-    while True:
-        on_stage("", "loading weights")
-        name, module = next(modules, ("", None))
-        if module is None:
-            return errors
-        # the module is handed over: nothing here keeps its weights
-        taken, module = [module.to(device)], None
-        options = NetworkOptions(precision, vae_precision, letters, operators)
-        errors[name] = build_network(specs[name], taken, options, folder, functools.partial(on_stage, name))
+    letters = ranges.letters(checkpoint.geometry.pixels_per_latent)
+    requests = [BuildRequest(checkpoint, names, precision, vae_precision, letters, device, folder) for names in _GROUPS]
+    workers = _Workers(on_stage)
+    with ThreadPoolExecutor(min(len(_GROUPS), os.cpu_count() or 1)) as pool:
+        try:
+            results = [pool.submit(workers.run, request) for request in requests]
+            return {name: error for result in results for name, error in result.result().items()}
+        finally:
+            workers.stop()
 
 
-@dataclass(frozen=True)
-class NetworkOptions:
-    """What a network is compiled with; `letters` as in `ShapeRanges.letters`."""
+class _Workers:
+    """The processes of one build."""
 
-    precision: Precision
-    vae_precision: Precision
-    letters: Mapping[str, Range]
-    operators: Operators
+    def __init__(self, on_stage: ReportStage) -> None:
+        self._on_stage = on_stage
+        self._lock = threading.Lock()
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._stopped = False
 
+    def stop(self) -> None:
+        """End all of them at once, and start no more."""
+        with self._lock:
+            self._stopped = True
+            for process in self._processes:
+                process.kill()
 
-def build_network(
-    spec: NetworkSpec,
-    taken: list[nn.Module],
-    options: NetworkOptions,
-    folder: Path,
-    on_stage: Callable[[str], None] = lambda what: None,
-) -> float:
-    """Compile one network, store package and weights, and compare it with eager.
-
-    Args:
-        taken: the module, in eval mode and in the network's dtype, on the device to compile for; taken out of the list
-            and used up.
-
-    Returns:
-        The relative error against eager.
-
-    Raises:
-        EngineBuildError: the network can't be compiled, or computes something else than eager.
-    """
-    module = taken.pop()
-    device = next(module.parameters()).device
-    precision, vae_precision = options.precision, options.vae_precision
-    ranges = compiled_ranges(spec, options.letters)
-    # before the module is rewritten: the comparison shall see the rewriting, too
-    on_stage("running eager")
-    probes = probe_module(spec, module, options.letters, precision, vae_precision)
-    if isinstance(module, Denoiser):
-        fuse_denoiser(module, options.operators)
-    channels_last_names = channels_last(module) if device.type == "cuda" else []
-    on_stage("compiling")
-    inputs = probe_inputs(spec, example_sizes(ranges), precision, vae_precision)
-    arguments = tuple(value.to(device) for value in inputs.values())
-    with _compiling(spec.name):
-        program = torch.export.export(
-            module, arguments, dynamic_shapes=dynamic_shapes(spec, module, ranges), strict=False
+    def run(self, request: BuildRequest) -> dict[str, float]:
+        """One group, in a process of its own; see `build_inductor`."""
+        with tempfile.TemporaryFile() as complaints:
+            with self._lock:
+                if self._stopped:
+                    return {}
+                process = subprocess.Popen(
+                    [sys.executable, "-P", "-m", "storyadapter.engine.inductor.worker"],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=complaints,
+                    start_new_session=True,  # the terminal's Ctrl-C reaches this process alone, which ends the others
+                )
+                self._processes.append(process)
+            assert process.stdin and process.stdout
+            last: dict[str, Any] = {}
+            with process:
+                process.stdin.write(pickle.dumps(request))
+                process.stdin.flush()
+                for line in process.stdout:
+                    last = json.loads(line)
+                    if "stage" in last:
+                        with self._lock:
+                            self._on_stage(last["network"], last["stage"])
+                process.wait()
+            if "errors" in last:
+                return last["errors"]
+            if "raised" in last:
+                raise pickle.loads(base64.b64decode(last["raised"]))
+            complaints.seek(max(0, complaints.seek(0, os.SEEK_END) - 2000))
+            words = complaints.read().decode(errors="replace").strip().splitlines()[-1:]
+        where = last.get("network") or " and ".join(request.networks)
+        if process.returncode == _KILLED:
+            raise EngineBuildError(f"{where}: the compiler was killed, most likely for want of memory; make some free")
+        raise EngineBuildError(
+            f"{where}: the compiler ended early while {last.get('stage', 'starting')}, exit code "
+            f"{process.returncode}: {' '.join(words) or 'no message'}"
         )
-        package = folder / package_name(spec.name)
-        torch._inductor.aoti_compile_and_package(program, package_path=str(package), inductor_configs=_OPTIONS)
-    constants = {**program.state_dict, **program.constants}
-    del program, inputs, arguments, module
-    on_stage("comparing with eager")
-    network = InductorNetwork(spec, folder, precision, vae_precision, device, options.letters, constants)
-    error = _compare(network, probes, vae_precision if spec.name == "vae_decoder" else precision)
-    on_stage("storing weights")
-    _save(folder / weights_name(spec.name), network.weights, channels_last_names)
-    return error
-
-
-@contextlib.contextmanager
-def _compiling(name: str) -> Iterator[None]:
-    try:
-        with torch.no_grad(), warnings.catch_warnings(), sdpa_kernel(_ATTENTION, set_priority=True):
-            warnings.simplefilter("ignore")
-            yield
-    except (RuntimeError, ValueError) as error:
-        first = str(error).strip().splitlines()[0][:400]
-        raise EngineBuildError(f"{name}: {type(error).__name__}: {first}") from error
-
-
-def _compare(network: InductorNetwork, probes: Sequence[Probe], precision: Precision) -> float:
-    worst = 0.0
-    for probe in probes:
-        got = network(probe.inputs)
-        for name, expected in probe.outputs.items():
-            where = f"{network.spec.name}: output {name}"
-            worst = max(worst, relative_error(where, got[name], expected, precision, _TOLERANCE[precision]))
-    return worst
-
-
-def _save(path: Path, weights: Mapping[str, Tensor], channels_last_names: list[str]) -> None:
-    # the file's format knows no strides; `session` restores them by these names
-    tensors = {name: value.detach().contiguous().cpu() for name, value in weights.items()}
-    save_file(tensors, path, metadata={"channels_last": json.dumps(channels_last_names)})
-    path.chmod(0o644)  # the library makes it readable for its owner alone

@@ -90,6 +90,10 @@ class Checkpoint:
         files |= {part: tokenizer_files(self._config_folder / part) for part in _TOKENIZERS}
         return {**files, "ip_adapter": (self._adapter,)}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as its paths: another process opens the same files."""
+        return type(self).open, (self.paths,)
+
     def load_unet(self, dtype: "torch.dtype") -> "UNet2DConditionModel":
         """The UNet in `dtype` on the CPU, LoRAs fused, in evaluation mode, without gradients.
 
