@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
+from transformers import CLIPTextModel
 
 from tests.storyadapter.cli.running import Type, files
 
@@ -121,6 +123,19 @@ def test_no_engine_that_fits(words: str, reason: str, type_in: Type, engine_run:
     option, value = shlex.split(words)[-2:]
     assert build[build.index(option) + 1] == value
     assert not Path("out").exists()
+
+
+def test_no_engine_with_these_loras(type_in: Type, engine_run: list[str], tiny_model_dir: Path) -> None:
+    """What is told builds the right one: the LoRAs with their scales are in the command."""
+    query = "text_model.encoder.layers.0.self_attn.q_proj"
+    weight = CLIPTextModel.from_pretrained(tiny_model_dir / "text_encoder").get_parameter(f"{query[11:]}.weight")
+    pair = {"lora_A": torch.randn(2, weight.shape[1]), "lora_B": torch.randn(weight.shape[0], 2)}
+    save_file({f"text_encoder.{query}.{part}.weight": matrix for part, matrix in pair.items()}, "ink.safetensors")
+    words = ["--lora", "ink.safetensors:0.5", "--lora", "ink.safetensors:-0.25"]
+    message = type_in(*engine_run, *words).err.splitlines()[-1]
+    assert " differs: LoRA is none in the store, ink.safetensors:0.5 (sha256 " in message
+    build = shlex.split(message.partition("build it: ")[2])
+    assert [build[at + 1] for at, word in enumerate(build) if word == "--lora"] == words[1::2]
 
 
 def test_a_backend_that_needs_no_build(type_in: Type, tiny_model: list[str]) -> None:

@@ -21,6 +21,10 @@ pytest.importorskip("tensorrt_rtx")
         (["--backend", "tensorrt", "--target", "sm90"], "backend tensorrt can't serve sm90 here: "),
         (["--backend", "tensorrt", "--target", "sm89", "--optimization-level", "9"], "--optimization-level is 9; "),
         (
+            ["--backend", "tensorrt", "--target", "sm89", "--optimization-level", "5"],
+            " builds the same at every level: it chooses its kernels when an engine is first run; leave it out",
+        ),
+        (
             ["--backend", "tensorrt", "--target", "sm89", "--resolution", "512x64"],
             "--resolution 512x64 is outside of --width 64 and --height 64",
         ),
