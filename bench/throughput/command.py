@@ -42,7 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=(AUTO, *PRECISIONS),
         help="of all networks but the VAE (default: auto, fp16 on a GPU, fp32 on a CPU)",
     )
-    parser.add_argument("--device", default=AUTO, help="cuda, cuda:1, … or cpu (default: auto, a GPU if there is one)")
     parser.add_argument(
         "--gpu-price", type=_price, metavar="X", help="price of the device per hour: adds the money per frame"
     )
@@ -67,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         InputError: options that don't fit together, or an unknown name.
-        UnavailableError: the device isn't there.
+        UnavailableError: the full-size model without a GPU.
     """
     _check(args)
     from storyadapter.bench.throughput.course import measure

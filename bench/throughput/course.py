@@ -1,6 +1,7 @@
 """The course of `bench throughput`, once its options are checked."""
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,18 +36,17 @@ from storyadapter.bench.throughput.rungs import LADDER, Rung
 from storyadapter.bench.throughput.story import (
     MIN_PSNR,
     Drawn,
-    StoryResult,
     draw_in_sequence,
     draw_overlapped,
     measure_story,
 )
 from storyadapter.bench.throughput.workbench import Workbench, with_eager_vae
 from storyadapter.cli.options import model_choice
-from storyadapter.conditioning import Tokenizers
 from storyadapter.contract import Precision
 from storyadapter.engine.backends import AUTO
-from storyadapter.errors import InputError, StoryAdapterError, UnavailableError
+from storyadapter.errors import StoryAdapterError, UnavailableError
 from storyadapter.grca import grca
+from storyadapter.networks import TORCH_DTYPES
 
 OVERLAPPED = "overlapped"
 _ONE_BY_ONE = "one after the other"
@@ -55,7 +55,7 @@ _SMALL = 128  # pixels: the demo model and the toy are measured on tiny cases
 
 def measure(args: argparse.Namespace) -> int:
     """See `command.run`."""
-    device = _device(args.device)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision: Precision = args.precision if args.precision != AUTO else "fp16" if device.type == "cuda" else "fp32"
     subject = _subject(args, precision, device)
     small = subject.checkpoint.geometry.default_pixels <= _SMALL
@@ -74,15 +74,25 @@ def measure(args: argparse.Namespace) -> int:
     parts = sum(runs(rung, case) for rung in (*rungs, *rivals) for case in cases)
     parts += len(stories) * (2 if vae_precision == "fp32" else 3)
     progress = Progress(parts)
-    found = _find(args, subject, cases, stories, (rungs, rivals), vae_precision, progress)
-    data = as_data(found)
-    page = markdown(data)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        _suffixed(args.out, ".md").write_text(page, encoding="utf-8")
-        _suffixed(args.out, ".json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-        chart(data).save(_suffixed(args.out, ".png"))
-    print(page)
+    # for all cases, so that an engine built for some of them serves a later run of the others
+    workbench = Workbench(subject, ranges(all_cases, all_stories), vae_precision, progress)
+    progress.tell(f"{subject.label}, {subject.precision}, on {device}")
+    found = Findings(
+        environment=describe(device, args.commit),
+        model=subject.label,
+        precision=subject.precision,
+        cases=cases,
+        stories=stories,
+        matrix_flops=_matrix_rate(subject),
+        gpu_price=args.gpu_price,
+        build_seconds=workbench.build_seconds,
+    )
+    if cases:
+        found = _climb(found, workbench, rungs, rivals)
+        _write(args.out, found)
+    for story in stories:
+        _draw_story(found, workbench, story)
+    print(_write(args.out, found))
     bad = [result.rung for result in found.rungs if result.status in (WRONG, FAILED) and not result.rival]
     bad += [story.way for story in found.drawn if story.psnr is not None and story.psnr < MIN_PSNR and story.same_vae]
     bad += [line for line in found.undrawn if f": {FAILED}: " in line]
@@ -91,16 +101,17 @@ def measure(args: argparse.Namespace) -> int:
     return 1 if bad else 0
 
 
-def _device(name: str) -> torch.device:
-    if name == AUTO:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"--device {name}: expected cuda, cuda:<index> or cpu") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UnavailableError(f"--device {name}: no CUDA device here; try --device cpu --smoke")
-    return device
+def _write(out: Path | None, found: Findings) -> str:
+    """Write the files, if asked for; returns the page."""
+    data = as_data(found)
+    page = markdown(data)
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        # v1.2 is a name, not a name with a suffix
+        out.with_name(f"{out.name}.md").write_text(page, encoding="utf-8")
+        out.with_name(f"{out.name}.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        chart(data).save(out.with_name(f"{out.name}.png"))
+    return page
 
 
 def _subject(args: argparse.Namespace, precision: Precision, device: torch.device) -> Subject:
@@ -112,84 +123,51 @@ def _subject(args: argparse.Namespace, precision: Precision, device: torch.devic
     return Subject.from_files(model_choice(args), precision, device, args.engine_dir)
 
 
-def _suffixed(path: Path, suffix: str) -> Path:
-    return path.with_name(path.name + suffix)
+def _matrix_rate(subject: Subject) -> float | None:
+    if subject.device.type != "cuda":
+        return None
+    from storyadapter.bench.roofline import measure_rates  # imports Triton
+
+    return measure_rates(subject.device, TORCH_DTYPES[subject.precision]).matrix_flops
 
 
-def _find(
-    args: argparse.Namespace,
-    subject: Subject,
-    cases: Sequence[Case],
-    stories: Sequence[StoryCase],
-    ways: tuple[Sequence[Rung], Sequence[Rung]],
-    vae_precision: Precision,
-    progress: Progress,
-) -> Findings:
-    device = subject.device
-    workbench = Workbench(subject, ranges(tuple(cases), tuple(stories)), vae_precision, progress)
-    tokenizers = subject.tokenizers()
-    progress.tell(f"{subject.label}, {subject.precision}, on {device}")
-    rate = None
-    if device.type == "cuda":
-        from storyadapter.bench.roofline import measure_rates
-        from storyadapter.networks import TORCH_DTYPES
-
-        rate = measure_rates(device, TORCH_DTYPES[subject.precision]).matrix_flops
-    inputs: dict[str, CaseInputs] = {}
-    operations: dict[str, int] = {}
-    results: list[RungResult] = []
-    profiled = None
-    if cases:
-        eager = workbench.eager(grca)
-        inputs = make_inputs(eager, tokenizers, cases, subject.prediction_type)
-        operations = {c.name: count_operations(eager, c.frames, c.references, c.height, c.width) for c in cases}
-        decoder = with_eager_vae(eager, subject, "fp32").vae_decoder
-        del eager
-        results = Ladder(workbench, inputs, Pictures(decoder, device), progress).run(*ways)
-        del decoder
-        if device.type == "cuda":
-            profiled = _profile(workbench, inputs, results, ways[0])
-    drawn: list[StoryResult] = []
-    undrawn: list[str] = []
-    for story in stories:
-        _draw_story(workbench, tokenizers, story, drawn, undrawn)
-    return Findings(
-        environment=describe(device, args.commit),
-        model=subject.label,
-        precision=subject.precision,
-        cases=cases,
-        stories=stories,
-        operations=operations,
-        matrix_flops=rate,
-        rungs=results,
-        drawn=drawn,
-        undrawn=undrawn,
-        build_seconds=workbench.build_seconds,
-        profiled=profiled,
-        gpu_price=args.gpu_price,
-    )
+def _climb(found: Findings, workbench: Workbench, rungs: Sequence[Rung], rivals: Sequence[Rung]) -> Findings:
+    """The ladder, and the kernels of its fastest rung."""
+    subject, cases = workbench.subject, found.cases
+    eager = workbench.eager(grca)
+    inputs = make_inputs(eager, subject.tokenizers(), cases, subject.prediction_type)
+    operations = {c.name: count_operations(eager, c.frames, c.references, c.height, c.width) for c in cases}
+    pictures = Pictures(with_eager_vae(eager, subject, "fp32").vae_decoder, subject.device)
+    del eager
+    results = Ladder(workbench, inputs, pictures, workbench.progress).run(rungs, rivals)
+    profiled = _profile(workbench, inputs, results, rungs) if subject.device.type == "cuda" else None
+    return dataclasses.replace(found, rungs=results, operations=operations, profiled=profiled)
 
 
 def _profile(
     workbench: Workbench, inputs: dict[str, CaseInputs], results: Sequence[RungResult], rungs: Sequence[Rung]
 ) -> tuple[str, str, KernelTimes] | None:
-    """The kernels of a step of the fastest rung on the case that all rungs ran."""
+    """The kernels of a step of the fastest rung on the case that all rungs ran; None where they can't be had."""
     case = next(iter(inputs))
     measured = [r for r in results if r.case == case and r.status == MEASURED and not r.rival]
     fastest = max(measured, key=lambda result: result.rows_per_second or 0.0, default=None)
     if fastest is None:
         return None
     rung = next(rung for rung in rungs if rung.name == fastest.rung)
-    step = endless(rung, rung.prepare(workbench), inputs[case])
-    for _ in range(3):  # the second may be recorded, the third is a replay
-        step()
-    return case, rung.name, profile_call(step, workbench.subject.device)
+    workbench.progress.tell(f"kernels of {rung.name} on {case}")
+    try:
+        step = endless(rung, rung.prepare(workbench), inputs[case])
+        for _ in range(3):  # the second may be recorded, the third is a replay
+            step()
+        times = profile_call(step, workbench.subject.device)
+    except Exception as error:  # a profiler that may not look: what was measured is still worth reporting
+        workbench.progress.tell(f"    {FAILED}: {failure(error)}")
+        return None
+    return (case, rung.name, times) if times.kernels else None
 
 
-def _draw_story(
-    workbench: Workbench, tokenizers: Tokenizers, case: StoryCase, drawn: list[StoryResult], undrawn: list[str]
-) -> None:
-    """The story one thing after the other, overlapped, and overlapped with a VAE in fp32; adds to both lists."""
+def _draw_story(found: Findings, workbench: Workbench, case: StoryCase) -> None:
+    """The story one thing after the other, overlapped, and overlapped with a VAE in fp32; added to what was found."""
     subject, progress, own = workbench.subject, workbench.progress, workbench.vae_precision
     ways = [(_ONE_BY_ONE, draw_in_sequence, own), (OVERLAPPED, draw_overlapped, own)]
     if own != "fp32":
@@ -202,14 +180,16 @@ def _draw_story(
             networks = workbench.networks("inductor")
             if vae_precision != own:
                 networks = with_eager_vae(networks, subject, vae_precision)
-            result, pictures = measure_story(draw, way, networks, tokenizers, case, subject.prediction_type, first)
+            result, drawn = measure_story(
+                draw, way, networks, subject.tokenizers(), case, subject.prediction_type, first
+            )
         except StoryAdapterError as error:
-            undrawn.append(f"{name}: {NOT_RUN}: {error}")
+            found.undrawn.append(f"{name}: {NOT_RUN}: {error}")
         except Exception as error:  # as in the ladder: what else was measured is still worth reporting
-            undrawn.append(f"{name}: {FAILED}: {failure(error)}")
+            found.undrawn.append(f"{name}: {FAILED}: {failure(error)}")
         else:
-            first = first or pictures
-            drawn.append(result)
+            first = first or drawn
+            found.drawn.append(result)
             progress.done(f"{result.seconds:.1f} s, {result.rows_per_second:.2f} rows/s")
             continue
-        progress.done(undrawn[-1])
+        progress.done(found.undrawn[-1])

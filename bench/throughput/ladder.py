@@ -121,10 +121,9 @@ class Pictures:
         self._device = device
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents [F, 4, h, w] fp32 → pictures [F, 3, 8h, 8w] in -1 to 1, both on the CPU; frame by frame."""
+        """Latents [F, 4, h, w] fp32 → pictures [F, 3, 8h, 8w] in -1 to 1, both on the CPU."""
         with torch.inference_mode():
-            frames = [self._decoder({"latents": frame.to(self._device)})["image"].cpu() for frame in latents.split(1)]
-        return torch.cat(frames).clamp(-1, 1)
+            return self._decoder({"latents": latents.to(self._device)})["image"].cpu().clamp(-1, 1)
 
 
 def compare(other: str, found: Drawing, expected: Drawing) -> Comparison:

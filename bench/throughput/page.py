@@ -32,7 +32,7 @@ def _introduction(data: dict[str, Any]) -> list[str]:
         "A step is a UNet call with guidance and sampler; times are medians of single steps, the spread lies between",
         "the 10th and the 90th percentile. Every rung has the same weights, inputs and noise. It is timed only if the",
         f"pictures that it draws in a few steps are no further than {MIN_PSNR:g} dB from those of the rung below (the",
-        "worst frame, decoded in fp32).",
+        "worst frame, decoded in fp32, on a GPU with TF32).",
         "",
         "TFLOP/s counts what the model asks for, however a rung computes it: by torch.utils.flop_counter on the eager",
         "denoiser, and 4 · queries · width operations per key of each global reference cross-attention." + measured,
@@ -184,10 +184,12 @@ def _kernels(data: dict[str, Any]) -> list[str]:
     if kernels is None:
         return []
     total = sum(kernels["milliseconds"].values())
+    (step,) = [r for r in data["rungs"] if (r["case"], r["rung"]) == (kernels["case"], kernels["rung"])]
     lines = [
         f"## Where a step's time goes: {kernels['rung']} on {kernels['case']}",
         "",
-        f"{kernels['kernels']} kernels, {total:.1f} ms, by torch.profiler.",
+        f"{kernels['kernels']} kernels of together {total:.1f} ms, by torch.profiler, in a step of "
+        f"{step['ms_per_call']:.1f} ms.",
         "",
     ]
     shares = [[name, f"{ms:.2f}", f"{ms / total:.1%}"] for name, ms in kernels["milliseconds"].items()]

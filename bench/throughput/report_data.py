@@ -1,7 +1,7 @@
 """Everything that a throughput report says, as plain data: the JSON file. The page and the chart are made from it."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
 from storyadapter.bench.compare import KIND
@@ -35,14 +35,14 @@ class Findings:
     precision: str
     cases: Sequence[Case]
     stories: Sequence[StoryCase]
-    operations: dict[str, int]
     matrix_flops: float | None
-    rungs: Sequence[RungResult]
-    drawn: Sequence[StoryResult]
-    undrawn: Sequence[str]
-    build_seconds: dict[str, float]
-    profiled: tuple[str, str, KernelTimes] | None
     gpu_price: float | None
+    build_seconds: Mapping[str, float]
+    operations: Mapping[str, int] = field(default_factory=dict)
+    rungs: Sequence[RungResult] = ()
+    drawn: list[StoryResult] = field(default_factory=list)
+    undrawn: list[str] = field(default_factory=list)
+    profiled: tuple[str, str, KernelTimes] | None = None
 
     def highest(self, case: str) -> RungResult | None:
         """The highest rung of the ladder that was measured on a case: what whole stories are drawn by."""
@@ -74,12 +74,12 @@ def as_data(found: Findings) -> dict[str, Any]:
         "precision": found.precision,
         "gpu_price": found.gpu_price,
         "matrix_flops": found.matrix_flops,
-        "cases": [{**case.as_dict(), "operations": found.operations[case.name]} for case in found.cases],
+        "cases": [{**case.as_dict(), "operations": found.operations.get(case.name)} for case in found.cases],
         "story_cases": [case.as_dict() for case in found.stories],
         "rungs": [_rung(found, result) for result in found.rungs],
         "stories": [_story(found, result) for result in found.drawn],
         "undrawn": list(found.undrawn),
-        "build_seconds": found.build_seconds,
+        "build_seconds": dict(found.build_seconds),
         "kernels": profiled,
         "cost_over_references": cost_over_references(found),
         "published_workload": projection(found),

@@ -2,10 +2,12 @@
 
 import dataclasses
 import gc
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from torch import Tensor
 
 from storyadapter.bench.progress import Progress
 from storyadapter.bench.subject import Subject
@@ -14,7 +16,7 @@ from storyadapter.contract import Precision, ShapeRanges
 from storyadapter.engine.eager import EagerNetwork
 from storyadapter.grca import GrcaFunction
 from storyadapter.modules import VaeDecoder
-from storyadapter.networks import TORCH_DTYPES, Networks, run_directly
+from storyadapter.networks import TORCH_DTYPES, Network, Networks, run_directly
 from storyadapter.unet import GlobalReferenceCrossAttention
 
 
@@ -93,12 +95,27 @@ def without_graphs(networks: Networks) -> Networks:
     return dataclasses.replace(networks, run_step=run_directly)
 
 
+class FrameByFrame:
+    """A network that runs one frame at a time: memory for one, however many are asked for."""
+
+    def __init__(self, network: Network) -> None:
+        self.spec = network.spec
+        self._network = network
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See `storyadapter.networks.Network`; every input has the frames in front."""
+        names, tensors = inputs.keys(), (value.split(1) for value in inputs.values())
+        outputs = [self._network(dict(zip(names, frame, strict=True))) for frame in zip(*tensors, strict=True)]
+        return {name: torch.cat([output[name] for output in outputs]) for name in outputs[0]}
+
+
 def with_eager_vae(networks: Networks, subject: Subject, precision: Precision) -> Networks:
     """The same networks with a VAE in plain PyTorch, channels last; in fp32 on a GPU, its convolutions use TF32."""
     decoder = VaeDecoder(subject.checkpoint.load_vae(TORCH_DTYPES[precision])).to(subject.device).eval()
     decoder.to(memory_format=torch.channels_last)
-    network = EagerNetwork(networks.vae_decoder.spec, decoder, precision=networks.precision, vae_precision=precision)
-    return dataclasses.replace(networks, vae_decoder=network, vae_precision=precision)
+    spec = networks.vae_decoder.spec
+    network = EagerNetwork(spec, decoder, precision=networks.precision, vae_precision=precision)
+    return dataclasses.replace(networks, vae_decoder=FrameByFrame(network), vae_precision=precision)
 
 
 def _on(adapter: IPAdapterWeights, device: torch.device) -> IPAdapterWeights:
