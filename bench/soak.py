@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from storyadapter.cli.options import add_checkpoint_options
-from storyadapter.contract import PRECISIONS
+from storyadapter.contract import PRECISIONS, check_pixels
 from storyadapter.engine.backends import AUTO, BACKENDS
 from storyadapter.errors import InputError
 
@@ -33,6 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=3,
         metavar="F",
         help="frames of a micro-batch at the most (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--sizes",
+        type=_sizes,
+        metavar="PIXELS,…",
+        help="heights and widths to choose from, ascending (default: half, three quarters and all of the model's own)",
     )
     parser.add_argument(
         "--synthetic-weights",
@@ -73,6 +79,8 @@ def run(args: argparse.Namespace) -> int:
     ):
         if value is not None and value < least:
             raise InputError(f"{option} is {value}; expected {least} or more")
+    for pixels in args.sizes or ():
+        check_pixels("--sizes", pixels)
     if args.minutes is not None and not args.minutes > 0:
         raise InputError(f"--minutes is {args.minutes:g}; expected more than 0")
     if args.synthetic_weights and args.base_model:
@@ -88,3 +96,10 @@ def run(args: argparse.Namespace) -> int:
         args.out.with_name(args.out.name + ".json").write_text(data + "\n", encoding="utf-8")
     print(page)
     return 1 if found.problems else 0
+
+
+def _sizes(text: str) -> list[int]:
+    try:
+        return sorted(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of pixels such as 768,1024") from None

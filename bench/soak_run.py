@@ -146,12 +146,12 @@ def soak(args: argparse.Namespace, limit: int | None) -> Findings:
     else:
         subject = Subject.from_files(model_choice(args), precision, device, args.engine_dir)
     geometry = subject.checkpoint.geometry
-    sizes = picture_sizes(geometry.default_pixels)
+    sizes = args.sizes or picture_sizes(geometry.default_pixels)
     pixels = Range(sizes[0], sizes[-1])
     ranges = ShapeRanges(args.max_frames, args.max_references, pixels, pixels)
-    vae_precision = (
-        "bf16" if args.synthetic_weights and precision == "fp16" else geometry.default_vae_precision(precision)
-    )
+    vae_precision = geometry.default_vae_precision(precision)
+    if args.synthetic_weights and precision != "fp32":
+        vae_precision = "bf16"  # as bench throughput: one engine serves both
     opened = subject.open(backend, ranges, vae_precision, lambda line: print(line, flush=True))
     tokenizers = subject.tokenizers()
     pipeline = StoryPipeline(opened.networks, (tokenizers.first, tokenizers.second))

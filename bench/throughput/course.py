@@ -57,6 +57,8 @@ def measure(args: argparse.Namespace) -> int:
     """See `command.run`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision: Precision = args.precision if args.precision != AUTO else "fp16" if device.type == "cuda" else "fp32"
+    if args.smoke and device.type == "cpu":
+        torch.set_num_threads(1)  # on tensors as small as the toy's, threads that wait for each other take longer
     subject = _subject(args, precision, device)
     small = subject.checkpoint.geometry.default_pixels <= _SMALL
     all_cases = tables.SMOKE_CASES if small else tables.CASES

@@ -111,7 +111,7 @@ def _stories(data: dict[str, Any]) -> list[str]:
             *stages,
             "peak GiB",
             "money/frame",
-            "PSNR",
+            "PSNR to the first",
         )
         lines += _table(header, [_story(story, stages) for story in stories]) + [""]
     return lines

@@ -72,12 +72,13 @@ def test_sizes_are_served_by_the_model() -> None:
 
 
 def test_a_short_soak_passes_and_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert soak.run(_arguments("--stories", "9", "--out", str(tmp_path / "soak"))) == 0
+    assert soak.run(_arguments("--stories", "9", "--sizes", "96,64", "--out", str(tmp_path / "soak"))) == 0
     data = json.loads((tmp_path / "soak.json").read_text(encoding="utf-8"))
     assert data["kind"] == "soak" and data["passed"] and data["problems"] == []
     assert len(data["noted"]) == 9 and sum(item["yardstick"] for item in data["noted"]) == 3
     assert len({item["digest"] for item in data["noted"]}) == 7
     assert all(item["memory"] > 0 and item["seconds"] > 0 for item in data["noted"])
+    assert {item["story"]["height"] for item in data["noted"]} == {64, 96}
     page = (tmp_path / "soak.md").read_text(encoding="utf-8")
     assert "| verdict | passed |" in page and page in capsys.readouterr().out
 
@@ -111,6 +112,7 @@ def test_minutes_end_it(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (("--stories", "8"), "--stories is 8; expected 9 or more"),
         (("--steps", "0"), "--steps is 0; expected 1 or more"),
+        (("--sizes", "64,90"), "--sizes is 90; expected a multiple of 32"),
         (("--minutes", "0"), "--minutes is 0; expected more than 0"),
         (("--base-model", "x"), "expected one of --base-model, --synthetic-weights"),
     ],
