@@ -30,8 +30,9 @@ class GraphStepRunner:
         self._seen: OrderedDict[Hashable, None] = OrderedDict()
         self._side: torch.cuda.Stream | None = None
 
-    def __len__(self) -> int:
-        """Graphs that are kept."""
+    @property
+    def kept(self) -> int:
+        """Graphs that are kept. (No `__len__`: a runner that has none yet would count as false.)"""
         return len(self._graphs)
 
     def __call__(self, key: Hashable, step: Callable[[], None]) -> None:

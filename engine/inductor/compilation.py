@@ -128,13 +128,14 @@ def build_network(
     if isinstance(module, Denoiser):
         fuse_denoiser(module, options.operators)
     channels_last_names = channels_last(module) if device.type == "cuda" else []
-    on_stage("compiling")
+    on_stage("exporting")
     inputs = probe_inputs(spec, example_sizes(ranges), precision, vae_precision)
     arguments = tuple(value.to(device) for value in inputs.values())
     with _compiling(spec.name):
         program = torch.export.export(
             module, arguments, dynamic_shapes=dynamic_shapes(spec, module, ranges), strict=False
         )
+        on_stage("compiling")
         package = folder / package_name(spec.name)
         torch._inductor.aoti_compile_and_package(program, package_path=str(package), inductor_configs=_OPTIONS)
     constants = {**program.state_dict, **program.constants}

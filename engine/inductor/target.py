@@ -42,5 +42,5 @@ def check_compilers(device: torch.device) -> None:
     if not Path(asked.stdout.strip()).exists():
         raise UnavailableError(
             f"{compiler} finds no shared libstdc++.so, and a package with a static one crashes when it is loaded; "
-            "expected the library beside the compiler (Debian, Ubuntu: libstdc++-dev of the compiler's version)"
+            "expected the library beside the compiler, or CXX naming one that has it, such as CXX=/usr/bin/g++"
         )

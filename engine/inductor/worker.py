@@ -23,9 +23,9 @@ def main() -> None:
     # compilers print; what they print shall not be taken for messages
     messages = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    request: BuildRequest = pickle.load(sys.stdin.buffer)
-    threading.Thread(target=_end_with_input, daemon=True).start()
     try:
+        request: BuildRequest = pickle.load(sys.stdin.buffer)  # opens the checkpoint
+        threading.Thread(target=_end_with_input, daemon=True).start()
         errors = build_networks(request, lambda network, stage: _tell(messages, network=network, stage=stage))
     except (StoryAdapterError, OSError) as error:
         _tell(messages, raised=base64.b64encode(pickle.dumps(error)).decode())

@@ -22,13 +22,13 @@ def test_replays_read_what_lies_at_the_addresses_now() -> None:
     for _ in range(4):
         for index, source in enumerate(sources[:2]):
             assert double(source) == 2 * index
-    assert (runner.captures, runner.replays, len(runner)) == (2, 6, 2)
+    assert (runner.captures, runner.replays, runner.kept) == (2, 6, 2)
     sources[1].fill_(21)
     assert double(sources[1]) == 42
     # a third key takes the place of the graph that was used the longest time ago
     for _ in range(3):
         assert double(sources[2]) == 4
-    assert (runner.captures, runner.replays, len(runner)) == (3, 9, 2)
+    assert (runner.captures, runner.replays, runner.kept) == (3, 9, 2)
     assert double(sources[1]) == 42
     assert runner.replays == 10
     assert double(sources[0]) == 0
@@ -75,7 +75,7 @@ def test_graphs_share_their_scratch_memory_and_give_it_back() -> None:
     for key in (1, 2, 3, 4, 5):
         for _ in range(2):
             runner(key, step)
-    assert len(runner) == 4
+    assert runner.kept == 4
     assert reserved() - before <= 1.5 * one
     runner.forget()
     torch.cuda.synchronize()
@@ -97,7 +97,7 @@ def test_memory_that_does_not_suffice_is_told_and_the_runner_goes_on() -> None:
         with pytest.raises(torch.OutOfMemoryError):
             runner(key, lambda: step(1 << 44))
         assert torch.cuda.current_stream() == stream
-        assert len(runner) == 0
+        assert runner.kept == 0
     for _ in range(3):
         runner("small", lambda: step(8))
     assert float(result) == 6

@@ -1,0 +1,83 @@
+"""A build's processes: what ends them, and what is told then."""
+
+import os
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from storyadapter.checkpoint import Checkpoint
+from storyadapter.contract import Range, ShapeRanges
+from storyadapter.engine.inductor.builder import build_inductor
+from storyadapter.errors import CheckpointError, EngineBuildError, UnavailableError
+
+SIZES = Range(64, 64)
+RANGES = ShapeRanges(2, 8, SIZES, SIZES)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def checkpoint(tiny_model_dir: Path) -> Checkpoint:
+    paths = {"image_encoder": tiny_model_dir / "image_encoder", "ip_adapter": tiny_model_dir / "ip-adapter.safetensors"}
+    return Checkpoint.open(base_model=tiny_model_dir, **paths)
+
+
+def workers() -> list[psutil.Process]:
+    def is_worker(process: psutil.Process) -> bool:
+        try:
+            return "storyadapter.engine.inductor.worker" in process.cmdline()
+        except psutil.Error:
+            return False
+
+    return [process for process in psutil.Process().children() if is_worker(process)]
+
+
+def test_a_killed_compiler_is_told_by_network(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    def kill(network: str, what: str) -> None:
+        if network:
+            for process in workers():
+                os.kill(process.pid, signal.SIGKILL)
+
+    with pytest.raises(EngineBuildError, match=r"^\w+: the compiler was killed, most likely for want of memory"):
+        build_inductor(checkpoint, "fp32", "fp32", RANGES, tmp_path, CPU, kill)
+    assert not workers()
+
+
+def test_whatever_ends_the_program_ends_its_compilers(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def stop(network: str, what: str) -> None:
+        seen.append(len(workers()))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_inductor(checkpoint, "fp32", "fp32", RANGES, tmp_path, CPU, stop)
+    assert seen[0] >= 1 and not workers()
+
+
+def test_what_a_compiler_process_raises_is_raised(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    config = checkpoint.paths.base_model / "unet" / "config.json"
+    hidden = config.with_name("hidden.json")
+    config.rename(hidden)  # after the checkpoint was opened: the other process can't open it
+    try:
+        with pytest.raises(CheckpointError, match="unet"):
+            build_inductor(checkpoint, "fp32", "fp32", RANGES, tmp_path, CPU)
+    finally:
+        hidden.rename(config)
+
+
+def test_a_compiler_that_would_crash_packages_is_refused_before_anything_is_loaded(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    compiler = tmp_path / "g++-that-answers"
+    compiler.write_text("#!/bin/sh\necho libstdc++.so\n")
+    compiler.chmod(0o755)
+    stages: list[str] = []
+    with (
+        torch._inductor.config.patch({"cpp.cxx": (str(compiler),)}),
+        pytest.raises(UnavailableError, match="finds no shared libstdc"),
+    ):
+        build_inductor(checkpoint, "fp32", "fp32", RANGES, tmp_path, CPU, lambda network, what: stages.append(what))
+    assert not stages
