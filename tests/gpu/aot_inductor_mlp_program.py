@@ -9,6 +9,7 @@ import sys
 import torch
 from torch import Tensor
 
+from storyadapter.engine.inductor.target import check_compilers
 from storyadapter.kernels import geglu_launch
 from storyadapter.kernels.geglu_launch import geglu_triton, interleave_geglu
 from storyadapter.kernels.layer_norm_launch import add_layer_norm_triton
@@ -36,6 +37,7 @@ class Layer(torch.nn.Module):
 
 def main() -> None:
     """One line a shape: the error of the sum and of the product."""
+    check_compilers(torch.device("cuda"))
     tiles = dataclasses.replace(TILES, descriptors=sys.argv[2] == "descriptors", persistent=True)
     geglu_launch.choose_geglu_tiles = lambda *_: (tiles, False)
     _, weight, bias = geglu_inputs(1, DEPTH, WIDTH, torch.float16, "cuda")

@@ -5,6 +5,7 @@ import sys
 import torch
 from torch import Tensor
 
+from storyadapter.engine.inductor.target import check_compilers
 from storyadapter.kernels.launch import grca_triton
 from tests.kernels.grca_cases import Case, error, inputs, reference
 
@@ -21,6 +22,7 @@ class Layer(torch.nn.Module):
 
 def main() -> None:
     """The first argument is where the package goes."""
+    check_compilers(torch.device("cuda"))
     case = Case(4, 512, 2, 64, 77, 40, (4, 40))
     rows, banks = torch.export.Dim("B", min=2, max=64), torch.export.Dim("G", min=2, max=16)
     prompts, tokens = torch.export.Dim("P", min=2, max=65), torch.export.Dim("R", min=2, max=2048)

@@ -12,6 +12,7 @@ from storyadapter.checkpoint import Checkpoint
 from storyadapter.contract import Range, ShapeRanges
 from storyadapter.engine.inductor.builder import build_inductor
 from storyadapter.errors import CheckpointError, EngineBuildError, UnavailableError
+from tests.engine.worker_processes import worker_processes
 
 SIZES = Range(64, 64)
 RANGES = ShapeRanges(2, 8, SIZES, SIZES)
@@ -25,13 +26,7 @@ def checkpoint(tiny_model_dir: Path) -> Checkpoint:
 
 
 def workers() -> list[psutil.Process]:
-    def is_worker(process: psutil.Process) -> bool:
-        try:
-            return "storyadapter.engine.inductor.worker" in process.cmdline()
-        except psutil.Error:
-            return False
-
-    return [process for process in psutil.Process().children() if is_worker(process)]
+    return worker_processes("storyadapter.engine.inductor.worker")
 
 
 def test_a_killed_compiler_is_told_by_network(checkpoint: Checkpoint, tmp_path: Path) -> None:

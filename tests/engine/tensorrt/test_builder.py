@@ -41,6 +41,7 @@ from tests.engine.tensorrt.building import (
     layer_block_spec,
     small_onnx,
 )
+from tests.engine.worker_processes import worker_processes
 
 pytest.importorskip("tensorrt_rtx")
 
@@ -213,7 +214,7 @@ def test_ctrl_c_ends_the_build_at_once(layer_block_onnx: Callable[[int], Path], 
     seen: list[psutil.Process] = []
 
     def interrupt(fraction: float) -> None:
-        seen.extend(psutil.Process().children())
+        seen.extend(worker_processes("storyadapter.engine.tensorrt.worker"))
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -231,7 +232,7 @@ def test_a_build_killed_for_want_of_memory_is_one_line(
     request = block_request(640, layer_block_onnx(640), tmp_path, rtx)
 
     def kill(fraction: float) -> None:
-        for process in psutil.Process().children():
+        for process in worker_processes("storyadapter.engine.tensorrt.worker"):
             process.kill()
 
     with pytest.raises(EngineBuildError, match="^block: the build was killed, most likely for want of memory; .*$"):

@@ -1,0 +1,81 @@
+"""Backend inductor on a GPU: what it draws, that a step is captured, and that nothing waits inside the loop."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from storyadapter import Checkpoint, RunPlan, Story, StoryPipeline
+from storyadapter.contract import Range, ShapeRanges
+from storyadapter.engine import open_networks
+from storyadapter.engine.graphs import GraphStepRunner
+from storyadapter.events import FrameFinished, IterationFinished, StepFinished
+from storyadapter.networks import Networks
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+STORY = Story(("a red fox runs in the snow", "a small owl sleeps", "the fox and the owl share soup"), style="none")
+SIZES = Range(64, 64)
+RANGES = ShapeRanges(2, 8, SIZES, SIZES)
+PLAN = RunPlan(height=64, width=64, seed=3, steps=4, scales=(0.3, 0.5), max_frames=2)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_model_dir: Path) -> Checkpoint:
+    paths = {"image_encoder": tiny_model_dir / "image_encoder", "ip_adapter": tiny_model_dir / "ip-adapter.safetensors"}
+    return Checkpoint.open(base_model=tiny_model_dir, **paths)
+
+
+@pytest.fixture(scope="module")
+def networks(checkpoint: Checkpoint, tiny_inductor_dir: Path) -> Networks:
+    # the fixture's engine is built for the device that is here
+    return open_networks(checkpoint, backend="inductor", precision="fp32", ranges=RANGES, engine_dir=tiny_inductor_dir)
+
+
+@pytest.fixture
+def told_when_the_host_waits() -> Iterator[None]:
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def draw(networks: Networks, checkpoint: Checkpoint, plan: RunPlan = PLAN) -> list[np.ndarray]:
+    pipeline = StoryPipeline(networks, checkpoint.load_tokenizers())
+    return [np.asarray(e.picture) for e in pipeline.run(STORY, plan) if isinstance(e, FrameFinished)]
+
+
+def decibels(one: np.ndarray, other: np.ndarray) -> float:
+    return float(10 * np.log10(255**2 / max(np.square(one.astype(float) - other).mean(), 1e-9)))
+
+
+def test_draws_what_eager_draws(networks: Networks, checkpoint: Checkpoint) -> None:
+    expected = draw(open_networks(checkpoint, precision="fp32", device="cpu"), checkpoint)
+    drawn = draw(networks, checkpoint)
+    assert len(drawn) == 9
+    # a GPU's convolutions take their factors in TF32
+    assert min(decibels(one, other) for one, other in zip(drawn, expected, strict=True)) >= 40
+
+
+def test_steps_are_captured_once_per_shape(networks: Networks, checkpoint: Checkpoint) -> None:
+    runner = networks.run_step
+    assert isinstance(runner, GraphStepRunner)
+    pipeline = StoryPipeline(networks, checkpoint.load_tokenizers())
+    stories = [
+        [np.asarray(e.picture) for e in pipeline.run(STORY, PLAN) if isinstance(e, FrameFinished)] for _ in range(3)
+    ]
+    before = runner.captures
+    again = [np.asarray(e.picture) for e in pipeline.run(STORY, PLAN) if isinstance(e, FrameFinished)]
+    assert runner.captures == before and runner.replays > 0
+    assert all(np.array_equal(one, other) for one, other in zip(again, stories[-1], strict=True))
+
+
+@pytest.mark.usefixtures("told_when_the_host_waits")
+def test_nothing_is_copied_between_host_and_device_inside_the_loop(networks: Networks, checkpoint: Checkpoint) -> None:
+    pipeline = StoryPipeline(networks, checkpoint.load_tokenizers())
+    assert [event for event in pipeline.run(STORY, PLAN) if isinstance(event, StepFinished)]  # warms up and captures
+    for event in pipeline.run(STORY, PLAN):
+        if isinstance(event, StepFinished):
+            torch.cuda.set_sync_debug_mode("error")
+        if isinstance(event, IterationFinished):
+            torch.cuda.set_sync_debug_mode("default")
