@@ -12,6 +12,7 @@ from storyadapter.bench.kernel_run import (
     roofline_share,
     summary,
 )
+from storyadapter.bench.markdown import table
 
 _HEADER = (
     "case",
@@ -52,16 +53,11 @@ def _row(report: KernelReport, result: CaseResult) -> list[str]:
     return [*cells, f"{rival[1] / ours.timing.median:.2f}×" if ours and ours.timing else "-"]
 
 
-def _table(header: tuple[str, ...], rows: list[list[str]]) -> list[str]:
-    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
-    return lines + ["| " + " | ".join(row) + " |" for row in rows]
-
-
 def markdown(report: KernelReport) -> str:
     """The report as Markdown."""
     name = str(report.dtype).removeprefix("torch.")
     lines = [f"# The fused GRCA kernel in {name}", ""]
-    lines += _table(("what", "value"), [[key, value] for key, value in report.environment.items()]) + [""]
+    lines += table(("what", "value"), [[key, value] for key, value in report.environment.items()]) + [""]
     if report.rates is not None:
         lines += [
             f"Measured limits: matrix products {report.rates.matrix_flops / 1e12:.0f} TFLOP/s, "
@@ -76,7 +72,7 @@ def markdown(report: KernelReport) -> str:
         "and values, and that copy is not timed; FlexAttention, compiled anew for every shape, runs at B = 16 only.",
         "",
     ]
-    lines += _table(_HEADER, [_row(report, result) for result in report.results]) + [""]
+    lines += table(_HEADER, [_row(report, result) for result in report.results]) + [""]
     names = list(dict.fromkeys(name for result in report.results for name in result.measured))
     rows = []
     for result in report.results:
@@ -85,7 +81,7 @@ def markdown(report: KernelReport) -> str:
             item = result.measured.get(contender)
             cells.append(f"{item.timing.median:.4f}" if item is not None and item.timing is not None else "-")
         rows.append(cells)
-    lines += ["## Every contender, milliseconds", ""] + _table(("case", "B", "N", *names), rows) + [""]
+    lines += ["## Every contender, milliseconds", ""] + table(("case", "B", "N", *names), rows) + [""]
     refusals = {
         f"{contender}: {item.refusal}"
         for result in report.results

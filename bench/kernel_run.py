@@ -2,9 +2,9 @@
 
 import functools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,11 +13,13 @@ from storyadapter.bench.environment import describe
 from storyadapter.bench.kernel_cases import ExpandedInputs, KernelCase, all_cases, expand, make_inputs, smoke_cases
 from storyadapter.bench.rivals import rivals
 from storyadapter.bench.roofline import Rates, measure_rates
-from storyadapter.bench.timing import Timing, buffer_sets, measure
+from storyadapter.bench.timing import MIN_REPEATS, Timing, buffer_sets, measure
 from storyadapter.grca import grca
 from storyadapter.kernels.grca import grca_kernel
 from storyadapter.kernels.host import interpreted
 from storyadapter.kernels.launch import grca_triton
+
+Result = TypeVar("Result")
 
 KERNEL = "grca_triton"
 # The batch size that the summary speaks of.
@@ -76,18 +78,19 @@ def _run_case(case: KernelCase, device: torch.device, dtype: torch.dtype, repeat
     sets = buffer_sets(case.bytes_moved(dtype.itemsize), device)
     inputs = [make_inputs(case, dtype, device, seed) for seed in range(sets)]
     expected = grca(*inputs[0].to(torch.float32).arguments())
+    error_of = functools.partial(relative_error, expected=expected)
     measured: dict[str, Measured] = {}
     if device.type == "cuda" or interpreted(grca_kernel):
         calls = [functools.partial(grca_triton, *item.arguments()) for item in inputs]
-        measured[KERNEL] = _contender(calls, expected, TOLERANCE[dtype], device, repeats)
+        measured[KERNEL] = measure_contender(calls, error_of, TOLERANCE[dtype], device, repeats)
     expanded = [expand(case, item) for item in inputs]
-    by_head = expected.transpose(1, 2)
+    error_by_head = functools.partial(relative_error, expected=expected.transpose(1, 2))
     for rival in rivals():
         if (rival.cuda_only and device.type != "cuda") or (rival.built_per_shape and case.rows != REPORTED_ROWS):
             continue
         calls = [functools.partial(_grad_free, rival.run, item) for item in expanded]
         try:
-            measured[rival.name] = _contender(calls, by_head, RIVAL_TOLERANCE[dtype], device, repeats)
+            measured[rival.name] = measure_contender(calls, error_by_head, RIVAL_TOLERANCE[dtype], device, repeats)
         except (RuntimeError, torch.cuda.OutOfMemoryError) as error:
             if isinstance(error, WrongResult):
                 raise
@@ -104,17 +107,33 @@ def _grad_free(run: Callable[[ExpandedInputs], Tensor], inputs: ExpandedInputs) 
         return run(inputs)
 
 
-def _contender(
-    calls: list[Callable[[], Tensor]], expected: Tensor, tolerance: float, device: torch.device, repeats: int
+def measure_contender(
+    calls: Sequence[Callable[[], Result]],
+    error_of: Callable[[Result], float],
+    tolerance: float,
+    device: torch.device,
+    repeats: int = MIN_REPEATS,
+    warmup_seconds: float = 0.05,
 ) -> Measured:
+    """Checks one contender, then times it.
+
+    Args:
+        calls: the same work over different sets of buffers.
+        error_of: relative error of what the first call gives.
+        tolerance: the largest error that is right.
+        device, repeats, warmup_seconds: as of `bench.timing.measure`.
+
+    Raises:
+        WrongResult: the error is larger, or NaN.
+    """
     errors: list[float] = []
 
     def check() -> None:
-        errors.append(relative_error(calls[0](), expected))
+        errors.append(error_of(calls[0]()))
         if not errors[0] <= tolerance:
             raise WrongResult(f"error {errors[0]:.2e} against fp32; expected at most {tolerance:.0e}")
 
-    timing = measure(calls, check, device, repeats=repeats)
+    timing = measure(calls, check, device, repeats=repeats, warmup_seconds=warmup_seconds)
     return Measured(errors[0], timing)
 
 

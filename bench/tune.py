@@ -9,9 +9,8 @@ import functools
 import itertools
 import json
 import math
-import multiprocessing
-import os
-from concurrent.futures import ProcessPoolExecutor
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,9 @@ import torch
 
 from storyadapter.bench.environment import describe
 from storyadapter.bench.kernel_cases import LAYERS_1024, LAYERS_OTHER, KernelCase, LayerShape, make_inputs
-from storyadapter.bench.kernel_run import TOLERANCE, relative_error
-from storyadapter.bench.timing import buffer_sets, measure
+from storyadapter.bench.kernel_run import TOLERANCE, WrongResult, measure_contender, relative_error
+from storyadapter.bench.timing import buffer_sets
+from storyadapter.bench.tuning import compile_all, exit_code, find_gpu, refusal
 from storyadapter.grca import grca
 from storyadapter.kernels.grca import grca_kernel
 from storyadapter.kernels.launch import launch_arguments
@@ -66,8 +66,8 @@ def compile_one(tiles: Tiles) -> dict[str, Any]:
     try:
         _, compiled = launch(tiles, make_inputs(case, DTYPE, torch.device("cuda"), 0).arguments())
         torch.cuda.synchronize()
-    except Exception as error:  # a candidate that can't be built is a finding, not a failure
-        return {"refusal": str(error).splitlines()[0][:200]}
+    except Exception as error:
+        return {"refusal": refusal(error)}
     return {"registers": compiled.n_regs, "spills": compiled.n_spills, "shared_bytes": compiled.metadata.shared}
 
 
@@ -76,28 +76,27 @@ def measure_one(
 ) -> float:
     """Median milliseconds of one candidate on one case."""
 
-    def check() -> None:
-        error = relative_error(launch(tiles, inputs[0])[0], expected)
-        if not error <= TOLERANCE[DTYPE]:
-            raise RuntimeError(f"{tiles}: error {error:.2e} against fp32 on {case}")
-
     def run(arguments: tuple[torch.Tensor, ...]) -> torch.Tensor:
         return launch(tiles, arguments)[0]
 
     calls = [functools.partial(run, arguments) for arguments in inputs]
-    return measure(calls, check, inputs[0][0].device, warmup_seconds=0.02).median
+    error_of = functools.partial(relative_error, expected=expected)
+    try:
+        measured = measure_contender(calls, error_of, TOLERANCE[DTYPE], inputs[0][0].device, warmup_seconds=0.02)
+    except WrongResult as error:
+        raise WrongResult(f"{tiles} on {case}: {error}") from None
+    return measured.timing.median
 
 
-def main() -> None:
-    """Compiles, measures, prints the best twenty and writes everything."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON with every time")
-    args = parser.parse_args()
-    device = torch.device("cuda")
+def run(out: Path) -> None:
+    """Compiles, measures, prints the best twenty and writes everything.
+
+    Raises:
+        UnavailableError: no CUDA device, or no Triton.
+    """
+    device = find_gpu()
     tiles = candidates()
-    workers = min(14, os.cpu_count() or 1)
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        builds = list(pool.map(compile_one, tiles))
+    builds = compile_all(compile_one, tiles)
     results = [{"tiles": as_data(item), **build, "ms": []} for item, build in zip(tiles, builds, strict=True)]
     for case in CASES:
         sets = buffer_sets(case.bytes_moved(DTYPE.itemsize), device)
@@ -114,12 +113,24 @@ def main() -> None:
         result["score"] = math.exp(sum(map(math.log, ratios)) / len(ratios))
     measured.sort(key=lambda result: result["score"])
     names = [f"{case.layer.name} B={case.rows} N={case.frames}" for case in CASES]
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
     report = {"environment": describe(device), "cases": names, "results": results}
-    args.out.write_text(json.dumps(report) + "\n", encoding="utf-8")
+    out.write_text(json.dumps(report) + "\n", encoding="utf-8")
     for result in measured[:20]:
         print(f"{result['score']:.3f}", " ".join(f"{time:.4f}" for time in result["ms"]), result["tiles"])
 
 
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command.
+
+    Returns:
+        The exit code: 0, or 2 (it can't be done here).
+    """
+    parser = argparse.ArgumentParser(prog="python -m storyadapter.bench.tune", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON with every time")
+    args = parser.parse_args(arguments)
+    return exit_code(lambda: run(args.out))
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2,6 +2,7 @@
 
 from typing import Any, Final
 
+from storyadapter.bench.markdown import table
 from storyadapter.bench.throughput.cases import PUBLISHED
 from storyadapter.bench.throughput.ladder import MIN_PSNR
 
@@ -12,7 +13,7 @@ _NONE: Final = "-"
 def markdown(data: dict[str, Any]) -> str:
     """The page."""
     lines = [f"# Throughput: {data['model']}, {data['precision']}", ""]
-    lines += _table(("what", "value"), [[key, value] for key, value in data["environment"].items()]) + [""]
+    lines += table(("what", "value"), [[key, value] for key, value in data["environment"].items()]) + [""]
     for backend, seconds in data["build_seconds"].items():
         lines += [f"The engine of the backend {backend} was built in {seconds:.0f} s; nothing below counts that.", ""]
     lines += _introduction(data)
@@ -59,7 +60,7 @@ def _case(data: dict[str, Any], case: dict[str, Any]) -> list[str]:
     ]
     header = ["rung", "rows/s", "ms per step", "spread", "TFLOP/s", "of matrix rate", "peak GiB", "s/frame"]
     header += ["money/frame", "PSNR to below", "clock, power"]
-    lines += _table(tuple(header), [_rung(rung) for rung in rungs]) + [""]
+    lines += table(tuple(header), [_rung(rung) for rung in rungs]) + [""]
     refused = [f"- {rung['rung']}: {rung['status']}: {rung['reason']}" for rung in rungs if "reason" in rung]
     return [*lines, *refused, *([""] if refused else [])]
 
@@ -113,7 +114,7 @@ def _stories(data: dict[str, Any]) -> list[str]:
             "money/frame",
             "PSNR to the first",
         )
-        lines += _table(header, [_story(story, stages) for story in stories]) + [""]
+        lines += table(header, [_story(story, stages) for story in stories]) + [""]
     return lines
 
 
@@ -176,7 +177,7 @@ def _projection(data: dict[str, Any]) -> list[str]:
         ]
         for item in data["published_workload"]
     ]
-    return [*lines, *_table(header, rows), ""]
+    return [*lines, *table(header, rows), ""]
 
 
 def _kernels(data: dict[str, Any]) -> list[str]:
@@ -193,14 +194,9 @@ def _kernels(data: dict[str, Any]) -> list[str]:
         "",
     ]
     shares = [[name, f"{ms:.2f}", f"{ms / total:.1%}"] for name, ms in kernels["milliseconds"].items()]
-    lines += _table(("class", "ms", "share"), shares) + [""]
+    lines += table(("class", "ms", "share"), shares) + [""]
     slowest = [[f"`{k['name']}`", k["class"], f"{k['milliseconds']:.2f}"] for k in kernels["slowest"]]
-    return [*lines, *_table(("kernel", "class", "ms of all its launches"), slowest), ""]
-
-
-def _table(header: tuple[str, ...], rows: list[list[str]]) -> list[str]:
-    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
-    return lines + ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return [*lines, *table(("kernel", "class", "ms of all its launches"), slowest), ""]
 
 
 def _percent(share: float | None) -> str:
