@@ -21,12 +21,11 @@ from storyadapter.engine.inductor.target import check_compilers
 from storyadapter.errors import EngineBuildError
 from storyadapter.modules import ModelParts
 
-# A compiler works on one core most of the time. The denoiser takes as long as all others together; with it go those
-# that are made from the same files.
+# A compiler works on one core most of the time, and the denoiser takes as long as all others together.
 _GROUPS: Final = (
-    ("text_projection", "reference_projection", "denoiser"),
+    ("denoiser",),
     ("image_encoder", "vae_decoder"),
-    ("text_encoder", "text_encoder_2"),
+    ("text_encoder", "text_encoder_2", "text_projection", "reference_projection"),
 )
 _KILLED: Final = -9
 
