@@ -13,10 +13,13 @@ from storyadapter.engine.graphs import GraphStepRunner
 from storyadapter.engine.inductor import package_name, weights_name
 from storyadapter.engine.inductor.shapes import compiled_ranges, cut, doubled
 from storyadapter.engine.out_of_memory import told_as_out_of_memory
+from storyadapter.grca import grca
 from storyadapter.networks import Networks, check_inputs, run_directly
 
 # Above this share of the free memory the weights leave too little for frames: all but the denoiser's stay on the host.
 _OFFLOAD_ABOVE = 0.5
+# Packages for the CPU call this operator by its name: it is registered when its module is imported.
+_CALLED_BY_NAME = (grca,)
 _GRAPHS = 8  # a story has one or two shapes
 
 

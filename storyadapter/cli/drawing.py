@@ -123,13 +123,10 @@ def _open_pipeline(
     together = len(split_evenly(frames, asked)[0])
     try:
         networks = opened(together)
-    except EngineMismatchError as error:
+    except EngineMismatchError:
         if plan.max_frames is not None or together == 1:
             raise
-        try:
-            networks = opened(1)  # how many it takes is the engine's own
-        except EngineMismatchError:
-            raise error from None
+        networks = opened(1)  # how many it takes is the engine's own; what is told now is what else differs
     return StoryPipeline(networks, session.checkpoint.load_tokenizers())
 
 

@@ -3,6 +3,8 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +67,25 @@ def test_draws_what_eager_draws(networks: Networks, checkpoint: Checkpoint, guid
     assert min(psnr(one, other) for one, other in zip(drawn, expected, strict=True)) >= 50
     # the comparison sees a difference: a frame against the same frame of the iteration before
     assert psnr(drawn[-1], expected[-1 - len(prompts)]) < 45
+
+
+def test_a_fresh_process_runs_what_another_built(tiny_model_dir: Path, tiny_inductor_dir: Path, tmp_path: Path) -> None:
+    """Nothing that a package needs is only there because the builder had it loaded."""
+    run = [
+        *(sys.executable, "-m", "storyadapter.cli.main", "run", "--base-model", str(tiny_model_dir)),
+        *("--image-encoder", str(tiny_model_dir / "image_encoder")),
+        *("--ip-adapter", str(tiny_model_dir / "ip-adapter.safetensors"), "--backend", "inductor"),
+        *("--precision", "fp32", "--steps", "2", "--iterations", "1", "--prompt", "a fox", "an owl", "a hill"),
+        *("--engine-dir", str(tiny_inductor_dir), "--out", str(tmp_path / "out")),
+    ]
+    # 3 frames where the engine takes 2 at once: without --max-frames as many as it takes
+    done = subprocess.run(run, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    story = json.loads((tmp_path / "out" / "story.json").read_text())
+    assert [iteration["split"] for iteration in story["iterations"]] == [[2, 1], [2, 1]]
+    other = subprocess.run([*run, "--height", "96"], capture_output=True, text=True, check=False)
+    assert other.returncode == 2
+    assert "differs: height is 64, 96 asked for; build it: storyadapter-trt build " in other.stderr
 
 
 def test_the_engine_holds_each_weight_once(tiny_inductor_dir: Path, networks: Networks) -> None:
