@@ -82,8 +82,9 @@ def test_a_fresh_process_runs_what_another_built(tiny_model_dir: Path, tiny_indu
     done = subprocess.run(run, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     story = json.loads((tmp_path / "out" / "story.json").read_text())
-    assert [iteration["split"] for iteration in story["iterations"]] == [[2, 1], [2, 1]]
-    other = subprocess.run([*run, "--height", "96"], capture_output=True, text=True, check=False)
+    assert [iteration["split"] for iteration in story["progress"]["iterations"]] == [[2, 1], [2, 1]]
+    another = [*run, "--height", "96", "--out", str(tmp_path / "other")]
+    other = subprocess.run(another, capture_output=True, text=True, check=False)
     assert other.returncode == 2
     assert "differs: height is 64, 96 asked for; build it: storyadapter-trt build " in other.stderr
 
