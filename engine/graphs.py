@@ -6,6 +6,8 @@ from typing import Final
 
 import torch
 
+from storyadapter.streams import capture_stream
+
 GRAPHS_AT_MOST: Final = 4  # a story has two sizes of micro-batches at the most
 _SEEN_AT_MOST: Final = 64
 
@@ -40,7 +42,8 @@ class GraphStepRunner:
 
         Args:
             key: equal keys mean that `step` does the same work at the same addresses.
-            step: puts its work on the current stream without waiting for it.
+            step: puts its work on the current stream without waiting for it; where memory runs out, it may be called
+                again, so it must not have changed then what it reads.
 
         Raises:
             torch.OutOfMemoryError: as `step`; all graphs are gone then.
@@ -75,11 +78,23 @@ class GraphStepRunner:
 
     def _warm_up(self, step: Callable[[], None]) -> None:
         """Run on the stream that captures, as libraries keep scratch memory per stream, outside of any capture."""
+        try:
+            self._run_beside(step)
+            return
+        except torch.OutOfMemoryError:
+            if not self._graphs:
+                raise
+        self.forget()  # outside of a capture, the memory that the graphs hold serves nobody
+        self._run_beside(step)
+
+    def _run_beside(self, step: Callable[[], None]) -> None:
         current, side = torch.cuda.current_stream(), self._stream()
         side.wait_stream(current)
-        with torch.cuda.stream(side):
-            step()
-        current.wait_stream(side)
+        try:
+            with torch.cuda.stream(side):
+                step()
+        finally:
+            current.wait_stream(side)
 
     def _capture(self, step: Callable[[], None]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
@@ -102,5 +117,5 @@ class GraphStepRunner:
 
     def _stream(self) -> torch.cuda.Stream:
         if self._side is None:
-            self._side = torch.cuda.Stream()
+            self._side = capture_stream()
         return self._side

@@ -119,6 +119,10 @@ class StoryText:
             self._kept[frames] = bound
         return bound
 
+    def forget(self) -> None:
+        """Let go of what is kept, as of micro-batches that won't be drawn again; what is bound next is kept again."""
+        self._kept.clear()
+
 
 def text_rows(frames: int, guided: bool, device: torch.device) -> Tensor:
     """[B] int32: the prompt that each UNet row reads, unconditional rows first; made on the device."""

@@ -23,6 +23,7 @@ from storyadapter.clock import StageClock, is_passed, recorded_event
 from storyadapter.errors import RunError
 from storyadapter.networks import Networks
 from storyadapter.pictures import clip_pixels, decode_latents, embed_pixels, to_picture
+from storyadapter.streams import decoding_stream
 
 POLL_SECONDS: Final = 0.001
 _WORKERS: Final = min(4, os.cpu_count() or 1)
@@ -66,7 +67,7 @@ class FrameDecoder:
         self.overlapped = overlapped
         self._networks = networks
         self._on_gpu = networks.device.type == "cuda"
-        self._side = torch.cuda.Stream(networks.device) if overlapped and self._on_gpu else None
+        self._side = decoding_stream(networks.device) if overlapped and self._on_gpu else None
         self._workers = ThreadPoolExecutor(_WORKERS, "frames") if overlapped else None
         self._stopped = threading.Event()
         self._batches: deque[_Batch] = deque()

@@ -31,6 +31,7 @@ from storyadapter.contract import Range
 from storyadapter.denoising import LoopBuffers
 from storyadapter.networks import Network, Networks, idle_inputs
 from storyadapter.plan import FRAMES_AT_MOST, FRAMES_UNMEASURED, RunPlan, split_evenly
+from storyadapter.streams import decoding_stream
 
 RESERVE_SHARE: Final = 16
 RESERVE_AT_LEAST: Final = 512 << 20
@@ -118,12 +119,20 @@ def measure_needs(networks: Networks, plan: RunPlan, references: int, allowed: R
     """
     device = networks.device
 
-    def peak(network: Network, frames: int = 1) -> int:
+    def call(network: Network, frames: int = 1) -> None:
         letters = unet_letters(networks, plan, frames, references) | {"F": frames, "N": references + 1}
-        return _peak(device, lambda: network(idle_inputs(networks, network.spec, letters)))
+        network(idle_inputs(networks, network.spec, letters))
+
+    def peak(network: Network, frames: int = 1) -> int:
+        return _peak(device, lambda: call(network, frames))
 
     with torch.inference_mode():
-        peak(networks.denoiser)  # libraries take scratch memory once
+        # libraries take scratch memory once for each stream, and keep it
+        peak(networks.denoiser)
+        networks.run_step("scratch memory", lambda: call(networks.denoiser))
+        networks.run_step.forget()
+        with torch.cuda.stream(decoding_stream(device)):
+            call(networks.image_encoder)
         one = per_frame = peak(networks.denoiser)
         decode, encode = peak(networks.vae_decoder), peak(networks.image_encoder)
         text = (networks.text_encoder, networks.text_encoder_2, networks.text_projection)

@@ -111,7 +111,7 @@ class StoryRun:
                 roomy, start = False, batch.start
             if not roomy and len(batch) > 1:
                 yield from self._drain(iteration)
-                release_memory(self._networks, self._buffers)
+                self._release()
                 self.max_frames = -(-len(batch) // 2)
                 yield MicroBatchHalved(iteration, batch, self.max_frames)
                 rest = split_evenly(self._frames - start, self.max_frames) if start < self._frames else ()
@@ -142,16 +142,21 @@ class StoryRun:
         with torch.inference_mode():
             latents = state.x.clone()
         self._buffers.give_state(state)
+        del state  # or it would stay in memory when the buffers are cleared
         embed = self._decoder.overlapped and iteration + 1 < self._plan.iterations
         rest = self._decoder.submit(iteration, batch, latents, clock, embed=embed)
         if rest:
             yield from self._drain(iteration)
-            release_memory(self._networks, self._buffers)
+            self._release()
             left = latents[rest.start - batch.start :]
             if self._decoder.submit(iteration, rest, left, clock, embed=embed):
                 raise torch.OutOfMemoryError("a single frame can't be decoded")
         yield from self._wait(iteration, batches=1)
         return not rest
+
+    def _release(self) -> None:
+        self._text.forget()
+        release_memory(self._networks, self._buffers)
 
     def _news(self, iteration: int) -> Iterator[Event]:
         """What was finished since it was last asked for."""

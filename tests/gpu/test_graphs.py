@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from storyadapter.engine.graphs import GraphStepRunner
+from storyadapter.streams import capture_stream, decoding_stream
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -101,3 +102,24 @@ def test_memory_that_does_not_suffice_is_told_and_the_runner_goes_on() -> None:
     for _ in range(3):
         runner("small", lambda: step(8))
     assert float(result) == 6
+
+
+def test_graphs_make_room_for_the_first_run_of_another_shape() -> None:
+    runner, counter = GraphStepRunner(limit=2), torch.zeros(1, device="cuda")
+    for _ in range(2):
+        runner("large", lambda: counter.add_(1))
+
+    def step() -> None:
+        if runner.kept:
+            raise torch.OutOfMemoryError("the graphs hold it")
+        counter.add_(1)
+
+    runner("other", step)
+    assert runner.kept == 0
+    assert int(counter) == 3
+
+
+def test_graphs_are_never_captured_on_the_stream_that_decodes() -> None:
+    decoding = decoding_stream(torch.device("cuda"))
+    assert all(capture_stream() != decoding for _ in range(70))  # PyTorch hands out 32 in turn
+    assert decoding_stream(torch.device("cuda", torch.cuda.current_device())) == decoding
