@@ -11,7 +11,6 @@ from storyadapter.contract import Precision, Range, ShapeRanges
 from storyadapter.engine.backends import check_available, installed_version
 from storyadapter.engine.fingerprint import fingerprint_files
 from storyadapter.engine.identity import EngineIdentity, Lora, WeightFile, contract_digest
-from storyadapter.engine.inductor import BUILD_VERSION as INDUCTOR_BUILD_VERSION
 from storyadapter.engine.store import EngineStore, StoredEngine
 from storyadapter.engine.tensorrt.library import Library, choose_library, gpu_target
 from storyadapter.engine.tensorrt.options import BuildOptions
@@ -52,10 +51,10 @@ def identify(
         library, targets = choose_library(targets, gpu_target())
         version, architecture = str(library), "+".join(targets)
     elif backend == "inductor":
-        from storyadapter.engine.inductor.target import compiler_versions, target_architecture
+        from storyadapter.engine.inductor import target
 
-        version, architecture = compiler_versions(_device()), target_architecture(_device())
-        build_options = (("build", str(INDUCTOR_BUILD_VERSION)),)
+        version, architecture = target.compiler_versions(_device()), target.target_architecture(_device())
+        build_options = target.build_options(_device())
     elif backend == "eager":
         build_options = ()
     components = checkpoint.files_by_component

@@ -159,7 +159,7 @@ def _compiling(name: str) -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     except (RuntimeError, ValueError) as error:
-        first = str(error).strip().splitlines()[0][:400]
+        first = next(iter(str(error).strip().splitlines()), "no message")[:400]
         raise EngineBuildError(f"{name}: {type(error).__name__}: {first}") from error
 
 

@@ -1,7 +1,8 @@
 """Compiled networks, opened: nothing is compiled here, and weights are read once."""
 
 import json
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -44,7 +45,9 @@ class InductorNetwork:
             folder: holds the package.
             device: what it was compiled for.
             weights: by name, at least those that the package reads; on `device`, or on the host if `offloaded`.
-            offloaded: weights are copied to the device for each call and given up after it.
+            offloaded: weights are copied to the device for each call, and their memory is given back after it.
+
+        The memory of weights on a GPU is given back when the network goes, whoever else still names them.
         """
         self.spec = spec
         self.precision: Precision = precision
@@ -59,8 +62,13 @@ class InductorNetwork:
             str(folder / package_name(spec.name)), run_single_threaded=True, device_index=index
         )
         self.weights = {name: weights[name] for name in self._package.get_constant_fqns()}
-        if not offloaded:
+        self._bound: dict[str, Tensor] = {}
+        if offloaded:
+            self._bound = {name: _without_memory(value, device) for name, value in self.weights.items()}
+        else:
             self._bind(self.weights)
+            if device.type == "cuda":
+                weakref.finalize(self, _give_back, tuple(self.weights.values())).atexit = False
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `storyadapter.networks.Network`."""
@@ -77,14 +85,21 @@ class InductorNetwork:
         if not self.offloaded:
             outputs = self._run(tensors, sizes)
         else:
-            # the allocator gives memory to other work of this stream only, so what is given up is read before
-            on_device = {name: value.to(self.device, non_blocking=True) for name, value in self.weights.items()}
-            self._bind(on_device)
-            outputs = self._run(tensors, sizes)
+            try:
+                with torch.inference_mode():
+                    for name, value in self._bound.items():
+                        value.untyped_storage().resize_(value.nbytes)
+                        value.copy_(self.weights[name], non_blocking=True)
+                self._bind(self._bound)  # again, as the memory is another
+                outputs = self._run(tensors, sizes)
+            finally:
+                # the allocator gives memory to other work of this stream only, so what is given back is read before
+                _give_back(self._bound.values())
         return {tensor.name: value for tensor, value in zip(self.spec.outputs, outputs, strict=True)}
 
     def _bind(self, weights: dict[str, Tensor]) -> None:
-        # user_managed: the package reads them where they lie instead of keeping a copy
+        # user_managed: the package reads them where they lie instead of keeping a copy. PyTorch 2.11 to 2.13 never let
+        # go of a tensor that was bound so (pull request 194480), so memory is given back by emptying its storage.
         self._package.load_constants(weights, check_full_update=True, user_managed=True)
 
     def _run(self, tensors: list[Tensor], sizes: Mapping[str, int]) -> list[Tensor]:
@@ -101,6 +116,18 @@ class InductorNetwork:
         with torch.inference_mode(), told_as_out_of_memory(self.device):
             outputs = self._package(*tensors)
         return list(outputs) if isinstance(outputs, tuple | list) else [outputs]
+
+
+def _without_memory(value: Tensor, device: torch.device) -> Tensor:
+    """A tensor of this shape, type and layout on a device, whose storage is empty."""
+    empty = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
+    empty.untyped_storage().resize_(0)
+    return empty
+
+
+def _give_back(tensors: Iterable[Tensor]) -> None:
+    for tensor in tensors:
+        tensor.untyped_storage().resize_(0)
 
 
 def read_weights(path: Path, device: torch.device) -> dict[str, Tensor]:

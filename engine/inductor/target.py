@@ -1,14 +1,17 @@
 """What a package is compiled for and with: it runs only where these are the same."""
 
+import hashlib
 import platform
 import shutil
 import subprocess
+from importlib import resources
 from pathlib import Path
 
 import torch
 from torch._inductor.cpp_builder import get_cpp_compiler
 
 from storyadapter.engine.backends import installed_version
+from storyadapter.engine.inductor import BUILD_VERSION
 from storyadapter.errors import UnavailableError
 
 
@@ -24,6 +27,16 @@ def compiler_versions(device: torch.device) -> str:
     """PyTorch's version, and Triton's where it makes the kernels."""
     torch_version = f"torch {installed_version('torch')}"
     return f"{torch_version} triton {installed_version('triton')}" if device.type == "cuda" else torch_version
+
+
+def build_options(device: torch.device) -> tuple[tuple[str, str], ...]:
+    """What else decides what a build makes, name and value: its code and, on a GPU, the tiles, which can be tuned."""
+    code = ("build", str(BUILD_VERSION))
+    if device.type != "cuda":
+        return (code,)
+    kernels = resources.files("storyadapter.kernels")
+    tiles = b"".join(kernels.joinpath(name).read_bytes() for name in ("tiles.json", "mlp_tiles.json"))
+    return code, ("tiles", hashlib.sha256(tiles).hexdigest()[:8])
 
 
 def check_compilers(device: torch.device) -> None:

@@ -1,13 +1,19 @@
 """What is found out about compilers before a long build."""
 
 import re
+from importlib import resources
 from pathlib import Path
 
 import pytest
 import torch
 from torch._inductor import config
 
-from storyadapter.engine.inductor.target import check_compilers, compiler_versions, target_architecture
+from storyadapter.engine.inductor.target import (
+    build_options,
+    check_compilers,
+    compiler_versions,
+    target_architecture,
+)
 from storyadapter.errors import UnavailableError
 
 CPU = torch.device("cpu")
@@ -35,3 +41,14 @@ def test_a_compiler_without_a_shared_library_is_told(tmp_path: Path) -> None:
 def test_the_target_names_processor_and_versions() -> None:
     assert re.fullmatch(r"cpu-\w+-\w+", target_architecture(CPU))
     assert compiler_versions(CPU).startswith("torch 2.") and "triton" not in compiler_versions(CPU)
+
+
+def test_other_tiles_make_another_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda")
+    for name in ("tiles.json", "mlp_tiles.json"):
+        (tmp_path / name).write_text("{}")
+    shipped = build_options(gpu)
+    monkeypatch.setattr(resources, "files", lambda package: tmp_path)
+    tuned = build_options(gpu)
+    assert dict(shipped).keys() == dict(tuned).keys() == {"build", "tiles"} and shipped != tuned
+    assert dict(build_options(CPU)).keys() == {"build"}
