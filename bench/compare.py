@@ -104,12 +104,13 @@ def refuse_different(before: dict[str, Any], after: dict[str, Any], first: str, 
 def compare(before: dict[str, Any], after: dict[str, Any]) -> list[Change]:
     """Everything that the earlier report measured, in its order."""
     later = _measured(after)
-    refused = {f"{rung['case']}: {rung['rung']}": rung for rung in after["rungs"] if "reason" in rung}
+    refused = {f"{r['case']}: {r['rung']}": f"{r['status']}: {r['reason']}" for r in after["rungs"] if "reason" in r}
     changes = []
     for name, rate in _measured(before).items():
-        lost = refused.get(name)
-        reason = None if lost is None else f"{lost['status']}: {lost['reason']}"
-        changes.append(Change(name, rate, later.get(name), None if name in later else reason))
+        # of a story that wasn't drawn, the report has a line: its name, its status, the reason
+        undrawn = (line.removeprefix(f"{name}: ") for line in after["undrawn"] if line.startswith(f"{name}: "))
+        lost = None if name in later else refused.get(name, next(undrawn, None))
+        changes.append(Change(name, rate, later.get(name), lost))
     return changes
 
 

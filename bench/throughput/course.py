@@ -44,7 +44,7 @@ from storyadapter.bench.throughput.workbench import Workbench, with_eager_vae
 from storyadapter.cli.options import model_choice
 from storyadapter.contract import Precision
 from storyadapter.engine.backends import AUTO
-from storyadapter.errors import StoryAdapterError, UnavailableError
+from storyadapter.errors import InputError, UnavailableError
 from storyadapter.grca import grca
 from storyadapter.networks import TORCH_DTYPES
 
@@ -185,7 +185,7 @@ def _draw_story(found: Findings, workbench: Workbench, case: StoryCase) -> None:
             result, drawn = measure_story(
                 draw, way, networks, subject.tokenizers(), case, subject.prediction_type, first
             )
-        except StoryAdapterError as error:
+        except InputError as error:
             found.undrawn.append(f"{name}: {NOT_RUN}: {error}")
         except Exception as error:  # as in the ladder: what else was measured is still worth reporting
             found.undrawn.append(f"{name}: {FAILED}: {failure(error)}")

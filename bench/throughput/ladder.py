@@ -17,7 +17,7 @@ from storyadapter.bench.throughput.inputs import CaseInputs
 from storyadapter.bench.throughput.rungs import Rung, Steps
 from storyadapter.bench.throughput.workbench import Workbench
 from storyadapter.bench.timing import Timing, measure
-from storyadapter.errors import StoryAdapterError
+from storyadapter.errors import InputError
 from storyadapter.networks import Network
 from storyadapter.plan import split_evenly
 from storyadapter.sampler import SamplerTable
@@ -197,7 +197,7 @@ class Ladder:
             peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
         except WrongPictures as error:
             return blank(WRONG, str(error), found.get("comparison")), None
-        except StoryAdapterError as error:
+        except InputError as error:  # it can't be had here; an engine that can't be built has failed
             return blank(NOT_RUN, str(error)), None
         except torch.OutOfMemoryError as error:
             return blank(NOT_RUN, f"doesn't fit: {str(error).split('. GPU')[0]}"), None

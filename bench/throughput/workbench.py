@@ -14,6 +14,7 @@ from storyadapter.bench.subject import Subject
 from storyadapter.checkpoint import IPAdapterWeights
 from storyadapter.contract import Precision, ShapeRanges
 from storyadapter.engine.eager import EagerNetwork
+from storyadapter.errors import EngineBuildError
 from storyadapter.grca import GrcaFunction
 from storyadapter.modules import VaeDecoder
 from storyadapter.networks import TORCH_DTYPES, Network, Networks, run_directly
@@ -41,6 +42,7 @@ class Workbench:
         self.build_seconds: dict[str, float] = {}
         self._name = ""
         self._form: Any = None
+        self._refused: dict[str, str] = {}  # by backend, why its engine can't be built
 
     def unet(self, user: str = "published") -> tuple[UNet2DConditionModel, IPAdapterWeights]:
         """diffusers' UNet and the adapter, on the device; who changes the UNet for good asks by another `user` name."""
@@ -65,7 +67,13 @@ class Workbench:
         """
         if self._name != backend:
             self.clear()
-            opened = self.subject.open(backend, self.ranges, self.vae_precision, self.progress.tell)
+            if backend in self._refused:
+                raise EngineBuildError(self._refused[backend])
+            try:
+                opened = self.subject.open(backend, self.ranges, self.vae_precision, self.progress.tell)
+            except EngineBuildError as error:
+                self._refused[backend] = str(error)  # told of every rung and case, but not built for minutes again
+                raise
             if opened.build_seconds:
                 self.build_seconds[backend] = opened.build_seconds
                 self.progress.leave_out(opened.build_seconds)

@@ -26,6 +26,7 @@ REPORT: dict[str, Any] = {
         {"case": "n16", "rung": "tensorrt", "status": "not run", "reason": "not installed"},
     ],
     "stories": [{"case": "story", "way": "overlapped", "vae_precision": "bf16", "rows_per_second": 75.0}],
+    "undrawn": [],
 }
 
 
@@ -66,6 +67,13 @@ def test_a_slower_story_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
     after["stories"][0]["rows_per_second"] = 60.0
     assert _run(tmp_path, after) == 1
     assert capsys.readouterr().out.splitlines()[-1] == "story: overlapped, VAE in bf16: slower by 20.0%"
+
+
+def test_a_story_that_failed_is_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    after = _changed(stories=[], undrawn=["story: overlapped, VAE in bf16: failed: RuntimeError: broke"])
+    assert _run(tmp_path, after) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "story: overlapped, VAE in bf16: failed: RuntimeError: broke"
+    assert _run(tmp_path, _changed(stories=[])) == 0
 
 
 def test_a_rung_that_is_wrong_now_is_lost_and_one_that_was_not_asked_for_is_not(

@@ -19,7 +19,7 @@ from storyadapter.bench.throughput.ladder import FAILED, MEASURED, NOT_RUN, WRON
 from storyadapter.bench.throughput.rivals import RIVALS
 from storyadapter.bench.throughput.rungs import LADDER, Rung, Steps
 from storyadapter.bench.throughput.workbench import Workbench, with_eager_vae
-from storyadapter.errors import UnavailableError
+from storyadapter.errors import EngineBuildError, UnavailableError
 from storyadapter.grca import grca
 
 CASE = Case("both", 3, 2, 64, 96)
@@ -131,6 +131,7 @@ def test_a_mistake_is_seen_and_not_timed(
             NOT_RUN,
             "doesn't fit: CUDA out of memory",
         ),
+        (EngineBuildError("denoiser differs from eager"), FAILED, "denoiser differs from eager"),
         (RuntimeError("\nlibrary broke\nmore"), FAILED, "RuntimeError: library broke"),
     ],
 )
