@@ -71,7 +71,7 @@ class FrameDecoder:
         self._workers = ThreadPoolExecutor(_WORKERS, "frames") if overlapped else None
         self._stopped = threading.Event()
         self._batches: deque[_Batch] = deque()
-        self._embeddings: list[Tensor] = []
+        self._embeddings: list[Tensor | list[Tensor]] = []
 
     @property
     def batches(self) -> int:
@@ -123,14 +123,20 @@ class FrameDecoder:
             if batch.frames:
                 return
             if batch.embed:
-                self._embeddings.append(self._embed(batch.pixels))
+                self._embeddings.append(self._embed_or_keep(batch.pixels))
             self._batches.popleft()
 
     def take_embeddings(self) -> Tensor:
         """[N, width] in the engine's dtype: CLIP embeddings of all frames since the last call, in their order.
 
         Only where `submit` was told to, and when all frames are told.
+
+        Raises:
+            torch.OutOfMemoryError: the memory doesn't suffice for one frame; may be called again when there is more.
         """
+        for index, part in enumerate(self._embeddings):
+            if isinstance(part, list):
+                self._embeddings[index] = torch.cat([self._embed([pixels]) for pixels in part])
         parts, self._embeddings = self._embeddings, []
         if self._side is not None:
             current = torch.cuda.current_stream(self._networks.device)
@@ -149,6 +155,13 @@ class FrameDecoder:
         with self._beside(), clock.stage("decode"):
             pixels, finite = decode_latents(self._networks, latents)
             return _Chunk(latents, self._to_host(pixels), self._to_host(finite), recorded_event(self._networks.device))
+
+    def _embed_or_keep(self, pixels: list[Tensor]) -> Tensor | list[Tensor]:
+        """Embeddings, or, where the memory doesn't suffice beside other work, what is embedded when that has ended."""
+        try:
+            return self._embed(pixels)
+        except torch.OutOfMemoryError:
+            return pixels
 
     def _embed(self, pixels: list[Tensor]) -> Tensor:
         with self._beside():

@@ -6,7 +6,9 @@ At most two micro-batches are on their way: while one is decoded, the next is de
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import TypeVar
 
 import torch
 from PIL import Image
@@ -28,6 +30,8 @@ from storyadapter.networks import Networks
 from storyadapter.pictures import embed_pictures
 from storyadapter.plan import RunPlan, split_evenly
 from storyadapter.reference_bank import ReferenceBank
+
+Result = TypeVar("Result")
 
 
 class StoryRun:
@@ -80,15 +84,18 @@ class StoryRun:
             scale = self._plan.scale_of(iteration)
             yield IterationStarted(iteration, scale)
             room = self._room if scale is None else self._frames
-            bank = self._buffers.take_bank(room)
+            bank = self._with_room(partial(self._buffers.take_bank, room))
             with torch.inference_mode(), clock.stage("references"):
                 if scale is None:
                     bank.clear()
-                elif self._decoder.overlapped and iteration > first:
-                    bank.fill(self._networks, self._decoder.take_embeddings(), scale)
                 else:
-                    groups = split_evenly(self._frames, self.max_frames) if self._decoder.overlapped else None
-                    bank.fill(self._networks, embed_pictures(self._networks, references, groups), scale)
+                    if self._decoder.overlapped and iteration > first:
+                        embed = self._decoder.take_embeddings
+                    else:
+                        groups = split_evenly(self._frames, self.max_frames) if self._decoder.overlapped else None
+                        embed = partial(embed_pictures, self._networks, references, groups)
+                    embeddings = self._with_room(embed)
+                    self._with_room(partial(bank.fill, self._networks, embeddings, scale))
             for event in self._iteration(iteration, bank, clock, batches):
                 if isinstance(event, FrameFinished) and not self._decoder.overlapped:
                     given.append(event.picture)
@@ -153,6 +160,14 @@ class StoryRun:
                 raise torch.OutOfMemoryError("a single frame can't be decoded")
         yield from self._wait(iteration, batches=1)
         return not rest
+
+    def _with_room(self, work: Callable[[], Result]) -> Result:
+        """Do work between micro-batches; where the memory doesn't suffice, once more without what is kept for speed."""
+        try:
+            return work()
+        except torch.OutOfMemoryError:
+            self._release()
+            return work()
 
     def _release(self) -> None:
         self._text.forget()
