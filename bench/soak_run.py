@@ -25,7 +25,7 @@ from storyadapter.bench.throughput.inputs import prompts
 from storyadapter.bench.timing import measure_run
 from storyadapter.cli.options import model_choice
 from storyadapter.contract import Precision, Range, ShapeRanges
-from storyadapter.engine.backends import AUTO, choose_backend, choose_precision
+from storyadapter.engine.backends import AUTO, BACKENDS, choose_backend, choose_precision
 from storyadapter.events import FrameFinished
 from storyadapter.pipeline import StoryPipeline
 from storyadapter.plan import RunPlan
@@ -150,7 +150,7 @@ def soak(args: argparse.Namespace, limit: int | None) -> Findings:
     pixels = Range(sizes[0], sizes[-1])
     ranges = ShapeRanges(args.max_frames, args.max_references, pixels, pixels)
     vae_precision = geometry.default_vae_precision(precision)
-    if args.synthetic_weights and precision != "fp32":
+    if args.synthetic_weights and precision != "fp32" and "bf16" in BACKENDS[backend].vae_precisions:
         vae_precision = "bf16"  # as bench throughput: one engine serves both
     opened = subject.open(backend, ranges, vae_precision, lambda line: print(line, flush=True))
     tokenizers = subject.tokenizers()

@@ -74,6 +74,8 @@ def measure(args: argparse.Namespace) -> int:
 
     vae_precision: Precision = "fp32" if precision == "fp32" else "bf16"
     parts = sum(runs(rung, case) for rung in (*rungs, *rivals) for case in cases)
+    if not parts and not stories:
+        raise InputError("none of these --rungs runs any of these --cases; a story needs the rung overlapped")
     parts += len(stories) * (2 if vae_precision == "fp32" else 3)
     progress = Progress(parts)
     # for all cases, so that an engine built for some of them serves a later run of the others

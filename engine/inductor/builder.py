@@ -18,7 +18,7 @@ import torch
 from storyadapter.contract import Precision, ShapeRanges
 from storyadapter.engine.inductor.compilation import BuildRequest
 from storyadapter.engine.inductor.target import check_compilers
-from storyadapter.errors import EngineBuildError
+from storyadapter.errors import EngineBuildError, InputError
 from storyadapter.modules import ModelParts
 
 # A compiler works on one core most of the time, and the denoiser takes as long as all others together.
@@ -28,6 +28,7 @@ _GROUPS: Final = (
     ("text_encoder", "text_encoder_2", "text_projection", "reference_projection"),
 )
 _KILLED: Final = -9
+_LEAST_PIXELS: Final = 64
 
 ReportStage = Callable[[str, str], None]
 
@@ -54,10 +55,17 @@ def build_inductor(
         Relative error against eager by network.
 
     Raises:
+        InputError: a range of sizes that begins too low.
         UnavailableError: see `check_compilers`.
         EngineBuildError: a network can't be compiled, computes something else than eager, or a compiler ended early.
         OSError: a file can't be written.
     """
+    for option, pixels in (("--height", ranges.height), ("--width", ranges.width)):
+        if pixels.minimum < pixels.maximum and pixels.minimum < _LEAST_PIXELS:
+            raise InputError(
+                f"{option} is {pixels}; backend inductor expects a range from {_LEAST_PIXELS} on: a compiler takes a "
+                "size of 1 for a constant, and at 32 pixels the UNet's innermost layers have it"
+            )
     check_compilers(device)
     letters = ranges.letters(checkpoint.geometry.pixels_per_latent)
     requests = [BuildRequest(checkpoint, names, precision, vae_precision, letters, device, folder) for names in _GROUPS]

@@ -11,7 +11,7 @@ import torch
 from storyadapter.checkpoint import Checkpoint
 from storyadapter.contract import Range, ShapeRanges
 from storyadapter.engine.inductor.builder import build_inductor
-from storyadapter.errors import CheckpointError, EngineBuildError, UnavailableError
+from storyadapter.errors import CheckpointError, EngineBuildError, InputError, UnavailableError
 from tests.engine.worker_processes import worker_processes
 
 SIZES = Range(64, 64)
@@ -76,3 +76,9 @@ def test_a_compiler_that_would_crash_packages_is_refused_before_anything_is_load
     ):
         build_inductor(checkpoint, "fp32", "fp32", RANGES, tmp_path, CPU, lambda network, what: stages.append(what))
     assert not stages
+
+
+def test_a_range_that_begins_too_low_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    ranges = ShapeRanges(2, 8, Range(32, 64), SIZES)
+    with pytest.raises(InputError, match=r"^--height is 32\.\.64; backend inductor expects a range from 64 on: "):
+        build_inductor(checkpoint, "fp32", "fp32", ranges, tmp_path, CPU)
