@@ -11,6 +11,7 @@ from storyadapter.cli.versions import versions
 from storyadapter.engine.backends import BACKENDS, choose_backend, why_unavailable
 from storyadapter.engine.store import EngineStore
 from storyadapter.engine.tensorrt.library import describe_libraries, gpu_target, why_it_cant_run
+from storyadapter.errors import UnavailableError
 
 
 def doctor() -> int:
@@ -32,7 +33,10 @@ def doctor() -> int:
     for name, backend in BACKENDS.items():
         reason = why_unavailable(name) or (why_it_cant_run(gpu_target()) if name == "tensorrt" else None)
         usable += [] if reason else [name]
-        lines.append(f"backend    {name}: {backend.purpose}; " + (f"NO: {reason}" if reason else "can serve"))
+        served = "can serve"
+        if name == "inductor" and (why := _why_it_cant_compile()):
+            served = f"can run what was built elsewhere, not build: {why}"
+        lines.append(f"backend    {name}: {backend.purpose}; " + (f"NO: {reason}" if reason else served))
     lines += [f"TensorRT   {line}" for line in describe_libraries(gpu_target())]
     lines.append(f"default    --backend {choose_backend()}")
     store = EngineStore()
@@ -42,6 +46,16 @@ def doctor() -> int:
     lines += [f"           {warning}" for warning in warnings]
     print_result("\n".join(lines))
     return 0 if usable else 1
+
+
+def _why_it_cant_compile() -> str | None:
+    from storyadapter.engine.inductor.target import check_compilers
+
+    try:
+        check_compilers(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    except UnavailableError as error:
+        return str(error)
+    return None
 
 
 def driver_version() -> str:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch._inductor import config
 
 import storyadapter
 from storyadapter.cli.main import build_parser, main
@@ -97,3 +98,14 @@ def test_doctor(type_in: Type) -> None:
     assert all(line.endswith("; can serve") or "; NO: " in line for line in backends)
     assert any(line.startswith("default    --backend ") for line in lines)
     assert any(line.startswith("engines    0 in ") for line in lines)
+
+
+def test_doctor_tells_what_a_build_lacks(type_in: Type, tmp_path: Path) -> None:
+    compiler = tmp_path / "g++-that-answers"
+    compiler.write_text("#!/bin/sh\necho libstdc++.so\n")
+    compiler.chmod(0o755)
+    with config.patch({"cpp.cxx": (str(compiler),)}):
+        done = type_in("doctor")
+    assert done.code == 0
+    (line,) = (line for line in done.out.splitlines() if line.startswith("backend    inductor: "))
+    assert "; can run what was built elsewhere, not build: " in line and "finds no shared libstdc++.so" in line
