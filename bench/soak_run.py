@@ -25,7 +25,7 @@ from storyadapter.bench.throughput.inputs import prompts
 from storyadapter.bench.timing import measure_run
 from storyadapter.cli.options import model_choice
 from storyadapter.contract import Precision, Range, ShapeRanges
-from storyadapter.engine.backends import AUTO, BACKENDS, choose_backend, choose_precision
+from storyadapter.engine.backends import AUTO, BACKENDS, choose_backend, choose_precision, default_device
 from storyadapter.events import FrameFinished
 from storyadapter.pipeline import StoryPipeline
 from storyadapter.plan import RunPlan
@@ -138,7 +138,7 @@ def picture_sizes(default: int) -> list[int]:
 
 def soak(args: argparse.Namespace, limit: int | None) -> Findings:
     """Draw up to `limit` stories, or until `args.minutes` are over; see `soak.run`."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     backend = choose_backend() if args.backend == AUTO else args.backend
     precision: Precision = choose_precision(backend) if args.precision == AUTO else args.precision
     if args.synthetic_weights:

@@ -1,10 +1,13 @@
 """Which backends there are, and whether each can serve on this machine. Imports nothing heavy until it is asked."""
 
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from storyadapter.contract import PRECISIONS, Precision
 from storyadapter.errors import UnavailableError
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,13 @@ def choose_precision(backend: str) -> Precision:
 
     on_gpu = backend == "tensorrt" or (backend != "onnxruntime" and torch.cuda.is_available())
     return "fp16" if on_gpu else "fp32"
+
+
+def default_device() -> "torch.device":
+    """Where PyTorch's own backends run: the CUDA GPU if there is one, else the CPU."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def installed_version(package: str) -> str | None:

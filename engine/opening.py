@@ -8,7 +8,7 @@ import torch
 
 from storyadapter.checkpoint import Checkpoint
 from storyadapter.contract import Precision, Range, ShapeRanges
-from storyadapter.engine.backends import check_available, installed_version
+from storyadapter.engine.backends import check_available, default_device, installed_version
 from storyadapter.engine.fingerprint import fingerprint_files
 from storyadapter.engine.identity import EngineIdentity, Lora, WeightFile, contract_digest
 from storyadapter.engine.store import EngineStore, StoredEngine
@@ -53,8 +53,8 @@ def identify(
     elif backend == "inductor":
         from storyadapter.engine.inductor import target
 
-        version, architecture = target.compiler_versions(_device()), target.target_architecture(_device())
-        build_options = target.build_options(_device())
+        version, architecture = target.compiler_versions(default_device()), target.target_architecture(default_device())
+        build_options = target.build_options(default_device())
     elif backend == "eager":
         build_options = ()
     components = checkpoint.files_by_component
@@ -134,7 +134,7 @@ def build_engine(
 
         def write(folder: Path) -> dict[str, Any]:
             errors = build_inductor(
-                checkpoint, identity.precision, identity.vae_precision, ranges, folder, _device(), on_stage
+                checkpoint, identity.precision, identity.vae_precision, ranges, folder, default_device(), on_stage
             )
             return {"relative_error_against_eager": errors}
 
@@ -145,11 +145,6 @@ def build_engine(
         return {**write(folder), "geometry": checkpoint.geometry.as_dict()}
 
     return store.build(identity, ranges, write_with_geometry, on_wait)
-
-
-def _device() -> torch.device:
-    """Where PyTorch's own backends run: the CUDA GPU if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _timing_cache(store: EngineStore, library: Library, targets: tuple[str, ...]) -> Path | None:
@@ -193,7 +188,7 @@ def open_networks(
     if backend == "eager":
         from storyadapter.engine.eager import open_eager
 
-        chosen = torch.device(device) if device else _device()
+        chosen = torch.device(device) if device else default_device()
         return open_eager(
             checkpoint, precision, vae_precision, chosen, lambda network: on_stage(network, "loading weights")
         )
@@ -210,7 +205,7 @@ def open_networks(
     if backend == "inductor":
         from storyadapter.engine.inductor.session import open_inductor
 
-        return open_inductor(engine.folder, geometry, precision, vae_precision, letters, _device(), on_stage)
+        return open_inductor(engine.folder, geometry, precision, vae_precision, letters, default_device(), on_stage)
     if backend == "tensorrt":
         from storyadapter.engine.tensorrt.session import open_tensorrt as open_engines
     else:

@@ -35,6 +35,13 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def checkpoint(tiny_model_dir: Path) -> Checkpoint:
+    """The tiny model, opened."""
+    paths = {"image_encoder": tiny_model_dir / "image_encoder", "ip_adapter": tiny_model_dir / "ip-adapter.safetensors"}
+    return Checkpoint.open(base_model=tiny_model_dir, **paths)
+
+
 @torch.no_grad()
 def tell_pictures_apart(folder: Path) -> None:
     """Makes the adapter's tokens depend on the picture, as a trained CLIP's do.

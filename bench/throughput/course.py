@@ -43,7 +43,7 @@ from storyadapter.bench.throughput.story import (
 from storyadapter.bench.throughput.workbench import Workbench, with_eager_vae
 from storyadapter.cli.options import model_choice
 from storyadapter.contract import Precision
-from storyadapter.engine.backends import AUTO
+from storyadapter.engine.backends import AUTO, default_device
 from storyadapter.errors import InputError, UnavailableError
 from storyadapter.grca import grca
 from storyadapter.networks import TORCH_DTYPES
@@ -55,7 +55,7 @@ _SMALL = 128  # pixels: the demo model and the toy are measured on tiny cases
 
 def measure(args: argparse.Namespace) -> int:
     """See `command.run`."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     precision: Precision = args.precision if args.precision != AUTO else "fp16" if device.type == "cuda" else "fp32"
     if args.smoke and device.type == "cpu":
         torch.set_num_threads(1)  # on tensors as small as the toy's, threads that wait for each other take longer

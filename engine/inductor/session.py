@@ -13,6 +13,7 @@ from storyadapter.contract import Geometry, NetworkSpec, Precision, Range, netwo
 from storyadapter.engine.graphs import GraphStepRunner
 from storyadapter.engine.inductor import package_name, weights_name
 from storyadapter.engine.inductor.shapes import compiled_ranges, cut, doubled
+from storyadapter.engine.loading import load_each
 from storyadapter.engine.out_of_memory import told_as_out_of_memory
 from storyadapter.grca import grca
 from storyadapter.networks import Networks, check_inputs, run_directly
@@ -21,7 +22,6 @@ from storyadapter.networks import Networks, check_inputs, run_directly
 _OFFLOAD_ABOVE = 0.5
 # Packages for the CPU call this operator by its name: it is registered when its module is imported.
 _CALLED_BY_NAME = (grca,)
-_GRAPHS = 8  # a story has one or two shapes
 
 
 class InductorNetwork:
@@ -161,28 +161,35 @@ def open_inductor(
     Args:
         on_progress: called with each network's name and what is done, before it is.
     """
-    specs = network_specs(geometry)
-    offload = False
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        offload = sum((folder / weights_name(name)).stat().st_size for name in specs) > _OFFLOAD_ABOVE * free
-    networks = {}
-    for name, spec in specs.items():
-        offloaded = offload and name != "denoiser"
-        on_progress(name, "loading into host memory: little is free on the GPU" if offloaded else "loading engine")
-        weights = read_weights(folder / weights_name(name), torch.device("cpu") if offloaded else device)
-        networks[name] = InductorNetwork(
-            spec, folder, precision, vae_precision, device, letters, weights, offloaded=offloaded
-        )
     on_gpu = device.type == "cuda"
+    short = on_gpu and _weigh_too_much(folder, geometry, device)
+
+    def stays_on_host(name: str) -> bool:
+        return short and name != "denoiser"
+
+    def tell(name: str) -> None:
+        where = "loading into host memory: little is free on the GPU" if stays_on_host(name) else "loading engine"
+        on_progress(name, where)
+
+    def load(spec: NetworkSpec) -> InductorNetwork:
+        offloaded = stays_on_host(spec.name)
+        weights = read_weights(folder / weights_name(spec.name), torch.device("cpu") if offloaded else device)
+        return InductorNetwork(spec, folder, precision, vae_precision, device, letters, weights, offloaded=offloaded)
+
     return Networks(
-        **networks,
+        **load_each(geometry, load, tell),
         geometry=geometry,
         backend="inductor",
         device=device,
         precision=precision,
         vae_precision=vae_precision,
         letters=letters,
-        run_step=GraphStepRunner(_GRAPHS) if on_gpu else run_directly,
+        run_step=GraphStepRunner() if on_gpu else run_directly,
         padding_is_free=on_gpu,
     )
+
+
+def _weigh_too_much(folder: Path, geometry: Geometry, device: torch.device) -> bool:
+    """Whether all weights would take more than `_OFFLOAD_ABOVE` of the GPU's free memory."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return sum((folder / weights_name(name)).stat().st_size for name in network_specs(geometry)) > _OFFLOAD_ABOVE * free

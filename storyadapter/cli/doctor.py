@@ -8,7 +8,7 @@ import torch
 
 from storyadapter.cli.reporting import print_result
 from storyadapter.cli.versions import versions
-from storyadapter.engine.backends import BACKENDS, choose_backend, why_unavailable
+from storyadapter.engine.backends import BACKENDS, choose_backend, default_device, why_unavailable
 from storyadapter.engine.store import EngineStore
 from storyadapter.engine.tensorrt.library import describe_libraries, gpu_target, why_it_cant_run
 from storyadapter.errors import UnavailableError
@@ -52,7 +52,7 @@ def _why_it_cant_compile() -> str | None:
     from storyadapter.engine.inductor.target import check_compilers
 
     try:
-        check_compilers(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        check_compilers(default_device())
     except UnavailableError as error:
         return str(error)
     return None

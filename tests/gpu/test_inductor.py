@@ -23,12 +23,6 @@ PLAN = RunPlan(height=64, width=64, seed=3, steps=4, scales=(0.3, 0.5), max_fram
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tiny_model_dir: Path) -> Checkpoint:
-    paths = {"image_encoder": tiny_model_dir / "image_encoder", "ip_adapter": tiny_model_dir / "ip-adapter.safetensors"}
-    return Checkpoint.open(base_model=tiny_model_dir, **paths)
-
-
-@pytest.fixture(scope="module")
 def networks(checkpoint: Checkpoint, tiny_inductor_dir: Path) -> Networks:
     # the fixture's engine is built for the device that is here
     return open_networks(checkpoint, backend="inductor", precision="fp32", ranges=RANGES, engine_dir=tiny_inductor_dir)

@@ -3,7 +3,6 @@
 import gc
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,12 +19,6 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 STORY = Story(tuple(f"a fox and {number} owls" for number in range(5)), style="none")
 PLAN = RunPlan(height=64, width=64, seed=3, steps=4, scales=(0.3, 0.5), max_frames=3)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tiny_model_dir: Path) -> Checkpoint:
-    paths = {"image_encoder": tiny_model_dir / "image_encoder", "ip_adapter": tiny_model_dir / "ip-adapter.safetensors"}
-    return Checkpoint.open(base_model=tiny_model_dir, **paths)
 
 
 def opened(checkpoint: Checkpoint, runner: GraphStepRunner | None = None, **options: bool) -> StoryPipeline:

@@ -21,14 +21,14 @@ from storyadapter.kernels.geglu_launch import (  # noqa: E402
     launch_geglu,
 )
 from storyadapter.kernels.mlp_tiles import GegluTiles, choose_geglu_tiles  # noqa: E402
-from tests.kernels.mlp_interpreted import GEGLU_CASES, GEGLU_VARIANTS  # noqa: E402
-from tests.kernels.mlp_process import (  # noqa: E402
+from tests.kernels.interpreter_process import interpret  # noqa: E402
+from tests.kernels.mlp_compilation import (  # noqa: E402
     AbsentDriver,
     captured_graph,
     compile_for,
-    interpret,
     registers_and_stack,
 )
+from tests.kernels.mlp_interpreted import GEGLU_CASES, GEGLU_VARIANTS  # noqa: E402
 
 DTYPES = (torch.float32, torch.float16)
 TARGETS = (80, 89, 90, 100, 120)
@@ -37,7 +37,7 @@ TARGETS = (80, 89, 90, 100, 120)
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, Any]:
     """Everything that the interpreter computed, in one process."""
-    return interpret("geglu")
+    return interpret("tests.kernels.mlp_interpreted", "geglu")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,10 +1,5 @@
 """The fused kernel without a GPU: in Triton's interpreter, and what the launcher refuses."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,23 +14,13 @@ from storyadapter.kernels.grca import RUN_TIME_INTEGERS, grca_kernel  # noqa: E4
 from storyadapter.kernels.launch import check_arguments, launch_arguments  # noqa: E402
 from storyadapter.kernels.tiles import choose_tiles  # noqa: E402
 from tests.kernels.interpreted import CASES, VARIANTS  # noqa: E402
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.kernels.interpreter_process import interpret  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, Any]:
     """Everything that the interpreter computed, in one process."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.interpreted"],
-        cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout)
+    return interpret("tests.kernels.interpreted")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

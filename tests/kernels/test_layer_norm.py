@@ -15,14 +15,14 @@ from storyadapter.kernels.aot import SHARED_MEMORY_LIMIT  # noqa: E402
 from storyadapter.kernels.layer_norm import add_layer_norm_kernel  # noqa: E402
 from storyadapter.kernels.layer_norm_launch import add_layer_norm_triton, check_layer_norm_arguments  # noqa: E402
 from storyadapter.kernels.mlp_tiles import channel_blocks, choose_layer_norm_tiles  # noqa: E402
-from tests.kernels.mlp_interpreted import NORM_CASES, NORM_VARIANTS  # noqa: E402
-from tests.kernels.mlp_process import (  # noqa: E402
+from tests.kernels.interpreter_process import interpret  # noqa: E402
+from tests.kernels.mlp_compilation import (  # noqa: E402
     AbsentDriver,
     captured_graph,
     compile_for,
-    interpret,
     registers_and_stack,
 )
+from tests.kernels.mlp_interpreted import NORM_CASES, NORM_VARIANTS  # noqa: E402
 
 TARGETS = (80, 89, 90, 100, 120)
 
@@ -30,7 +30,7 @@ TARGETS = (80, 89, 90, 100, 120)
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, Any]:
     """Everything that the interpreter computed, in one process."""
-    return interpret("layer_norm")
+    return interpret("tests.kernels.mlp_interpreted", "layer_norm")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,10 +19,7 @@ PROMPTS = ("a fox", "an owl in the snow", "a bear")
 
 
 @pytest.fixture(scope="module")
-def model(tiny_model_dir: Path) -> tuple[Networks, Tokenizers]:
-    folder = tiny_model_dir
-    paths = {"image_encoder": folder / "image_encoder", "ip_adapter": folder / "ip-adapter.safetensors"}
-    checkpoint = Checkpoint.open(base_model=folder, **paths)
+def model(checkpoint: Checkpoint) -> tuple[Networks, Tokenizers]:
     return open_networks(checkpoint), Tokenizers(*checkpoint.load_tokenizers())
 
 

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,9 +17,8 @@ from storyadapter.pictures import embed_pictures
 
 
 @pytest.fixture(scope="module")
-def networks(tiny_model_dir: Path) -> Networks:
-    paths = {"image_encoder": tiny_model_dir / "image_encoder", "ip_adapter": tiny_model_dir / "ip-adapter.safetensors"}
-    return open_networks(Checkpoint.open(base_model=tiny_model_dir, **paths))
+def networks(checkpoint: Checkpoint) -> Networks:
+    return open_networks(checkpoint)
 
 
 @pytest.fixture(params=[False, True], ids=["in sequence", "overlapped"])

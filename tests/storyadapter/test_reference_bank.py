@@ -1,7 +1,5 @@
 """The reference bank: what is projected, how it is packed, and what an empty one does."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -12,10 +10,8 @@ from storyadapter.reference_bank import ReferenceBank, bank_rows
 
 
 @pytest.fixture(scope="module")
-def networks(tiny_model_dir: Path) -> Networks:
-    folder = tiny_model_dir
-    paths = {"image_encoder": folder / "image_encoder", "ip_adapter": folder / "ip-adapter.safetensors"}
-    return open_networks(Checkpoint.open(base_model=folder, **paths))
+def networks(checkpoint: Checkpoint) -> Networks:
+    return open_networks(checkpoint)
 
 
 @pytest.fixture(scope="module")

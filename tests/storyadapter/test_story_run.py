@@ -3,7 +3,6 @@
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,9 +20,7 @@ PLAN = RunPlan(height=64, width=64, seed=3, steps=2, scales=(0.3, 0.5), max_fram
 
 
 @pytest.fixture(scope="module")
-def pipeline(tiny_model_dir: Path) -> StoryPipeline:
-    paths = {"image_encoder": tiny_model_dir / "image_encoder", "ip_adapter": tiny_model_dir / "ip-adapter.safetensors"}
-    checkpoint = Checkpoint.open(base_model=tiny_model_dir, **paths)
+def pipeline(checkpoint: Checkpoint) -> StoryPipeline:
     return StoryPipeline(open_networks(checkpoint), checkpoint.load_tokenizers())
 
 

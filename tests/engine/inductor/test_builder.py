@@ -19,12 +19,6 @@ RANGES = ShapeRanges(2, 8, SIZES, SIZES)
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def checkpoint(tiny_model_dir: Path) -> Checkpoint:
-    paths = {"image_encoder": tiny_model_dir / "image_encoder", "ip_adapter": tiny_model_dir / "ip-adapter.safetensors"}
-    return Checkpoint.open(base_model=tiny_model_dir, **paths)
-
-
 def workers() -> list[psutil.Process]:
     return worker_processes("storyadapter.engine.inductor.worker")
 

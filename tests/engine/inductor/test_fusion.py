@@ -1,7 +1,5 @@
 """The rewritten transformers compute what diffusers' do."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from diffusers.models.attention import FeedForward
@@ -14,12 +12,6 @@ from storyadapter.engine.inductor.operators import PLAIN
 from storyadapter.export.probe import probe_inputs
 from storyadapter.grca import grca
 from storyadapter.unet import Denoiser, split_unet
-
-
-@pytest.fixture
-def checkpoint(tiny_model_dir: Path) -> Checkpoint:
-    paths = {"image_encoder": tiny_model_dir / "image_encoder", "ip_adapter": tiny_model_dir / "ip-adapter.safetensors"}
-    return Checkpoint.open(base_model=tiny_model_dir, **paths)
 
 
 @pytest.fixture

@@ -27,16 +27,6 @@ SIZES = Range(64, 64)
 RANGES = ShapeRanges(2, 8, SIZES, SIZES)
 
 
-def checkpoint_in(folder: Path) -> Checkpoint:
-    paths = {"image_encoder": folder / "image_encoder", "ip_adapter": folder / "ip-adapter.safetensors"}
-    return Checkpoint.open(base_model=folder, **paths)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tiny_model_dir: Path) -> Checkpoint:
-    return checkpoint_in(tiny_model_dir)
-
-
 @pytest.fixture(scope="module")
 def networks(checkpoint: Checkpoint, tiny_inductor_dir: Path) -> Networks:
     return open_networks(checkpoint, backend="inductor", precision="fp32", ranges=RANGES, engine_dir=tiny_inductor_dir)

@@ -1,10 +1,7 @@
-"""Helpers of the tests: the interpreter's process, and kernels compiled for GPUs that are not here."""
+"""Helpers of the tests: kernels compiled for GPUs that are not here."""
 
-import json
-import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,22 +12,6 @@ import triton
 from torch._dynamo.backends.common import aot_autograd
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def interpret(kernel: str) -> dict[str, Any]:
-    """What `tests.kernels.mlp_interpreted` prints for a kernel."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.mlp_interpreted", kernel],
-        cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout)
 
 
 def compile_for(
