@@ -1,0 +1,24 @@
+"""PSNR of pictures whose error is known."""
+
+import pytest
+from PIL import Image
+
+from storyadapter.bench.psnr import EQUAL, psnr, psnr_of_each, worst_psnr
+
+BLACK, GREY = Image.new("RGB", (4, 4)), Image.new("RGB", (4, 4), (51, 51, 51))
+
+
+def test_an_error_of_a_fifth_is_14_db() -> None:
+    assert psnr(GREY, BLACK) == psnr(BLACK, GREY) == pytest.approx(13.979, abs=1e-3)
+    assert psnr(GREY, GREY) == EQUAL
+
+
+def test_the_worst_picture_is_found() -> None:
+    assert worst_psnr([BLACK, GREY], [BLACK, GREY]) == EQUAL
+    assert worst_psnr([BLACK, BLACK], [BLACK, GREY]) == pytest.approx(13.979, abs=1e-3)
+    assert psnr_of_each([BLACK, BLACK], [BLACK, GREY])[0] == EQUAL
+
+
+def test_pictures_that_have_no_counterpart_are_an_error() -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        worst_psnr([BLACK], [BLACK, GREY])
