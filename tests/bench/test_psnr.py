@@ -20,5 +20,5 @@ def test_the_worst_picture_is_found() -> None:
 
 
 def test_pictures_that_have_no_counterpart_are_an_error() -> None:
-    with pytest.raises(ValueError, match="shorter"):
+    with pytest.raises(ValueError, match="longer"):
         worst_psnr([BLACK], [BLACK, GREY])
