@@ -1,7 +1,5 @@
 """Reference cross-attention of a whole UNet for training: any number of references per row, its own λ per row."""
 
-from __future__ import annotations
-
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
@@ -22,42 +20,24 @@ class ReferenceAttention:
     def __call__(
         self,
         attn: Attention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-        references: Tensor | None = None,
-        reference_mask: Tensor | None = None,
-        reference_scale: Tensor | None = None,
+        hidden_states: Tensor,  # [B, S, C], as is the result
+        encoder_hidden_states: Tensor | None = None,  # text [B, T, cross width]; None: self-attention
+        attention_mask: None = None,  # SDXL has none
+        references: Tensor | None = None,  # tokens [B, R, cross width]
+        reference_mask: Tensor | None = None,  # [B, 1, 1, R], true where a token counts; at least one per row
+        reference_scale: Tensor | None = None,  # λ [B, 1, 1]
     ) -> Tensor:
-        """Attend.
+        def heads(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
 
-        Args:
-            attn: the layer that holds the text's projections.
-            hidden_states: [B, S, C].
-            encoder_hidden_states: text [B, T, cross width]; None: self-attention.
-            attention_mask: unused by SDXL.
-            temb: unused by SDXL.
-            references: tokens [B, R, cross width].
-            reference_mask: [B, 1, 1, R], true where a token counts; at least one per row.
-            reference_scale: λ, [B, 1, 1].
-
-        Returns:
-            [B, S, C].
-        """
         text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        query = _heads(attn, attn.to_q(hidden_states))
-        out = scaled_dot_product_attention(query, _heads(attn, attn.to_k(text)), _heads(attn, attn.to_v(text)))
-        out = out.transpose(1, 2).flatten(2)
+        query = heads(attn.to_q(hidden_states))
+        out = scaled_dot_product_attention(query, heads(attn.to_k(text)), heads(attn.to_v(text)))
         if self._pair is not None and references is not None:
             key, value = self._pair["to_k_ip"](references), self._pair["to_v_ip"](references)
-            seen = scaled_dot_product_attention(query, _heads(attn, key), _heads(attn, value), reference_mask)
-            out = out + reference_scale.to(out.dtype) * seen.transpose(1, 2).flatten(2)
-        return attn.to_out[0](out)
-
-
-def _heads(attn: Attention, x: Tensor) -> Tensor:
-    return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            seen = scaled_dot_product_attention(query, heads(key), heads(value), reference_mask)
+            out = out + reference_scale[..., None].to(out.dtype) * seen
+        return attn.to_out[0](out.transpose(1, 2).flatten(2))
 
 
 def attach(unet: UNet2DConditionModel, adapter: Adapter) -> None:

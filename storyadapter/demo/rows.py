@@ -1,7 +1,5 @@
 """Draws the UNet's training rows on the device: targets, captions, references, λ."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +20,7 @@ class Rows:
     scale: Tensor  # λ [B, 1, 1]
 
 
+@dataclass
 class RowDraw:
     """Draws training rows of the UNet: a target picture, a caption of it, and references that resemble its character.
 
@@ -30,31 +29,28 @@ class RowDraw:
     "nobody does, but for most traits the plurality has the target's value": what iteration 1 meets.
     """
 
-    def __init__(
-        self,
-        world: WorldSize,
-        batch: int,
-        latents: Tensor,
-        embeddings: Tensor,
-        tokens: Tensor,
-        dropped: Tensor,
-        labels: Tensor,
-    ) -> None:
-        self._world, self._batch = world, batch
-        self._latents, self._embeddings, self._tokens, self._dropped = latents, embeddings, tokens, dropped
-        self._noise = 0.15 * embeddings.std()
-        identity = labels[:, -len(IDENTITY_TRAITS) :].view(world.visible, world.identities, world.views, -1)
-        identity = identity[:, :, 0]
+    world: WorldSize  # of P pictures
+    batch: int
+    latents: Tensor  # [P, 4, h, w]
+    embeddings: Tensor  # of each picture and of its reconstruction [P, 2, D]
+    tokens: Tensor  # captions [P, variants, 2, 77]
+    dropped: Tensor  # what unconditional rows say [2, 2, 77]
+    labels: Tensor  # [P, traits]
+
+    def __post_init__(self) -> None:
+        self._noise = 0.15 * self.embeddings.std()
+        people = self.labels.unflatten(0, (-1, self.world.identities, self.world.views))[:, :, 0]
+        identity = people[..., -len(IDENTITY_TRAITS) :]
         self._shared = (identity[:, :, None] == identity[:, None]).sum(-1)  # traits: [visible, identity, identity]
 
     def __call__(self) -> Rows:
-        world, n, device = self._world, self._batch, self._latents.device
+        world, device = self.world, self.latents.device
 
         def whole(high: int, *shape: int) -> Tensor:
-            return torch.randint(high, (n, *shape), device=device)
+            return torch.randint(high, (self.batch, *shape), device=device)
 
         def part(*shape: int) -> Tensor:
-            return torch.rand(n, *shape, device=device)
+            return torch.rand(self.batch, *shape, device=device)
 
         kind, who = whole(world.visible), whole(world.identities)
         target = (kind * world.identities + who) * world.views + whole(world.views)
@@ -65,15 +61,15 @@ class RowDraw:
         shown = (kind[:, None] * world.identities + likely.argmax(-1)) * world.views + whole(world.views, SLOTS)
         slots = torch.arange(SLOTS, device=device)
         guests = (part(1) < 0.2) & (slots >= (0.6 * count).ceil()[:, None])  # other characters of the story
-        shown = torch.where(guests, whole(len(self._latents), SLOTS), shown)
-        references = self._embeddings[shown, whole(2, SLOTS)]
+        shown = torch.where(guests, whole(len(self.latents), SLOTS), shown)
+        references = self.embeddings[shown, whole(2, SLOTS)]
         references = references + self._noise * part(1, 1) * torch.randn_like(references)
         free = part() < 0.12  # the unconditional rows of guidance
-        tokens = self._tokens[target, whole(self._tokens.shape[1])]
-        tokens = torch.where(free[:, None, None], self._dropped[whole(2)], tokens)
+        tokens = self.tokens[target, whole(self.tokens.shape[1])]
+        tokens = torch.where(free[:, None, None], self.dropped[whole(2)], tokens)
         scale = torch.where(part() < 0.25, 0.0, 0.3 + 0.7 * part() ** 2)
         return Rows(
-            latents=self._latents[target],
+            latents=self.latents[target],
             tokens=tokens,
             references=torch.where(free[:, None, None], 0.0, references),
             mask=(slots < count[:, None]).repeat_interleave(4, 1)[:, None, None],

@@ -1,14 +1,14 @@
 """Trains the demo model: `python -m storyadapter.demo.train all --work DIR --out DIR`, or one stage at a time.
 
 Stages: data, judge, vae, clip, unet, export. Each leaves its result in the work folder, and a finished stage is not
-done again, so a stopped run goes on by the same command. A gate that isn't met stops the run.
+done again, so a stopped run goes on by the same command. A gate that isn't met stops the run before the next stage;
+the same command then trains that stage further. WORK/log.txt tells how the weights came about.
 """
-
-from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,118 +17,144 @@ import numpy as np
 import torch
 import torch.nn.functional as nnf
 from diffusers import DDIMScheduler
+from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from storyadapter.conditioning import Tokenizers
 from storyadapter.demo import dataset
 from storyadapter.demo.attention import attach
-from storyadapter.demo.judge import Judge, blemish, load_judge, save_judge, trait_losses
-from storyadapter.demo.loop import Budget, Log, optimize
-from storyadapter.demo.networks import TINY, DemoConfig, DemoModel, build, write_model
+from storyadapter.demo.judge import Judge, blemish, save_judge, trait_losses
+from storyadapter.demo.loop import Budget, Step, optimize
+from storyadapter.demo.networks import TINY, DemoConfig, build, write_model
 from storyadapter.demo.rows import RowDraw
 from storyadapter.demo.vocabulary import write_tokenizer
-from storyadapter.method import CLIP_PIXELS, DDIM_CONFIG, NEGATIVE_PROMPT, REFERENCE_PIXELS, TEXT_TOKENS
+from storyadapter.errors import InputError, RunError, StoryAdapterError
+from storyadapter.method import CLIP_PIXELS, DDIM_CONFIG, NEGATIVE_PROMPT, REFERENCE_PIXELS
 
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's CLIP
+TRAINED = {
+    "judge": ("judge",),
+    "vae": ("vae",),
+    "clip": ("image_encoder", "text_encoder_2", "heads", "sharpness"),
+    "unet": ("unet", "text_encoder", "text_encoder_2", "ip-adapter"),
+}
+STAGES = ("data", *TRAINED, "export")
+TRAIT_SIZES = [len(values) for values in dataset.TRAITS.values()]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides the weights, next to the seed."""
+    """Everything that decides the weights; the defaults are those of the model that ships."""
 
-    config: DemoConfig
-    world: dataset.WorldSize
-    judge_pictures: int
-    test_pictures: int
-    variants: int  # captions per picture
-    judge: Budget
-    vae: Budget
-    clip: Budget
-    unet: Budget
+    config: DemoConfig = DemoConfig()
+    world: dataset.WorldSize = dataset.WorldSize(visible=192, identities=48, views=8)
+    judge_pictures: int = 50_000
+    test_pictures: int = 2_000
+    judge: Budget = Budget(steps=4_000, batch=256, rate=2e-3, seconds=30)
+    vae: Budget = Budget(steps=18_000, batch=16, rate=8e-4, seconds=160, average=0.998)
+    clip: Budget = Budget(steps=14_000, batch=256, rate=1e-3, seconds=140, average=0.998)
+    unet: Budget = Budget(steps=11_500, batch=512, rate=1e-3, seconds=330, average=0.999)
     floor: float = 0.95  # of every gate
+    seed: int = 0  # of pictures, initial weights and batches
 
 
-FULL = Settings(
-    config=DemoConfig(),
-    world=dataset.WorldSize(visible=192, identities=48, views=8),
-    judge_pictures=50_000,
-    test_pictures=2_000,
-    variants=2,
-    judge=Budget(steps=4_000, batch=256, rate=2e-3, seconds=30),
-    vae=Budget(steps=18_000, batch=16, rate=8e-4, seconds=160, average=0.998),
-    clip=Budget(steps=14_000, batch=256, rate=1e-3, seconds=140, average=0.998),
-    unet=Budget(steps=11_500, batch=512, rate=1e-3, seconds=330, average=0.999),
-)
-TOY = Settings(
-    config=replace(TINY, pixels=128),
-    world=dataset.WorldSize(visible=3, identities=4, views=2),
-    judge_pictures=32,
-    test_pictures=16,
-    variants=2,
-    judge=Budget(steps=2, batch=8, rate=1e-3),
-    vae=Budget(steps=2, batch=4, rate=1e-3, average=0.9),
-    clip=Budget(steps=2, batch=4, rate=1e-3, average=0.9),
-    unet=Budget(steps=2, batch=4, rate=1e-3, average=0.9),
-    floor=0.0,
-)
-
-
-class GateError(RuntimeError):
-    """A stage's result isn't good enough for the next stage."""
+_TOY_BUDGET = Budget(steps=2, batch=4, rate=1e-3, average=0.9)
+TOY = Settings(replace(TINY, pixels=128), dataset.WorldSize(3, 4, 2), 32, 16, *[_TOY_BUDGET] * 4, floor=0, seed=1)
 
 
 class Training:
-    """The stages over one work folder."""
+    """The stages over one work folder. Each takes the networks as the stages before it left them."""
 
-    def __init__(self, settings: Settings, work: Path, seed: int = 0, device: str | None = None) -> None:
-        self.settings = settings
-        self.work = work
-        self.seed = seed
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    def __init__(self, settings: Settings, work: Path, out: Path) -> None:
+        self.settings, self.work, self.out = settings, work, out
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._bf16 = torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda", cache_enabled=False)
         torch.backends.cudnn.benchmark = True
         work.mkdir(parents=True, exist_ok=True)
-        self.log = Log(work / "log.jsonl")
-        self._loaded: dict[str, tuple[Tensor, Tensor]] = {}
+        self.sets: dict[str, tuple[Tensor, Tensor]] = {}  # pictures uint8 [n, 3, 128, 128], labels [n, traits]
+        torch.manual_seed(settings.seed)
+        self.model = build(settings.config, dataset.words())
+        heads = nn.Linear(settings.config.embedding_width, sum(TRAIT_SIZES))
+        sharpness = nn.ParameterDict({"log": nn.Parameter(torch.tensor(2.3))})
+        helpers = {"heads": heads, "sharpness": sharpness, "judge": Judge()}
+        self.networks = nn.ModuleDict(self.model.networks() | helpers).eval()
+        self.networks.to(self.device, memory_format=torch.channels_last)
 
-    # --- stages ------------------------------------------------------------------------------------------------------
+    def run(self, stages: Sequence[str], again: bool = False) -> None:
+        """Run stages in order; those that are finished are left as they are, or trained further (`again`).
+
+        Raises:
+            InputError: a stage needs one that isn't finished.
+            RunError: a stage's result isn't good enough for the next, or a loss is not finite.
+        """
+        needed = STAGES[: STAGES.index(stages[-1]) + 1]
+        for stage in [name for name in needed if name in TRAINED and name not in stages]:
+            if not (self.work / f"{stage}.pt").exists():
+                raise InputError(f"{stages[-1]} needs {stage}, which isn't finished in {self.work}: run it first")
+        for stage in needed:
+            for path in self.work.glob(f"{stage}.*pt"):  # what the stage left, see `_finish`
+                for name, state in torch.load(path, map_location=self.device).items():
+                    self.networks[name].load_state_dict(state)
+            if stage == "data" or (stage in stages and (again or not (self.work / f"{stage}.pt").exists())):
+                getattr(self, stage)()
+
+    def log(self, stage: str, **values: float | int | str) -> None:
+        """Write a line to the terminal and to log.txt, which documents the weights."""
+        shown = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
+        line = f"{stage:6}  " + "  ".join(shown)
+        print(line, flush=True)
+        with (self.work / "log.txt").open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
 
     def data(self) -> None:
         """Draw all pictures (the training world, the judge's own, held-out ones for the gates), tokenize captions."""
-        for name, scenes in self._scene_sets.items():
+        settings, (_, held_out) = self.settings, dataset.split_visible()
+        scene_sets = {
+            "world": dataset.training_scenes(settings.world, settings.seed),
+            "judge": dataset.mixed_scenes(settings.judge_pictures, settings.seed + 1),
+            "test": dataset.mixed_scenes(settings.test_pictures, settings.seed + 2, held_out),
+        }
+        for name, scenes in scene_sets.items():
             if not (self.work / f"{name}.npy").exists():
                 dataset.draw_all(scenes, self.work / f"{name}.npy")
                 self.log("data", set=name, pictures=len(scenes))
-        if not (self.work / "tokens.npz").exists():
-            scenes = self._scene_sets["world"]
-            texts = dataset.captions(scenes, self.settings.variants, self.seed)
-            np.savez_compressed(self.work / "tokens.npz", tokens=self._tokenize(texts))
+            pictures = torch.from_numpy(np.load(self.work / f"{name}.npy")).to(self.device)
+            labels = torch.from_numpy(dataset.label_table(scenes)).to(self.device)
+            self.sets[name] = pictures.permute(0, 3, 1, 2).contiguous(), labels
+        if not (self.work / "tokens.pt").exists():
+            padding = {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"}
+            for name, pad in padding.items():
+                write_tokenizer(self.work / name, dataset.words(), pad)
+            tokenizers = Tokenizers(*(CLIPTokenizer.from_pretrained(self.work / name) for name in padding))
+            texts = [*dataset.captions(scene_sets["world"], 2, settings.seed), "", NEGATIVE_PROMPT]
+            torch.save(torch.stack(tokenizers.input_ids(texts), 1), self.work / "tokens.pt")
+        tokens = torch.load(self.work / "tokens.pt").to(self.device)  # of both encoders, int32 [texts, 2, 77]
+        self.captions, self.dropped = tokens[:-2].unflatten(0, (-1, 2)), tokens[-2:]
 
     def judge(self) -> None:
         """Train the judge on drawings of its own. Gate: it reads every trait off held-out drawings."""
-        pictures, labels = self._load("judge")
-        torch.manual_seed(self.seed)
-        judge = Judge().to(self.device, memory_format=torch.channels_last).train()
-        batch = self.settings.judge.batch
+        pictures, labels = self.sets["judge"]
+        judge = self.networks["judge"]
 
         def losses() -> dict[str, Tensor]:
-            at = torch.randint(len(pictures), (batch,), device=self.device)
+            at = torch.randint(len(pictures), (self.settings.judge.batch,), device=self.device)
             seen = blemish(pictures[at]).contiguous(memory_format=torch.channels_last)
-            with self._autocast():
+            with self._bf16:
                 return {"traits": trait_losses(judge(seen), labels[at])}
 
-        optimize("judge", losses, [judge], self.settings.judge, self.log)
-        save_judge(judge.eval().cpu(), self.work / "judge.safetensors")
-        test, truth = self._load("test")
-        self._gate("judge on drawings", load_judge(self.work / "judge.safetensors", self.device).read(test), truth)
+        self._optimize("judge", losses, half=False)
+        save_judge(judge, self.work / "judge.safetensors")
+        self._finish("judge", {"judge on drawings": judge.read(self.sets["test"][0])})
 
     def vae(self) -> None:
         """Train the VAE. Gate: the judge reads every trait off its reconstructions."""
-        pictures, _ = self._load("world")
-        vae = self._begin("vae", {"vae": self._model().vae})["vae"].to(memory_format=torch.channels_last)
-        batch, unit = self.settings.vae.batch, vae.config.scaling_factor
+        pictures, _ = self.sets["world"]
+        vae = self.networks["vae"]
+        unit = vae.config.scaling_factor
 
         def losses() -> dict[str, Tensor]:
-            at = torch.randint(len(pictures), (batch,), device=self.device)
+            at = torch.randint(len(pictures), (self.settings.vae.batch,), device=self.device)
             x = _signed(pictures[at]).contiguous(memory_format=torch.channels_last)
             posterior = vae.encode(x.to(vae.dtype)).latent_dist
             error = x - vae.decode(posterior.sample()).sample.float()
@@ -140,81 +166,60 @@ class Training:
                 "kl": 1e-3 * (mean**2 + spread.exp() - 1 - spread).mean(),
             }
 
-        optimize("vae", losses, [vae], self.settings.vae, self.log, self.work / "vae.resume", half=True)
-        whiten(vae, self._latents(vae, pictures[:: max(1, len(pictures) // 4096)], scaled=False))
-        torch.save({"vae": vae.state_dict()}, self.work / "vae.pt")
-        test, truth = self._load("test")
-        seen = self._redraw(vae, test, noise=0)
-        error = (_signed(test) - _signed(seen)).abs().mean()
-        self.log("vae", mean_absolute_error_of_255=float(error) * 127.5)
-        self._gate("judge on reconstructions", self._judge().read(seen), truth)
+        self._optimize("vae", losses)
+        whiten(vae, self._latents(pictures[:: max(1, len(pictures) // 4096)]) / unit)
+        test, _ = self.sets["test"]
+        seen = self._redraw(test)
+        self.log("vae", mean_absolute_error_of_255=float((_signed(test) - _signed(seen)).abs().mean()) * 127.5)
+        self._finish("vae", {"judge on reconstructions": self.networks["judge"].read(seen)})
 
     def clip(self) -> None:
         """Train the CLIP pair, the image side also on every trait. Gate: its embedding tells every trait."""
-        pictures, labels = self._load("world")
-        tokens = self._tokens()
-        vae = self._trained("vae", "vae")
-        redrawn = self._redrawn
-        model = self._model()
-        networks = {
-            "image_encoder": model.image_encoder,
-            "text_encoder_2": model.text_encoder_2,
-            "heads": nn.Linear(self.settings.config.embedding_width, sum(map(len, dataset.TRAITS.values()))),
-            "sharpness": nn.ParameterDict({"log": nn.Parameter(torch.tensor(2.3))}),
-        }
-        vision, text, heads, sharpness = self._begin("clip", networks).values()
-        sizes = [len(values) for values in dataset.TRAITS.values()]
-        batch = self.settings.clip.batch
-        resize = resizer(self.device)
+        pictures, labels = self.sets["world"]
+        redrawn, resize = self._redrawn, resizer(self.device)
+        vision, text, heads, sharpness = (self.networks[name] for name in TRAINED["clip"])
 
         def losses() -> dict[str, Tensor]:
-            at = torch.randint(len(pictures), (batch,), device=self.device)
-            own, spoilt = torch.rand(2, batch, 1, 1, 1, device=self.device) < 0.3
+            at = torch.randint(len(pictures), (self.settings.clip.batch,), device=self.device)
+            own, spoilt = torch.rand(2, len(at), 1, 1, 1, device=self.device) < 0.3
             seen = torch.where(own, pictures[at], redrawn[at]).float()
             seen = torch.where(spoilt, blemish(seen), seen)
-            words = tokens[at, torch.randint(tokens.shape[1], (batch,), device=self.device)]
+            words = self.captions[at, torch.randint(2, at.shape, device=self.device)]
             image = vision(pixel_values=resize(seen)).image_embeds
             told = text(input_ids=words[:, 1]).text_embeds
-            traits = trait_losses(heads(image).split(sizes, 1), labels[at])
+            traits = trait_losses(heads(image).split(TRAIT_SIZES, 1), labels[at])
             match = nnf.normalize(image.float()) @ nnf.normalize(told.float()).T
             match = match * sharpness["log"].float().exp().clamp(max=50)
-            truth = torch.arange(batch, device=self.device)
+            truth = torch.arange(len(at), device=self.device)
             both = nnf.cross_entropy(match, truth) + nnf.cross_entropy(match.T, truth)
             return {"contrast": 0.1 * both, "traits": 6 * traits}
 
-        optimize("clip", losses, networks.values(), self.settings.clip, self.log, half=True)
-        torch.save({name: network.state_dict() for name, network in networks.items()}, self.work / "clip.pt")
-        test, truth = self._load("test")
-        for kind, seen in (("drawings", test), ("reconstructions", self._redraw(vae, test, noise=0))):
-            with torch.no_grad():
-                rows = [heads(e).split(sizes, 1) for e in self._embed(vision, seen).split(512)]
-            read = torch.cat([torch.stack([part.argmax(1) for part in row], 1) for row in rows])
-            self._gate(f"image encoder on {kind}", read.cpu(), truth)
+        def read(seen: Tensor) -> Tensor:
+            logits = heads(self._embed(seen)).split(TRAIT_SIZES, 1)
+            return torch.stack([part.argmax(1) for part in logits], 1)
+
+        self._optimize("clip", losses)
+        test, _ = self.sets["test"]
+        kinds = {"drawings": test, "reconstructions": self._redraw(test)}
+        self._finish("clip", {f"image encoder on {kind}": read(seen) for kind, seen in kinds.items()})
 
     def unet(self) -> None:
         """Train UNet, both text encoders and the adapter together, over λ = 0 and λ from 0.3 to 1."""
-        pictures, labels = self._load("world")
-        vision, batch = self._trained("clip", "image_encoder"), self.settings.unet.batch
-        latents = self._latents(self._trained("vae", "vae"), pictures)
-        embeddings = torch.stack([self._embed(vision, pictures), self._embed(vision, self._redrawn)], 1)
-        self.log("unet", latent_std=float(latents.std()), embedding_std=float(embeddings.std()))
-        model = self._model()
-        model.text_encoder_2.load_state_dict(self._trained("clip", "text_encoder_2").state_dict())
-        names = ("unet", "text_encoder", "text_encoder_2", "ip-adapter")
-        unet, text, text_2, adapter = self._begin("unet", {name: model.networks()[name] for name in names}).values()
+        pictures, labels = self.sets["world"]
+        batch, size = self.settings.unet.batch, self.settings.config.pixels
+        latents = self._latents(pictures)
+        embeddings = torch.stack([self._embed(pictures), self._embed(self._redrawn)], 1)
+        rows_of = RowDraw(self.settings.world, batch, latents, embeddings, self.captions, self.dropped, labels)
+        unet, text, text_2, adapter = (self.networks[name] for name in TRAINED["unet"])
         attach(unet, adapter)
-        unet.to(memory_format=torch.channels_last)
-        drawn = RowDraw(self.settings.world, batch, latents, embeddings, self._tokens(), self._dropped(), labels)
-        levels = DDIMScheduler(**DDIM_CONFIG).alphas_cumprod.to(self.device)
-        size = self.settings.config.pixels
+        schedule = DDIMScheduler(**DDIM_CONFIG)
         sizes = torch.tensor([size, size, 0, 0, size, size], device=self.device).repeat(batch, 1)
 
         def losses() -> dict[str, Tensor]:
-            rows = drawn()
-            step = torch.randint(1000, (len(sizes),), device=self.device)
-            level = levels[step][:, None, None, None]
+            rows = rows_of()
+            step = torch.randint(1000, (batch,), device=self.device)
             noise = torch.randn_like(rows.latents)
-            noisy = level.sqrt() * rows.latents + (1 - level).sqrt() * noise
+            noisy = schedule.add_noise(rows.latents, noise, step)
             first = text(input_ids=rows.tokens[:, 0], output_hidden_states=True)
             second = text_2(input_ids=rows.tokens[:, 1], output_hidden_states=True)
             guess = unet(
@@ -228,139 +233,76 @@ class Training:
                     "reference_scale": rows.scale,
                 },
             ).sample
-            ratio = level / (1 - level)
-            weight = ratio.clamp(max=5) / ratio  # min-SNR (arXiv 2303.09556), γ = 5
-            return {"noise": (weight * (guess.float() - noise) ** 2).mean()}
+            snr = compute_snr(schedule, step)
+            weight = snr.clamp(max=5) / snr  # min-SNR (arXiv 2303.09556), γ = 5
+            return {"noise": (weight[:, None, None, None] * (guess.float() - noise) ** 2).mean()}
 
-        trained = dict(zip(names, (unet, text, text_2, adapter), strict=True))
-        optimize("unet", losses, trained.values(), self.settings.unet, self.log, self.work / "unet.resume", half=True)
-        torch.save({name: network.state_dict() for name, network in trained.items()}, self.work / "unet.pt")
+        self._optimize("unet", losses)
+        self._finish("unet", {})
 
-    def export(self, out: Path) -> None:
+    def export(self) -> None:
         """Write the finished model in the published formats, in fp16."""
-        model = self._model()
-        states = {}
-        for stage in ("vae", "clip", "unet"):
-            states |= torch.load(self.work / f"{stage}.pt", map_location="cpu")
-        for name, network in model.networks().items():
-            network.load_state_dict(states[name])
-        write_model(model, out)
-        size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-        self.log("export", bytes=size)
-
-    # --- what the stages share -----------------------------------------------------------------------------------
-
-    @cached_property
-    def _scene_sets(self) -> dict[str, list[dataset.Scene]]:
-        kinds, held_out = dataset.split_visible()
-        return {
-            "world": dataset.training_scenes(self.settings.world, self.seed),
-            "judge": dataset.mixed_scenes(self.settings.judge_pictures, self.seed + 1),
-            "test": dataset.mixed_scenes(self.settings.test_pictures, self.seed + 2, held_out),
-        }
-
-    def _load(self, name: str) -> tuple[Tensor, Tensor]:
-        """Pictures uint8 [n, 3, 128, 128] and labels [n, traits], on the device."""
-        if name not in self._loaded:
-            stored = np.load(self.work / f"{name}.npy", mmap_mode="c")
-            pictures = torch.empty(len(stored), 3, *stored.shape[1:3], dtype=torch.uint8, device=self.device)
-            for n in range(0, len(stored), 4096):
-                part = torch.from_numpy(stored[n : n + 4096]).to(self.device)
-                pictures[n : n + 4096] = part.permute(0, 3, 1, 2)
-            labels = torch.from_numpy(dataset.label_table(self._scene_sets[name])).to(self.device)
-            self._loaded[name] = pictures, labels
-        return self._loaded[name]
+        write_model(self.model, self.out)
+        self.log("export", bytes=sum(file.stat().st_size for file in self.out.rglob("*") if file.is_file()))
 
     @cached_property
     def _redrawn(self) -> Tensor:
         """The training pictures through the VAE, their latents disturbed a little: what generated pictures are like."""
-        torch.manual_seed(self.seed)
-        return self._redraw(self._trained("vae", "vae"), self._load("world")[0], noise=0.25)
+        torch.manual_seed(self.settings.seed)
+        return self._redraw(self.sets["world"][0], noise=0.25)
 
-    def _model(self) -> DemoModel:
-        torch.manual_seed(self.seed)
-        return build(self.settings.config, dataset.words())
+    def _optimize(self, stage: str, losses: Step, half: bool = True) -> None:
+        torch.manual_seed(self.settings.seed)
+        networks = [self.networks[name] for name in TRAINED[stage]]
+        optimize(stage, losses, networks, getattr(self.settings, stage), self.log, half)
 
-    def _begin(self, stage: str, networks: dict[str, nn.Module]) -> dict[str, nn.Module]:
-        """Networks to train, from the stage's own result where there is one, else freshly initialized."""
-        if (self.work / f"{stage}.pt").exists():
-            for name, state in torch.load(self.work / f"{stage}.pt", map_location="cpu").items():
-                networks[name].load_state_dict(state)
-        torch.manual_seed(self.seed)
-        return {name: network.to(self.device).train() for name, network in networks.items()}
-
-    def _trained(self, stage: str, name: str) -> nn.Module:
-        network = self._model().networks()[name]
-        network.load_state_dict(torch.load(self.work / f"{stage}.pt", map_location="cpu")[name])
-        return network.to(self.device).eval()
-
-    def _judge(self) -> Judge:
-        return load_judge(self.work / "judge.safetensors", self.device)
-
-    def _autocast(self) -> torch.autocast:
-        graphed = self.device.type == "cuda"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=graphed, cache_enabled=False)
-
-    def _tokens(self) -> Tensor:
-        """Captions of the training pictures for both encoders: int32 [pictures, variants, 2, 77]."""
-        ids = np.load(self.work / "tokens.npz")["tokens"].astype(np.int32)
-        return torch.from_numpy(ids).unflatten(0, (-1, self.settings.variants)).to(self.device)
-
-    def _dropped(self) -> Tensor:
-        """What the unconditional rows say: nothing, or the published negative prompt. Int32 [2, 2, 77]."""
-        return torch.from_numpy(self._tokenize(["", NEGATIVE_PROMPT]).astype(np.int32)).to(self.device)
-
-    def _tokenize(self, texts: list[str]) -> np.ndarray:
-        """Token ids of both encoders, int16 [texts, 2, 77]."""
-        distinct = sorted(set(texts))
-        at = {text: n for n, text in enumerate(distinct)}
-        order = [at[text] for text in texts]
-        both = []
-        for name, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
-            write_tokenizer(self.work / name, dataset.words(), pad)
-            tokenizer = CLIPTokenizer.from_pretrained(self.work / name)
-            ids = tokenizer(
-                distinct, padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="np"
-            ).input_ids
-            both.append(ids.astype(np.int16)[order])
-        return np.stack(both, 1)
-
-    @torch.no_grad()
-    def _latents(self, vae: nn.Module, pictures: Tensor, scaled: bool = True) -> Tensor:
-        factor = vae.config.scaling_factor if scaled else 1.0
-        parts = [vae.encode(_signed(part)).latent_dist.mean * factor for part in pictures.split(512)]
-        return torch.cat(parts)
-
-    @torch.no_grad()
-    def _redraw(self, vae: nn.Module, pictures: Tensor, noise: float) -> Tensor:
-        """Pictures through the VAE, with up to `noise` of the latents' own spread added: uint8, same shape."""
-        parts = []
-        for part in pictures.split(512):
-            latents = self._latents(vae, part)
-            amount = noise * torch.rand(len(part), 1, 1, 1, device=self.device)
-            latents = latents + amount * torch.randn_like(latents)
-            with self._autocast():
-                seen = vae.decode(latents / vae.config.scaling_factor).sample.float()
-            parts.append((seen * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8))
-        return torch.cat(parts)
-
-    @torch.no_grad()
-    def _embed(self, vision: nn.Module, pictures: Tensor) -> Tensor:
-        resize = resizer(self.device)
-        return torch.cat([vision(pixel_values=resize(part.float())).image_embeds for part in pictures.split(512)])
-
-    def _gate(self, name: str, read: Tensor, truth: Tensor) -> None:
-        right = (read == truth.cpu()).float().mean(0)
-        found = dict(zip(dataset.TRAITS, map(float, right), strict=True))
-        self.log("gate", what=name, **found)
-        low = {trait: round(value, 3) for trait, value in found.items() if value < self.settings.floor}
+    def _finish(self, stage: str, readings: dict[str, Tensor]) -> None:
+        """Keep a stage's result: as `stage.pt` if everything read off the test pictures meets the gate."""
+        finished, unmet = self.work / f"{stage}.pt", self.work / f"{stage}.unmet.pt"
+        torch.save({name: self.networks[name].state_dict() for name in TRAINED[stage]}, unmet)
+        finished.unlink(missing_ok=True)
+        low = []
+        for what, read in readings.items():
+            right = (read.cpu() == self.sets["test"][1].cpu()).float().mean(0)
+            found = dict(zip(dataset.TRAITS, map(float, right), strict=True))
+            self.log("gate", what=what, **found)
+            low += [f"{what}: {trait} {part:.3f}" for trait, part in found.items() if part < self.settings.floor]
         if low:
-            raise GateError(f"{name}: {low} is below {self.settings.floor}")
+            raise RunError(
+                f"below {self.settings.floor}: {', '.join(low)}; to train {stage} further, repeat the command"
+            )
+        unmet.replace(finished)
+
+    def _latents(self, pictures: Tensor) -> Tensor:
+        vae = self.networks["vae"]
+        return _in_parts(pictures, lambda part: vae.encode(_signed(part)).latent_dist.mean * vae.config.scaling_factor)
+
+    def _redraw(self, pictures: Tensor, noise: float = 0) -> Tensor:
+        """Pictures through the VAE, with up to `noise` of the latents' own spread added: uint8, same shape."""
+        vae, latents = self.networks["vae"], self._latents(pictures)
+        amount = noise * torch.rand(len(latents), 1, 1, 1, device=self.device)
+        latents = latents + amount * torch.randn_like(latents)
+        with self._bf16:
+            return _in_parts(latents / vae.config.scaling_factor, lambda part: _bytes(vae.decode(part).sample.float()))
+
+    def _embed(self, pictures: Tensor) -> Tensor:
+        resize, vision = resizer(self.device), self.networks["image_encoder"]
+        return _in_parts(pictures, lambda part: vision(pixel_values=resize(part.float())).image_embeds)
+
+
+@torch.no_grad()
+def _in_parts(rows: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    return torch.cat([function(part) for part in rows.split(512)])
 
 
 def _signed(pictures: Tensor) -> Tensor:
     """Uint8 0 … 255 to float -1 … 1."""
     return pictures.float() / 127.5 - 1
+
+
+def _bytes(pictures: Tensor) -> Tensor:
+    """Float -1 … 1 to uint8 0 … 255."""
+    return (pictures * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def _edges(error: Tensor) -> Tensor:
@@ -374,8 +316,7 @@ def resizer(device: torch.device) -> Callable[[Tensor], Tensor]:
     for size in (REFERENCE_PIXELS, CLIP_PIXELS):
         side = nnf.interpolate(side, size=(size, 128), mode="bicubic", antialias=True)
     matrix = side[0, 0].to(device)
-    mean = torch.tensor(CLIP_MEAN, device=device)[:, None, None]
-    std = torch.tensor(CLIP_STD, device=device)[:, None, None]
+    mean, std = (torch.tensor(x, device=device)[:, None, None] for x in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
     return lambda pictures: ((matrix @ pictures @ matrix.T).clamp(0, 255) / 255 - mean) / std
 
 
@@ -392,42 +333,30 @@ def whiten(vae: nn.Module, latents: Tensor) -> None:
     into.bias[4:] -= 2 * spread.log()
 
 
-STAGES = ("data", "judge", "vae", "clip", "unet", "export")
-_RESULTS = {"judge": "judge.safetensors", "vae": "vae.pt", "clip": "clip.pt", "unet": "unet.pt"}
-
-
-def run(stages: tuple[str, ...], settings: Settings, work: Path, out: Path, seed: int = 0, again: bool = False) -> None:
-    """Run stages in order; those whose result lies in `work` already are left as they are, or trained further
-    (`again`).
-
-    Raises:
-        GateError: a stage's result isn't good enough.
-    """
-    training = Training(settings, work, seed)
-    for stage in stages:
-        if stage == "export":
-            training.export(out)
-        elif stage == "data" or again or not (work / _RESULTS[stage]).exists():
-            getattr(training, stage)()
-
-
-def main() -> None:
-    """The command."""
+def main() -> int:
+    """The command. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=[*STAGES, "all"])
-    parser.add_argument("--work", type=Path, required=True, help="folder of pictures, checkpoints and log.jsonl")
+    parser.add_argument("--work", type=Path, required=True, help="folder of pictures, checkpoints and log.txt")
     parser.add_argument("--out", type=Path, help="folder of the finished model (default: WORK/model)")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--toy", action="store_true", help="a few steps at a tiny size: shows that everything runs")
     parser.add_argument("--unet-seconds", type=float, help="longest training of the UNet")
-    parser.add_argument("--continue", dest="again", action="store_true", help="train a finished stage further")
+    parser.add_argument("--continue", dest="again", action="store_true", help="train finished stages further")
     options = parser.parse_args()
-    settings = TOY if options.toy else FULL
+    settings = TOY if options.toy else Settings()
     if options.unet_seconds:
         settings = replace(settings, unet=replace(settings.unet, seconds=options.unet_seconds))
-    stages = STAGES if options.stage == "all" else (options.stage,)
-    run(stages, settings, options.work, options.out or options.work / "model", options.seed, options.again)
+    training = Training(settings, options.work, options.out or options.work / "model")
+    device = torch.cuda.get_device_name() if training.device.type == "cuda" else "cpu"
+    command = " ".join(("python -m storyadapter.demo.train", *sys.argv[1:]))
+    training.log("run", command=command, torch=torch.__version__, device=device)
+    try:
+        training.run(STAGES if options.stage == "all" else (options.stage,), options.again)
+    except StoryAdapterError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,6 +1,6 @@
 """The training runs end to end at toy size, goes on where it stopped, and its gates close."""
 
-import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,25 +11,40 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
+from storyadapter.demo import train
 from storyadapter.demo.dataset import mixed_scenes
-from storyadapter.demo.loop import Budget, Log, optimize
+from storyadapter.demo.loop import Budget, optimize
 from storyadapter.demo.scenes import draw
-from storyadapter.demo.train import STAGES, TOY, GateError, Training, resizer, run, whiten
+from storyadapter.demo.train import STAGES, TOY, Training, main, resizer, whiten
+from storyadapter.errors import InputError, RunError
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     work = tmp_path_factory.mktemp("training")
-    run(STAGES, TOY, work, work / "model", seed=1)
+    Training(TOY, work, work / "model").run(STAGES)
     return work
 
 
-def _lines(work: Path) -> list[dict]:
-    return [json.loads(line) for line in (work / "log.jsonl").read_text().splitlines()]
+@pytest.fixture
+def training(trained: Path) -> Training:
+    """The finished training, its networks loaded."""
+    training = Training(TOY, trained, trained / "model")
+    training.run(STAGES)
+    return training
+
+
+def _lines(work: Path) -> list[str]:
+    return (work / "log.txt").read_text().splitlines()
+
+
+def _command(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+    return main()
 
 
 def test_every_stage_leaves_its_log(trained: Path) -> None:
-    assert {line["stage"] for line in _lines(trained)} == {"data", "judge", "vae", "gate", "clip", "unet", "export"}
+    assert {line.split()[0] for line in _lines(trained)} == {"data", "judge", "vae", "gate", "clip", "unet", "export"}
 
 
 def test_what_it_writes_draws_in_plain_diffusers(trained: Path) -> None:
@@ -42,29 +57,42 @@ def test_what_it_writes_draws_in_plain_diffusers(trained: Path) -> None:
 def test_finished_stages_are_not_done_again_unless_asked(trained: Path) -> None:
     before = (trained / "vae.pt").read_bytes()
     lines = len(_lines(trained))
-    run(("data", "vae"), TOY, trained, trained / "model", seed=1)
+    Training(TOY, trained, trained / "model").run(("data", "vae"))
     assert (trained / "vae.pt").read_bytes() == before and len(_lines(trained)) == lines
-    run(("vae",), TOY, trained, trained / "model", seed=1, again=True)
+    Training(TOY, trained, trained / "model").run(("vae",), again=True)
     assert (trained / "vae.pt").read_bytes() != before
 
 
-def test_a_gate_that_is_not_met_stops_the_run(trained: Path) -> None:
-    strict = replace(TOY, floor=0.95)
-    with pytest.raises(GateError, match="judge on drawings.*below 0.95"):
-        Training(strict, trained, 1).judge()
+def test_the_command_stops_at_a_gate_that_is_not_met_and_goes_on_from_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train, "TOY", replace(TOY, floor=0.95))
+    assert _command(monkeypatch, "all", "--toy", "--work", tmp_path) == RunError.exit_code != 0
+    told = capsys.readouterr().err
+    assert told.startswith("error: below 0.95: judge on drawings: species ") and told.count("\n") == 1
+    assert (tmp_path / "judge.unmet.pt").exists() and not list(tmp_path.glob("vae*"))
+    assert f"command python -m storyadapter.demo.train all --toy --work {tmp_path}" in _lines(tmp_path)[0]
+    assert _lines(tmp_path)[-1].startswith("gate    what judge on drawings  species ")
+
+    assert _command(monkeypatch, "vae", "--toy", "--work", tmp_path) == InputError.exit_code
+    assert capsys.readouterr().err == f"error: vae needs judge, which isn't finished in {tmp_path}: run it first\n"
+
+    before = torch.load(tmp_path / "judge.unmet.pt")["judge"]
+    no_time = Budget(steps=1, batch=1, rate=1, seconds=1e-9)
+    monkeypatch.setattr(train, "TOY", replace(TOY, judge=no_time))
+    assert _command(monkeypatch, "judge", "--toy", "--work", tmp_path) == 0
+    after = torch.load(tmp_path / "judge.pt")["judge"]
+    assert not (tmp_path / "judge.unmet.pt").exists() and all(torch.equal(after[k], before[k]) for k in before)
 
 
-def test_latents_have_unit_deviation_under_the_scaling_factor(trained: Path) -> None:
-    training = Training(TOY, trained, 1)
-    vae = training._trained("vae", "vae")
-    latents = training._latents(vae, training._load("world")[0])
+def test_latents_have_unit_deviation_under_the_scaling_factor(training: Training) -> None:
+    latents = training._latents(training.sets["world"][0])
     torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(4), rtol=0.02, atol=0)
     assert latents.mean((0, 2, 3)).abs().max() < 0.02
 
 
-def test_whitening_changes_no_picture(trained: Path) -> None:
-    training = Training(TOY, trained, 1)
-    vae, x = training._trained("vae", "vae"), torch.rand(2, 3, 128, 128) * 2 - 1
+def test_whitening_changes_no_picture(training: Training) -> None:
+    vae, x = training.networks["vae"], torch.rand(2, 3, 128, 128) * 2 - 1
     with torch.no_grad():
         before = vae.decode(vae.encode(x).latent_dist.mean).sample
         noise = vae.encode(x).latent_dist.std / vae.encode(x).latent_dist.mean.std()
@@ -84,37 +112,37 @@ def test_references_are_resized_as_the_method_does() -> None:
     assert (nearest.pixel_values[0] - expected).abs().mean() > 0.05
 
 
-def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path: Path) -> None:
-    def train(name: str, stop_after: int | None) -> torch.nn.Linear:
+def test_the_loop_finds_a_minimum_and_keeps_the_average_of_the_last_weights() -> None:
+    def fit(average: float) -> tuple[torch.Tensor, list[torch.Tensor]]:
         torch.manual_seed(0)
         network = torch.nn.Linear(4, 4)
-        calls = 0
+        seen = []
 
         def losses() -> dict[str, torch.Tensor]:
-            nonlocal calls
-            calls += 1
-            if stop_after and calls > stop_after:
-                raise KeyboardInterrupt
+            seen.append(network.weight.detach().clone())
             return {"error": ((network(torch.eye(4)).diagonal() - torch.arange(4.0)) ** 2).mean()}
 
-        budget = Budget(steps=600, batch=1, rate=0.05, average=0.9)
-        optimize("fit", losses, [network], budget, Log(tmp_path / "log"), tmp_path / name, save_every=0)
-        return network
+        budget = Budget(steps=600, batch=1, rate=0.05, average=average)
+        optimize("fit", losses, [network], budget, lambda *_, **__: None, half=False)
+        assert (network(torch.eye(4)).diagonal() - torch.arange(4.0)).abs().max() < 0.1
+        return network.weight.detach(), [*seen[1:], network.weight.detach()]
 
-    whole = train("whole", stop_after=None)
-    assert (whole(torch.eye(4)).diagonal() - torch.arange(4.0)).abs().max() < 0.1
-    with pytest.raises(KeyboardInterrupt):
-        train("stopped", stop_after=450)
-    assert torch.load(tmp_path / "stopped", weights_only=True)["step"] == 400
-    torch.testing.assert_close(train("stopped", stop_after=None).weight, whole.weight, rtol=0, atol=0)
-    assert not (tmp_path / "stopped").exists()
+    last, path = fit(average=0)
+    averaged, same_path = fit(average=0.9)
+    assert torch.equal(path[-2], same_path[-2])
+    expected = path[0]
+    for n, weight in enumerate(path[1:], start=1):
+        decay = min(0.9, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * weight
+    torch.testing.assert_close(averaged, expected, rtol=1e-4, atol=1e-6)
+    assert not torch.equal(averaged, last)
 
 
-def test_a_loss_that_is_not_finite_stops_the_training(tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_the_training() -> None:
     network = torch.nn.Linear(2, 2)
 
     def losses() -> dict[str, torch.Tensor]:
         return {"bad": network.weight.sum() * float("nan")}
 
-    with pytest.raises(FloatingPointError, match="fit: loss at step 1 is not finite"):
-        optimize("fit", losses, [network], Budget(1, 1, 0.1), Log(tmp_path / "log"))
+    with pytest.raises(RunError, match="fit: loss at step 1 is not finite"):
+        optimize("fit", losses, [network], Budget(1, 1, 0.1), lambda *_, **__: None, half=False)
