@@ -17,14 +17,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from storyadapter.contract import NetworkSpec, Precision, Range, network_specs
 from storyadapter.engine.inductor import package_name, weights_name
 from storyadapter.engine.inductor.fusion import fuse_denoiser
+from storyadapter.engine.inductor.group_norm import rewrite_group_norms
+from storyadapter.engine.inductor.launch_analysis import analysed_once
 from storyadapter.engine.inductor.operators import Operators, operators_for
 from storyadapter.engine.inductor.session import InductorNetwork
 from storyadapter.engine.inductor.shapes import channels_last, compiled_ranges, example_sizes
+from storyadapter.engine.inductor.vae_attention import fuse_vae
 from storyadapter.errors import EngineBuildError
 from storyadapter.export.dynamic_shapes import dynamic_shapes
 from storyadapter.export.probe import Probe, probe_inputs, probe_module
 from storyadapter.export.verify import ExportError, relative_error
-from storyadapter.modules import ModelParts, iterate_modules
+from storyadapter.modules import ModelParts, VaeDecoder, iterate_modules
 from storyadapter.unet import Denoiser
 
 # Measured on an H100 at S = 4096 and 10 heads: cuDNN 480 TFLOP/s, FlashAttention-2 304.
@@ -41,6 +44,9 @@ _OPTIONS: Final[Mapping[str, Any]] = {
     # the code that launches the kernels: one function of several MB, compiled in half the time; graphs replay it anyway
     "aot_inductor.compile_wrapper_opt_level": "O0",
 }
+# The host runs no kernel of a package for a GPU. To try out which vector instructions it has takes six programs,
+# compiled once and started by every process that compiles.
+_GPU_OPTIONS: Final[Mapping[str, Any]] = {**_OPTIONS, "cpp.vec_isa_ok": False}
 
 
 @dataclass(frozen=True)
@@ -131,6 +137,10 @@ def build_network(
     probes = probe_module(spec, module, options.letters, precision, vae_precision)
     if isinstance(module, Denoiser):
         fuse_denoiser(module, options.operators)
+    elif isinstance(module, VaeDecoder):
+        fuse_vae(module)
+    if isinstance(module, Denoiser | VaeDecoder):
+        rewrite_group_norms(module)
     channels_last_names = channels_last(module) if device.type == "cuda" else []
     on_stage("exporting")
     inputs = probe_inputs(spec, example_sizes(ranges), precision, vae_precision)
@@ -141,7 +151,9 @@ def build_network(
         )
         on_stage("compiling")
         package = folder / package_name(spec.name)
-        torch._inductor.aoti_compile_and_package(program, package_path=str(package), inductor_configs=_OPTIONS)
+        configs = _GPU_OPTIONS if device.type == "cuda" else _OPTIONS
+        with analysed_once():
+            torch._inductor.aoti_compile_and_package(program, package_path=str(package), inductor_configs=configs)
     constants = {**program.state_dict, **program.constants}
     del program, inputs, arguments, module
     on_stage("comparing with eager")
