@@ -40,13 +40,13 @@ class Case:
 
 @dataclass(frozen=True)
 class StoryCase:
-    """One whole story: `iterations` after the text-only one, in micro-batches of `max_frames`."""
+    """One whole story: `iterations` after the text-only one, in micro-batches of `max_frames`; None: as many as fit."""
 
     name: str
     frames: int
     iterations: int
     steps: int
-    max_frames: int
+    max_frames: int | None
     height: int
     width: int
 
@@ -99,7 +99,7 @@ def ranges(cases: tuple[Case, ...], stories: tuple[StoryCase, ...]) -> ShapeRang
     heights = [case.height for case in (*cases, *stories)]
     widths = [case.width for case in (*cases, *stories)]
     return ShapeRanges(
-        max([case.frames for case in cases] + [story.max_frames for story in stories]),
+        max([case.frames for case in cases] + [story.max_frames or 1 for story in stories]),
         max([case.references for case in cases] + [story.frames for story in stories]),
         Range(min(heights), max(heights)),
         Range(min(widths), max(widths)),

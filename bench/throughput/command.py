@@ -45,6 +45,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gpu-price", type=_price, metavar="X", help="price of the device per hour: adds the money per frame"
     )
+    parser.add_argument(
+        "--device-memory",
+        type=_gibibytes,
+        metavar="GIB",
+        help="as on a smaller GPU: a second process holds all memory but so much; whole stories are then drawn in one "
+        "way, in micro-batches of as many frames as fit",
+    )
     parser.add_argument("--engine-dir", type=Path, metavar="D", help="engine store (default: in the user's cache)")
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="write FILE.md, FILE.json (for bench compare) and FILE.png"
@@ -66,12 +73,19 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         InputError: options that don't fit together, or an unknown name.
-        UnavailableError: the full-size model without a GPU.
+        UnavailableError: the full-size model or --device-memory without a GPU.
     """
     _check(args)
-    from storyadapter.bench.throughput.course import measure
+    if args.device_memory is None:
+        from storyadapter.bench.throughput.course import measure
 
-    return measure(args)
+        return measure(args)
+    from storyadapter.bench.device_memory import GIB, only_device_memory
+    from storyadapter.bench.throughput.course import measure
+    from storyadapter.engine.backends import default_device
+
+    with only_device_memory(int(args.device_memory * GIB), default_device()):
+        return measure(args)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -86,6 +100,16 @@ def _check(args: argparse.Namespace) -> None:
 
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _gibibytes(text: str) -> float:
+    try:
+        gibibytes = float(text)
+    except ValueError:
+        gibibytes = 0.0
+    if not 0 < gibibytes < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size in GiB such as 15.5")
+    return gibibytes
 
 
 def _price(text: str) -> float:

@@ -3,7 +3,8 @@
 import argparse
 import dataclasses
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -35,18 +36,20 @@ from storyadapter.bench.throughput.rivals import RIVALS
 from storyadapter.bench.throughput.rungs import LADDER, Rung
 from storyadapter.bench.throughput.story import (
     MIN_PSNR,
+    Draw,
     Drawn,
-    draw_in_sequence,
-    draw_overlapped,
+    in_sequence,
     measure_story,
+    overlapped,
 )
-from storyadapter.bench.throughput.workbench import Workbench, with_eager_vae
+from storyadapter.bench.throughput.workbench import Workbench, with_compiled_vae, with_eager_vae
 from storyadapter.cli.options import model_choice
+from storyadapter.conditioning import Tokenizers
 from storyadapter.contract import Precision
 from storyadapter.engine.backends import AUTO, default_device
 from storyadapter.errors import InputError, UnavailableError
 from storyadapter.grca import grca
-from storyadapter.networks import TORCH_DTYPES
+from storyadapter.networks import TORCH_DTYPES, Networks
 
 OVERLAPPED = "overlapped"
 _ONE_BY_ONE = "one after the other"
@@ -76,13 +79,17 @@ def measure(args: argparse.Namespace) -> int:
     parts = sum(runs(rung, case) for rung in (*rungs, *rivals) for case in cases)
     if not parts and not stories:
         raise InputError("none of these --rungs runs any of these --cases; a story needs the rung overlapped")
-    parts += len(stories) * (2 if vae_precision == "fp32" else 3)
+    ways = _ways(vae_precision, args.device_memory)
+    parts += len(stories) * len(ways)
     progress = Progress(parts)
     # for all cases, so that an engine built for some of them serves a later run of the others
     workbench = Workbench(subject, ranges(all_cases, all_stories), vae_precision, progress)
     progress.tell(f"{subject.label}, {subject.precision}, on {device}")
+    environment = describe(device, args.commit)
+    if args.device_memory is not None:
+        environment["device memory"] = f"{args.device_memory:g} GiB; a second process holds the rest"
     found = Findings(
-        environment=describe(device, args.commit),
+        environment=environment,
         model=subject.label,
         precision=subject.precision,
         cases=cases,
@@ -95,7 +102,7 @@ def measure(args: argparse.Namespace) -> int:
         found = _climb(found, workbench, rungs, rivals)
         _write(args.out, found)
     for story in stories:
-        _draw_story(found, workbench, story)
+        _draw_story(found, workbench, story, ways, by_memory=args.device_memory is not None)
     print(_write(args.out, found))
     bad = [result.rung for result in found.rungs if result.status in (WRONG, FAILED) and not result.rival]
     bad += [story.way for story in found.drawn if story.psnr is not None and story.psnr < MIN_PSNR and story.same_vae]
@@ -170,12 +177,25 @@ def _profile(
     return (case, rung.name, times) if times.kernels else None
 
 
-def _draw_story(found: Findings, workbench: Workbench, case: StoryCase) -> None:
-    """The story one thing after the other, overlapped, and overlapped with a VAE in fp32; added to what was found."""
+# What it is called, how it draws, and the VAE's precision.
+Way = tuple[str, Callable[[Networks, Tokenizers], Draw], Precision]
+
+
+def _ways(own: Precision, device_memory: float | None) -> list[Way]:
+    """How a story is drawn: one thing after the other, overlapped, and overlapped with a VAE in fp32."""
+    if device_memory is not None:
+        return [(OVERLAPPED, overlapped, own)]
+    ways: list[Way] = [(_ONE_BY_ONE, in_sequence, own), (OVERLAPPED, overlapped, own)]
+    return ways if own == "fp32" else [*ways, (OVERLAPPED, overlapped, "fp32")]
+
+
+def _draw_story(
+    found: Findings, workbench: Workbench, case: StoryCase, ways: Sequence[Way], *, by_memory: bool
+) -> None:
+    """The story in all ways; added to what was found."""
     subject, progress, own = workbench.subject, workbench.progress, workbench.vae_precision
-    ways = [(_ONE_BY_ONE, draw_in_sequence, own), (OVERLAPPED, draw_overlapped, own)]
-    if own != "fp32":
-        ways.append((OVERLAPPED, draw_overlapped, "fp32"))
+    if by_memory:
+        case = dataclasses.replace(case, max_frames=None)
     first: Drawn | None = None
     for way, draw, vae_precision in ways:
         name = f"{case.name}: {way}, VAE in {vae_precision}"
@@ -183,7 +203,9 @@ def _draw_story(found: Findings, workbench: Workbench, case: StoryCase) -> None:
         try:
             networks = workbench.networks("inductor")
             if vae_precision != own:
-                networks = with_eager_vae(networks, subject, vae_precision)
+                started = time.perf_counter()
+                networks = with_compiled_vae(networks, subject, vae_precision)
+                progress.leave_out(time.perf_counter() - started)
             result, drawn = measure_story(
                 draw, way, networks, subject.tokenizers(), case, subject.prediction_type, first
             )

@@ -97,14 +97,16 @@ def _stories(data: dict[str, Any]) -> list[str]:
             f"## Whole story: {case['frames']} frames, {case['iterations']} iterations after the first, "
             f"{case['steps']} steps, {case['width']}x{case['height']}",
             "",
-            f"{rows:,} UNet rows. From prompts to pictures in memory; seconds per frame are those of a frame with all",
-            "its iterations. Where stages overlap, their seconds sum up to more than the story took.",
+            f"{rows:,} UNet rows. From prompts to pictures in memory, after a short story in the same process; seconds",
+            "per frame are those of a frame with all its iterations. Where stages overlap, their seconds sum up to",
+            "more than the story took.",
             "",
         ]
         stages = list(dict.fromkeys(stage for story in stories for stage in story["stages"]))
         header = (
             "way",
             "VAE",
+            "frames at once",
             "s",
             "s/frame",
             "rows/s",
@@ -126,6 +128,7 @@ def _story(story: dict[str, Any], stages: list[str]) -> list[str]:
     return [
         story["way"],
         story["vae_precision"],
+        str(story["at_once"]),
         f"{story['seconds']:.2f}",
         f"{story['seconds_per_frame']:.2f}",
         f"{story['rows_per_second']:.2f}",

@@ -2,29 +2,28 @@
 
 import gc
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from storyadapter import method
 from storyadapter.bench.environment import watch
+from storyadapter.bench.psnr import worst_psnr
 from storyadapter.bench.throughput.cases import StoryCase
 from storyadapter.bench.throughput.inputs import SEED, bind_text, encode_prompts, prompts
 from storyadapter.bench.timing import Result, measure_run
 from storyadapter.conditioning import BoundText, Tokenizers
-from storyadapter.denoising import DenoisingState, LoopInputs
-from storyadapter.events import FrameFinished, RunFinished
+from storyadapter.denoising import LoopBuffers, LoopInputs
+from storyadapter.events import FrameFinished, MicroBatchHalved, RunFinished, RunStarted
 from storyadapter.networks import Networks
 from storyadapter.noise import draw_noise
 from storyadapter.pictures import embed_pictures
 from storyadapter.pipeline import StoryPipeline
 from storyadapter.plan import RunPlan, split_evenly
-from storyadapter.reference_bank import ReferenceBank
 from storyadapter.sampler import build_sampler
 from storyadapter.story import Story
 
@@ -33,11 +32,16 @@ MIN_PSNR = 34.0  # dB, of the last iteration's pictures: the same networks, so o
 
 @dataclass(frozen=True)
 class Drawn:
-    """A story that was drawn: its last iteration, seconds by stage, and in which precision it was decoded."""
+    """A story that was drawn: its last iteration, seconds by stage, the VAE's precision, frames of a micro-batch."""
 
     pictures: list[Image.Image]
     stages: dict[str, float]
     vae_precision: str
+    at_once: int
+
+
+# (settings, frames) -> what was drawn
+Draw = Callable[[RunPlan, int], Drawn]
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class StoryResult:
         psnr: dB of the last iteration's worst picture to the first way's; None for the first.
         same_vae: whether that had the same VAE.
         peak_bytes: most memory of the device in use by tensors; None on a CPU.
+        at_once: frames of a micro-batch.
     """
 
     case: str
@@ -67,6 +72,7 @@ class StoryResult:
     psnr: float | None
     same_vae: bool
     peak_bytes: int | None
+    at_once: int
     load: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -93,65 +99,81 @@ def plan_of(case: StoryCase, prediction_type: str) -> RunPlan:
     )
 
 
-def draw_overlapped(networks: Networks, tokenizers: Tokenizers, plan: RunPlan, frames: int) -> Drawn:
-    """By the project's pipeline."""
-    pictures: dict[int, Image.Image] = {}
-    stages: dict[str, float] = {}
+def overlapped(networks: Networks, tokenizers: Tokenizers) -> Draw:
+    """By the project's pipeline; one for all stories, as in a program that draws many."""
     pipeline = StoryPipeline(networks, (tokenizers.first, tokenizers.second))
-    for event in pipeline.run(Story(tuple(prompts(frames)), style="none"), plan):
-        match event:
-            case FrameFinished():
-                pictures[event.frame] = event.picture
-            case RunFinished():
-                stages = dict(event.seconds)
-    return Drawn([pictures[frame] for frame in range(frames)], stages, networks.vae_precision)
+
+    def draw(plan: RunPlan, frames: int) -> Drawn:
+        pictures: dict[int, Image.Image] = {}
+        stages: dict[str, float] = {}
+        at_once = 0
+        for event in pipeline.run(Story(tuple(prompts(frames)), style="none"), plan):
+            match event:
+                case RunStarted():
+                    at_once = max(map(len, event.batches))
+                case MicroBatchHalved():
+                    at_once = event.max_frames
+                case FrameFinished():
+                    pictures[event.frame] = event.picture
+                case RunFinished():
+                    stages = dict(event.seconds)
+        return Drawn([pictures[frame] for frame in range(frames)], stages, networks.vae_precision, at_once)
+
+    return draw
 
 
-def draw_in_sequence(networks: Networks, tokenizers: Tokenizers, plan: RunPlan, frames: int) -> Drawn:
+def in_sequence(networks: Networks, tokenizers: Tokenizers) -> Draw:
     """The same iterations from the method's parts, each finished before the next begins."""
-    stages: dict[str, float] = defaultdict(float)
+    # kept from story to story, as in the pipeline, so that graphs are recorded once
+    buffers = LoopBuffers(networks)
 
-    def stage(name: str, work: Callable[[], Result]) -> Result:
-        result, seconds = measure_run(work, networks.device)
-        stages[name] += seconds
-        return result
+    def draw(plan: RunPlan, frames: int) -> Drawn:
+        stages: dict[str, float] = defaultdict(float)
 
-    scale = networks.geometry.pixels_per_latent
-    table = build_sampler(plan.scheduler, plan.steps, prediction_type=plan.prediction_type)
-    noise = draw_noise(plan.seed, plan.height // scale, plan.width // scale, table)
-    loop = LoopInputs.upload(table, noise, plan.guidance, networks.device)
-    batches, words = split_evenly(frames, plan.max_frames), prompts(frames)
-    # one set of buffers per size, as in the pipeline, so that graphs are recorded once
-    bank = ReferenceBank.empty(networks, frames)
-    states = {len(batch): DenoisingState(networks, loop.shape(len(batch))) for batch in batches}
+        def stage(name: str, work: Callable[[], Result]) -> Result:
+            result, seconds = measure_run(work, networks.device)
+            stages[name] += seconds
+            return result
 
-    def text_of(batch: range) -> BoundText:
-        texts = [plan.negative_prompt, *words[batch.start : batch.stop]]
-        return bind_text(networks, encode_prompts(networks, tokenizers, texts, plan.height, plan.width))
+        scale = networks.geometry.pixels_per_latent
+        table = build_sampler(plan.scheduler, plan.steps, prediction_type=plan.prediction_type)
+        noise = draw_noise(plan.seed, plan.height // scale, plan.width // scale, table)
+        loop = LoopInputs.upload(table, noise, plan.guidance, networks.device)
+        batches, words = split_evenly(frames, plan.max_frames or frames), prompts(frames)
+        bank = buffers.take_bank(frames)
 
-    def refer(references: list[Image.Image], scale: float | None) -> None:
-        if scale is None:
-            bank.clear()
-        else:
-            embeddings = [embed_pictures(networks, references[batch.start : batch.stop]) for batch in batches]
-            bank.fill(networks, torch.cat(embeddings), scale)
+        def text_of(batch: range) -> BoundText:
+            texts = [plan.negative_prompt, *words[batch.start : batch.stop]]
+            return bind_text(networks, encode_prompts(networks, tokenizers, texts, plan.height, plan.width))
 
-    def latents_of(batch: range, text: BoundText) -> Tensor:
-        state = states[len(batch)]
-        state.load(loop, text, bank)
-        for _ in range(loop.calls):
-            state.advance()
-        return state.x
+        def refer(references: list[Image.Image], scale: float | None) -> None:
+            if scale is None:
+                bank.clear()
+            else:
+                embeddings = [embed_pictures(networks, references[batch.start : batch.stop]) for batch in batches]
+                bank.fill(networks, torch.cat(embeddings), scale)
 
-    texts = stage("text", lambda: [text_of(batch) for batch in batches])
-    pictures: list[Image.Image] = []
-    for iteration in range(plan.iterations):
-        stage("references", partial(refer, pictures, plan.scale_of(iteration)))
-        pictures = []
-        for batch, text in zip(batches, texts, strict=True):
-            latents = stage("denoise", partial(latents_of, batch, text))
-            pictures += stage("decode", partial(_decode, networks, latents))
-    return Drawn(pictures, dict(stages), networks.vae_precision)
+        def latents_of(batch: range, text: BoundText) -> Tensor:
+            state = buffers.take_state(loop.shape(len(batch)))
+            state.load(loop, text, bank)
+            for _ in range(loop.calls):
+                state.advance()
+            latents = state.x.clone()
+            buffers.give_state(state)
+            return latents
+
+        texts = stage("text", lambda: [text_of(batch) for batch in batches])
+        pictures: list[Image.Image] = []
+        for iteration in range(plan.iterations):
+            stage("references", partial(refer, pictures, plan.scale_of(iteration)))
+            pictures = []
+            for batch, text in zip(batches, texts, strict=True):
+                latents = stage("denoise", partial(latents_of, batch, text))
+                pictures += stage("decode", partial(_decode, networks, latents))
+        buffers.give_bank(frames, bank)
+        return Drawn(pictures, dict(stages), networks.vae_precision, max(map(len, batches)))
+
+    return draw
 
 
 def _decode(networks: Networks, latents: Tensor) -> list[Image.Image]:
@@ -161,7 +183,7 @@ def _decode(networks: Networks, latents: Tensor) -> list[Image.Image]:
 
 
 def measure_story(
-    draw: Callable[[Networks, Tokenizers, RunPlan, int], Drawn],
+    prepare: Callable[[Networks, Tokenizers], Draw],
     way: str,
     networks: Networks,
     tokenizers: Tokenizers,
@@ -171,8 +193,10 @@ def measure_story(
 ) -> tuple[StoryResult, Drawn]:
     """Draw a story once to warm up, with two steps, and once to be timed.
 
+    As in a program that draws many: what is done once, recording graphs and measuring memory, is done in the first.
+
     Args:
-        draw: `draw_overlapped` or `draw_in_sequence`.
+        prepare: `overlapped` or `in_sequence`.
         other: the same story drawn otherwise, to be compared with.
     """
     device = networks.device
@@ -184,10 +208,11 @@ def measure_story(
         gc.collect()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        draw(networks, tokenizers, warm_up, case.frames)
+        draw = prepare(networks, tokenizers)
+        draw(warm_up, case.frames)
         gc.collect()
         with watch(device) as load:
-            drawn, seconds = measure_run(lambda: draw(networks, tokenizers, plan, case.frames), device)
+            drawn, seconds = measure_run(lambda: draw(plan, case.frames), device)
     result = StoryResult(
         case=case.name,
         way=way,
@@ -200,16 +225,7 @@ def measure_story(
         psnr=None if other is None else worst_psnr(drawn.pictures, other.pictures),
         same_vae=other is None or other.vae_precision == drawn.vae_precision,
         peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        at_once=drawn.at_once,
         load=load.as_data(),
     )
     return result, drawn
-
-
-def worst_psnr(found: Iterable[Image.Image], expected: Iterable[Image.Image]) -> float:
-    """dB of the picture that differs most, of 255; 100 where all are equal."""
-    worst = 100.0
-    for one, two in zip(found, expected, strict=True):
-        difference = np.asarray(one, dtype=np.float64) - np.asarray(two)
-        if error := float(np.square(difference).mean()):
-            worst = min(worst, float(10 * np.log10(255**2 / error)))
-    return worst

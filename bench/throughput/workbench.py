@@ -2,7 +2,9 @@
 
 import dataclasses
 import gc
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from storyadapter.bench.subject import Subject
 from storyadapter.checkpoint import IPAdapterWeights
 from storyadapter.contract import Precision, ShapeRanges
 from storyadapter.engine.eager import EagerNetwork
+from storyadapter.engine.inductor import weights_name
 from storyadapter.errors import EngineBuildError
 from storyadapter.grca import GrcaFunction
 from storyadapter.modules import VaeDecoder
@@ -124,6 +127,24 @@ def with_eager_vae(networks: Networks, subject: Subject, precision: Precision) -
     spec = networks.vae_decoder.spec
     network = EagerNetwork(spec, decoder, precision=networks.precision, vae_precision=precision)
     return dataclasses.replace(networks, vae_decoder=FrameByFrame(network), vae_precision=precision)
+
+
+def with_compiled_vae(networks: Networks, subject: Subject, precision: Precision) -> Networks:
+    """The same networks of the backend `inductor`, whose VAE is compiled for another precision, as `build` does it."""
+    from storyadapter.engine.inductor.compilation import NetworkOptions, build_network
+    from storyadapter.engine.inductor.operators import operators_for
+    from storyadapter.engine.inductor.session import InductorNetwork, read_weights
+
+    spec, device, letters = networks.vae_decoder.spec, subject.device, networks.letters
+    assert letters is not None
+    options = NetworkOptions(networks.precision, precision, letters, operators_for(device))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        module = VaeDecoder(subject.checkpoint.load_vae(TORCH_DTYPES[precision])).to(device).eval()
+        build_network(spec, [module], options, folder)
+        weights = read_weights(folder / weights_name(spec.name), device)
+        network = InductorNetwork(spec, folder, networks.precision, precision, device, letters, weights)
+    return dataclasses.replace(networks, vae_decoder=network, vae_precision=precision)
 
 
 def _on(adapter: IPAdapterWeights, device: torch.device) -> IPAdapterWeights:

@@ -64,7 +64,7 @@ FOUND = Findings(
     ),
     drawn=[
         StoryResult(
-            "story", "overlapped", "bf16", 30.0, {"denoise": 24.0, "decode": 9.0}, 16, 48, 1920, 41.0, True, 2**35
+            "story", "overlapped", "bf16", 30.0, {"denoise": 24.0, "decode": 9.0}, 16, 48, 1920, 41.0, True, 2**35, 8
         ),
     ],
     undrawn=["story: overlapped, VAE in fp32: failed: RuntimeError: broke"],
@@ -117,7 +117,8 @@ def test_the_page_says_what_was_found() -> None:
         "| compiled | wrong | - | - | - | - | - | - | - | 12.0 dB (published) | - |",
         "- compiled: wrong: 12.0 dB",
         "- story: overlapped, VAE in fp32: failed: RuntimeError: broke",
-        "| overlapped | bf16 | 30.00 | 1.88 | 64.00 | 80.0% | 24.00 s, 80% | 9.00 s, 30% | 32.0 | 0.00187 | 41.0 dB |",
+        "| overlapped | bf16 | 8 | 30.00 | 1.88 | 64.00 | 80.0% | 24.00 s, 80% | 9.00 s, 30% | 32.0 | 0.00187 "
+        "| 41.0 dB |",
         "2 kernels of together 100.0 ms, by torch.profiler, in a step of 200.0 ms.",
         "| grca | 5.00 | 5.0% |",
         "| matrix products | 95.00 | 95.0% |",
@@ -178,6 +179,12 @@ def test_no_gpu_is_told() -> None:
         command.run(_options("--synthetic-weights", "sdxl"))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_no_gpu_has_no_memory_to_hold() -> None:
+    with pytest.raises(UnavailableError, match="--device-memory is for a CUDA GPU; the device is cpu"):
+        command.run(_options("--smoke", "--device-memory", "15.5"))
+
+
 def test_a_few_rungs_from_the_options_to_the_files(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -211,7 +218,16 @@ def test_wrong_pictures_give_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> Non
     assert command.run(_options("--smoke", "--cases", "n3", "--rungs", "batched,sdpa")) == 1
 
 
-def test_a_price_is_a_number(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("option", "words", "message"),
+    [
+        ("--gpu-price", "cheap", "is not a price such as 2.5"),
+        ("--gpu-price", "-1", "is not a price such as 2.5"),
+        ("--device-memory", "much", "is not a size in GiB such as 15.5"),
+        ("--device-memory", "0", "is not a size in GiB such as 15.5"),
+    ],
+)
+def test_numbers_are_checked(option: str, words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        _options("--gpu-price", "cheap")
-    assert "is not a price such as 2.5" in capsys.readouterr().err
+        _options(option, words)
+    assert message in capsys.readouterr().err

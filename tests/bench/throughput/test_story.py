@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from PIL import Image
 
+from storyadapter.bench.psnr import worst_psnr
 from storyadapter.bench.subject import Subject
 from storyadapter.bench.throughput.cases import StoryCase
-from storyadapter.bench.throughput.story import draw_in_sequence, draw_overlapped, measure_story, plan_of, worst_psnr
+from storyadapter.bench.throughput.story import in_sequence, measure_story, overlapped, plan_of
 from storyadapter.bench.throughput.workbench import with_eager_vae
 from storyadapter.contract import Range, ShapeRanges
 
@@ -23,21 +23,21 @@ def test_both_ways_draw_the_same(subject: Subject) -> None:
     networks = subject.open("eager", ShapeRanges(2, 3, pixels, pixels), "fp32", print).networks
     tokenizers = subject.tokenizers()
     options = (networks, tokenizers, CASE, subject.prediction_type)
-    plain, drawn = measure_story(draw_in_sequence, "one after the other", *options, None)
-    overlapped, again = measure_story(draw_overlapped, "overlapped", *options, drawn)
-    assert plain.psnr is None and overlapped.psnr is not None and overlapped.psnr > 50
+    plain, drawn = measure_story(in_sequence, "one after the other", *options, None)
+    beside, again = measure_story(overlapped, "overlapped", *options, drawn)
+    assert plain.psnr is None and beside.psnr is not None and beside.psnr > 50
     assert len(again.pictures) == 3 and again.pictures[0].size == (96, 64)
     assert set(plain.stages) == {"text", "references", "denoise", "decode"}
-    assert {"denoise", "decode"} <= set(overlapped.stages)
-    for result in (plain, overlapped):
+    assert {"denoise", "decode"} <= set(beside.stages)
+    for result in (plain, beside):
         assert result.drawn == 6 and result.unet_rows == 2 * 2 * 6
         assert result.rows_per_second == pytest.approx(24 / result.seconds)
         assert result.seconds_per_frame == pytest.approx(result.seconds / 3)
         assert result.same_vae
     half = with_eager_vae(networks, subject, "bf16")
-    rounded, _ = measure_story(draw_overlapped, "overlapped", half, *options[1:], drawn)
+    rounded, _ = measure_story(overlapped, "overlapped", half, *options[1:], drawn)
     assert not rounded.same_vae and rounded.vae_precision == "bf16"
-    assert 30 < (rounded.psnr or 0) < (overlapped.psnr or 0)
+    assert 30 < (rounded.psnr or 0) < (beside.psnr or 0)
 
 
 def test_a_story_depends_on_its_references(subject: Subject) -> None:
@@ -45,12 +45,7 @@ def test_a_story_depends_on_its_references(subject: Subject) -> None:
     pixels = Range(64, 96)
     networks = subject.open("eager", ShapeRanges(2, 3, pixels, pixels), "fp32", print).networks
     plan, tokenizers = plan_of(CASE, subject.prediction_type), subject.tokenizers()
-    drawn = draw_in_sequence(networks, tokenizers, plan, 3)
+    draw = in_sequence(networks, tokenizers)
+    drawn = draw(plan, 3)
     text_alone = plan_of(StoryCase("", 3, 0, 2, 2, 64, 96), subject.prediction_type)
-    assert worst_psnr(draw_in_sequence(networks, tokenizers, text_alone, 3).pictures, drawn.pictures) < 34
-
-
-def test_psnr_is_that_of_the_worst_picture() -> None:
-    black, grey = Image.new("RGB", (4, 4)), Image.new("RGB", (4, 4), (51, 51, 51))
-    assert worst_psnr([black, grey], [black, grey]) == 100
-    assert worst_psnr([black, black], [black, grey]) == pytest.approx(13.979, abs=1e-3)
+    assert worst_psnr(draw(text_alone, 3).pictures, drawn.pictures) < 34

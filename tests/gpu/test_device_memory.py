@@ -1,0 +1,26 @@
+"""A second process holds a GPU's memory."""
+
+import pytest
+import torch
+
+from storyadapter.bench.device_memory import GIB, only_device_memory
+from storyadapter.errors import UnavailableError
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+CUDA = torch.device("cuda")
+
+
+def test_no_more_is_left_and_all_is_given_back() -> None:
+    before, _ = torch.cuda.mem_get_info(CUDA)
+    left = before // 2
+    with only_device_memory(left, CUDA):
+        free, _ = torch.cuda.mem_get_info(CUDA)
+        assert left - GIB < free <= left + (2 << 20)
+    after, _ = torch.cuda.mem_get_info(CUDA)
+    assert after > before - GIB // 4
+
+
+def test_too_little_to_begin_with_is_told() -> None:
+    with pytest.raises(UnavailableError, match="GiB are free; expected"), only_device_memory(1 << 50, CUDA):
+        pass
