@@ -35,8 +35,8 @@ KIND: Final = "soak"
 YARDSTICK_EVERY: Final = 3
 MIB: Final = 2**20
 # What memory after the yardstick may differ by, in bytes and as a share: the resident memory of a process wanders as
-# its allocator keeps pages, a GPU's allocations are counted exactly, and only the graphs that are kept differ.
-TOLERANCE: Final = {"cpu": (48 * MIB, 0.03), "cuda": (32 * MIB, 0.01)}
+# its allocator keeps pages; a GPU's memory is taken in segments, each kept as long as anything in it is in use.
+TOLERANCE: Final = {"cpu": (48 * MIB, 0.03), "cuda": (64 * MIB, 0.01)}
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Noted:
         yardstick: whether it is the first story, or that again.
         seconds: it took.
         digest: SHA-256 of all its pictures.
-        memory: bytes in use after it: allocated on the GPU, or resident on a CPU.
+        memory: bytes in use after it, see `memory_in_use`.
     """
 
     story: SoakStory
@@ -210,9 +210,13 @@ def _draw(
 
 
 def memory_in_use(device: torch.device) -> int:
-    """Bytes: allocated on the GPU, or resident on a CPU; after what Python can collect was collected."""
+    """Bytes after what Python can collect was collected: resident on a CPU; of a GPU what PyTorch keeps of its memory
+    when it has given back all that it can: tensors, graphs with their scratch memory, and the gaps between them."""
     gc.collect()
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
+    if device.type != "cuda":
+        return psutil.Process().memory_info().rss
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved(device)
 
 
 def as_data(found: Findings) -> dict[str, Any]:
@@ -225,7 +229,7 @@ def markdown(found: Findings) -> str:
     yardsticks = [item for item in found.noted if item.yardstick]
     different = len({item.digest for item in yardsticks})
     frames = sum(item.story.frames * (1 + item.story.iterations) for item in found.noted)
-    kind = "allocated on the GPU" if found.device.startswith("cuda") else "resident"
+    kind = "kept of the GPU's, graphs included" if found.device.startswith("cuda") else "resident"
     lines = [f"# Soak: {found.model}, {found.backend}, {found.precision}", "", "| what | value |", "| --- | --- |"]
     lines += [f"| {key} | {value} |" for key, value in found.environment.items()]
     lines += [
