@@ -1,4 +1,4 @@
-"""Trains the demo model: `python -m storyadapter.demo.train all --work DIR --out DIR`, or one stage at a time.
+"""Trains the demo model: `python -m storyadapter.demo.train all --work DIR --out DIR`, or only some stages.
 
 Stages: data, judge, vae, clip, unet, export. Each leaves its result in the work folder, and a finished stage is not
 done again, so a stopped run goes on by the same command. A gate that isn't met stops the run before the next stage;
@@ -336,7 +336,7 @@ def whiten(vae: nn.Module, latents: Tensor) -> None:
 def main() -> int:
     """The command. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=[*STAGES, "all"])
+    parser.add_argument("stages", nargs="+", choices=[*STAGES, "all"], metavar="STAGE", help="{%(choices)s}")
     parser.add_argument("--work", type=Path, required=True, help="folder of pictures, checkpoints and log.txt")
     parser.add_argument("--out", type=Path, help="folder of the finished model (default: WORK/model)")
     parser.add_argument("--toy", action="store_true", help="a few steps at a tiny size: shows that everything runs")
@@ -351,7 +351,7 @@ def main() -> int:
     command = " ".join(("python -m storyadapter.demo.train", *sys.argv[1:]))
     training.log("run", command=command, torch=torch.__version__, device=device)
     try:
-        training.run(STAGES if options.stage == "all" else (options.stage,), options.again)
+        training.run([stage for stage in STAGES if {stage, "all"} & {*options.stages}], options.again)
     except StoryAdapterError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -80,7 +80,7 @@ def test_the_command_stops_at_a_gate_that_is_not_met_and_goes_on_from_there(
     before = torch.load(tmp_path / "judge.unmet.pt")["judge"]
     no_time = Budget(steps=1, batch=1, rate=1, seconds=1e-9)
     monkeypatch.setattr(train, "TOY", replace(TOY, judge=no_time))
-    assert _command(monkeypatch, "judge", "--toy", "--work", tmp_path) == 0
+    assert _command(monkeypatch, "judge", "data", "--toy", "--work", tmp_path) == 0
     after = torch.load(tmp_path / "judge.pt")["judge"]
     assert not (tmp_path / "judge.unmet.pt").exists() and all(torch.equal(after[k], before[k]) for k in before)
 
