@@ -143,7 +143,7 @@ def build_network(
         rewrite_group_norms(module)
     channels_last_names = channels_last(module) if device.type == "cuda" else []
     on_stage("exporting")
-    inputs = probe_inputs(spec, example_sizes(ranges), precision, vae_precision)
+    inputs = probe_inputs(spec, example_sizes(ranges, device), precision, vae_precision)
     arguments = tuple(value.to(device) for value in inputs.values())
     with _compiling(spec.name):
         program = torch.export.export(

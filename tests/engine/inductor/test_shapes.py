@@ -1,5 +1,7 @@
 """What sizes a package is compiled for, and how calls of size 1 are brought to them."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
@@ -26,7 +28,25 @@ def test_every_size_of_the_contract_is_compiled_or_one_that_is_doubled(frames: i
         # dynamic sizes start at 2; what is left below is 1 alone
         assert value.minimum >= 2 or value.minimum == value.maximum
         assert value.minimum <= letters[letter].minimum + 1
-    assert all(example_sizes(compiled)[letter] in compiled[letter] for letter in compiled)
+    for device in (torch.device("cpu"), torch.device("cuda")):
+        assert all(example_sizes(compiled, device)[letter] in compiled[letter] for letter in compiled)
+
+
+def test_a_convolution_compiled_for_16_rows_on_a_cpu_takes_fewer(tmp_path: Path) -> None:
+    """`build` compiles for 8 frames unless told otherwise, which are 16 rows."""
+    spec = SPECS["denoiser"]
+    ranges = compiled_ranges(spec, ShapeRanges(8, 8, FIXED, FIXED).letters())
+    rows = example_sizes(ranges, torch.device("cpu"))["B"]
+    module = torch.nn.Conv2d(4, 4, 1).eval()
+    example = (torch.randn(rows, 4, 8, 8),)
+    dims = ({0: torch.export.Dim("B", min=ranges["B"].minimum, max=ranges["B"].maximum)},)
+    with torch.no_grad():
+        program = torch.export.export(module, example, dynamic_shapes=dims)
+        package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "convolution.pt2"))
+        compiled = torch._inductor.aoti_load_package(package)
+        for count in (2, 15, 16):
+            x = torch.randn(count, 4, 8, 8)
+            torch.testing.assert_close(compiled(x), module(x))
 
 
 @given(images=st.integers(1, 2), latents=st.sampled_from([1, 3]))
