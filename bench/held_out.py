@@ -13,6 +13,7 @@ from storyadapter.demo.places import PLACES
 from storyadapter.demo.scenes import ACTION_PHRASES, PLACE_PHRASES, character_phrase
 
 PROMPTED = ("species", "action", "place")  # what the truth of a frame tells, in this order
+FRAMES_AT_MOST = len(ACTIONS) * len(PLACES)  # of a story, as no two show the same
 
 
 @dataclass(frozen=True)

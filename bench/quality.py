@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from storyadapter import method
-from storyadapter.contract import PRECISIONS, Range, ShapeRanges
+from storyadapter.contract import PRECISIONS
 from storyadapter.demo.shipped import MODEL
 from storyadapter.engine.backends import AUTO, BACKENDS
 from storyadapter.errors import InputError
@@ -46,7 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "that draws all stories at once (default: %(default)s)",
     )
     parser.add_argument(
-        "--backend", choices=(AUTO, *BACKENDS), default="eager", help="of the pipeline (default: eager)"
+        "--backend",
+        choices=(AUTO, *BACKENDS),
+        default="eager",
+        help="of the pipeline; its engine is built first where the store has none (default: eager)",
     )
     parser.add_argument(
         "--precision", choices=(AUTO, *PRECISIONS), default=AUTO, help="of the pipeline (default: auto)"
@@ -79,9 +82,11 @@ def run(args: argparse.Namespace) -> int:
         )
     import numpy as np
 
-    from storyadapter.bench.held_out import held_out_stories
+    from storyadapter.bench.held_out import FRAMES_AT_MOST, held_out_stories
     from storyadapter.bench.quality_report import measure
 
+    if args.frames > FRAMES_AT_MOST:
+        raise InputError(f"--frames is {args.frames}; expected {FRAMES_AT_MOST} or fewer: so many scenes there are")
     stories = held_out_stories(args.stories, args.frames)
     drawn, control = (_draw_batched if args.sampler == "batched" else _draw_by_pipeline)(stories, args)
     truth = np.stack([story.truth for story in stories])
@@ -123,26 +128,27 @@ def _draw_by_pipeline(stories: list[HeldOutStory], args: argparse.Namespace) -> 
     """Pictures uint8 [iterations, stories, seeds, frames, 3, H, W], and of the control [stories, seeds, …]."""
     import torch
 
-    from storyadapter import Checkpoint, Story, StoryPipeline
-    from storyadapter.engine import open_networks
-    from storyadapter.engine.backends import choose_backend, choose_precision
+    from storyadapter import Story, StoryPipeline
+    from storyadapter.bench.subject import Subject, usual_ranges
+    from storyadapter.checkpoint.paths import CheckpointPaths
+    from storyadapter.cli.options import ModelChoice
+    from storyadapter.engine.backends import choose_backend, choose_precision, default_device
     from storyadapter.events import FrameFinished
     from storyadapter.pipeline import FinishedIteration
-    from storyadapter.plan import RunPlan
+    from storyadapter.plan import FRAMES_UNMEASURED, RunPlan
 
-    checkpoint = Checkpoint.open(
-        base_model=args.model,
-        image_encoder=args.model / "image_encoder",
-        ip_adapter=args.model / "ip-adapter.safetensors",
-    )
     backend = choose_backend() if args.backend == AUTO else args.backend
     precision = choose_precision(backend) if args.precision == AUTO else args.precision
-    side = checkpoint.geometry.default_pixels
-    ranges = ShapeRanges(args.frames, args.frames, Range(side, side), Range(side, side))
-    networks = open_networks(
-        checkpoint, backend=backend, precision=precision, ranges=ranges, engine_dir=args.engine_dir
+    paths = CheckpointPaths(args.model, args.model / "image_encoder", args.model / "ip-adapter.safetensors")
+    subject = Subject.from_files(ModelChoice(paths, str(args.model)), precision, default_device(), args.engine_dir)
+    geometry = subject.checkpoint.geometry
+    side = geometry.default_pixels
+    # for frames of one micro-batch
+    ranges = usual_ranges(geometry, max(args.frames, FRAMES_UNMEASURED), args.frames)
+    opened = subject.open(
+        backend, ranges, geometry.default_vae_precision(precision), lambda line: print(line, flush=True)
     )
-    pipeline = StoryPipeline(networks, checkpoint.load_tokenizers())
+    pipeline = StoryPipeline(opened.networks, subject.checkpoint.load_tokenizers())
     scales = method.reference_scales(args.iterations)
 
     def draw(number: int, repeat: int, resume: FinishedIteration | None = None) -> Iterator[list]:

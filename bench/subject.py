@@ -10,9 +10,9 @@ from storyadapter.bench.synthetic import PREDICTION_TYPE, SyntheticCheckpoint
 from storyadapter.bench.synthetic_models import MODELS
 from storyadapter.bench.timing import measure_run
 from storyadapter.checkpoint import Checkpoint
-from storyadapter.cli.options import ModelChoice
+from storyadapter.cli.options import MAX_REFERENCES, ModelChoice
 from storyadapter.conditioning import Tokenizers
-from storyadapter.contract import Precision, ShapeRanges
+from storyadapter.contract import Geometry, Precision, Range, ShapeRanges
 from storyadapter.engine.backends import BACKENDS, check_available
 from storyadapter.engine.opening import build_engine, identify, open_networks
 from storyadapter.engine.tensorrt.library import gpu_target, why_it_cant_run
@@ -20,6 +20,12 @@ from storyadapter.errors import UnavailableError
 from storyadapter.networks import Networks
 
 Tell = Callable[[str], None]
+
+
+def usual_ranges(geometry: Geometry, max_frames: int, frames: int) -> ShapeRanges:
+    """Those of `build --max-frames F`, so that its engine serves, unless the story has more frames than it expects."""
+    own = Range(geometry.default_pixels, geometry.default_pixels)
+    return ShapeRanges(max_frames, max(MAX_REFERENCES, frames), own, own)
 
 
 @dataclass(frozen=True)

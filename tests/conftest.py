@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 from storyadapter.checkpoint import Checkpoint
@@ -80,12 +81,19 @@ def session_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_engine_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_engine_dir(tiny_model_dir: Path, session_folder: Path) -> Path:
     """An engine store with one onnxruntime engine of the tiny model: fp32, 64×64, 3 frames at once, 100 references.
 
-    Built once, by typing the very command that `run` tells when it finds no engine. Read only.
+    Built once for all processes, by typing the very command that `run` tells when it finds no engine. Read only.
     """
-    folder = tmp_path_factory.mktemp("engines")
+    folder = session_folder / "tiny-engines"
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            _build_as_told(tiny_model_dir, folder)
+    return folder
+
+
+def _build_as_told(tiny_model_dir: Path, folder: Path) -> None:
     run = [
         *("run", "--base-model", str(tiny_model_dir), "--image-encoder", str(tiny_model_dir / "image_encoder")),
         *("--ip-adapter", str(tiny_model_dir / "ip-adapter.safetensors"), "--backend", "onnxruntime"),
@@ -97,7 +105,6 @@ def tiny_engine_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFacto
     program, *build = shlex.split(told.getvalue().partition("build it: ")[2])
     assert program == "storyadapter-trt"
     assert main([*build, "--quiet"]) == 0
-    return folder
 
 
 @pytest.fixture(scope="session")

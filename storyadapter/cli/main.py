@@ -11,6 +11,7 @@ import storyadapter
 from storyadapter import method
 from storyadapter.bench import compare as bench_compare
 from storyadapter.bench import kernel as bench_kernel
+from storyadapter.bench import parity as bench_parity
 from storyadapter.bench import quality as bench_quality
 from storyadapter.bench import soak as bench_soak
 from storyadapter.bench.throughput import command as bench_throughput
@@ -202,6 +203,16 @@ def _add_bench(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     bench_quality.add_arguments(quality)
     quality.set_defaults(run_bench=bench_quality.run)
+    parity = benches.add_parser(
+        "parity",
+        help="a backend's pictures against those of eager in fp32, from the same references",
+        description="Draws a story by eager in fp32 and by another backend: each iteration from eager's pictures of "
+        "the one before, and all iterations free-running. Exit code 1 if a picture drawn from the same references is "
+        "further from eager's than half precision may take it, or if half the λ isn't seen.",
+        allow_abbrev=False,
+    )
+    bench_parity.add_arguments(parity)
+    parity.set_defaults(run_bench=bench_parity.run)
     throughput = benches.add_parser(
         "throughput",
         help="from the published method to this project, one step at a time; and whole stories",

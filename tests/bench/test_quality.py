@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storyadapter.bench import quality
-from storyadapter.bench.held_out import held_out_stories
+from storyadapter.bench.held_out import FRAMES_AT_MOST, held_out_stories
 from storyadapter.bench.measures import (
     accuracy,
     agreement,
@@ -166,6 +166,11 @@ def test_the_pipeline_and_the_plain_implementation_draw_the_same(tiny: Path) -> 
 def test_too_little_to_measure_is_refused(option: str) -> None:
     with pytest.raises(InputError, match=f"{option} is 0; expected . or more"):
         quality.run(_arguments(option, "0"))
+
+
+def test_more_frames_than_there_are_scenes_are_refused() -> None:
+    with pytest.raises(InputError, match=f"--frames is {FRAMES_AT_MOST + 1}; expected {FRAMES_AT_MOST} or fewer"):
+        quality.run(_arguments("--frames", str(FRAMES_AT_MOST + 1)))
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,80 @@
+"""`storyadapter-trt bench parity`: a backend's pictures against those of eager in fp32, from the same references."""
+
+import argparse
+import json
+from pathlib import Path
+
+from storyadapter import method
+from storyadapter.cli.options import add_checkpoint_options
+from storyadapter.contract import PRECISIONS
+from storyadapter.engine.backends import AUTO, BACKENDS
+from storyadapter.errors import InputError
+from storyadapter.plan import FRAMES_UNMEASURED
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options; imports nothing heavy."""
+    parser.add_argument("--frames", type=int, default=32, metavar="N", help="of the story (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=20, help="denoising steps (default: %(default)s)")
+    parser.add_argument(
+        "--iterations", type=int, default=method.ITERATIONS, metavar="K", help="after the first (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the story's noise (default: %(default)s)")
+    parser.add_argument(
+        "--max-frames",
+        type=int,
+        default=FRAMES_UNMEASURED,
+        metavar="F",
+        help="frames of a micro-batch at the most (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--backend",
+        default=AUTO,
+        choices=(AUTO, *BACKENDS),
+        help="what is compared; the engine that build makes by default is built first where the store has none "
+        "(default: auto, as run)",
+    )
+    parser.add_argument(
+        "--precision", default=AUTO, choices=(AUTO, *PRECISIONS), help="(default: auto, fp16 on a GPU, fp32 on a CPU)"
+    )
+    parser.add_argument("--engine-dir", type=Path, metavar="D", help="engine store (default: in the user's cache)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write FILE.md and FILE.json")
+    parser.add_argument("--commit", metavar="SHA", help="commit to report, where the checkout has no history")
+    add_checkpoint_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Draw the story in all ways, print the page, write the files.
+
+    Returns:
+        0, or 1 if pictures drawn from the same references are further from eager's than half precision may take them,
+        or if a wrong λ is no further than that.
+
+    Raises:
+        InputError: options that don't fit together.
+        UnavailableError: the backend can't serve here.
+        EngineBuildError: its engine can't be built.
+        RunError: a frame came out with values that aren't finite.
+    """
+    for option, value in (
+        ("--frames", args.frames),
+        ("--steps", args.steps),
+        ("--iterations", args.iterations),
+        ("--max-frames", args.max_frames),
+    ):
+        if value < 1:
+            raise InputError(f"{option} is {value}; expected 1 or more")
+    from storyadapter.bench.held_out import FRAMES_AT_MOST
+    from storyadapter.bench.parity_run import as_data, compare, markdown
+
+    if args.frames > FRAMES_AT_MOST:
+        raise InputError(f"--frames is {args.frames}; expected {FRAMES_AT_MOST} or fewer: so many scenes there are")
+    found = compare(args)
+    page = markdown(found)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.with_name(args.out.name + ".md").write_text(page, encoding="utf-8")
+        data = json.dumps(as_data(found), indent=1)
+        args.out.with_name(args.out.name + ".json").write_text(data + "\n", encoding="utf-8")
+    print(page)
+    return 1 if found.problems else 0

@@ -1,0 +1,242 @@
+"""How far a backend's pictures are from those of eager in fp32, iteration by iteration.
+
+Same references: each iteration is drawn from eager's pictures of the iteration before, so what differs was made in this
+one iteration. Free-running: the backend draws all iterations by itself, so each one adds to the differences of those
+before; two right ways to compute may drift apart, so nothing is asked of these.
+"""
+
+import argparse
+import dataclasses
+import gc
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+import torch
+from PIL import Image
+
+from storyadapter import method
+from storyadapter.bench import markdown as md
+from storyadapter.bench.environment import describe
+from storyadapter.bench.held_out import held_out_stories
+from storyadapter.bench.progress import Progress
+from storyadapter.bench.psnr import EQUAL, MIN_MEDIAN_PSNR, MIN_PSNR, psnr_of_each
+from storyadapter.bench.subject import Subject, usual_ranges
+from storyadapter.cli.options import model_choice
+from storyadapter.contract import Precision
+from storyadapter.engine.backends import AUTO, choose_backend, choose_precision, default_device
+from storyadapter.errors import InputError
+from storyadapter.events import FrameFinished, IterationFinished, IterationStarted
+from storyadapter.networks import Networks
+from storyadapter.pipeline import FinishedIteration, StoryPipeline
+from storyadapter.plan import RunPlan
+from storyadapter.story import Story
+
+KIND: Final = "parity"
+
+Pictures = list[list[Image.Image]]  # [iteration][frame]
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """One iteration: dB of every frame to eager's, in story order.
+
+    Attributes:
+        scale: its λ; None in iteration 0, which has no references, and whose two lists are one drawing.
+        same_references: drawn from eager's pictures of the iteration before.
+        free_running: drawn from the backend's own.
+    """
+
+    scale: float | None
+    same_references: Sequence[float]
+    free_running: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Findings:
+    """A whole comparison; `problems` is empty where it passed.
+
+    Attributes:
+        iterations: from the text-only one on.
+        control: dB of the last iteration, drawn from eager's pictures with half its λ, which must not pass.
+    """
+
+    environment: dict[str, str]
+    model: str
+    backend: str
+    precision: str
+    vae_precision: str
+    device: str
+    plan: RunPlan
+    iterations: Sequence[Iteration]
+    control: Sequence[float]
+    problems: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Drawer:
+    """Draws one story on one backend, and tells how far it is; `name` is the backend's for people."""
+
+    name: str
+    pipeline: StoryPipeline
+    story: Story
+    progress: Progress
+
+    def draw(self, plan: RunPlan, resume: FinishedIteration | None = None) -> Pictures:
+        """Every iteration that is left, each from the pictures of the one before."""
+        drawn: Pictures = []
+        frames: dict[int, Image.Image] = {}
+        for event in self.pipeline.run(self.story, plan, resume=resume):
+            match event:
+                case IterationStarted():
+                    self.progress.begin(f"{self.name}: iteration {event.iteration}")
+                case FrameFinished():
+                    frames[event.frame] = event.picture
+                case IterationFinished():
+                    drawn.append([frames.pop(frame) for frame in range(len(self.story.prompts))])
+                    self.progress.done(f"{len(drawn[-1])} frames drawn")
+        return drawn
+
+    def draw_from(self, references: Pictures, iteration: int, plan: RunPlan) -> list[Image.Image]:
+        """One iteration after the first, from other pictures of the iteration before."""
+        until = dataclasses.replace(plan, scales=plan.scales[:iteration])
+        (drawn,) = self.draw(until, FinishedIteration(iteration - 1, references[iteration - 1]))
+        return drawn
+
+
+def compare(args: argparse.Namespace) -> Findings:
+    """Draw the story by eager, and by the backend in both ways; see `parity.run`."""
+    device = default_device()
+    backend = choose_backend() if args.backend == AUTO else args.backend
+    precision: Precision = choose_precision(backend) if args.precision == AUTO else args.precision
+    if (backend, precision) == ("eager", "fp32"):
+        raise InputError("eager in fp32 is what others are compared with; expected another --backend or --precision")
+    subject = Subject.from_files(model_choice(args), precision, device, args.engine_dir)
+    geometry = subject.checkpoint.geometry
+    plan = RunPlan(
+        height=geometry.default_pixels,
+        width=geometry.default_pixels,
+        seed=args.seed,
+        scales=method.reference_scales(args.iterations),
+        steps=args.steps,
+        prediction_type=subject.prediction_type,
+        max_frames=args.max_frames,
+    )
+    story = Story(tuple(held_out_stories(1, args.frames)[0].prompts), style="none")
+    progress = Progress(3 * args.iterations + 3)
+    vae_precision = geometry.default_vae_precision(precision)
+    name = f"{backend} {precision}"
+    progress.tell(f"{subject.label}: {name} (VAE {vae_precision}) against eager fp32, on {device}")
+    ranges = usual_ranges(geometry, args.max_frames, args.frames)
+    # opened first: what can't be had or built is told before anything is drawn
+    networks = subject.open(backend, ranges, vae_precision, progress.tell).networks
+    expected = _draw_reference(subject, plan, story, progress)
+    iterations, control = measure(Drawer(name, _pipeline(networks, subject), story, progress), plan, expected)
+    return Findings(
+        environment=describe(device, args.commit),
+        model=subject.label,
+        backend=backend,
+        precision=precision,
+        vae_precision=vae_precision,
+        device=str(networks.device),
+        plan=plan,
+        iterations=iterations,
+        control=control,
+        problems=problems_of(iterations, control),
+    )
+
+
+def measure(drawer: Drawer, plan: RunPlan, expected: Pictures) -> tuple[list[Iteration], list[float]]:
+    """Draw all iterations in both ways, and the control.
+
+    Args:
+        plan: with which eager drew.
+        expected: eager's pictures.
+
+    Returns:
+        The iterations, and dB of the control's frames; see `Findings`.
+    """
+    free = drawer.draw(plan)
+    last = plan.iterations - 1
+    same = [free[0], *(drawer.draw_from(expected, iteration, plan) for iteration in range(1, last + 1))]
+    halved = dataclasses.replace(plan, scales=(*plan.scales[:-1], plan.scales[-1] / 2))
+    control = drawer.draw_from(expected, last, halved)
+    iterations = [
+        Iteration(plan.scale_of(number), psnr_of_each(same[number], pictures), psnr_of_each(free[number], pictures))
+        for number, pictures in enumerate(expected)
+    ]
+    return iterations, psnr_of_each(control, expected[last])
+
+
+def _draw_reference(subject: Subject, plan: RunPlan, story: Story, progress: Progress) -> Pictures:
+    reference = dataclasses.replace(subject, precision="fp32")
+    ranges = usual_ranges(subject.checkpoint.geometry, 1, len(story.prompts))
+    networks = reference.open("eager", ranges, "fp32", progress.tell).networks
+    # by default PyTorch rounds the factors of a GPU's convolutions to TF32, which has fp16's ten bits
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        drawn = Drawer("eager fp32", _pipeline(networks, subject), story, progress).draw(plan)
+    gc.collect()
+    return drawn
+
+
+def _pipeline(networks: Networks, subject: Subject) -> StoryPipeline:
+    tokenizers = subject.tokenizers()
+    return StoryPipeline(networks, (tokenizers.first, tokenizers.second))
+
+
+def passes(values: Sequence[float]) -> bool:
+    """Whether these frames are as near as half precision must bring them."""
+    return statistics.median(values) >= MIN_MEDIAN_PSNR and min(values) >= MIN_PSNR
+
+
+def problems_of(iterations: Sequence[Iteration], control: Sequence[float]) -> list[str]:
+    """What is wrong, in words."""
+    found = [
+        f"iteration {number}, same references: {_told(values)}"
+        for number, values in enumerate(iteration.same_references for iteration in iterations)
+        if not passes(values)
+    ]
+    if passes(control):
+        found.append(f"half the λ passes too ({_told(control)}): the comparison sees nothing")
+    return found
+
+
+def _told(values: Sequence[float]) -> str:
+    return f"median {statistics.median(values):.1f} dB, worst {min(values):.1f} dB"
+
+
+def as_data(found: Findings) -> dict[str, Any]:
+    """The report as JSON data."""
+    return {"kind": KIND, "version": 1, "passed": not found.problems, **asdict(found)}
+
+
+def markdown(found: Findings) -> str:
+    """The page."""
+    plan, frames = found.plan, len(found.control)
+    all_same = [value for iteration in found.iterations for value in iteration.same_references]
+    facts = found.environment | {
+        "pictures": f"{frames} frames of {plan.width}x{plan.height}, {plan.iterations} iterations, {plan.steps} steps, "
+        f"seed {plan.seed}, at most {plan.max_frames} frames at once on {found.device}",
+        "demanded": f"same references, each iteration: median {MIN_MEDIAN_PSNR:g} dB, worst {MIN_PSNR:g} dB or more",
+        "same references": f"over all {len(all_same)} pictures {_told(all_same)}",
+        "control": f"the last iteration with half its λ, which must not pass: {_told(found.control)}",
+        "verdict": "; ".join(found.problems) or "passed",
+    }
+    rows = []
+    for number, iteration in enumerate(found.iterations):
+        scale = "none" if iteration.scale is None else f"{iteration.scale:g}"
+        both = (iteration.same_references, iteration.free_running)
+        rows.append([str(number), scale, *(f"{f(v):.1f}" for v in both for f in (statistics.median, min))])
+    vae = "" if found.vae_precision == found.precision else f" (VAE {found.vae_precision})"
+    lines = [
+        f"# Parity: {found.model}, {found.backend} {found.precision}{vae} against eager fp32",
+        "",
+        f"PSNR in dB of a frame to eager's; {EQUAL:g}: equal. Same references: drawn from eager's pictures of the",
+        "iteration before. Free-running: from the backend's own, so that differences add up. Iteration 0 has none.",
+        "",
+        *md.table(["what", "value"], facts.items()),
+        "",
+        *md.table(["iteration", "λ", "same: median", "worst", "free-running: median", "worst"], rows),
+    ]
+    return "\n".join(lines) + "\n"
