@@ -17,6 +17,7 @@ import torch
 
 from storyadapter.contract import Precision, ShapeRanges
 from storyadapter.engine.inductor.compilation import BuildRequest
+from storyadapter.engine.inductor.complaints import last_complaint
 from storyadapter.engine.inductor.target import check_compilers
 from storyadapter.errors import EngineBuildError, InputError
 from storyadapter.modules import ModelParts
@@ -123,12 +124,12 @@ class _Workers:
                 return last["errors"]
             if "raised" in last:
                 raise pickle.loads(base64.b64decode(last["raised"]))
-            complaints.seek(max(0, complaints.seek(0, os.SEEK_END) - 2000))
-            words = complaints.read().decode(errors="replace").strip().splitlines()[-1:]
+            complaints.seek(max(0, complaints.seek(0, os.SEEK_END) - 8000))
+            complaint = last_complaint(complaints.read().decode(errors="replace"))
         where = last.get("network") or " and ".join(request.networks)
         if process.returncode == _KILLED:
             raise EngineBuildError(f"{where}: the compiler was killed, most likely for want of memory; make some free")
         raise EngineBuildError(
             f"{where}: the compiler ended early while {last.get('stage', 'starting')}, exit code "
-            f"{process.returncode}: {' '.join(words) or 'no message'}"
+            f"{process.returncode}: {complaint}"
         )

@@ -16,18 +16,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from storyadapter.contract import NetworkSpec, Precision, Range, network_specs
 from storyadapter.engine.inductor import package_name, weights_name
+from storyadapter.engine.inductor.complaints import first_complaint
 from storyadapter.engine.inductor.fusion import fuse_denoiser
-from storyadapter.engine.inductor.group_norm import rewrite_group_norms
 from storyadapter.engine.inductor.launch_analysis import analysed_once
 from storyadapter.engine.inductor.operators import Operators, operators_for
 from storyadapter.engine.inductor.session import InductorNetwork
 from storyadapter.engine.inductor.shapes import channels_last, compiled_ranges, example_sizes
-from storyadapter.engine.inductor.vae_attention import fuse_vae
 from storyadapter.errors import EngineBuildError
 from storyadapter.export.dynamic_shapes import dynamic_shapes
 from storyadapter.export.probe import Probe, probe_inputs, probe_module
 from storyadapter.export.verify import ExportError, relative_error
-from storyadapter.modules import ModelParts, VaeDecoder, iterate_modules
+from storyadapter.modules import ModelParts, iterate_modules
 from storyadapter.unet import Denoiser
 
 # Measured on an H100 at S = 4096 and 10 heads: cuDNN 480 TFLOP/s, FlashAttention-2 304.
@@ -137,10 +136,6 @@ def build_network(
     probes = probe_module(spec, module, options.letters, precision, vae_precision)
     if isinstance(module, Denoiser):
         fuse_denoiser(module, options.operators)
-    elif isinstance(module, VaeDecoder):
-        fuse_vae(module)
-    if isinstance(module, Denoiser | VaeDecoder):
-        rewrite_group_norms(module)
     channels_last_names = channels_last(module) if device.type == "cuda" else []
     on_stage("exporting")
     inputs = probe_inputs(spec, example_sizes(ranges, device), precision, vae_precision)
@@ -171,8 +166,7 @@ def _compiling(name: str) -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     except (RuntimeError, ValueError) as error:
-        first = next(iter(str(error).strip().splitlines()), "no message")[:400]
-        raise EngineBuildError(f"{name}: {type(error).__name__}: {first}") from error
+        raise EngineBuildError(f"{name}: {type(error).__name__}: {first_complaint(str(error))}") from error
 
 
 def _compare(network: InductorNetwork, probes: Sequence[Probe], precision: Precision) -> float:
