@@ -70,8 +70,14 @@ def describe(device: torch.device, source_commit: str | None = None) -> dict[str
         found["device"] = platform.processor() or platform.machine()
     found |= versions()
     found["commit"] = source_commit or commit()
-    found["command"] = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    found["command"] = " ".join([*_program(), *sys.argv[1:]])
     return found
+
+
+def _program() -> list[str]:
+    """How this program is called, without its folder: `storyadapter-trt`, or `python -m MODULE`."""
+    spec = sys.modules["__main__"].__spec__
+    return [Path(sys.argv[0]).name] if spec is None else ["python", "-m", spec.name]
 
 
 @dataclass
