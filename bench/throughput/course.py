@@ -13,6 +13,7 @@ from storyadapter.bench.environment import describe
 from storyadapter.bench.kernel_classes import KernelTimes, profile_call
 from storyadapter.bench.operations import count_operations
 from storyadapter.bench.progress import Progress
+from storyadapter.bench.psnr import MIN_PSNR
 from storyadapter.bench.subject import Subject
 from storyadapter.bench.throughput import cases as tables
 from storyadapter.bench.throughput.cases import Case, StoryCase, chosen, ranges
@@ -35,7 +36,6 @@ from storyadapter.bench.throughput.report_data import Findings, as_data
 from storyadapter.bench.throughput.rivals import RIVALS
 from storyadapter.bench.throughput.rungs import LADDER, Rung
 from storyadapter.bench.throughput.story import (
-    MIN_PSNR,
     Draw,
     Drawn,
     in_sequence,

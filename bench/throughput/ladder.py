@@ -12,6 +12,7 @@ from torch import Tensor
 
 from storyadapter.bench.environment import watch
 from storyadapter.bench.progress import Progress
+from storyadapter.bench.psnr import EQUAL, MIN_PSNR
 from storyadapter.bench.throughput.cases import Case
 from storyadapter.bench.throughput.inputs import CaseInputs
 from storyadapter.bench.throughput.rungs import Rung, Steps
@@ -22,7 +23,6 @@ from storyadapter.networks import Network
 from storyadapter.plan import split_evenly
 from storyadapter.sampler import SamplerTable
 
-MIN_PSNR: Final = 34.0  # dB: the worst picture that half precision may give
 BUDGET_SECONDS: Final = 4.0  # of timed steps, per rung and case
 WARMUP_SECONDS: Final = 0.5
 
@@ -129,9 +129,9 @@ class Pictures:
 def compare(other: str, found: Drawing, expected: Drawing) -> Comparison:
     """Two drawings of the same frames; `other` names the rung of the expected one."""
     errors = (found.pictures - expected.pictures).square().flatten(1).mean(1)
-    worst = 10 * torch.log10(4 / errors.max().clamp(min=4e-10))  # 100 dB at the most
+    worst = min(EQUAL, float(10 * torch.log10(4 / errors.max()))) if errors.max() > 0 else EQUAL
     difference = (found.latents - expected.latents).norm() / expected.latents.norm()
-    return Comparison(other, float(worst), float(difference))
+    return Comparison(other, worst, float(difference))
 
 
 @dataclass

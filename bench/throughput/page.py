@@ -3,8 +3,8 @@
 from typing import Any, Final
 
 from storyadapter.bench.markdown import table
+from storyadapter.bench.psnr import MIN_PSNR
 from storyadapter.bench.throughput.cases import PUBLISHED
-from storyadapter.bench.throughput.ladder import MIN_PSNR
 
 GIB: Final = 2**30
 _NONE: Final = "-"

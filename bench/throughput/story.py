@@ -27,8 +27,6 @@ from storyadapter.plan import RunPlan, split_evenly
 from storyadapter.sampler import build_sampler
 from storyadapter.story import Story
 
-MIN_PSNR = 34.0  # dB, of the last iteration's pictures: the same networks, so only rounding may differ
-
 
 @dataclass(frozen=True)
 class Drawn:

@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# All that this project measures on a GPU: an experiment per line, each one command that can be typed by itself.
+#
+#   bench/experiments.sh FOLDER             all of them, reports and logs into FOLDER
+#   bench/experiments.sh FOLDER NAME …      only these
+#
+# Full-size models have seeded random weights, the small one is the demo model; no other files are needed. Engines are
+# built once, into FOLDER/engines.
+set -u -o pipefail
+
+if [ $# -eq 0 ] || [ "${1#-}" != "$1" ]; then
+    sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
+    echo "names: $(sed -n 's/^run \([a-z0-9-]*\) .*/\1/p' "$0" | tr '\n' ' ')" >&2
+    exit 2
+fi
+out=$1
+shift
+wanted=" $* "
+known=" $(sed -n 's/^run \([a-z0-9-]*\) .*/\1/p' "$0" | tr '\n' ' ') "
+for name in "$@"; do
+    [ "${known#* "$name" }" != "$known" ] || { echo "$name isn't an experiment; expected some of$known" >&2; exit 2; }
+done
+mkdir -p "$out" || exit 2
+failed=""
+
+run() { # name, command …
+    local name=$1
+    shift
+    [ "$wanted" = "  " ] || [ "${wanted#* "$name" }" != "$wanted" ] || return 0
+    printf '== %s: %s\n' "$name" "$*"
+    "$@" 2>&1 | tee "$out/$name.log" || failed="$failed $name"
+}
+
+full="--synthetic-weights sdxl --engine-dir $out/engines"
+demo="--engine-dir $out/engines"
+range="--max-frames 8 --max-references 16 --sizes 1024"
+
+# is it right?
+run tests python -m pytest -q tests/gpu
+run parity storyadapter-trt bench parity --backend inductor --precision fp16 $demo --out "$out/parity"
+run quality storyadapter-trt bench quality --backend inductor --precision fp16 --stories 20 --seeds 3 --steps 20 $demo --out "$out/quality"
+# how fast? from the published method up, a rung at a time; then whole stories
+run throughput storyadapter-trt bench throughput $full --rungs published,batched,sdpa,cached,fused,compiled,graphs,overlapped,diffusers --out "$out/throughput"
+run compiled-rivals storyadapter-trt bench throughput $full --cases n16 --rungs sdpa,graphs,diffusers,diffusers-compile,diffusers-xformers,tensorrt --out "$out/compiled-rivals"
+run small-gpu storyadapter-trt bench throughput $full --cases story --rungs overlapped --device-memory 15.5 --out "$out/small-gpu"
+# does it last?
+run soak storyadapter-trt bench soak --synthetic-weights sdxl --backend inductor --engine-dir "$out/engines" $range --stories 12 --out "$out/soak"
+run soak-sizes storyadapter-trt bench soak --backend inductor --sizes 64,96,128 --max-frames 8 --max-references 32 --stories 24 $demo --out "$out/soak-sizes"
+# the kernels alone
+run kernel storyadapter-trt bench kernel --out "$out/kernel"
+run kernel-bf16 storyadapter-trt bench kernel --dtype bfloat16 --out "$out/kernel-bf16"
+run mlp python -m storyadapter.bench.tune_mlp
+
+[ -z "$failed" ] || { echo "failed:$failed; see $out/NAME.log" >&2; exit 1; }
