@@ -204,7 +204,7 @@ def _draw_story(
             networks = workbench.networks("inductor")
             if vae_precision != own:
                 started = time.perf_counter()
-                networks = with_compiled_vae(networks, subject, vae_precision)
+                networks = with_compiled_vae(networks, subject, workbench.ranges, vae_precision)
                 progress.leave_out(time.perf_counter() - started)
             result, drawn = measure_story(
                 draw, way, networks, subject.tokenizers(), case, subject.prediction_type, first

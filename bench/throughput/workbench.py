@@ -129,19 +129,20 @@ def with_eager_vae(networks: Networks, subject: Subject, precision: Precision) -
     return dataclasses.replace(networks, vae_decoder=FrameByFrame(network), vae_precision=precision)
 
 
-def with_compiled_vae(networks: Networks, subject: Subject, precision: Precision) -> Networks:
-    """The same networks of the backend `inductor`, whose VAE is compiled for another precision, as `build` does it."""
-    from storyadapter.engine.inductor.compilation import NetworkOptions, build_network
-    from storyadapter.engine.inductor.operators import operators_for
+def with_compiled_vae(networks: Networks, subject: Subject, ranges: ShapeRanges, precision: Precision) -> Networks:
+    """The same networks of the backend `inductor`, whose VAE is compiled for another precision, as `build` does it.
+
+    Raises:
+        EngineBuildError: see `build_inductor`.
+    """
+    from storyadapter.engine.inductor.builder import build_inductor
     from storyadapter.engine.inductor.session import InductorNetwork, read_weights
 
     spec, device, letters = networks.vae_decoder.spec, subject.device, networks.letters
     assert letters is not None
-    options = NetworkOptions(networks.precision, precision, letters, operators_for(device))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        module = VaeDecoder(subject.checkpoint.load_vae(TORCH_DTYPES[precision])).to(device).eval()
-        build_network(spec, [module], options, folder)
+        build_inductor(subject.checkpoint, networks.precision, precision, ranges, folder, device, only=(spec.name,))
         weights = read_weights(folder / weights_name(spec.name), device)
         network = InductorNetwork(spec, folder, networks.precision, precision, device, letters, weights)
     return dataclasses.replace(networks, vae_decoder=network, vae_precision=precision)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
@@ -42,6 +42,8 @@ def build_inductor(
     folder: Path,
     device: torch.device,
     on_stage: ReportStage = lambda network, what: None,
+    *,
+    only: Collection[str] | None = None,
 ) -> dict[str, float]:
     """Compile the seven networks into `folder`, each compared with eager on `device`.
 
@@ -51,6 +53,7 @@ def build_inductor(
         ranges: shapes to be served; one package serves them all.
         on_stage: called with a network's name ("" for none in particular) and what is done to it; from several
             threads, one at a time.
+        only: names of the networks to compile; None for all.
 
     Returns:
         Relative error against eager by network.
@@ -69,9 +72,12 @@ def build_inductor(
             )
     check_compilers(device)
     letters = ranges.letters(checkpoint.geometry.pixels_per_latent)
-    requests = [BuildRequest(checkpoint, names, precision, vae_precision, letters, device, folder) for names in _GROUPS]
+    groups = [tuple(name for name in group if only is None or name in only) for group in _GROUPS]
+    requests = [
+        BuildRequest(checkpoint, names, precision, vae_precision, letters, device, folder) for names in groups if names
+    ]
     workers = _Workers(on_stage)
-    with ThreadPoolExecutor(min(len(_GROUPS), os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(len(requests), os.cpu_count() or 1)) as pool:
         try:
             results = [pool.submit(workers.run, request) for request in requests]
             return {name: error for result in results for name, error in result.result().items()}

@@ -1,5 +1,7 @@
 """Whole stories on the toy model: the pipeline draws what its parts draw one after the other."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from storyadapter.bench.psnr import worst_psnr
 from storyadapter.bench.subject import Subject
 from storyadapter.bench.throughput.cases import StoryCase
 from storyadapter.bench.throughput.story import in_sequence, measure_story, overlapped, plan_of
-from storyadapter.bench.throughput.workbench import with_eager_vae
+from storyadapter.bench.throughput.workbench import with_compiled_vae, with_eager_vae
 from storyadapter.contract import Range, ShapeRanges
 
 CASE = StoryCase("story", frames=3, iterations=1, steps=2, max_frames=2, height=64, width=96)
@@ -38,6 +40,20 @@ def test_both_ways_draw_the_same(subject: Subject) -> None:
     rounded, _ = measure_story(overlapped, "overlapped", half, *options[1:], drawn)
     assert not rounded.same_vae and rounded.vae_precision == "bf16"
     assert 30 < (rounded.psnr or 0) < (beside.psnr or 0)
+
+
+def test_a_vae_is_compiled_for_another_precision(subject: Subject) -> None:
+    pixels = Range(64, 64)
+    ranges = ShapeRanges(2, 3, pixels, pixels)
+    networks = subject.open("eager", ranges, "fp32", print).networks
+    with_letters = replace(networks, letters=ranges.letters(networks.geometry.pixels_per_latent))
+    compiled = with_compiled_vae(with_letters, subject, ranges, "bf16")
+    assert compiled.vae_precision == "bf16" and compiled.denoiser is networks.denoiser
+    latents = torch.randn(2, 4, 8, 8) * 0.1
+    with torch.inference_mode():
+        expected = networks.vae_decoder({"latents": latents})["image"]
+        found = compiled.vae_decoder({"latents": latents.bfloat16()})["image"].float()
+    assert 1e-4 < float((found - expected).norm() / expected.norm()) < 6e-2
 
 
 def test_a_story_depends_on_its_references(subject: Subject) -> None:
