@@ -137,13 +137,15 @@ class FrameDecoder:
         for index, part in enumerate(self._embeddings):
             if isinstance(part, list):
                 self._embeddings[index] = torch.cat([self._embed([pixels]) for pixels in part])
-        parts, self._embeddings = self._embeddings, []
+        parts = self._embeddings
         if self._side is not None:
             current = torch.cuda.current_stream(self._networks.device)
             current.wait_stream(self._side)
             for part in parts:
                 part.record_stream(current)
-        return torch.cat(parts)
+        together = torch.cat(parts)
+        self._embeddings = []  # not before: the memory may not suffice for all of them twice
+        return together
 
     def close(self) -> None:
         """Stop the workers, without waiting for the device."""

@@ -6,12 +6,13 @@ At most two micro-batches are on their way: while one is decoded, the next is de
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 from typing import TypeVar
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from storyadapter.clock import DeviceMarks, StageClock
 from storyadapter.conditioning import StoryText
@@ -109,13 +110,16 @@ class StoryRun:
         while waiting:
             batch = waiting.popleft()
             try:
-                roomy = yield from self._draw(iteration, batch, bank, clock)
-                drawn.append(batch)
-                start = batch.stop
+                latents = yield from self._denoise(iteration, batch, bank, clock)
             except torch.OutOfMemoryError:
                 if len(batch) == 1:
                     raise
                 roomy, start = False, batch.start
+            else:
+                roomy = yield from self._decode(iteration, batch, latents, clock)
+                drawn.append(batch)
+                start = batch.stop
+                del latents
             if not roomy and len(batch) > 1:
                 yield from self._drain(iteration)
                 self._release()
@@ -125,14 +129,16 @@ class StoryRun:
                 waiting = deque(range(start + part.start, start + part.stop) for part in rest)
         yield from self._drain(iteration)
 
-    def _draw(self, iteration: int, batch: range, bank: ReferenceBank, clock: StageClock) -> Iterator[Event]:
-        """Put a micro-batch on its way, and tell meanwhile what the device has finished.
+    def _denoise(
+        self, iteration: int, batch: range, bank: ReferenceBank, clock: StageClock
+    ) -> Generator[Event, None, Tensor]:
+        """Put all steps of a micro-batch on the stream, and tell meanwhile what the device has finished.
 
         Returns:
-            Whether the memory sufficed to decode it beside other work.
+            Its latents, [F, 4, h, w] fp32.
 
         Raises:
-            torch.OutOfMemoryError: it didn't suffice to denoise it, or to decode a single frame alone.
+            torch.OutOfMemoryError: the memory doesn't suffice; nothing of it was submitted then.
         """
         with torch.inference_mode():
             with self._clock.stage("text"):
@@ -149,7 +155,18 @@ class StoryRun:
         with torch.inference_mode():
             latents = state.x.clone()
         self._buffers.give_state(state)
-        del state  # or it would stay in memory when the buffers are cleared
+        return latents
+
+    def _decode(self, iteration: int, batch: range, latents: Tensor, clock: StageClock) -> Generator[Event, None, bool]:
+        """Submit a micro-batch to the decoder; tell what is finished until only one is on its way.
+
+        Returns:
+            Whether the memory sufficed to decode it beside other work.
+
+        Raises:
+            torch.OutOfMemoryError: it didn't suffice for a single frame alone. Fewer frames at once wouldn't help, and
+                some of these may have been told.
+        """
         embed = self._decoder.overlapped and iteration + 1 < self._plan.iterations
         rest = self._decoder.submit(iteration, batch, latents, clock, embed=embed)
         if rest:

@@ -86,3 +86,33 @@ def test_what_is_given_up_leaves_nothing(networks: Networks, latents: torch.Tens
     decoder.close()
     with pytest.raises(RuntimeError, match="after shutdown"):
         decoder.submit(0, range(5), latents, StageClock(networks.device), embed=True)
+
+
+class NoRoomFor(torch.utils._python_dispatch.TorchDispatchMode):
+    """Memory runs out in the first calls of an operator."""
+
+    def __init__(self, operator: torch._ops.OpOverload, times: int) -> None:
+        super().__init__()
+        self.operator, self.times = operator, times
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is self.operator and self.times:
+            self.times -= 1
+            raise torch.OutOfMemoryError("no room")
+        return func(*args, **(kwargs or {}))
+
+
+def test_embeddings_that_do_not_fit_together_are_still_there_when_there_is_room(
+    networks: Networks, latents: torch.Tensor
+) -> None:
+    decoder = FrameDecoder(networks, chunk=2, overlapped=True)
+    for frames in (range(0, 3), range(3, 5)):
+        decoder.submit(1, frames, latents[frames.start : frames.stop], StageClock(networks.device), embed=True)
+    pictures = [picture for _, picture in told(decoder)]
+    with NoRoomFor(torch.ops.aten.cat.default, times=1) as memory:
+        with pytest.raises(torch.OutOfMemoryError):
+            decoder.take_embeddings()
+        assert memory.times == 0
+        embeddings = decoder.take_embeddings()
+    assert torch.equal(embeddings, embed_pictures(networks, pictures, (range(0, 3), range(3, 5))))
+    decoder.close()

@@ -177,6 +177,23 @@ def test_a_frame_that_cannot_be_decoded_beside_other_work_is_decoded_alone(
     assert difference(events, expected) <= 1
 
 
+def test_frames_that_cannot_be_decoded_alone_are_an_error_and_no_frame_is_told_twice(pipeline: StoryPipeline) -> None:
+    class Gone(SmallMemory):
+        """One frame fits beside other work, then none, not even alone; later there would be room again."""
+
+        def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            self.rows = 0 if len(self.asked) in (3, 4) else 1
+            return super().__call__(inputs)
+
+    gone = Gone(pipeline.networks.vae_decoder, 0)
+    told = []
+    with pytest.raises(torch.OutOfMemoryError, match="a single frame can't be decoded"):
+        for event in other(pipeline, replace(pipeline.networks, vae_decoder=gone)).run(STORY, PLAN):
+            if isinstance(event, FrameFinished):
+                told.append((event.iteration, event.frame))
+    assert gone.asked == [3, 2, 1, 1, 1] and told == [(0, 0)]
+
+
 @dataclass
 class ShortOfMemory:
     """A network for which the memory doesn't suffice in its first `times` calls."""
