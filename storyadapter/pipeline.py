@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from storyadapter.clock import StageClock
 from storyadapter.conditioning import StoryText, Tokenizers
+from storyadapter.contract import Range
 from storyadapter.decoding import FrameDecoder
 from storyadapter.denoising import LoopBuffers, LoopInputs
 from storyadapter.errors import InputError
@@ -73,11 +74,13 @@ class StoryPipeline:
             Events; `FrameFinished` carries the pictures.
 
         Raises:
-            InputError: before the first event, where the engine can't serve the plan.
+            InputError: before the first event, where the engine can't serve the plan, or `resume` is of another story.
             RunError: a frame came out with values that aren't finite.
         """
         frames = len(story.prompts)
         self._check(plan, frames)
+        if resume is not None and len(resume.pictures) != frames:
+            raise InputError(f"a finished iteration has {len(resume.pictures)} pictures; expected the story's {frames}")
         table = build_sampler(plan.scheduler, plan.steps, plan.karras, plan.prediction_type)
         prompts = story.final_prompts(style)
         return self._events(prompts, plan, table, resume)
@@ -139,16 +142,19 @@ class StoryPipeline:
         letters, scale = self.networks.letters, self.networks.geometry.pixels_per_latent
         if letters is None:
             return
+        height, width = (Range(letters[name].minimum * scale, letters[name].maximum * scale) for name in ("h", "w"))
+        references = Range(1, letters["N"].maximum - 1)  # N counts the unconditional one too
         together = 1 if plan.max_frames is None else len(split_evenly(frames, plan.max_frames)[0])
-        for option, letter, value, factor in (
-            ("--max-frames", "F", together, 1),
-            ("the story's frames (--max-references)", "N", frames + 1 if plan.scales else 1, 1),
-            ("--height", "h", plan.height // scale, scale),
-            ("--width", "w", plan.width // scale, scale),
+        for option, asked, built in (
+            ("--max-frames", together, letters["F"]),
+            ("the story's frames (--max-references)", frames if plan.scales else 1, references),
+            ("--height", plan.height, height),
+            ("--width", plan.width, width),
         ):
-            if value not in letters[letter]:
-                low, high = letters[letter].minimum * factor, letters[letter].maximum * factor
-                raise InputError(f"{option}: {value * factor} asked for; this engine was built for {low} to {high}")
+            if asked not in built:
+                raise InputError(
+                    f"{option}: {asked} asked for; this engine was built for {built.minimum} to {built.maximum}"
+                )
 
     def _events(
         self, prompts: Sequence[str], plan: RunPlan, table: SamplerTable, resume: FinishedIteration | None

@@ -1,6 +1,7 @@
 """Our pictures against the oracles', and the exact savings seen from outside."""
 
 import inspect
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -21,9 +22,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from storyadapter import Checkpoint, RunPlan, Story, StoryPipeline, method
-from storyadapter.contract import NetworkSpec
+from storyadapter.contract import NetworkSpec, Range, ShapeRanges
 from storyadapter.engine import open_networks
-from storyadapter.errors import RunError
+from storyadapter.errors import InputError, RunError
 from storyadapter.events import FrameFinished, IterationFinished, PromptTruncated, RunStarted
 from storyadapter.networks import Network, Networks
 from storyadapter.pipeline import FinishedIteration
@@ -176,6 +177,32 @@ def test_a_resumed_run_yields_the_same_pictures(pipeline: StoryPipeline, ours: l
     assert [[np.asarray(p).tobytes() for p in row] for row in rest] == [
         [np.asarray(p).tobytes() for p in row] for row in ours[1:]
     ]
+
+
+def test_a_resumed_run_wants_a_picture_of_every_frame(pipeline: StoryPipeline, ours: list[list[Image.Image]]) -> None:
+    with pytest.raises(InputError, match="^a finished iteration has 4 pictures; expected the story's 3$"):
+        draw(pipeline, resume=FinishedIteration(0, [*ours[0], ours[0][0]]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "prompts", "told"),
+    [
+        ({"max_frames": 3}, 3, "--max-frames: 3 asked for; this engine was built for 1 to 2"),
+        ({}, 5, "the story's frames (--max-references): 5 asked for; this engine was built for 1 to 4"),
+        ({"height": 128}, 1, "--height: 128 asked for; this engine was built for 64 to 96"),
+        ({"width": 96}, 1, "--width: 96 asked for; this engine was built for 64 to 64"),
+    ],
+)
+def test_what_an_engine_was_not_built_for_is_told_as_it_was_typed(
+    pipeline: StoryPipeline, changes: dict[str, int], prompts: int, told: str
+) -> None:
+    letters = ShapeRanges(2, 4, Range(64, 96), Range(64, 64)).letters()
+    built = StoryPipeline(
+        replace(pipeline.networks, letters=letters), (pipeline.tokenizers.first, pipeline.tokenizers.second)
+    )
+    built.run(Story(("a fox",) * 4), replace(PLAN, max_frames=2))
+    with pytest.raises(InputError, match=f"^{re.escape(told)}$"):
+        built.run(Story(("a fox",) * prompts), replace(PLAN, **changes))
 
 
 def test_other_references_give_other_pictures(pipeline: StoryPipeline, ours: list[list[Image.Image]]) -> None:
