@@ -1,15 +1,17 @@
 """Build of the backend `inductor`: groups of networks compiled at once, each group in a process of its own."""
 
 import base64
+import contextlib
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, Final
 
@@ -80,6 +82,8 @@ def build_inductor(
     with ThreadPoolExecutor(min(len(requests), os.cpu_count() or 1)) as pool:
         try:
             results = [pool.submit(workers.run, request) for request in requests]
+            for result in as_completed(results):
+                result.result()  # what fails first is told at once, not when the others are done
             return {name: error for result in results for name, error in result.result().items()}
         finally:
             workers.stop()
@@ -95,11 +99,13 @@ class _Workers:
         self._stopped = False
 
     def stop(self) -> None:
-        """End all of them at once, and start no more."""
+        """End all of them at once, with the compilers that they started, and start no more."""
         with self._lock:
             self._stopped = True
             for process in self._processes:
-                process.kill()
+                if process.poll() is None:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(process.pid, signal.SIGKILL)
 
     def run(self, request: BuildRequest) -> dict[str, float]:
         """One group, in a process of its own; see `build_inductor`."""
@@ -112,7 +118,8 @@ class _Workers:
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=complaints,
-                    start_new_session=True,  # the terminal's Ctrl-C reaches this process alone, which ends the others
+                    # the terminal's Ctrl-C reaches this process alone, which ends the others, each with its own group
+                    start_new_session=True,
                 )
                 self._processes.append(process)
             assert process.stdin and process.stdout

@@ -3,13 +3,15 @@
 A process, so that groups of networks are compiled at once, Ctrl-C ends a build at once wherever it is, and a crash or a
 lack of memory is one line in the program that asked. Reads one pickled `BuildRequest` from standard input; writes JSON
 lines to standard output: `{"network": …, "stage": …}` while it works, then `{"errors": …}`, or `{"raised": …}` with a
-pickled exception. Ends when standard input closes: no build outlives its program.
+pickled exception. Ends when standard input closes, with the compilers that it started: no build outlives its program.
+It leads a process group of its own.
 """
 
 import base64
 import json
 import os
 import pickle
+import signal
 import sys
 import threading
 from typing import TextIO
@@ -40,7 +42,7 @@ def _tell(messages: TextIO, **message: object) -> None:
 
 def _end_with_input() -> None:
     sys.stdin.buffer.read()  # returns when the other end is closed, by whatever
-    os._exit(1)
+    os.killpg(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import psutil
@@ -34,16 +35,45 @@ def test_a_killed_compiler_is_told_by_network(checkpoint: Checkpoint, tmp_path: 
     assert not workers()
 
 
-def test_whatever_ends_the_program_ends_its_compilers(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    seen: list[int] = []
+def compilers() -> list[psutil.Process]:
+    """The C++ compilers that the workers started and that still work."""
+    started = [child for worker in workers() for child in worker.children(recursive=True)]
+    return [process for process in started if process.name() == "cc1plus"]
+
+
+def test_whatever_ends_the_program_ends_its_compilers(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))  # or nothing may be left to compile
+    seen: list[psutil.Process] = []
 
     def stop(network: str, what: str) -> None:
-        seen.append(len(workers()))
-        raise KeyboardInterrupt
+        if what == "compiling":
+            deadline = time.monotonic() + 60
+            while not (found := compilers()) and time.monotonic() < deadline:
+                time.sleep(0.02)
+            seen.extend([*workers(), *found])
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         build_inductor(checkpoint, "fp32", "fp32", RANGES, tmp_path, CPU, stop)
-    assert seen[0] >= 1 and not workers()
+    assert not workers()
+    assert any("cc1plus" in str(process) for process in seen)
+    _, alive = psutil.wait_procs(seen, timeout=1)
+    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_what_fails_first_is_told_at_once(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    stages: list[str] = []
+
+    def kill(network: str, what: str) -> None:
+        if not stages:  # the group that was started last: not the denoiser, which takes longest
+            os.kill(max(worker.pid for worker in workers()), signal.SIGKILL)
+        stages.append(what)
+
+    with pytest.raises(EngineBuildError, match="the compiler was killed"):
+        build_inductor(checkpoint, "fp32", "fp32", RANGES, tmp_path, CPU, kill)
+    assert "storing weights" not in stages and not workers()
 
 
 def test_what_a_compiler_process_raises_is_raised(checkpoint: Checkpoint, tmp_path: Path) -> None:
