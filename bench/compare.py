@@ -9,7 +9,8 @@ from typing import Any
 from storyadapter.errors import InputError
 
 KIND = "throughput"
-_SAME = ("device", "power limit")  # of the environment; times of different ones say nothing about the program
+# of the environment; times of different ones say nothing about the program
+_SAME = ("device", "power limit", "device memory")
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def refuse_different(before: dict[str, Any], after: dict[str, Any], first: str, 
         before, after: the reports.
         first, second: what messages call them.
     """
-    pairs = [(key, before["environment"].get(key), after["environment"].get(key)) for key in _SAME]
+    pairs = [(key, *(report["environment"].get(key, "not told") for report in (before, after))) for key in _SAME]
     pairs += [(key, before[key], after[key]) for key in ("model", "precision")]
     for key, one, other in pairs:
         if one != other:

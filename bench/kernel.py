@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from storyadapter.bench.report_files import check_out, write_report
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options; imports neither PyTorch nor Triton."""
@@ -44,13 +46,16 @@ def run(args: argparse.Namespace) -> int:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UnavailableError(f"--device {args.device}: no CUDA device here; try --device cpu --smoke")
     try:
-        from storyadapter.bench.kernel_report import write_report
+        from storyadapter.bench.kernel_report import as_data, markdown
         from storyadapter.bench.kernel_run import compare
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise
         raise UnavailableError("triton is not installed; expected Triton 3.6 or later: pip install triton") from None
 
+    check_out(args.out)
     report = compare(device, getattr(torch, args.dtype), args.repeats, smoke=args.smoke, source_commit=args.commit)
-    print(write_report(report, args.out))
+    page = markdown(report)
+    print(page)
+    write_report(args.out, page, as_data(report), indent=None)
     return 0

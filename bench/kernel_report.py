@@ -1,7 +1,5 @@
 """The kernel benchmark's report: one Markdown table and one JSON file."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 from storyadapter.bench.kernel_run import (
@@ -132,13 +130,3 @@ def as_data(report: KernelReport) -> dict[str, Any]:
         "summary": summary(report),
         "results": results,
     }
-
-
-def write_report(report: KernelReport, path: Path | None) -> str:
-    """Writes `path`.md and `path`.json, if a path is given; returns the Markdown."""
-    text = markdown(report)
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".md").write_text(text, encoding="utf-8")
-        path.with_suffix(".json").write_text(json.dumps(as_data(report)) + "\n", encoding="utf-8")
-    return text

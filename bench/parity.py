@@ -1,10 +1,10 @@
 """`storyadapter-trt bench parity`: a backend's pictures against those of eager in fp32, from the same references."""
 
 import argparse
-import json
 from pathlib import Path
 
 from storyadapter import method
+from storyadapter.bench.report_files import check_out, write_report
 from storyadapter.cli.options import add_checkpoint_options
 from storyadapter.contract import PRECISIONS
 from storyadapter.engine.backends import AUTO, BACKENDS
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         InputError: options that don't fit together.
         UnavailableError: the backend can't serve here.
         EngineBuildError: its engine can't be built.
-        RunError: a frame came out with values that aren't finite.
+        RunError: a frame came out with values that aren't finite, or a file can't be written.
     """
     for option, value in (
         ("--frames", args.frames),
@@ -69,12 +69,9 @@ def run(args: argparse.Namespace) -> int:
 
     if args.frames > FRAMES_AT_MOST:
         raise InputError(f"--frames is {args.frames}; expected {FRAMES_AT_MOST} or fewer: so many scenes there are")
+    check_out(args.out)
     found = compare(args)
     page = markdown(found)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.with_name(args.out.name + ".md").write_text(page, encoding="utf-8")
-        data = json.dumps(as_data(found), indent=1)
-        args.out.with_name(args.out.name + ".json").write_text(data + "\n", encoding="utf-8")
     print(page)
+    write_report(args.out, page, as_data(found))
     return 1 if found.problems else 0

@@ -1,9 +1,9 @@
 """`storyadapter-trt bench soak`: many stories in one process; memory must not grow, and pictures must not change."""
 
 import argparse
-import json
 from pathlib import Path
 
+from storyadapter.bench.report_files import check_out, write_report
 from storyadapter.cli.options import add_checkpoint_options
 from storyadapter.contract import PRECISIONS, check_pixels
 from storyadapter.engine.backends import AUTO, BACKENDS
@@ -70,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         InputError: options that don't fit together.
         UnavailableError: the backend can't serve here.
+        RunError: a frame came out with values that aren't finite, or a file can't be written.
     """
     for option, value, least in (
         ("--stories", args.stories, 9),
@@ -85,16 +86,13 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--minutes is {args.minutes:g}; expected more than 0")
     if args.synthetic_weights and args.base_model:
         raise InputError("--base-model with random weights; expected one of --base-model, --synthetic-weights")
+    check_out(args.out)
     from storyadapter.bench.soak_run import as_data, markdown, soak
 
     found = soak(args, _STORIES if args.stories is None and args.minutes is None else args.stories)
     page = markdown(found)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.with_name(args.out.name + ".md").write_text(page, encoding="utf-8")
-        data = json.dumps(as_data(found), indent=1)
-        args.out.with_name(args.out.name + ".json").write_text(data + "\n", encoding="utf-8")
     print(page)
+    write_report(args.out, page, as_data(found))
     return 1 if found.problems else 0
 
 

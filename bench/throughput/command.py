@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from storyadapter.bench.report_files import check_out
 from storyadapter.cli.options import add_checkpoint_options
 from storyadapter.contract import PRECISIONS
 from storyadapter.engine.backends import AUTO
@@ -74,8 +75,10 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         InputError: options that don't fit together, or an unknown name.
         UnavailableError: the full-size model or --device-memory without a GPU.
+        RunError: a file can't be written.
     """
     _check(args)
+    check_out(args.out)
     if args.device_memory is None:
         from storyadapter.bench.throughput.course import measure
 

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from storyadapter.bench.kernel_classes import KernelTimes, profile_call
 from storyadapter.bench.operations import count_operations
 from storyadapter.bench.progress import Progress
 from storyadapter.bench.psnr import MIN_PSNR
+from storyadapter.bench.report_files import report_file, write_report, writing
 from storyadapter.bench.subject import Subject
 from storyadapter.bench.throughput import cases as tables
 from storyadapter.bench.throughput.cases import Case, StoryCase, chosen, ranges
@@ -47,7 +47,7 @@ from storyadapter.cli.options import model_choice
 from storyadapter.conditioning import Tokenizers
 from storyadapter.contract import Precision
 from storyadapter.engine.backends import AUTO, default_device
-from storyadapter.errors import InputError, UnavailableError
+from storyadapter.errors import InputError, RunError, UnavailableError
 from storyadapter.grca import grca
 from storyadapter.networks import TORCH_DTYPES, Networks
 
@@ -80,10 +80,13 @@ def measure(args: argparse.Namespace) -> int:
     if not parts and not stories:
         raise InputError("none of these --rungs runs any of these --cases; a story needs the rung overlapped")
     ways = _ways(vae_precision, args.device_memory)
+    engine_ranges = ranges(all_cases, all_stories)
+    if args.device_memory is not None:
+        stories = tuple(dataclasses.replace(story, max_frames=None) for story in stories)  # as many as fit
     parts += len(stories) * len(ways)
     progress = Progress(parts)
     # for all cases, so that an engine built for some of them serves a later run of the others
-    workbench = Workbench(subject, ranges(all_cases, all_stories), vae_precision, progress)
+    workbench = Workbench(subject, engine_ranges, vae_precision, progress)
     progress.tell(f"{subject.label}, {subject.precision}, on {device}")
     environment = describe(device, args.commit)
     if args.device_memory is not None:
@@ -100,10 +103,14 @@ def measure(args: argparse.Namespace) -> int:
     )
     if cases:
         found = _climb(found, workbench, rungs, rivals)
-        _write(args.out, found)
+        try:
+            _write(args.out, found)
+        except RunError as error:  # tried again at the end, when all of it was printed
+            progress.tell(str(error))
     for story in stories:
-        _draw_story(found, workbench, story, ways, by_memory=args.device_memory is not None)
-    print(_write(args.out, found))
+        _draw_story(found, workbench, story, ways)
+    print(markdown(as_data(found)))
+    _write(args.out, found)
     bad = [result.rung for result in found.rungs if result.status in (WRONG, FAILED) and not result.rival]
     bad += [story.way for story in found.drawn if story.psnr is not None and story.psnr < MIN_PSNR and story.same_vae]
     bad += [line for line in found.undrawn if f": {FAILED}: " in line]
@@ -112,17 +119,15 @@ def measure(args: argparse.Namespace) -> int:
     return 1 if bad else 0
 
 
-def _write(out: Path | None, found: Findings) -> str:
-    """Write the files, if asked for; returns the page."""
+def _write(out: Path | None, found: Findings) -> None:
+    """Write the files, if asked for."""
+    if out is None:
+        return
     data = as_data(found)
-    page = markdown(data)
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        # v1.2 is a name, not a name with a suffix
-        out.with_name(f"{out.name}.md").write_text(page, encoding="utf-8")
-        out.with_name(f"{out.name}.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-        chart(data).save(out.with_name(f"{out.name}.png"))
-    return page
+    write_report(out, markdown(data), data)
+    picture = report_file(out, "png")
+    with writing(picture):
+        chart(data).save(picture)
 
 
 def _subject(args: argparse.Namespace, precision: Precision, device: torch.device) -> Subject:
@@ -189,13 +194,9 @@ def _ways(own: Precision, device_memory: float | None) -> list[Way]:
     return ways if own == "fp32" else [*ways, (OVERLAPPED, overlapped, "fp32")]
 
 
-def _draw_story(
-    found: Findings, workbench: Workbench, case: StoryCase, ways: Sequence[Way], *, by_memory: bool
-) -> None:
+def _draw_story(found: Findings, workbench: Workbench, case: StoryCase, ways: Sequence[Way]) -> None:
     """The story in all ways; added to what was found."""
     subject, progress, own = workbench.subject, workbench.progress, workbench.vae_precision
-    if by_memory:
-        case = dataclasses.replace(case, max_frames=None)
     first: Drawn | None = None
     for way, draw, vae_precision in ways:
         name = f"{case.name}: {way}, VAE in {vae_precision}"

@@ -119,7 +119,7 @@ def _rung(found: Findings, result: RungResult) -> dict[str, Any]:
 
 
 def _story(found: Findings, result: StoryResult) -> dict[str, Any]:
-    highest = found.highest(unet_case(found, result.case))
+    highest = found.highest(unet_case(found, result))
     rate = highest.rows_per_second if highest is not None else None
     return {
         **asdict(result),
@@ -131,12 +131,12 @@ def _story(found: Findings, result: StoryResult) -> dict[str, Any]:
     }
 
 
-def unet_case(found: Findings, story: str) -> str:
-    """The case of the ladder whose UNet calls a story makes: as many references and frames at once, and that size."""
-    wanted = next(case for case in found.stories if case.name == story)
+def unet_case(found: Findings, result: StoryResult) -> str:
+    """The case of the ladder whose UNet calls a story made: as many references and frames at once, and that size."""
+    wanted = next(case for case in found.stories if case.name == result.case)
     for case in found.cases:
         same = (case.references, case.frames, case.height, case.width)
-        if same == (wanted.frames, wanted.max_frames, wanted.height, wanted.width):
+        if same == (wanted.frames, result.at_once, wanted.height, wanted.width):
             return case.name
     return ""
 
@@ -166,7 +166,7 @@ def projection(found: Findings) -> list[dict[str, Any]]:
         return []
     projected = []
     for result in found.drawn:
-        of_story = found.highest(unet_case(found, result.case))
+        of_story = found.highest(unet_case(found, result))
         if of_story is None or of_story.rows_per_second is None:
             continue
         unet = result.unet_rows / of_story.rows_per_second

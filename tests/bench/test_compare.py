@@ -93,6 +93,10 @@ def test_a_rung_that_is_wrong_now_is_lost_and_one_that_was_not_asked_for_is_not(
     [
         ({"environment": {"device": "GPU 2", "power limit": "700 W"}}, "device is GPU 1 in a.json and GPU 2 in b.json"),
         ({"environment": {"device": "GPU 1", "power limit": "350 W"}}, "power limit is 700 W in a.json and 350 W"),
+        (
+            {"environment": {"device": "GPU 1", "power limit": "700 W", "device memory": "15.5 GiB"}},
+            "device memory is not told in a.json and 15.5 GiB in b.json; expected two reports of one device memory",
+        ),
         ({"model": "mine"}, "model is sdxl in a.json and mine in b.json"),
         ({"precision": "bf16"}, "precision is fp16 in a.json and bf16 in b.json"),
         (

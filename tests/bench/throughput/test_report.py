@@ -1,6 +1,7 @@
 """The report: shares, projections and pages, on numbers made by hand; and one real run of a few rungs."""
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from storyadapter.bench.throughput.page import markdown
 from storyadapter.bench.throughput.report_data import Findings, as_data
 from storyadapter.bench.throughput.story import StoryResult
 from storyadapter.bench.timing import Timing
-from storyadapter.errors import InputError, UnavailableError
+from storyadapter.errors import InputError, RunError, UnavailableError
 
 CASES = (Case("n16", 16, 8, 1024, 1024), Case("n100", 100, 8, 1024, 1024, rungs=("graphs",)))
 STORY = StoryCase("story", 16, 2, 20, 8, 1024, 1024)
@@ -101,6 +102,15 @@ def test_the_projection_by_hand() -> None:
     assert item["rest_seconds_per_drawn_frame"] == pytest.approx(rest)
     assert item["seconds"] == pytest.approx(110_000 / 64 + 1100 * rest)
     assert item["seconds_per_frame"] == pytest.approx(item["seconds"] / 100)
+
+
+def test_a_story_in_other_micro_batches_has_no_case_of_the_ladder() -> None:
+    """As where memory is short, or a micro-batch was halved: its UNet calls had fewer rows than those measured."""
+    halved = dataclasses.replace(FOUND, drawn=[dataclasses.replace(FOUND.drawn[0], at_once=4)])
+    data = as_data(halved)
+    assert data["stories"][0]["share_of_unet_rate"] is None and data["published_workload"] == []
+    by_memory = dataclasses.replace(FOUND, stories=(dataclasses.replace(STORY, max_frames=None),))
+    assert as_data(by_memory)["stories"][0]["share_of_unet_rate"] == pytest.approx(0.8)
 
 
 def test_the_page_says_what_was_found() -> None:
@@ -210,6 +220,24 @@ def test_a_few_rungs_from_the_options_to_the_files(
     assert data["published_workload"] == [] and (data["kernels"] is None) == (not torch.cuda.is_available())
     with Image.open(tmp_path / "new" / "v1.2.png") as picture:
         assert picture.width == 1200
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_no_time_is_spent_on_a_report_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="file can't be made: "):  # before the missing GPU is
+        command.run(_options("--synthetic-weights", "sdxl", "--out", str(tmp_path / "file" / "report")))
+
+
+def test_a_report_that_cannot_be_written_is_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ladder, "WARMUP_SECONDS", 0.0)
+    (tmp_path / "report.png").mkdir()
+    words = ("--smoke", "--cases", "n3", "--rungs", "cached", "--out", str(tmp_path / "report"))
+    with pytest.raises(RunError, match=r"report\.png can't be written: Is a directory$"):
+        command.run(_options(*words))
+    assert "| cached | " in capsys.readouterr().out
 
 
 def test_wrong_pictures_give_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
