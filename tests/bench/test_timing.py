@@ -45,9 +45,11 @@ def test_bad_requests_are_refused(calls: list, repeats: int, text: str) -> None:
 
 
 def test_median_and_spread() -> None:
-    timing = Timing(tuple(float(value) for value in range(1, 100)), 2, True)
+    timing = Timing(tuple(float(value) for value in range(101)), 2, True)
     assert timing.median == 50
     assert timing.spread == pytest.approx(80)
+    few = Timing(timing.milliseconds[: repeats_within(1000.0, 30, 1.0)], 1, False)
+    assert len(few.milliseconds) == 5 and few.spread < max(few.milliseconds) - min(few.milliseconds)
     assert timing.as_data()["raw_ms"] == list(timing.milliseconds)
 
 
