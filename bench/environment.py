@@ -26,7 +26,11 @@ def _output(*command: str, cwd: Path | None = None) -> str | None:
 
 def commit() -> str:
     """The commit of the checkout this code lies in (`+changes` if files differ from it), or `unknown`."""
-    root = Path(__file__).resolve().parents[1]
+    here = Path(__file__).resolve()
+    root = here.parents[1]
+    # installed into an environment inside of another project's checkout, this file isn't one of that checkout's
+    if _output("git", "ls-files", "--error-unmatch", str(here), cwd=root) is None:
+        return "unknown"
     revision = _output("git", "rev-parse", "HEAD", cwd=root)
     if not revision:
         return "unknown"
