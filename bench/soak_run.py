@@ -138,13 +138,12 @@ def picture_sizes(default: int) -> list[int]:
 
 def soak(args: argparse.Namespace, limit: int | None) -> Findings:
     """Draw up to `limit` stories, or until `args.minutes` are over; see `soak.run`."""
-    device = default_device()
     backend = choose_backend() if args.backend == AUTO else args.backend
     precision: Precision = choose_precision(backend) if args.precision == AUTO else args.precision
     if args.synthetic_weights:
-        subject = Subject.synthetic(args.synthetic_weights, precision, device, args.engine_dir)
+        subject = Subject.synthetic(args.synthetic_weights, precision, default_device(), args.engine_dir)
     else:
-        subject = Subject.from_files(model_choice(args), precision, device, args.engine_dir)
+        subject = Subject.from_files(model_choice(args), precision, default_device(), args.engine_dir)
     geometry = subject.checkpoint.geometry
     sizes = args.sizes or picture_sizes(geometry.default_pixels)
     pixels = Range(sizes[0], sizes[-1])
@@ -152,13 +151,14 @@ def soak(args: argparse.Namespace, limit: int | None) -> Findings:
     vae_precision = geometry.default_vae_precision(precision)
     if args.synthetic_weights and precision != "fp32" and "bf16" in BACKENDS[backend].vae_precisions:
         vae_precision = "bf16"  # as bench throughput: one engine serves both
-    opened = subject.open(backend, ranges, vae_precision, lambda line: print(line, flush=True))
+    networks = subject.open(backend, ranges, vae_precision, lambda line: print(line, flush=True)).networks
+    device = networks.device  # onnxruntime runs on the CPU beside a GPU, too
     tokenizers = subject.tokenizers()
-    pipeline = StoryPipeline(opened.networks, (tokenizers.first, tokenizers.second))
+    pipeline = StoryPipeline(networks, (tokenizers.first, tokenizers.second))
     noted: list[Noted] = []
     started = time.monotonic()
     for story in islice(stories(args.seed, sizes, args.max_references), limit):
-        noted.append(_draw(pipeline, subject, story, args.steps, args.max_frames, len(noted)))
+        noted.append(_draw(pipeline, subject.prediction_type, story, args.steps, args.max_frames, len(noted)))
         if args.minutes is not None and time.monotonic() - started > args.minutes * 60:
             break
     memory = [item.memory for item in noted if item.yardstick]
@@ -178,15 +178,16 @@ def soak(args: argparse.Namespace, limit: int | None) -> Findings:
 
 
 def _draw(
-    pipeline: StoryPipeline, subject: Subject, story: SoakStory, steps: int, max_frames: int, number: int
+    pipeline: StoryPipeline, prediction_type: str, story: SoakStory, steps: int, max_frames: int, number: int
 ) -> Noted:
+    device = pipeline.networks.device
     plan = RunPlan(
         height=story.height,
         width=story.width,
         seed=story.seed,
         scales=method.reference_scales(story.iterations),
         steps=steps,
-        prediction_type=subject.prediction_type,
+        prediction_type=prediction_type,
         max_frames=max_frames,
     )
     digest = hashlib.sha256()
@@ -199,8 +200,8 @@ def _draw(
         for key in sorted(pictures):
             digest.update(pictures[key])
 
-    _, seconds = measure_run(draw, subject.device)
-    noted = Noted(story, number % YARDSTICK_EVERY == 0, seconds, digest.hexdigest(), memory_in_use(subject.device))
+    _, seconds = measure_run(draw, device)
+    noted = Noted(story, number % YARDSTICK_EVERY == 0, seconds, digest.hexdigest(), memory_in_use(device))
     print(
         f"{number}: {story.frames} frames of {story.width}x{story.height}, {1 + story.iterations} iterations: "
         f"{seconds:.1f} s, {noted.memory / MIB:.0f} MiB in use" + (" (the repeated story)" if noted.yardstick else ""),

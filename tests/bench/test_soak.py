@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -100,6 +101,23 @@ def test_a_leak_and_a_changed_picture_are_seen(monkeypatch: pytest.MonkeyPatch) 
     found = draw(_arguments(), 18)
     assert found.growth > found.allowed
     assert len(found.problems) == 2
+
+
+def test_memory_is_that_of_the_device_that_runs_the_networks(
+    tiny_model_dir: Path, tiny_engine_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is a GPU, onnxruntime runs on the CPU all the same, and the GPU's memory says nothing."""
+    from storyadapter.bench import soak_run
+
+    monkeypatch.setattr(soak_run, "default_device", lambda: torch.device("meta"))
+    args = _arguments(
+        *("--backend", "onnxruntime", "--max-frames", "3", "--max-references", "100", "--sizes", "64"),
+        *("--base-model", str(tiny_model_dir), "--image-encoder", str(tiny_model_dir / "image_encoder")),
+        *("--ip-adapter", str(tiny_model_dir / "ip-adapter.safetensors"), "--engine-dir", str(tiny_engine_dir)),
+    )
+    args.synthetic_weights = None
+    found = soak_run.soak(args, 1)
+    assert found.device == "cpu" and found.noted[0].memory > 0
 
 
 def test_minutes_end_it(capsys: pytest.CaptureFixture[str]) -> None:
