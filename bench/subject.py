@@ -78,7 +78,8 @@ class Subject:
         return Tokenizers(*self.checkpoint.load_tokenizers())
 
     def open(self, backend: str, ranges: ShapeRanges, vae_precision: Precision, tell: Tell) -> Opened:
-        """Networks on a backend; its engine is built first where the store has none that fits.
+        """Networks on a backend; its engine is built first where the store has none for exactly these ranges: what is
+        measured shall not depend on what else the store holds.
 
         Raises:
             UnavailableError: the backend can't serve here.

@@ -172,14 +172,15 @@ def open_networks(
         backend: a name of `storyadapter.engine.backends.BACKENDS`.
         precision: dtype of weights and activations.
         vae_precision: the same of the VAE; by default fp32 where the checkpoint asks for it, else `precision`.
-        device: of `eager`; a CUDA GPU if there is one, unless said otherwise. Others have their own.
+        device: of `eager`; a CUDA GPU if there is one, unless said otherwise. Others have their own: the current GPU,
+            or the CPU; no other may be asked for.
         ranges: what the networks are to be used for; a backend with engines takes one that covers them. By default
             one frame of the model's own size and one reference.
         engine_dir: of the engine store; the user's cache folder by default.
         build_command: told to the user when there is no such engine.
 
     Raises:
-        UnavailableError: the backend can't serve here, or not at these precisions.
+        UnavailableError: the backend can't serve here, or not at these precisions, or not on this device.
         EngineMismatchError: no engine in the store fits.
     """
     geometry = checkpoint.geometry
@@ -196,6 +197,11 @@ def open_networks(
         raise UnavailableError(
             "backend tensorrt builds here but can't run here: there is no GPU that PyTorch can use; "
             "expected another --backend, or a machine with a GPU"
+        )
+    own_device = torch.device("cpu") if backend == "onnxruntime" else default_device()
+    if device is not None and not _is_device(torch.device(device), own_device):
+        raise UnavailableError(
+            f"backend {backend} runs on {own_device} here; {device} asked for; expected no device, or backend eager"
         )
     own = Range(geometry.default_pixels, geometry.default_pixels)
     wanted = ranges or ShapeRanges(1, 1, own, own)
@@ -218,3 +224,10 @@ def open_networks(
         letters,
         lambda network: on_stage(network, "loading engine"),
     )
+
+
+def _is_device(asked: torch.device, own: torch.device) -> bool:
+    """Whether a device is the one that a backend runs on; of a GPU without a number, the current one."""
+    if asked.type != own.type:
+        return False
+    return asked.type != "cuda" or asked.index in (None, torch.cuda.current_device())

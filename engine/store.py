@@ -67,7 +67,7 @@ class StoredEngine:
         ranges = self.ranges
         return (
             f"{self.identity.backend} {self.identity.precision} for {_count(ranges.max_frames, 'frame')} of "
-            f"{ranges.height}x{ranges.width} and {_count(ranges.max_references, 'reference')} ({self.key[:8]})"
+            f"{ranges.width}x{ranges.height} and {_count(ranges.max_references, 'reference')} ({self.key[:8]})"
         )
 
 

@@ -174,6 +174,11 @@ def test_the_field_that_differs_is_named(store: EngineStore, asked: EngineIdenti
     )
 
 
+def test_an_engine_is_told_by_width_and_height(store: EngineStore) -> None:
+    wide = ShapeRanges(4, 100, height=Range(512, 512), width=Range(768, 1024))
+    assert str(add(store, identity(), wide)).startswith("onnxruntime fp16 for 4 frames of 768..1024x512 and 100 ")
+
+
 def test_one_file_of_several_components_is_told_once(store: EngineStore) -> None:
     components = ("unet", "text_encoder", "vae")
     old = tuple(WeightFile(c, "sdxl.safetensors", digest("1")) for c in components)
