@@ -14,6 +14,7 @@ from storyadapter.method import STYLES
 from storyadapter.story_file import STORY_SUFFIXES, kind, read_story_file
 
 _KEYS = ("title", "style", "characters", "prompts")
+_PATH = re.compile(r"\S*/\S*|\S+\.[A-Za-z]\w{0,4}")
 
 
 @dataclass(frozen=True)
@@ -67,15 +68,17 @@ class Story:
 
     @classmethod
     def from_arguments(cls, arguments: Sequence[str]) -> Self:
-        """Read the published scripts' `--story`: one argument that is an existing path, or whose name ends in .yaml,
-        .yml, .json or .txt, is a story file; anything else is the prompts.
+        """Read the published scripts' `--story`: one argument that is an existing path, whose name ends in .yaml, .yml,
+        .json or .txt, or that is a path by its looks (tales/fox, tale.yml2), is a story file; anything else is the
+        prompts.
 
         Raises:
             InputError: as `from_file` and the class.
         """
         if len(arguments) == 1:
             (argument,) = arguments
-            if argument.lower().endswith(STORY_SUFFIXES) or os.path.exists(argument):
+            is_file = argument.lower().endswith(STORY_SUFFIXES) or os.path.exists(argument)
+            if is_file or _PATH.fullmatch(argument):
                 return cls.from_file(argument)
         return cls.from_prompts(arguments)
 
@@ -123,8 +126,9 @@ def check_style(style: str) -> str:
 
 
 def _unknown(found: Any, known: Iterable[str]) -> str:
-    known = tuple(known)
-    close = get_close_matches(str(found).lower(), known, n=1)
+    known, text = tuple(known), str(found).lower()
+    close = get_close_matches(text, known)
+    close.sort(key=lambda name: name[:1] != text[:1])  # the first letter is seldom mistyped
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return f"{found!r}, expected {', '.join(known[:-1])} or {known[-1]}{hint}"
 

@@ -153,7 +153,9 @@ def test_arguments(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert Story.from_arguments(["a cat"]).prompts == ("a cat",)
     assert Story.from_arguments(["a cat.txt", "b.yaml"]).prompts == ("a cat.txt", "b.yaml")
     assert Story.from_arguments(["x" * 5000]).prompts == ("x" * 5000,)
-    for name in ("gone.yaml", "gone.yml", "gone.json", "gone.txt", "GONE.TXT"):
+    assert Story.from_arguments(["fox."]).prompts == ("fox.",)
+    assert Story.from_arguments(["a fox and/or an owl, no.8"]).prompts == ("a fox and/or an owl, no.8",)
+    for name in ("gone.yaml", "gone.yml", "gone.json", "gone.txt", "GONE.TXT", "gone.yml2", "tales/gone"):
         text = message(Story.from_arguments, [name])
         assert text.startswith(f"{name}: no such file, expected a story")
         assert "--prompt" in text
@@ -181,6 +183,11 @@ def test_unknown_style() -> None:
     assert message(check_style, "Comik") == expected
     assert message(Story.from_prompts(["a"]).final_prompts, "Comik") == expected
     assert "did you mean" not in message(check_style, "zzz")
+
+
+def test_unknown_key(folder: Path) -> None:
+    path = written(folder, "a.yaml", "prompts: [a]\nstile: comic\n")
+    assert message(Story.from_file, path).endswith("did you mean 'style'?")  # title is as close
     assert check_style("film") == "film"
 
 
