@@ -96,8 +96,9 @@ def vision_config(path: Path, config: Config) -> Config:
     if kind == "clip" and isinstance(config.get("vision_config"), dict):
         config = {**config["vision_config"], "projection_dim": config.get("projection_dim", 512)}
     elif kind != "clip_vision_model":
+        found = f"a {kind!r} model" if kind else "no model_type there"
         raise CheckpointError(
-            f"{path}: a {kind!r} model; expected a CLIP image encoder ('clip_vision_model'), such as the folder "
+            f"{path}: {found}; expected a CLIP image encoder ('clip_vision_model'), such as the folder "
             "sdxl_models/image_encoder beside the IP-Adapter"
         )
     if config.get("image_size", method.CLIP_PIXELS) != method.CLIP_PIXELS:

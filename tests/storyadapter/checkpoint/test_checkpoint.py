@@ -200,6 +200,7 @@ def test_nothing_heavy_is_imported() -> None:
         ("text_encoder", {"max_position_embeddings": 248}, "248 text positions; expected 77"),
         ("text_encoder_2", {"hidden_size": "wide"}, "text_encoder_2/config.json doesn't describe text encoder 2: "),
         ("image_encoder", {"model_type": "siglip"}, "a 'siglip' model; expected a CLIP image encoder"),
+        ("image_encoder", {"model_type": None}, "no model_type there; expected a CLIP image encoder"),
         ("image_encoder", {"image_size": 336}, "pictures of 336 pixels; expected 224"),
         (
             "image_encoder",
