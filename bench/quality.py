@@ -26,9 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", type=Path, default=MODEL, metavar="DIR", help="folder of a demo model (default: the shipped one)"
     )
-    parser.add_argument("--stories", type=int, default=24, metavar="N", help="held-out stories (default: %(default)s)")
     parser.add_argument(
-        "--frames", type=int, default=8, metavar="N", help="frames of each story (default: %(default)s)"
+        "--stories", type=int, default=24, metavar="N", help="held-out stories, 2 or more (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--frames", type=int, default=8, metavar="N", help="frames of each story, 2 or more (default: %(default)s)"
     )
     parser.add_argument(
         "--seeds", type=int, default=3, metavar="N", help="drawings of each story (default: %(default)s)"

@@ -16,7 +16,9 @@ _STORIES = 24
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options; imports nothing heavy."""
     length = parser.add_argument_group("how long (whatever ends first)")
-    length.add_argument("--stories", type=int, metavar="N", help=f"stories (default: {_STORIES}, without --minutes)")
+    length.add_argument(
+        "--stories", type=int, metavar="N", help=f"stories, 9 or more (default: {_STORIES}, without --minutes)"
+    )
     length.add_argument("--minutes", type=float, metavar="M", help="no new story after so long")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of stories (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=2, help="denoising steps of each (default: %(default)s)")

@@ -5,6 +5,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import NoReturn
 
 import storyadapter
@@ -80,11 +81,39 @@ The full table takes about 8 minutes on an H100; the engine is built first where
 """
 
 
+_KERNEL_DESCRIPTION = """\
+Times the fused kernel of text and reference attention (grca_triton) on the layers of SDXL, beside PyTorch's ways to
+compute the same, and says what share of the device's measured limits it reaches. Results are compared with fp32 first.
+"""
+
+_QUALITY_DESCRIPTION = """\
+Draws held-out stories with the demo model and reads the characters' traits off the pictures: on how many do the frames
+of a story agree, and do they still show what was prompted? Exit code 1 if consistency hasn't clearly risen from the
+first iteration to the last, or fidelity has clearly fallen. MODEL.md of the demo model has a command that took 21
+minutes on 2 CPU cores.
+"""
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, as all others of the program."""
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; for all options type {self.prog} --help")
+
+    def parse_known_args(  # type: ignore[override]  # argparse has overloads for other namespaces
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """As argparse does it, but what is unknown is told by the command that it was typed for.
+
+        Raises:
+            InputError: something is unknown; the text names the option that comes closest.
+        """
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            close = get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=1)
+            hint = f" (did you mean {close[0]}?)" if close else ""
+            raise InputError(f"unknown: {' '.join(unknown)}{hint}; for all options type {self.prog} --help")
+        return namespace, unknown
 
 
 def build_parser() -> Parser:
@@ -194,12 +223,20 @@ def _add_run(commands: "argparse._SubParsersAction[Parser]") -> None:
 
 def _add_bench(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser = commands.add_parser("bench", help="measure", description="Measure on this machine.", allow_abbrev=False)
-    benches = parser.add_subparsers(dest="bench", required=True)
-    kernel = benches.add_parser("kernel", help="the fused attention kernel against its rivals", allow_abbrev=False)
+    benches = parser.add_subparsers(dest="bench", required=True, metavar="BENCHMARK", title="benchmarks")
+    kernel = benches.add_parser(
+        "kernel",
+        help="the fused attention kernel against its rivals",
+        description=_KERNEL_DESCRIPTION,
+        allow_abbrev=False,
+    )
     bench_kernel.add_arguments(kernel)
     kernel.set_defaults(run_bench=bench_kernel.run)
     quality = benches.add_parser(
-        "quality", help="does the method keep its character, on held-out stories of the demo model", allow_abbrev=False
+        "quality",
+        help="does the method keep its character, on held-out stories of the demo model",
+        description=_QUALITY_DESCRIPTION,
+        allow_abbrev=False,
     )
     bench_quality.add_arguments(quality)
     quality.set_defaults(run_bench=bench_quality.run)
@@ -255,7 +292,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that has no λ is no reason to fail
     try:
         with sigterm_as_interrupt():
-            return _command(_parse(argv))
+            return _command(build_parser().parse_args(argv))
     except StoryAdapterError as error:
         _tell(f"error: {error}")
         return error.exit_code
@@ -265,13 +302,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # as when the output is piped into head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush would fail again
         return 1
-
-
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    args, unknown = build_parser().parse_known_args(argv)
-    if unknown:
-        raise InputError(f"unknown: {' '.join(unknown)}; for all options type storyadapter-trt {args.command} --help")
-    return args
 
 
 def _command(args: argparse.Namespace) -> int:

@@ -99,7 +99,7 @@ SETTINGS = {
     "--scales 0.3": (
         "argument --scales: not allowed with argument --iterations; for all options type storyadapter-trt run --help"
     ),
-    "--stepz 3": "unknown: --stepz 3; for all options type storyadapter-trt run --help",
+    "--stepz 3": "unknown: --stepz 3 (did you mean --steps?); for all options type storyadapter-trt run --help",
 }
 
 
@@ -129,6 +129,13 @@ def test_scales(scales: str, reason: str, refused, quick_run: list[str]) -> None
 def test_a_backend_or_precision_that_is_unknown(option: str, refused, quick_run: list[str]) -> None:
     reason = refused(*quick_run, option, "quantum")
     assert reason.startswith(f"argument {option}: invalid choice: 'quantum' (choose from 'auto', ")
+
+
+def test_what_a_benchmark_does_not_know(refused) -> None:
+    of = "for all options type storyadapter-trt bench"
+    assert refused("bench") == f"the following arguments are required: BENCHMARK; {of} --help"
+    assert refused("bench", "soak", "--story=9") == f"unknown: --story=9 (did you mean --stories?); {of} soak --help"
+    assert refused("bench", "soak", "--qqq") == f"unknown: --qqq; {of} soak --help"
 
 
 def test_some_of_the_model_options(refused, quick_run: list[str]) -> None:
