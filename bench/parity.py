@@ -14,10 +14,16 @@ from storyadapter.plan import FRAMES_UNMEASURED
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options; imports nothing heavy."""
-    parser.add_argument("--frames", type=int, default=32, metavar="N", help="of the story (default: %(default)s)")
+    parser.add_argument(
+        "--frames", type=int, default=32, metavar="N", help="frames of the story (default: %(default)s)"
+    )
     parser.add_argument("--steps", type=int, default=20, help="denoising steps (default: %(default)s)")
     parser.add_argument(
-        "--iterations", type=int, default=method.ITERATIONS, metavar="K", help="after the first (default: %(default)s)"
+        "--iterations",
+        type=int,
+        default=method.ITERATIONS,
+        metavar="K",
+        help="iterations after the first (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the story's noise (default: %(default)s)")
     parser.add_argument(

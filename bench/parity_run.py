@@ -11,7 +11,7 @@ import gc
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import torch
 from PIL import Image
@@ -82,6 +82,10 @@ class Drawer:
     pipeline: StoryPipeline
     story: Story
     progress: Progress
+
+    def called(self, way: str) -> Self:
+        """The same, which tells in what way it draws."""
+        return dataclasses.replace(self, name=f"{self.name}, {way}")
 
     def draw(self, plan: RunPlan, resume: FinishedIteration | None = None) -> Pictures:
         """Every iteration that is left, each from the pictures of the one before."""
@@ -157,11 +161,12 @@ def measure(drawer: Drawer, plan: RunPlan, expected: Pictures) -> tuple[list[Ite
     Returns:
         The iterations, and dB of the control's frames; see `Findings`.
     """
-    free = drawer.draw(plan)
+    free = drawer.called("free-running").draw(plan)
     last = plan.iterations - 1
-    same = [free[0], *(drawer.draw_from(expected, iteration, plan) for iteration in range(1, last + 1))]
+    from_same = drawer.called("same references")
+    same = [free[0], *(from_same.draw_from(expected, iteration, plan) for iteration in range(1, last + 1))]
     halved = dataclasses.replace(plan, scales=(*plan.scales[:-1], plan.scales[-1] / 2))
-    control = drawer.draw_from(expected, last, halved)
+    control = drawer.called("same references, half the λ").draw_from(expected, last, halved)
     iterations = [
         Iteration(plan.scale_of(number), psnr_of_each(same[number], pictures), psnr_of_each(free[number], pictures))
         for number, pictures in enumerate(expected)

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -82,6 +83,11 @@ def test_an_engine_draws_what_eager_draws(
     told = capsys.readouterr()
     assert rounded == {("eager", False), ("onnxruntime", True)}  # the reference alone is spared TF32
     assert "building" not in told.err  # the engine that build made serves
+    assert re.findall(r"onnxruntime fp32, (.+): iteration (\d)", told.err) == [
+        *(("free-running", number) for number in "012"),
+        *(("same references", number) for number in "12"),
+        ("same references, half the λ", "2"),
+    ]
     data = json.loads((tmp_path / "v1.2.json").read_text(encoding="utf-8"))
     assert data["kind"] == "parity" and data["passed"] and data["problems"] == []
     assert [iteration["scale"] for iteration in data["iterations"]] == [None, 0.3, 0.5]
