@@ -129,7 +129,7 @@ class Pictures:
 def compare(other: str, found: Drawing, expected: Drawing) -> Comparison:
     """Two drawings of the same frames; `other` names the rung of the expected one."""
     errors = (found.pictures - expected.pictures).square().flatten(1).mean(1)
-    worst = min(EQUAL, float(10 * torch.log10(4 / errors.max()))) if errors.max() > 0 else EQUAL
+    worst = float((10 * torch.log10(4 / errors.max())).clamp(max=EQUAL))  # nan stays nan
     difference = (found.latents - expected.latents).norm() / expected.latents.norm()
     return Comparison(other, worst, float(difference))
 
@@ -181,7 +181,7 @@ class Ladder:
                     found["drawing"] = Drawing(latents, self.pictures.decode(latents))
                     if below is not None:
                         found["comparison"] = compare(below[0], found["drawing"], below[1])
-                    _check(latents, found.get("comparison"))
+                    check_drawing(found["drawing"], found.get("comparison"))
                     if device.type == "cuda":
                         torch.cuda.reset_peak_memory_stats(device)  # the decoder's is no part of it
                     found["load"] = stack.enter_context(watch(device))
@@ -214,9 +214,15 @@ class Ladder:
         return result, found["drawing"]
 
 
-def _check(latents: Tensor, comparison: Comparison | None) -> None:
-    if not latents.isfinite().all():
-        raise WrongPictures("its latents have values that are not finite")
+def check_drawing(drawing: Drawing, comparison: Comparison | None) -> None:
+    """Whether a rung may be timed.
+
+    Raises:
+        WrongPictures: what it drew isn't finite, or differs too much from what the rung below drew.
+    """
+    for name, values in (("latents", drawing.latents), ("pictures", drawing.pictures)):
+        if not values.isfinite().all():
+            raise WrongPictures(f"its {name} have values that are not finite")
     if comparison is not None and not comparison.psnr >= MIN_PSNR:
         raise WrongPictures(
             f"a picture is {comparison.psnr:.1f} dB from that of {comparison.other}; expected {MIN_PSNR:g} or more"

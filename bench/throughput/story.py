@@ -18,10 +18,11 @@ from storyadapter.bench.throughput.inputs import SEED, bind_text, encode_prompts
 from storyadapter.bench.timing import Result, measure_run
 from storyadapter.conditioning import BoundText, Tokenizers
 from storyadapter.denoising import LoopBuffers, LoopInputs
+from storyadapter.errors import RunError
 from storyadapter.events import FrameFinished, MicroBatchHalved, RunFinished, RunStarted
 from storyadapter.networks import Networks
 from storyadapter.noise import draw_noise
-from storyadapter.pictures import embed_pictures
+from storyadapter.pictures import decode_latents, embed_pictures, to_picture
 from storyadapter.pipeline import StoryPipeline
 from storyadapter.plan import RunPlan, split_evenly
 from storyadapter.sampler import build_sampler
@@ -175,9 +176,10 @@ def in_sequence(networks: Networks, tokenizers: Tokenizers) -> Draw:
 
 
 def _decode(networks: Networks, latents: Tensor) -> list[Image.Image]:
-    image = networks.vae_decoder({"latents": latents.to(networks.vae_dtype)})["image"].float()
-    array = ((image / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(frame) for frame in array]
+    pixels, finite = decode_latents(networks, latents)
+    if not finite.all():
+        raise RunError("a frame has values that are not finite")
+    return [to_picture(frame) for frame in pixels.cpu()]
 
 
 def measure_story(

@@ -9,13 +9,26 @@ import pytest
 import torch
 
 from storyadapter.bench.progress import Progress
+from storyadapter.bench.psnr import EQUAL, MIN_PSNR
 from storyadapter.bench.subject import Subject
 from storyadapter.bench.throughput import ladder, published, rungs
 from storyadapter.bench.throughput.cases import SMOKE_CASES, SMOKE_STORIES, Case, ranges
 from storyadapter.bench.throughput.command import RIVALS as RIVAL_NAMES
 from storyadapter.bench.throughput.command import RUNGS as RUNG_NAMES
 from storyadapter.bench.throughput.inputs import SCALE, CaseInputs, make_inputs
-from storyadapter.bench.throughput.ladder import FAILED, MEASURED, NOT_RUN, WRONG, Ladder, Pictures, RungResult
+from storyadapter.bench.throughput.ladder import (
+    FAILED,
+    MEASURED,
+    NOT_RUN,
+    WRONG,
+    Drawing,
+    Ladder,
+    Pictures,
+    RungResult,
+    WrongPictures,
+    check_drawing,
+    compare,
+)
 from storyadapter.bench.throughput.rivals import RIVALS
 from storyadapter.bench.throughput.rungs import LADDER, Rung, Steps
 from storyadapter.bench.throughput.workbench import Workbench, with_eager_vae
@@ -181,3 +194,16 @@ def test_contract_steps_draw_whole_cases_alone(climb: Ladder) -> None:
 
 def test_rows_per_second_by_hand() -> None:
     assert RungResult("c", "r", "", False, NOT_RUN).rows_per_second is None
+
+
+def test_pictures_that_are_not_finite_are_no_likeness() -> None:
+    latents, pictures = torch.ones(2, 4, 1, 1), torch.zeros(2, 3, 8, 8)
+    right = Drawing(latents, pictures)
+    assert compare("below", right, right).psnr == EQUAL
+    broken = Drawing(latents, torch.full_like(pictures, torch.nan))
+    assert not compare("below", broken, right).psnr >= MIN_PSNR
+    with pytest.raises(WrongPictures, match="its pictures have values that are not finite"):
+        check_drawing(broken, None)
+    with pytest.raises(WrongPictures, match="its latents have values that are not finite"):
+        check_drawing(Drawing(latents * torch.inf, pictures), None)
+    check_drawing(right, compare("below", right, right))
