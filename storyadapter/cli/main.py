@@ -210,7 +210,11 @@ def _add_run(commands: "argparse._SubParsersAction[Parser]") -> None:
     options.add_size_options(parser, as_range=False)
     output = parser.add_argument_group("output")
     output.add_argument("--out", default="story-out", metavar="DIR", help="output folder (default: %(default)s)")
-    output.add_argument("--resume", action="store_true", help="go on after the last finished iteration in --out")
+    output.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on after the last finished iteration in --out, or begin if there is none",
+    )
     output.add_argument(
         "--keep",
         default="all",
