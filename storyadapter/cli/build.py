@@ -82,5 +82,5 @@ def _build(
         on_wait=lambda message: reporter.note("wait", message),
     )
     how = f"built in {duration(time.perf_counter() - started)}" if built else "was there already"
-    text = f"engine {engine.folder} ({engine.bytes / 2**20:,.0f} MB, {how})"
+    text = f"engine {engine.folder} ({engine.bytes / 2**20:,.0f} MiB, {how})"
     reporter.result("built", text, folder=str(engine.folder), bytes=engine.bytes, new=built)

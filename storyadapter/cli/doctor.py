@@ -42,7 +42,7 @@ def doctor() -> int:
     store = EngineStore()
     engines, warnings = store.scan()
     lines.append(f"engines    {len(engines)} in {store.root}")
-    lines += [f"           {engine}, {engine.bytes / 2**20:.0f} MB" for engine in engines]
+    lines += [f"           {engine}, {engine.bytes / 2**20:.0f} MiB" for engine in engines]
     lines += [f"           {warning}" for warning in warnings]
     print_result("\n".join(lines))
     return 0 if usable else 1

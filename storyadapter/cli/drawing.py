@@ -173,7 +173,7 @@ def _tell_plan(
         f"{session.model.label}, {session.how} on {pipeline.networks.device}: "
         f"{count(frames, 'frame')} of {plan.width}x{plan.height}, {count(plan.iterations, 'iteration')}"
         + (f" ({first} finished)" if first else "")
-        + f", {left:,} UNet rows in micro-batches of {split}; text projected {text}; {memory / 2**20:,.0f} MB in use; "
+        + f", {left:,} UNet rows in micro-batches of {split}; text projected {text}; {memory / 2**20:,.0f} MiB in use; "
         f"seed {plan.seed}; about {duration(seconds)}",
         frames=frames,
         iterations=plan.iterations,

@@ -138,7 +138,7 @@ class LineReporter:
 
     def bytes_read(self, done: int, total: int) -> None:
         if done == total:
-            self.note("weights_read", f"hashed {total / 2**20:,.0f} MB of weights, once")
+            self.note("weights_read", f"hashed {total / 2**20:,.0f} MiB of weights, once")
 
     def event(self, event: Event) -> None:
         match event:
@@ -189,7 +189,7 @@ class BarReporter:
         bar.update(task, total=100, completed=round(100 * done))
 
     def bytes_read(self, done: int, total: int) -> None:
-        bar, task = self._bar("hashing weights, once (MB)", total >> 20, transient=True)
+        bar, task = self._bar("hashing weights, once (MiB)", total >> 20, transient=True)
         bar.update(task, completed=done >> 20)
         if done == total:
             self.close()

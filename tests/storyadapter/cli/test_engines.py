@@ -64,7 +64,7 @@ def test_building_again_takes_what_is_there(type_in: Type, tiny_model: list[str]
     (folder,) = (path for path in tiny_engine_dir.iterdir() if path.is_dir())
     done = type_in(*build)
     assert done.code == 0
-    assert done.out.startswith(f"engine {folder} (") and done.out.endswith(" MB, was there already)\n")
+    assert done.out.startswith(f"engine {folder} (") and done.out.endswith(" MiB, was there already)\n")
     (*_, built) = type_in(*build, "--json-log").events
     assert (built["event"], built["folder"], built["new"]) == ("built", str(folder), False)
     done = type_in(*build, "--quiet")

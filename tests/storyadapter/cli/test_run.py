@@ -65,7 +65,7 @@ def test_the_plan_and_each_iteration_are_told(type_in: Type, quick_run: list[str
     (plan,) = (line for line in lines if "UNet rows" in line)
     assert ": 3 frames of 64x64, 3 iterations, 36 UNet rows in micro-batches of 3; text projected once; " in plan
     assert ", eager fp32 on " in plan
-    assert " MB in use; seed 7; about " in plan
+    assert " MiB in use; seed 7; about " in plan
     assert [line.split(":")[0] for line in lines[-3:]] == [
         "iteration 0, text only",
         "iteration 1, λ 0.3",
