@@ -32,8 +32,8 @@ def _introduction(data: dict[str, Any]) -> list[str]:
     return [
         "A step is a UNet call with guidance and sampler; times are medians of single steps, the spread lies between",
         "the 10th and the 90th percentile. Every rung has the same weights, inputs and noise. It is timed only if the",
-        f"pictures that it draws in a few steps are no further than {MIN_PSNR:g} dB from those of the rung below (the",
-        "worst frame, decoded in fp32, on a GPU with TF32).",
+        f"pictures that it draws in a few steps agree with those of the rung below: PSNR of {MIN_PSNR:g} dB or more",
+        "(the worst frame, decoded in fp32, on a GPU with TF32).",
         "",
         "TFLOP/s counts what the model asks for, however a rung computes it: by torch.utils.flop_counter on the eager",
         "denoiser, and 4 · queries · width operations per key of each global reference cross-attention." + measured,
