@@ -30,7 +30,8 @@ def test_a_killed_compiler_is_told_by_network(checkpoint: Checkpoint, tmp_path: 
             for process in workers():
                 os.kill(process.pid, signal.SIGKILL)
 
-    with pytest.raises(EngineBuildError, match=r"^\w+: the compiler was killed, most likely for want of memory"):
+    # a compiler that has told of none of its networks yet goes by all of them
+    with pytest.raises(EngineBuildError, match=r"^\w+( and \w+)*: the compiler was killed, most likely for want of"):
         build_inductor(checkpoint, "fp32", "fp32", RANGES, tmp_path, CPU, kill)
     assert not workers()
 
