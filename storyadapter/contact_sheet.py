@@ -35,9 +35,10 @@ class Row:
 
 def fit(size: tuple[int, int], bound: float) -> tuple[int, int]:
     """The size (width, height) whose longer side is at most `bound`; small pictures are magnified by whole numbers."""
-    scale = bound / max(size)
-    scale = math.floor(scale) if scale >= 1 else scale
-    return max(1, math.floor(size[0] * scale)), max(1, math.floor(size[1] * scale))
+    limit, longest = math.floor(bound), max(size)
+    if limit >= longest:
+        return size[0] * (limit // longest), size[1] * (limit // longest)
+    return max(1, size[0] * limit // longest), max(1, size[1] * limit // longest)
 
 
 def scaled(image: Image.Image, size: tuple[int, int]) -> Image.Image:

@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -89,6 +89,7 @@ def test_sheets_stay_within_what_viewers_open(frames: int, iterations: int) -> N
 
 
 @given(st.integers(1, 5000), st.integers(1, 5000), st.floats(1, 600))
+@example(1, 1155, 599.9999999999999)
 def test_fit(width: int, height: int, bound: float) -> None:
     fitted = fit((width, height), bound)
     assert 1 <= max(fitted) <= bound
