@@ -4,13 +4,11 @@ import contextlib
 import subprocess
 import sys
 from collections.abc import Iterator
-from typing import Final
 
 import torch
 
+from storyadapter.bench.units import GIB
 from storyadapter.errors import UnavailableError
-
-GIB: Final = 1 << 30
 
 
 @contextlib.contextmanager

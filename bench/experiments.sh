@@ -8,15 +8,15 @@
 # built once, into FOLDER/engines.
 set -u -o pipefail
 
+known=" $(sed -n 's/^run \([a-z0-9-]*\) .*/\1/p' "$0" | tr '\n' ' ')"
 if [ $# -eq 0 ] || [ "${1#-}" != "$1" ]; then
     sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
-    echo "names: $(sed -n 's/^run \([a-z0-9-]*\) .*/\1/p' "$0" | tr '\n' ' ')" >&2
+    echo "names:$known" >&2
     exit 2
 fi
 out=$1
 shift
 wanted=" $* "
-known=" $(sed -n 's/^run \([a-z0-9-]*\) .*/\1/p' "$0" | tr '\n' ' ') "
 for name in "$@"; do
     [ "${known#* "$name" }" != "$known" ] || { echo "$name isn't an experiment; expected some of$known" >&2; exit 2; }
 done

@@ -1,8 +1,8 @@
 """`storyadapter-trt bench kernel`: the fused GRCA kernel against the other ways to compute the same function."""
 
 import argparse
-from pathlib import Path
 
+from storyadapter.bench.options import add_report_options
 from storyadapter.bench.report_files import check_out, write_report
 
 
@@ -13,9 +13,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, … or cpu with --smoke (%(default)s)")
     parser.add_argument("--repeats", type=int, default=30, metavar="N", help="timed repeats, at least 30 (%(default)s)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write FILE.md and FILE.json besides the table")
     parser.add_argument("--smoke", action="store_true", help="two tiny cases: does the benchmark itself work?")
-    parser.add_argument("--commit", metavar="SHA", help="commit to report, where the checkout has no history")
+    add_report_options(parser, "FILE.md and FILE.json besides the table")
 
 
 def run(args: argparse.Namespace) -> int:

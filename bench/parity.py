@@ -1,13 +1,11 @@
 """`storyadapter-trt bench parity`: a backend's pictures against those of eager in fp32, from the same references."""
 
 import argparse
-from pathlib import Path
 
 from storyadapter import method
+from storyadapter.bench.options import add_backend_options, add_report_options
 from storyadapter.bench.report_files import check_out, write_report
 from storyadapter.cli.options import add_checkpoint_options
-from storyadapter.contract import PRECISIONS
-from storyadapter.engine.backends import AUTO, BACKENDS
 from storyadapter.errors import InputError
 from storyadapter.plan import FRAMES_UNMEASURED
 
@@ -33,19 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help="frames of a micro-batch at the most (default: %(default)s)",
     )
-    parser.add_argument(
-        "--backend",
-        default=AUTO,
-        choices=(AUTO, *BACKENDS),
-        help="what is compared; the engine that build makes by default is built first where the store has none "
-        "(default: auto, as run)",
+    add_backend_options(
+        parser, "what is compared; the engine that build makes by default is built first where the store has none"
     )
-    parser.add_argument(
-        "--precision", default=AUTO, choices=(AUTO, *PRECISIONS), help="(default: auto, fp16 on a GPU, fp32 on a CPU)"
-    )
-    parser.add_argument("--engine-dir", type=Path, metavar="D", help="engine store (default: in the user's cache)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write FILE.md and FILE.json")
-    parser.add_argument("--commit", metavar="SHA", help="commit to report, where the checkout has no history")
+    add_report_options(parser)
     add_checkpoint_options(parser)
 
 

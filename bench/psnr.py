@@ -1,5 +1,6 @@
 """How far pictures are from those they should be, as peak signal-to-noise ratio (PSNR)."""
 
+import math
 from collections.abc import Iterable
 from typing import Final
 
@@ -12,10 +13,14 @@ MIN_MEDIAN_PSNR: Final = 40.0
 MIN_PSNR: Final = 34.0
 
 
+def decibels(error: float, peak: float) -> float:
+    """dB of a mean square error, of signals up to `peak`; `EQUAL` at the most, nan of nan."""
+    return EQUAL if error == 0 else min(-10 * math.log10(error / peak**2), EQUAL)
+
+
 def psnr(found: Image.Image, expected: Image.Image) -> float:
     """dB, of 255; `EQUAL` at the most."""
-    error = float(np.square(np.asarray(found, dtype=np.float64) - np.asarray(expected)).mean())
-    return min(EQUAL, float(10 * np.log10(255**2 / error))) if error else EQUAL
+    return decibels(float(np.square(np.asarray(found, dtype=np.float64) - np.asarray(expected)).mean()), 255)
 
 
 def psnr_of_each(found: Iterable[Image.Image], expected: Iterable[Image.Image]) -> list[float]:

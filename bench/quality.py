@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from storyadapter import method
+from storyadapter.bench.options import add_engine_dir_option
 from storyadapter.contract import PRECISIONS
 from storyadapter.demo.shipped import MODEL
 from storyadapter.engine.backends import AUTO, BACKENDS
@@ -56,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision", choices=(AUTO, *PRECISIONS), default=AUTO, help="of the pipeline (default: auto)"
     )
-    parser.add_argument("--engine-dir", type=Path, metavar="D", help="engine store (default: in the user's cache)")
+    add_engine_dir_option(parser)
     parser.add_argument("--out", type=Path, metavar="DIR", help="write quality.json and a sheet per story here")
 
 

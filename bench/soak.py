@@ -1,12 +1,11 @@
 """`storyadapter-trt bench soak`: many stories in one process; memory must not grow, and pictures must not change."""
 
 import argparse
-from pathlib import Path
 
+from storyadapter.bench.options import add_backend_options, add_report_options
 from storyadapter.bench.report_files import check_out, write_report
 from storyadapter.cli.options import add_checkpoint_options
-from storyadapter.contract import PRECISIONS, check_pixels
-from storyadapter.engine.backends import AUTO, BACKENDS
+from storyadapter.contract import check_pixels
 from storyadapter.errors import InputError
 
 MODELS = ("sdxl", "toy")
@@ -48,18 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="random weights instead of the demo model: sdxl (full size) or toy",
     )
-    parser.add_argument(
-        "--backend",
-        default=AUTO,
-        choices=(AUTO, *BACKENDS),
-        help="what runs the networks; its engine is built first where the store has none (default: auto, as run)",
-    )
-    parser.add_argument(
-        "--precision", default=AUTO, choices=(AUTO, *PRECISIONS), help="(default: auto, fp16 on a GPU, fp32 on a CPU)"
-    )
-    parser.add_argument("--engine-dir", type=Path, metavar="D", help="engine store (default: in the user's cache)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write FILE.md and FILE.json")
-    parser.add_argument("--commit", metavar="SHA", help="commit to report, where the checkout has no history")
+    add_backend_options(parser, "what runs the networks; its engine is built first where the store has none")
+    add_report_options(parser)
     add_checkpoint_options(parser)
 
 

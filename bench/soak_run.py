@@ -23,6 +23,7 @@ from storyadapter.bench.environment import describe
 from storyadapter.bench.subject import Subject
 from storyadapter.bench.throughput.inputs import prompts
 from storyadapter.bench.timing import measure_run
+from storyadapter.bench.units import MIB
 from storyadapter.cli.options import model_choice
 from storyadapter.contract import Precision, Range, ShapeRanges
 from storyadapter.engine.backends import AUTO, BACKENDS, choose_backend, choose_precision, default_device
@@ -33,7 +34,6 @@ from storyadapter.story import Story
 
 KIND: Final = "soak"
 YARDSTICK_EVERY: Final = 3
-MIB: Final = 2**20
 # What memory after the yardstick may differ by, in bytes and as a share: the resident memory of a process wanders as
 # its allocator keeps pages; a GPU's memory is taken in segments, each kept as long as anything in it is in use.
 TOLERANCE: Final = {"cpu": (48 * MIB, 0.03), "cuda": (64 * MIB, 0.01)}

@@ -14,13 +14,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 import psutil
 import torch
 
 from storyadapter.bench.synthetic import SyntheticCheckpoint
 from storyadapter.bench.synthetic_models import SDXL
+from storyadapter.bench.units import GIB
 from storyadapter.contract import PRECISIONS, Range, ShapeRanges, network_specs
 from storyadapter.engine.backends import installed_version
 from storyadapter.engine.tensorrt.builder import build_request, run_worker
@@ -33,7 +33,6 @@ from storyadapter.grca import grca
 from storyadapter.networks import TORCH_DTYPES
 from storyadapter.unet import split_unet
 
-GIB: Final = 2**30
 # Where the attentions of one transformer block come from, by the names of their ONNX nodes.
 SELF, TEXT, REFERENCES = "self-attention", "text attention", "reference attention"
 

@@ -1,8 +1,8 @@
 """The options of `bench throughput` and its course."""
 
 import argparse
-from pathlib import Path
 
+from storyadapter.bench.options import add_engine_dir_option, add_report_options
 from storyadapter.bench.report_files import check_out
 from storyadapter.cli.options import add_checkpoint_options
 from storyadapter.contract import PRECISIONS
@@ -53,16 +53,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="as on a smaller GPU: a second process holds all memory but so much; whole stories are then drawn in one "
         "way, in micro-batches of as many frames as fit",
     )
-    parser.add_argument("--engine-dir", type=Path, metavar="D", help="engine store (default: in the user's cache)")
-    parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="write FILE.md, FILE.json (for bench compare) and FILE.png"
-    )
+    add_engine_dir_option(parser)
+    add_report_options(parser, "FILE.md, FILE.json (for bench compare) and FILE.png")
     parser.add_argument(
         "--smoke",
         action="store_true",
         help="the toy model and tiny cases, also on a CPU: does the benchmark itself work?",
     )
-    parser.add_argument("--commit", metavar="SHA", help="commit to report, where the checkout has no history")
     add_checkpoint_options(parser)
 
 
@@ -83,8 +80,9 @@ def run(args: argparse.Namespace) -> int:
         from storyadapter.bench.throughput.course import measure
 
         return measure(args)
-    from storyadapter.bench.device_memory import GIB, only_device_memory
+    from storyadapter.bench.device_memory import only_device_memory
     from storyadapter.bench.throughput.course import measure
+    from storyadapter.bench.units import GIB
     from storyadapter.engine.backends import default_device
 
     with only_device_memory(int(args.device_memory * GIB), default_device()):

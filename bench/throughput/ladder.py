@@ -12,7 +12,7 @@ from torch import Tensor
 
 from storyadapter.bench.environment import watch
 from storyadapter.bench.progress import Progress
-from storyadapter.bench.psnr import EQUAL, MIN_PSNR
+from storyadapter.bench.psnr import MIN_PSNR, decibels
 from storyadapter.bench.throughput.cases import Case
 from storyadapter.bench.throughput.inputs import CaseInputs
 from storyadapter.bench.throughput.rungs import Rung, Steps
@@ -129,7 +129,7 @@ class Pictures:
 def compare(other: str, found: Drawing, expected: Drawing) -> Comparison:
     """Two drawings of the same frames; `other` names the rung of the expected one."""
     errors = (found.pictures - expected.pictures).square().flatten(1).mean(1)
-    worst = float((10 * torch.log10(4 / errors.max())).clamp(max=EQUAL))  # nan stays nan
+    worst = decibels(float(errors.max()), 2)
     difference = (found.latents - expected.latents).norm() / expected.latents.norm()
     return Comparison(other, worst, float(difference))
 

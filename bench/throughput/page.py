@@ -5,8 +5,8 @@ from typing import Any, Final
 from storyadapter.bench.markdown import table
 from storyadapter.bench.psnr import MIN_PSNR
 from storyadapter.bench.throughput.cases import PUBLISHED
+from storyadapter.bench.units import GIB
 
-GIB: Final = 2**30
 _NONE: Final = "-"
 
 

@@ -6,7 +6,8 @@ import os
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
-from typing import NoReturn
+from types import ModuleType
+from typing import Any, NoReturn
 
 import storyadapter
 from storyadapter import method
@@ -228,61 +229,61 @@ def _add_run(commands: "argparse._SubParsersAction[Parser]") -> None:
 def _add_bench(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser = commands.add_parser("bench", help="measure", description="Measure on this machine.", allow_abbrev=False)
     benches = parser.add_subparsers(dest="bench", required=True, metavar="BENCHMARK", title="benchmarks")
-    kernel = benches.add_parser(
+    _add_benchmark(
+        benches,
         "kernel",
+        bench_kernel,
         help="the fused attention kernel against its rivals",
         description=_KERNEL_DESCRIPTION,
-        allow_abbrev=False,
     )
-    bench_kernel.add_arguments(kernel)
-    kernel.set_defaults(run_bench=bench_kernel.run)
-    quality = benches.add_parser(
+    _add_benchmark(
+        benches,
         "quality",
+        bench_quality,
         help="does the method keep its character, on held-out stories of the demo model",
         description=_QUALITY_DESCRIPTION,
-        allow_abbrev=False,
     )
-    bench_quality.add_arguments(quality)
-    quality.set_defaults(run_bench=bench_quality.run)
-    parity = benches.add_parser(
+    _add_benchmark(
+        benches,
         "parity",
+        bench_parity,
         help="a backend's pictures against those of eager in fp32, from the same references",
         description="Draws a story by eager in fp32 and by another backend: each iteration from eager's pictures of "
         "the one before, and all iterations free-running. Exit code 1 if a picture drawn from the same references is "
         "further from eager's than half precision may take it, or if half the λ isn't seen.",
-        allow_abbrev=False,
     )
-    bench_parity.add_arguments(parity)
-    parity.set_defaults(run_bench=bench_parity.run)
-    throughput = benches.add_parser(
+    _add_benchmark(
+        benches,
         "throughput",
+        bench_throughput,
         help="from the published method to this project, one step at a time; and whole stories",
         description=_THROUGHPUT_DESCRIPTION,
         epilog=_THROUGHPUT_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
-    bench_throughput.add_arguments(throughput)
-    throughput.set_defaults(run_bench=bench_throughput.run)
-    compare = benches.add_parser(
+    _add_benchmark(
+        benches,
         "compare",
+        bench_compare,
         help="what got slower between two reports of throughput",
         description="Compares two reports of bench throughput, of one device, model and set of cases. Exit code 1 if "
         "something got slower or gives no number any more.",
-        allow_abbrev=False,
     )
-    bench_compare.add_arguments(compare)
-    compare.set_defaults(run_bench=bench_compare.run)
-    soak = benches.add_parser(
+    _add_benchmark(
+        benches,
         "soak",
+        bench_soak,
         help="many stories in one process: memory must not grow, pictures must not change",
         description="Draws many stories of random length, size and seed in one process. Every third is the first one "
         "again: its pictures must be the same each time, and the memory in use after it must not grow. Exit code 1 if "
         "one of these fails.",
-        allow_abbrev=False,
     )
-    bench_soak.add_arguments(soak)
-    soak.set_defaults(run_bench=bench_soak.run)
+
+
+def _add_benchmark(benches: "argparse._SubParsersAction[Parser]", name: str, module: ModuleType, **texts: Any) -> None:
+    parser = benches.add_parser(name, allow_abbrev=False, **texts)
+    module.add_arguments(parser)
+    parser.set_defaults(run_bench=module.run)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

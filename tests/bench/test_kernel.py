@@ -2,9 +2,6 @@
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +10,7 @@ import torch
 from storyadapter.bench.kernel import add_arguments, run
 from storyadapter.errors import InputError, UnavailableError
 from storyadapter.grca import grca
+from tests.kernels.interpreter_process import run_interpreted
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
@@ -33,17 +31,9 @@ def _options(*words: str) -> argparse.Namespace:
 
 def test_smoke_run_writes_a_report(tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="needs Triton")
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, "--device", "cpu", "--smoke", "--out", str(tmp_path / "kernel")],
-        cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    printed = run_interpreted("-c", PROGRAM, "--device", "cpu", "--smoke", "--out", str(tmp_path / "kernel"))
     text = (tmp_path / "kernel.md").read_text(encoding="utf-8")
-    assert done.stdout.strip() == text.strip()
+    assert printed.strip() == text.strip()
     data = json.loads((tmp_path / "kernel.json").read_text(encoding="utf-8"))
     assert {"device", "torch", "triton", "commit", "command"} <= set(data["environment"])
     assert len(data["results"]) == 2

@@ -12,8 +12,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def interpret(module: str, *arguments: str) -> dict[str, Any]:
     """What `python -m <module>` prints, as JSON, where Triton interprets its kernels."""
+    return json.loads(run_interpreted("-m", module, *arguments))
+
+
+def run_interpreted(*words: str) -> str:
+    """What `python <words>` prints where Triton interprets its kernels; it must end well."""
     done = subprocess.run(
-        [sys.executable, "-m", module, *arguments],
+        [sys.executable, *words],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
@@ -21,4 +26,4 @@ def interpret(module: str, *arguments: str) -> dict[str, Any]:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout)
+    return done.stdout
