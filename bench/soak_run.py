@@ -24,7 +24,7 @@ from storyadapter.bench.subject import Subject
 from storyadapter.bench.throughput.inputs import prompts
 from storyadapter.bench.timing import measure_run
 from storyadapter.bench.units import MIB
-from storyadapter.cli.options import model_choice
+from storyadapter.cli.options import MAX_REFERENCES, model_choice
 from storyadapter.contract import Precision, Range, ShapeRanges
 from storyadapter.engine.backends import AUTO, BACKENDS, choose_backend, choose_precision, default_device
 from storyadapter.events import FrameFinished
@@ -147,7 +147,8 @@ def soak(args: argparse.Namespace, limit: int | None) -> Findings:
     geometry = subject.checkpoint.geometry
     sizes = args.sizes or picture_sizes(geometry.default_pixels)
     pixels = Range(sizes[0], sizes[-1])
-    ranges = ShapeRanges(args.max_frames, args.max_references, pixels, pixels)
+    # as many references as `build` and the other benchmarks expect, so that one engine serves them all
+    ranges = ShapeRanges(args.max_frames, max(MAX_REFERENCES, args.max_references), pixels, pixels)
     vae_precision = geometry.default_vae_precision(precision)
     if args.synthetic_weights and precision != "fp32" and "bf16" in BACKENDS[backend].vae_precisions:
         vae_precision = "bf16"  # as bench throughput: one engine serves both
