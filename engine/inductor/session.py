@@ -4,6 +4,7 @@ import json
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
@@ -17,6 +18,9 @@ from storyadapter.engine.loading import load_each
 from storyadapter.engine.out_of_memory import told_as_out_of_memory
 from storyadapter.grca import grca
 from storyadapter.networks import Networks, check_inputs, run_directly
+
+if TYPE_CHECKING:
+    from torch.export.pt2_archive._package import AOTICompiledModel
 
 # Above this share of the free memory the weights leave too little for frames: all but the denoiser's stay on the host.
 _OFFLOAD_ABOVE = 0.5
@@ -56,11 +60,7 @@ class InductorNetwork:
         self.letters = letters
         self.offloaded = offloaded
         self._compiled = compiled_ranges(spec, letters)
-        # run_single_threaded: the other mode keeps a pool of runners that synchronizes, which no graph can capture
-        index = device.index if device.type == "cuda" and device.index is not None else -1
-        self._package = torch._inductor.aoti_load_package(
-            str(folder / package_name(spec.name)), run_single_threaded=True, device_index=index
-        )
+        self._package = _open_package(folder / package_name(spec.name), device)
         self.weights = {name: weights[name] for name in self._package.get_constant_fqns()}
         self._bound: dict[str, Tensor] = {}
         if offloaded:
@@ -116,6 +116,16 @@ class InductorNetwork:
         with torch.inference_mode(), told_as_out_of_memory(self.device):
             outputs = self._package(*tensors)
         return list(outputs) if isinstance(outputs, tuple | list) else [outputs]
+
+
+def _open_package(path: Path, device: torch.device) -> "AOTICompiledModel":
+    # PyTorch compares this machine with that of the build. To tell which vector instructions the host has it compiles
+    # programs and starts them, some 40 s in every process (PyTorch 2.11), and a package for a GPU has none of these.
+    on_gpu = device.type == "cuda"
+    index = device.index if on_gpu and device.index is not None else -1
+    with torch._inductor.config.patch({"cpp.vec_isa_ok": False} if on_gpu else {}):
+        # run_single_threaded: the other mode keeps a pool of runners that synchronizes, which no graph can capture
+        return torch._inductor.aoti_load_package(str(path), run_single_threaded=True, device_index=index)
 
 
 def _without_memory(value: Tensor, device: torch.device) -> Tensor:

@@ -1,5 +1,8 @@
 """Backend inductor on a GPU: what it draws, that a step is captured, and that nothing waits inside the loop."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,6 +65,21 @@ def test_steps_are_captured_once_per_shape(networks: Networks, checkpoint: Check
     again = [np.asarray(e.picture) for e in pipeline.run(STORY, PLAN) if isinstance(e, FrameFinished)]
     assert runner.captures == before and runner.replays > 0
     assert all(np.array_equal(one, other) for one, other in zip(again, stories[-1], strict=True))
+
+
+def test_a_fresh_process_compiles_nothing(tiny_model_dir: Path, tiny_inductor_dir: Path, tmp_path: Path) -> None:
+    run = [
+        *(sys.executable, "-m", "storyadapter.cli.main", "run", "--base-model", str(tiny_model_dir)),
+        *("--image-encoder", str(tiny_model_dir / "image_encoder")),
+        *("--ip-adapter", str(tiny_model_dir / "ip-adapter.safetensors"), "--backend", "inductor"),
+        *("--precision", "fp32", "--steps", "2", "--iterations", "1", "--prompt", "a fox", "an owl"),
+        *("--engine-dir", str(tiny_inductor_dir), "--out", str(tmp_path / "out")),
+    ]
+    compiled = tmp_path / "compiled"
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(compiled)}
+    done = subprocess.run(run, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert not list(compiled.rglob("*.cpp")) and "mismatch" not in done.stderr
 
 
 @pytest.mark.usefixtures("told_when_the_host_waits")
