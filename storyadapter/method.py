@@ -32,6 +32,9 @@ SAMPLERS: Final = MappingProxyType(
         "lcm": "LCMScheduler",
     }
 )
+# The most steps of each over the noise schedule below, which has 1000 time steps: with its offset of 1, ddim finds 999,
+# and dpmpp_2m more than 998 with one noise level twice; lcm chooses among 50.
+MAX_STEPS: Final = MappingProxyType({"ddim": 999, "euler": 1000, "dpmpp_2m": 998, "lcm": 50})
 PREDICTION_TYPES: Final = ("epsilon", "v_prediction", "sample")
 
 # The published sampler's settings, used instead of the checkpoint's own scheduler.

@@ -51,8 +51,11 @@ class RunPlan:
         for scale in self.scales:
             if not 0 <= scale <= method.MAX_SCALE:
                 raise InputError(f"--scales has {scale:g}; expected each λ from 0 to {method.MAX_SCALE:g}")
-        if self.steps < 1:
-            raise InputError(f"--steps is {self.steps}; expected 1 or more")
+        if self.scheduler not in method.SAMPLERS:
+            raise InputError(f"--scheduler is {self.scheduler}; expected one of {', '.join(method.SAMPLERS)}")
+        most = method.MAX_STEPS[self.scheduler]
+        if not 1 <= self.steps <= most:
+            raise InputError(f"--steps is {self.steps}; expected 1 to {most} with --scheduler {self.scheduler}")
         if not 0 <= self.guidance <= 100:
             raise InputError(f"--guidance is {self.guidance:g}; expected 0 to 100")
         if self.max_frames is not None and self.max_frames < 1:

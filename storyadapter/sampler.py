@@ -206,8 +206,9 @@ def table_from_scheduler(scheduler: SchedulerMixin | Mapping[str, Any], steps: i
     name = config.get("_class_name") if isinstance(scheduler, Mapping) else type(scheduler).__name__
     if name not in _CLASSES:
         raise InputError(f"scheduler {name} is not supported; expected one of {', '.join(_CLASSES)}")
-    if not isinstance(steps, int) or steps < 1:
-        raise InputError(f"{steps} denoising steps; expected a whole number of 1 or more")
+    most = config.get("num_train_timesteps", 1000)  # unless told, diffusers' own; Euler would do more at one time step
+    if not isinstance(steps, int) or not 1 <= steps <= most:
+        raise InputError(f"{steps} denoising steps; expected a whole number from 1 to {most}")
     _refuse_unsupported(name, config)
     try:
         fresh = _CLASSES[name].from_config(config)

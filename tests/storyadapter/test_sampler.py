@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from storyadapter.errors import InputError
-from storyadapter.method import SAMPLERS
+from storyadapter.method import MAX_STEPS, SAMPLERS
 from storyadapter.sampler import (
     COLUMNS,
     SamplerTable,
@@ -298,7 +298,7 @@ def test_what_is_not_covered_is_refused_by_name(scheduler, named: str) -> None:
         (dict(name="lcm", steps=5, karras=True), "Karras"),
         (dict(name="ddim", steps=0), "0 denoising steps"),
         (dict(name="ddim", steps=1000), "1000 steps"),
-        (dict(name="ddim", steps=1001), "1001 steps"),
+        (dict(name="ddim", steps=1001), "1001 denoising steps; expected a whole number from 1 to 1000"),
         (dict(name="lcm", steps=51), "51 steps"),
         (dict(name="dpmpp_2m", steps=1000), "share one noise level"),
         (dict(name="ddim", steps=5, zero_terminal_snr=True), "v_prediction"),
@@ -309,6 +309,14 @@ def test_what_is_not_covered_is_refused_by_name(scheduler, named: str) -> None:
 def test_what_cannot_be_built_is_refused(arguments: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         build_sampler(**arguments)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_most_steps_are_told_to_the_number(name: str) -> None:
+    timesteps = build_sampler(name, MAX_STEPS[name]).timestep
+    assert len(timesteps) == MAX_STEPS[name] and timesteps.diff().max() < 0  # each its own
+    with pytest.raises(InputError):
+        build_sampler(name, MAX_STEPS[name] + 1)
 
 
 @pytest.mark.parametrize("steps", [3, 600])

@@ -83,7 +83,10 @@ SETTINGS = {
         "storyadapter-trt run --help"
     ),
     "--iterations -1": "--iterations is -1; expected 0 (text only) or more",
-    "--steps 0": "--steps is 0; expected 1 or more",
+    "--steps 0": "--steps is 0; expected 1 to 999 with --scheduler ddim",
+    "--steps 1001": "--steps is 1001; expected 1 to 999 with --scheduler ddim",
+    "--steps 1001 --base-model gone": "--steps is 1001; expected 1 to 999 with --scheduler ddim",
+    "--steps 51 --scheduler lcm": "--steps is 51; expected 1 to 50 with --scheduler lcm",
     "--seed -1": "--seed is -1; expected 0 to 2^63 - 1",
     "--guidance nan": "--guidance is nan; expected 0 to 100",
     "--karras": "Karras steps are not defined for ddim; expected one of euler, dpmpp_2m with them",
