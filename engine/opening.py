@@ -1,13 +1,14 @@
 """From a checkpoint to the networks of a backend: the one place where backends and the method meet."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from storyadapter.checkpoint import Checkpoint
-from storyadapter.contract import Precision, Range, ShapeRanges
+from storyadapter.contract import Geometry, Precision, Range, ShapeRanges
 from storyadapter.engine.backends import check_available, default_device, installed_version
 from storyadapter.engine.fingerprint import fingerprint_files
 from storyadapter.engine.identity import EngineIdentity, Lora, WeightFile, contract_digest
@@ -46,7 +47,6 @@ def identify(
         UnavailableError: no TensorRT that is installed serves the targets.
     """
     version, architecture = installed_version("torch" if backend == "eager" else backend) or "", "any"
-    build_options: tuple[tuple[str, str], ...] = (("opset", str(OPSET)), ("export", str(EXPORT_VERSION)))
     if backend == "tensorrt":
         library, targets = choose_library(targets, gpu_target())
         version, architecture = str(library), "+".join(targets)
@@ -54,9 +54,6 @@ def identify(
         from storyadapter.engine.inductor import target
 
         version, architecture = target.compiler_versions(default_device()), target.target_architecture(default_device())
-        build_options = target.build_options(default_device())
-    elif backend == "eager":
-        build_options = ()
     components = checkpoint.files_by_component
     loras = [lora.path for lora in checkpoint.loras]
     digests = fingerprint_files([*(path for paths in components.values() for path in paths), *loras], on_bytes)
@@ -71,9 +68,35 @@ def identify(
             WeightFile(component, path.name, digests[path]) for component, paths in components.items() for path in paths
         ),
         loras=tuple(Lora(lora.path.name, digests[lora.path], lora.scale) for lora in checkpoint.loras),
-        build_options=build_options,
+        build_options=_build_options(backend, default_device()),
         tuning=options.named() if options else (),
     )
+
+
+def _build_options(backend: str, device: torch.device) -> tuple[tuple[str, str], ...]:
+    """What in this version of the program decides what a backend's build makes, name and value."""
+    if backend == "eager":
+        return ()
+    if backend == "inductor":
+        from storyadapter.engine.inductor import target
+
+        return target.build_options(device)
+    return ("opset", str(OPSET)), ("export", str(EXPORT_VERSION))
+
+
+def why_outdated(engine: StoredEngine) -> list[str]:
+    """In which fields an engine differs from all that this version of the program asks for, in words; empty if in none.
+
+    Not by the libraries that are installed: with others, the same engine may serve.
+    """
+    stored = engine.identity
+    device = torch.device("cuda" if stored.architecture.startswith("sm") else "cpu")
+    try:
+        contract = contract_digest(Geometry.from_dict(engine.details["geometry"]))
+    except (KeyError, TypeError):
+        return ["its model is described otherwise than by this version of the program"]
+    asked = replace(stored, contract=contract, build_options=_build_options(stored.backend, device))
+    return stored.differences(asked)
 
 
 def build_engine(

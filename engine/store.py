@@ -9,6 +9,7 @@ import errno
 import json
 import os
 import platform
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -75,6 +76,10 @@ class BrokenEngineError(ValueError):
     """A folder of the store that is no finished engine; the text says why."""
 
 
+class OutdatedEngineError(BrokenEngineError):
+    """An engine of an older store version, which this version of the program doesn't read."""
+
+
 class EngineStore:
     """The engines in one folder, `engines` in the user's cache folder unless said otherwise.
 
@@ -85,18 +90,25 @@ class EngineStore:
         self.root = root or user_cache() / "engines"
 
     def scan(self) -> tuple[list[StoredEngine], list[str]]:
-        """All finished engines, the newest first, and a line on each folder that isn't one and was passed over.
+        """All finished engines, the newest first, and a line on each folder that isn't one and was passed over, but one
+        on all that are of older store versions.
 
         Raises:
             InputError: the store can't be read.
         """
         engines: list[StoredEngine] = []
         warnings: list[str] = []
+        outdated: list[Path] = []
         for folder in self._folders():
             try:
                 engines.append(_read_engine(folder))
+            except OutdatedEngineError:
+                outdated.append(folder)
             except BrokenEngineError as error:
                 warnings.append(f"{folder} is no usable engine: {error}")
+        if outdated:
+            found = f"{_count(len(outdated), 'outdated engine')} (store version below {STORE_VERSION})"
+            warnings.append(f"{found}: {renewal(*outdated)}")
         engines.sort(key=lambda engine: (engine.created, engine.key), reverse=True)
         return engines, warnings
 
@@ -229,6 +241,12 @@ class EngineStore:
                 shutil.rmtree(unfinished)
 
 
+def renewal(*folders: Path) -> str:
+    """What to type for engines that this version of the program can't open."""
+    removal = shlex.join(["rm", "-r", *map(str, folders)])
+    return f"build again what is still wanted; to remove what is outdated: {removal}"
+
+
 def _finish(
     folder: Path, identity: EngineIdentity, ranges: ShapeRanges, details: Mapping[str, Any], seconds: float
 ) -> None:
@@ -264,7 +282,8 @@ def _read_engine(folder: Path) -> StoredEngine:
         raise BrokenEngineError(f"{MANIFEST_NAME} is not valid JSON ({error})") from error
     version = data.get("store_version") if isinstance(data, dict) else None
     if version != STORE_VERSION:
-        raise BrokenEngineError(f"its store version is {version}, expected {STORE_VERSION}")
+        kind = OutdatedEngineError if isinstance(version, int) and version < STORE_VERSION else BrokenEngineError
+        raise kind(f"its store version is {version}, expected {STORE_VERSION}")
     try:
         engine = StoredEngine(
             folder=folder,

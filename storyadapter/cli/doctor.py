@@ -9,7 +9,8 @@ import torch
 from storyadapter.cli.reporting import print_result
 from storyadapter.cli.versions import versions
 from storyadapter.engine.backends import BACKENDS, choose_backend, default_device, why_unavailable
-from storyadapter.engine.store import EngineStore
+from storyadapter.engine.opening import why_outdated
+from storyadapter.engine.store import EngineStore, renewal
 from storyadapter.engine.tensorrt.library import describe_libraries, gpu_target, why_it_cant_run
 from storyadapter.errors import UnavailableError
 
@@ -41,8 +42,13 @@ def doctor() -> int:
     lines.append(f"default    --backend {choose_backend()}")
     store = EngineStore()
     engines, warnings = store.scan()
-    lines.append(f"engines    {len(engines)} in {store.root}")
-    lines += [f"           {engine}, {engine.bytes / 2**20:.0f} MiB" for engine in engines]
+    outdated = {engine.key: why for engine in engines if (why := why_outdated(engine))}
+    lines.append(f"engines    {len(engines) - len(outdated)} in {store.root}")
+    for engine in sorted(engines, key=lambda engine: engine.key in outdated):
+        line = f"           {engine}, {engine.bytes / 2**20:.0f} MiB"
+        if why := outdated.get(engine.key):
+            line += f", outdated: {'; '.join(why)}; {renewal(engine.folder)}"
+        lines.append(line)
     lines += [f"           {warning}" for warning in warnings]
     print_result("\n".join(lines))
     return 0 if usable else 1

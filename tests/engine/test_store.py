@@ -7,6 +7,7 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
 import tempfile
 import threading
 import time
@@ -337,6 +338,22 @@ def test_a_damaged_engine_is_passed_over_told_and_built_anew(
     assert add(store, identity(), ranges()).key == damaged.key
     assert store.scan()[1] == []
     assert store.find(identity(), ranges(), COMMAND).key == damaged.key
+
+
+def test_engines_of_older_store_versions_are_told_once_with_what_removes_them(tmp_path: Path) -> None:
+    store = EngineStore(tmp_path / "my engines")
+    for version, precision in ((1, "fp32"), (2, "bf16")):
+        _edit('"store_version": 3', f'"store_version": {version}')(
+            add(store, identity(precision=precision), ranges()).folder
+        )
+    good = add(store, identity(), ranges())
+    engines, (warning,) = store.scan()
+    assert engines == [good]
+    told, _, command = warning.partition("; to remove what is outdated: ")
+    assert told == "2 outdated engines (store version below 3): build again what is still wanted"
+    assert warning in mismatch(store, identity(precision="fp32"), ranges())
+    subprocess.run(command, shell=True, check=True)
+    assert store.scan() == ([good], [])
 
 
 def test_other_things_in_the_folder_do_no_harm(store: EngineStore) -> None:

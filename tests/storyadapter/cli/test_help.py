@@ -3,13 +3,19 @@
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from torch._inductor import config
 
 import storyadapter
+from storyadapter.checkpoint import Checkpoint
 from storyadapter.cli.main import build_parser, main
+from storyadapter.engine.opening import identify
+from storyadapter.engine.store import EngineStore
+from storyadapter.export import OPSET
+from tests.engine.engine_requests import never_waits, ranges
 from tests.storyadapter.cli.running import Type
 
 HEAVY = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "numpy", "PIL", "rich", "yaml")
@@ -109,3 +115,20 @@ def test_doctor_tells_what_a_build_lacks(type_in: Type, tmp_path: Path) -> None:
     assert done.code == 0
     (line,) = (line for line in done.out.splitlines() if line.startswith("backend    inductor: "))
     assert "; can run what was built elsewhere, not build: " in line and "finds no shared libstdc++.so" in line
+
+
+def test_doctor_tells_which_engines_are_outdated(
+    type_in: Type, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a cache"))
+    asked, details = identify(checkpoint, "onnxruntime", "fp32"), {"geometry": checkpoint.geometry.as_dict()}
+    older = replace(asked, build_options=(("opset", "18"), ("export", "1")))
+    new, old = (EngineStore().build(e, ranges(), lambda folder: details, never_waits) for e in (asked, older))
+    told = type_in("doctor").out
+    assert f"engines    1 in {EngineStore().root}\n           {new}, 0 MiB\n           {old}, 0 MiB, outdated: " in told
+    (line,) = (line for line in told.splitlines() if "outdated" in line)
+    reason, _, command = line.partition("; to remove what is outdated: ")
+    assert reason.endswith(f": opset is 18 in the store, {OPSET} asked for; build again what is still wanted")
+    subprocess.run(command, shell=True, check=True)
+    assert EngineStore().scan() == ([new], [])
+    assert "outdated" not in type_in("doctor").out
