@@ -17,9 +17,11 @@ class Backend:
     Attributes:
         name: as typed after `--backend`.
         builds: whether `build` makes an artefact that `run` needs.
-        packages: what must be installed to run, and the extra that installs it.
-        one_of: of these packages, one must be installed to run or to build.
+        packages: what must be installed to run.
         build_packages: what must be installed besides to build.
+        extra: installs both.
+        one_of: of these packages, one must be installed to run or to build; with what each is for. The extra of the
+            same name installs it and both of the others.
         precisions: those it can serve.
         vae_precisions: those in which it can run the VAE, which needn't have the precision of the other networks.
         purpose: for `--help` and `doctor`.
@@ -32,7 +34,7 @@ class Backend:
     precisions: tuple[Precision, ...]
     vae_precisions: tuple[Precision, ...]
     purpose: str
-    one_of: tuple[str, ...] = ()
+    one_of: tuple[tuple[str, str], ...] = ()
     build_packages: tuple[str, ...] = ()
 
 
@@ -62,11 +64,14 @@ BACKENDS: Final = {
             "tensorrt",
             True,
             (),
-            "tensorrt",
+            "onnxruntime",
             ("fp16", "bf16"),
             PRECISIONS,
             "engines of TensorRT or TensorRT-RTX, for NVIDIA GPUs",
-            one_of=("tensorrt", "tensorrt-rtx"),
+            one_of=(
+                ("tensorrt-rtx", "an RTX GPU, or to build on any machine"),
+                ("tensorrt", "a data-centre GPU"),
+            ),
             build_packages=("onnx", "onnxruntime", "onnxscript"),
         ),
     )
@@ -91,10 +96,13 @@ def why_unavailable(
     backend = BACKENDS[name]
     needed = backend.packages + (backend.build_packages if to_build else ())
     missing = [package for package in needed if installed_version(package) is None]
-    if backend.one_of and all(installed_version(package) is None for package in backend.one_of):
-        missing.insert(0, " or ".join(backend.one_of))
+    extras = [(backend.extra, "")]
+    if backend.one_of and all(installed_version(package) is None for package, _ in backend.one_of):
+        missing.insert(0, " or ".join(package for package, _ in backend.one_of))
+        extras = [(package, f" for {purpose}") for package, purpose in backend.one_of]
     if missing:
-        return f"{' and '.join(missing)} not installed; type: pip install 'storyadapter-trt[{backend.extra}]'"
+        ways = "; ".join(f"pip install 'storyadapter-trt[{extra}]'{purpose}" for extra, purpose in extras)
+        return f"{' and '.join(missing)} not installed; type: {ways}"
     if precision is not None and precision not in backend.precisions:
         return f"it can't run in {precision}; expected --precision {' or '.join(backend.precisions)}"
     if vae_precision is not None and vae_precision not in backend.vae_precisions:
