@@ -15,6 +15,7 @@ from storyadapter.conditioning import Tokenizers
 from storyadapter.contract import Geometry, Precision, Range, ShapeRanges
 from storyadapter.engine.backends import BACKENDS, check_available
 from storyadapter.engine.opening import build_engine, identify, open_networks
+from storyadapter.engine.store import EngineStore
 from storyadapter.engine.tensorrt.library import gpu_target, why_it_cant_run
 from storyadapter.errors import UnavailableError
 from storyadapter.networks import Networks
@@ -99,8 +100,17 @@ class Subject:
                     tell(f"    building {backend}: {network}: {what}")
 
             identity = identify(self.checkpoint, backend, self.precision, vae_precision)
+            if EngineStore(self.engine_dir).get(identity, ranges) is None:
+                tell(f"    the store has no engine of {backend} for exactly this: it is built first, for minutes")
             _, seconds = measure_run(
-                lambda: build_engine(self.checkpoint, identity, ranges, engine_dir=self.engine_dir, on_stage=on_stage),
+                lambda: build_engine(
+                    self.checkpoint,
+                    identity,
+                    ranges,
+                    engine_dir=self.engine_dir,
+                    on_stage=on_stage,
+                    on_wait=lambda message: tell(f"    {message}"),
+                ),
                 self.device,
             )
             build_seconds = seconds if built else 0.0

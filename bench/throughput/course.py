@@ -205,7 +205,7 @@ def _draw_story(found: Findings, workbench: Workbench, case: StoryCase, ways: Se
             networks = workbench.networks("inductor")
             if vae_precision != own:
                 started = time.perf_counter()
-                networks = with_compiled_vae(networks, subject, workbench.ranges, vae_precision)
+                networks = with_compiled_vae(networks, subject, workbench.ranges, vae_precision, progress.tell)
                 progress.leave_out(time.perf_counter() - started)
             result, drawn = measure_story(
                 draw, way, networks, subject.tokenizers(), case, subject.prediction_type, first

@@ -12,7 +12,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from storyadapter.bench.progress import Progress
-from storyadapter.bench.subject import Subject
+from storyadapter.bench.subject import Subject, Tell
 from storyadapter.checkpoint import IPAdapterWeights
 from storyadapter.contract import Precision, ShapeRanges
 from storyadapter.engine.eager import EagerNetwork
@@ -129,7 +129,9 @@ def with_eager_vae(networks: Networks, subject: Subject, precision: Precision) -
     return dataclasses.replace(networks, vae_decoder=FrameByFrame(network), vae_precision=precision)
 
 
-def with_compiled_vae(networks: Networks, subject: Subject, ranges: ShapeRanges, precision: Precision) -> Networks:
+def with_compiled_vae(
+    networks: Networks, subject: Subject, ranges: ShapeRanges, precision: Precision, tell: Tell
+) -> Networks:
     """The same networks of the backend `inductor`, whose VAE is compiled for another precision, as `build` does it.
 
     Raises:
@@ -140,9 +142,17 @@ def with_compiled_vae(networks: Networks, subject: Subject, ranges: ShapeRanges,
 
     spec, device, letters = networks.vae_decoder.spec, subject.device, networks.letters
     assert letters is not None
+
+    def on_stage(network: str, what: str) -> None:
+        if network:
+            tell(f"    building inductor: {network} in {precision}: {what}")
+
+    tell(f"    the store keeps no VAE in {precision} beside an engine: it is built first, for minutes")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        build_inductor(subject.checkpoint, networks.precision, precision, ranges, folder, device, only=(spec.name,))
+        build_inductor(
+            subject.checkpoint, networks.precision, precision, ranges, folder, device, on_stage, only=(spec.name,)
+        )
         weights = read_weights(folder / weights_name(spec.name), device)
         network = InductorNetwork(spec, folder, networks.precision, precision, device, letters, weights)
     return dataclasses.replace(networks, vae_decoder=network, vae_precision=precision)

@@ -47,7 +47,10 @@ def test_a_vae_is_compiled_for_another_precision(subject: Subject) -> None:
     ranges = ShapeRanges(2, 3, pixels, pixels)
     networks = subject.open("eager", ranges, "fp32", print).networks
     with_letters = replace(networks, letters=ranges.letters(networks.geometry.pixels_per_latent))
-    compiled = with_compiled_vae(with_letters, subject, ranges, "bf16")
+    told: list[str] = []
+    compiled = with_compiled_vae(with_letters, subject, ranges, "bf16", told.append)
+    assert "VAE in bf16" in told[0] and "built first" in told[0]
+    assert told[1:] and all(line.startswith("    building inductor: vae_decoder in bf16: ") for line in told[1:])
     assert compiled.vae_precision == "bf16" and compiled.denoiser is networks.denoiser
     latents = torch.randn(2, 4, 8, 8) * 0.1
     with torch.inference_mode():

@@ -1,0 +1,48 @@
+"""Networks of what is benchmarked: a build that comes is told before it begins."""
+
+from pathlib import Path
+from threading import Thread
+from typing import NoReturn
+
+import pytest
+import torch
+from filelock import FileLock
+
+from storyadapter.bench.subject import Subject
+from storyadapter.contract import Range, ShapeRanges
+from storyadapter.engine.identity import engine_key
+from storyadapter.engine.onnxruntime import builder
+from storyadapter.engine.opening import identify
+from storyadapter.errors import EngineBuildError
+
+PIXELS = Range(64, 64)
+RANGES = ShapeRanges(2, 3, PIXELS, PIXELS)
+FIRST = "    the store has no engine of onnxruntime for exactly this: it is built first, for minutes"
+
+
+def test_a_build_is_told_before_it_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+
+    def refuse(*args: object) -> NoReturn:
+        told.append("it begins")
+        raise EngineBuildError("refused")
+
+    monkeypatch.setattr(builder, "build_onnx", refuse)
+    subject = Subject.synthetic("toy", "fp32", torch.device("cpu"), tmp_path)
+
+    def open_it() -> None:
+        with pytest.raises(EngineBuildError, match="refused"):
+            subject.open("onnxruntime", RANGES, "fp32", told.append)
+
+    open_it()
+    assert told == [FIRST, "it begins"]
+    told.clear()
+    key = engine_key(identify(subject.checkpoint, "onnxruntime", "fp32", "fp32"), RANGES)
+    opening = Thread(target=open_it, daemon=True)
+    with FileLock(tmp_path / f".{key}.lock"):  # as another process that builds the same
+        opening.start()
+        while opening.is_alive() and len(told) < 2:
+            opening.join(0.01)
+    opening.join()
+    waiting = f"    another process is building this engine in {tmp_path}; waiting until it is done"
+    assert told == [FIRST, waiting, "it begins"]
