@@ -32,7 +32,7 @@ from storyadapter.bench.throughput.ladder import (
     runs,
 )
 from storyadapter.bench.throughput.page import markdown
-from storyadapter.bench.throughput.report_data import Findings, as_data
+from storyadapter.bench.throughput.report_data import Findings, Undrawn, as_data
 from storyadapter.bench.throughput.rivals import RIVALS
 from storyadapter.bench.throughput.rungs import LADDER, Rung
 from storyadapter.bench.throughput.story import (
@@ -113,7 +113,7 @@ def measure(args: argparse.Namespace) -> int:
     _write(args.out, found)
     bad = [result.rung for result in found.rungs if result.status in (WRONG, FAILED) and not result.rival]
     bad += [story.way for story in found.drawn if story.psnr is not None and story.psnr < MIN_PSNR and story.same_vae]
-    bad += [line for line in found.undrawn if f": {FAILED}: " in line]
+    bad += [str(story) for story in found.undrawn if story.status == FAILED]
     if bad:
         progress.tell(f"wrong or failed: {', '.join(dict.fromkeys(bad))}")
     return 1 if bad else 0
@@ -211,12 +211,12 @@ def _draw_story(found: Findings, workbench: Workbench, case: StoryCase, ways: Se
                 draw, way, networks, subject.tokenizers(), case, subject.prediction_type, first
             )
         except InputError as error:
-            found.undrawn.append(f"{name}: {NOT_RUN}: {error}")
+            found.undrawn.append(Undrawn(name, NOT_RUN, str(error)))
         except Exception as error:  # as in the ladder: what else was measured is still worth reporting
-            found.undrawn.append(f"{name}: {FAILED}: {failure(error)}")
+            found.undrawn.append(Undrawn(name, FAILED, failure(error)))
         else:
             first = first or drawn
             found.drawn.append(result)
             progress.done(f"{result.seconds:.1f} s, {result.rows_per_second:.2f} rows/s")
             continue
-        progress.done(found.undrawn[-1])
+        progress.done(str(found.undrawn[-1]))

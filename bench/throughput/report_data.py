@@ -14,6 +14,18 @@ VERSION: Final = 1
 
 
 @dataclass(frozen=True)
+class Undrawn:
+    """A whole story that wasn't drawn in some way: `status` is "failed" or "not run"."""
+
+    name: str
+    status: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.status}: {self.reason}"
+
+
+@dataclass(frozen=True)
 class Findings:
     """What a run of the benchmark found.
 
@@ -24,7 +36,7 @@ class Findings:
         operations: of one UNet call with all rows of a case, by its name.
         matrix_flops: measured rate of the device's matrix products; None on a CPU.
         rungs, drawn: results of the ladder and of the whole stories.
-        undrawn: why whole stories weren't drawn, a line each.
+        undrawn: whole stories that weren't drawn.
         build_seconds: by backend, of the engines that were built in this run.
         profiled: case and rung of the call whose kernels were timed, and those; None on a CPU.
         gpu_price: money per hour of the device, or None.
@@ -41,7 +53,7 @@ class Findings:
     operations: Mapping[str, int] = field(default_factory=dict)
     rungs: Sequence[RungResult] = ()
     drawn: list[StoryResult] = field(default_factory=list)
-    undrawn: list[str] = field(default_factory=list)
+    undrawn: list[Undrawn] = field(default_factory=list)
     profiled: tuple[str, str, KernelTimes] | None = None
 
     def highest(self, case: str) -> RungResult | None:
@@ -78,7 +90,7 @@ def as_data(found: Findings) -> dict[str, Any]:
         "story_cases": [case.as_dict() for case in found.stories],
         "rungs": [_rung(found, result) for result in found.rungs],
         "stories": [_story(found, result) for result in found.drawn],
-        "undrawn": list(found.undrawn),
+        "undrawn": [str(story) for story in found.undrawn],
         "build_seconds": dict(found.build_seconds),
         "kernels": profiled,
         "cost_over_references": cost_over_references(found),

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -14,10 +14,11 @@ from storyadapter.bench.kernel_classes import summarize
 from storyadapter.bench.throughput import command, ladder
 from storyadapter.bench.throughput.cases import PUBLISHED, Case, StoryCase, chosen
 from storyadapter.bench.throughput.chart import chart
-from storyadapter.bench.throughput.ladder import MEASURED, NOT_RUN, WRONG, Comparison, RungResult
+from storyadapter.bench.throughput.ladder import FAILED, MEASURED, NOT_RUN, WRONG, Comparison, RungResult
 from storyadapter.bench.throughput.page import markdown
-from storyadapter.bench.throughput.report_data import Findings, as_data
+from storyadapter.bench.throughput.report_data import Findings, Undrawn, as_data
 from storyadapter.bench.throughput.story import StoryResult
+from storyadapter.bench.throughput.workbench import Workbench
 from storyadapter.bench.timing import Timing
 from storyadapter.errors import InputError, RunError, UnavailableError
 
@@ -68,7 +69,7 @@ FOUND = Findings(
             "story", "overlapped", "bf16", 30.0, {"denoise": 24.0, "decode": 9.0}, 16, 48, 1920, 41.0, True, 2**35, 8
         ),
     ],
-    undrawn=["story: overlapped, VAE in fp32: failed: RuntimeError: broke"],
+    undrawn=[Undrawn("story: overlapped, VAE in fp32", FAILED, "RuntimeError: broke")],
     profiled=("n16", "graphs", summarize([("grca_kernel", 5.0), ("nvjet_x", 95.0)])),
     gpu_price=3.6,
 )
@@ -244,6 +245,24 @@ def test_wrong_pictures_give_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(ladder, "WARMUP_SECONDS", 0.0)
     monkeypatch.setattr(ladder, "MIN_PSNR", 1000.0)
     assert command.run(_options("--smoke", "--cases", "n3", "--rungs", "batched,sdpa")) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code"),
+    [
+        (UnavailableError("the last build: failed: no compiler"), NOT_RUN, 0),
+        (RuntimeError("the story was: not run: by chance"), FAILED, 1),
+    ],
+)
+def test_a_story_has_failed_by_the_kind_of_its_error_whatever_that_says(
+    error: Exception, status: str, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(workbench: Workbench, backend: str) -> NoReturn:
+        raise error
+
+    monkeypatch.setattr(Workbench, "networks", refuse)
+    assert command.run(_options("--smoke", "--cases", "story")) == code
+    assert f"- story: overlapped, VAE in fp32: {status}: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
