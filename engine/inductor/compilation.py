@@ -20,7 +20,7 @@ from storyadapter.engine.inductor.complaints import first_complaint
 from storyadapter.engine.inductor.fusion import fuse_denoiser
 from storyadapter.engine.inductor.launch_analysis import analysed_once
 from storyadapter.engine.inductor.operators import Operators, operators_for
-from storyadapter.engine.inductor.session import InductorNetwork
+from storyadapter.engine.inductor.session import InductorNetwork, names_of_weights, read_weights
 from storyadapter.engine.inductor.shapes import channels_last, compiled_ranges, example_sizes
 from storyadapter.errors import EngineBuildError
 from storyadapter.export.dynamic_shapes import dynamic_shapes
@@ -129,6 +129,8 @@ def build_network(
     """
     module = taken.pop()
     device = next(module.parameters()).device
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data = tensor.data.contiguous()  # a package wants weights in the layout of now, and no file keeps another
     precision, vae_precision = options.precision, options.vae_precision
     ranges = compiled_ranges(spec, options.letters)
     # before the module is rewritten: the comparison shall see the rewriting, too
@@ -151,12 +153,14 @@ def build_network(
             torch._inductor.aoti_compile_and_package(program, package_path=str(package), inductor_configs=configs)
     constants = {**program.state_dict, **program.constants}
     del program, inputs, arguments, module
-    on_stage("comparing with eager")
-    network = InductorNetwork(spec, folder, precision, vae_precision, device, options.letters, constants)
-    error = _compare(network, probes, vae_precision if spec.name == "vae_decoder" else precision)
     on_stage("storing weights")
-    _save(folder / weights_name(spec.name), network.weights, channels_last_names)
-    return error
+    stored = folder / weights_name(spec.name)
+    _save(stored, {name: constants[name] for name in names_of_weights(package, device)}, channels_last_names)
+    del constants
+    on_stage("comparing with eager")
+    weights = read_weights(stored, device)
+    network = InductorNetwork(spec, folder, precision, vae_precision, device, options.letters, weights)
+    return _compare(network, probes, vae_precision if spec.name == "vae_decoder" else precision)
 
 
 @contextlib.contextmanager

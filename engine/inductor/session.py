@@ -128,6 +128,12 @@ def _open_package(path: Path, device: torch.device) -> "AOTICompiledModel":
         return torch._inductor.aoti_load_package(str(path), run_single_threaded=True, device_index=index)
 
 
+def names_of_weights(package: Path, device: torch.device) -> list[str]:
+    """Of those that a package reads."""
+    names: list[str] = _open_package(package, device).get_constant_fqns()
+    return names
+
+
 def _without_memory(value: Tensor, device: torch.device) -> Tensor:
     """A tensor of this shape, type and layout on a device, whose storage is empty."""
     empty = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
