@@ -2,13 +2,13 @@
 
 import hashlib
 import platform
-import shutil
 import subprocess
 from importlib import resources
 from pathlib import Path
 
 import torch
 from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InvalidCxxCompiler
 
 from storyadapter.engine.backends import installed_version
 from storyadapter.engine.inductor import BUILD_VERSION
@@ -16,11 +16,13 @@ from storyadapter.errors import UnavailableError
 
 
 def target_architecture(device: torch.device) -> str:
-    """ "sm90" for a GPU; for a CPU its kind and the vector instructions that PyTorch uses, "cpu-x86_64-avx512"."""
+    """ "sm90-x86_64-avx512" for a GPU and its host, "cpu-x86_64-avx512" for a CPU: packages hold programs for the host,
+    compiled for the instructions that it has."""
+    host = f"{platform.machine()}-{torch.backends.cpu.get_cpu_capability().lower()}"
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
-        return f"sm{major}{minor}"
-    return f"cpu-{platform.machine()}-{torch.backends.cpu.get_cpu_capability().lower()}"
+        return f"sm{major}{minor}-{host}"
+    return f"cpu-{host}"
 
 
 def compiler_versions(device: torch.device) -> str:
@@ -48,9 +50,12 @@ def check_compilers(device: torch.device) -> None:
     """
     if device.type == "cuda" and installed_version("triton") is None:
         raise UnavailableError("backend inductor needs Triton to build for a GPU; type: pip install triton")
-    compiler = get_cpp_compiler()
-    if shutil.which(compiler) is None:
-        raise UnavailableError(f"backend inductor needs a C++ compiler to build; {compiler} isn't there; expected g++")
+    try:
+        compiler = get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise UnavailableError(
+            "backend inductor needs a C++ compiler to build, and none is there; expected g++, or CXX naming another"
+        ) from error
     asked = subprocess.run([compiler, "-print-file-name=libstdc++.so"], capture_output=True, text=True, check=False)
     if not Path(asked.stdout.strip()).exists():
         raise UnavailableError(

@@ -38,6 +38,15 @@ def test_a_compiler_without_a_shared_library_is_told(tmp_path: Path) -> None:
             check_compilers(CPU)
 
 
+def test_no_compiler_at_all_is_told(tmp_path: Path) -> None:
+    expected = "needs a C++ compiler to build, and none is there; expected g++, or CXX naming another"
+    with (
+        config.patch({"cpp.cxx": (None, str(tmp_path / "none"))}),
+        pytest.raises(UnavailableError, match=re.escape(expected)),
+    ):
+        check_compilers(CPU)
+
+
 def test_the_target_names_processor_and_versions() -> None:
     assert re.fullmatch(r"cpu-\w+-\w+", target_architecture(CPU))
     assert compiler_versions(CPU).startswith("torch 2.") and "triton" not in compiler_versions(CPU)
