@@ -1,9 +1,11 @@
 """One exported network in ONNX Runtime, on the CPU."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail, RuntimeException
 from torch import Tensor
 
 from storyadapter.contract import Geometry, NetworkSpec, Precision, Range
@@ -44,8 +46,20 @@ class OnnxRuntimeNetwork:
             letters=self.letters,
         )
         names = [tensor.name for tensor in self.spec.outputs]
-        outputs = self.session.run(names, {name: tensor.numpy() for name, tensor in inputs.items()})
+        with told_as_memory_error():
+            outputs = self.session.run(names, {name: tensor.numpy() for name, tensor in inputs.items()})
         return {name: torch.from_numpy(value) for name, value in zip(names, outputs, strict=True)}
+
+
+@contextmanager
+def told_as_memory_error() -> Iterator[None]:
+    """Inside, an error of ONNX Runtime for lack of memory is a `MemoryError`; it has no class of its own for it."""
+    try:
+        yield
+    except (Fail, RuntimeException) as error:
+        if not any(words in str(error) for words in ("Failed to allocate memory", "bad_alloc", "bad allocation")):
+            raise
+        raise MemoryError(str(error)) from error
 
 
 def open_onnxruntime(
