@@ -32,9 +32,10 @@ class StageClock:
             self._add(name, time.perf_counter() - start)
             return
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        first.record()
+        stream = torch.cuda.current_stream(self._device)
+        first.record(stream)
         yield
-        last.record()
+        last.record(stream)
         self._spans.append((name, first, last))
 
     def seconds(self) -> dict[str, float]:
@@ -78,7 +79,7 @@ def recorded_event(device: torch.device) -> torch.cuda.Event | None:
     if device.type != "cuda":
         return None
     event = torch.cuda.Event()
-    event.record()
+    event.record(torch.cuda.current_stream(device))
     return event
 
 

@@ -107,7 +107,7 @@ def choose_batching(networks: Networks, plan: RunPlan, frames: int) -> Batching:
     def text(batches: int) -> int:
         return text_bytes(networks.geometry, networks.dtype, frames + batches * int(plan.guided))
 
-    needs = measure_needs(networks, plan, frames if plan.scales else 1, allowed)
+    needs = measure_needs(networks, plan, plan.references(frames), allowed)
     return share_memory(needs, allowed, frames=frames, max_frames=plan.max_frames, text=text)
 
 

@@ -147,7 +147,7 @@ class StoryPipeline:
         together = 1 if plan.max_frames is None else len(split_evenly(frames, plan.max_frames)[0])
         for option, asked, built in (
             ("--max-frames", together, letters["F"]),
-            ("the story's frames (--max-references)", frames if plan.scales else 1, references),
+            ("the story's frames (--max-references)", plan.references(frames), references),
             ("--height", plan.height, height),
             ("--width", plan.width, width),
         ):

@@ -22,7 +22,7 @@ class RunPlan:
         scales: λ of each iteration after the text-only one; their number is the number of those iterations.
         steps: denoising steps of a frame.
         scheduler: a name of `storyadapter.method.SAMPLERS`; karras: Karras noise levels for it.
-        prediction_type: what the UNet was trained to predict: "epsilon" or "v_prediction".
+        prediction_type: what the UNet was trained to predict: "epsilon", "v_prediction" or "sample".
         guidance: classifier-free guidance; 1 or less computes no unconditional rows.
         negative_prompt: text of the unconditional rows.
         max_frames: frames of one micro-batch at the most; None: on a GPU as many as fit, elsewhere 8.
@@ -74,6 +74,10 @@ class RunPlan:
     def scale_of(self, iteration: int) -> float | None:
         """λ of an iteration; None for iteration 0, which has no references."""
         return None if iteration == 0 else self.scales[iteration - 1]
+
+    def references(self, frames: int) -> int:
+        """N, the references that a story of so many frames needs room for; 1 if no frame ever attends to any."""
+        return frames if self.scales else 1
 
     def unet_rows(self, frames: int) -> int:
         """Rows of all UNet calls of a story of so many frames."""

@@ -107,26 +107,33 @@ class StoryRun:
     def _iteration(self, iteration: int, bank: ReferenceBank, clock: StageClock, drawn: list[range]) -> Iterator[Event]:
         """Every frame of an iteration; the micro-batches that were drawn are put into `drawn`."""
         waiting = deque(split_evenly(self._frames, self.max_frames))
+        alone = False  # whether all that is kept for speed was given back just before
         while waiting:
             batch = waiting.popleft()
+            start, roomy = batch.start, False  # of what is left of it, and whether there was memory for it
             try:
                 latents = yield from self._denoise(iteration, batch, bank, clock)
             except torch.OutOfMemoryError:
-                if len(batch) == 1:
+                if alone:
                     raise
-                roomy, start = False, batch.start
             else:
                 roomy = yield from self._decode(iteration, batch, latents, clock)
                 drawn.append(batch)
                 start = batch.stop
                 del latents
-            if not roomy and len(batch) > 1:
-                yield from self._drain(iteration)
-                self._release()
-                self.max_frames = -(-len(batch) // 2)
-                yield MicroBatchHalved(iteration, batch, self.max_frames)
-                rest = split_evenly(self._frames - start, self.max_frames) if start < self._frames else ()
-                waiting = deque(range(start + part.start, start + part.stop) for part in rest)
+            alone = False
+            if start == batch.stop and (roomy or len(batch) == 1):
+                continue
+            yield from self._drain(iteration)
+            self._release()
+            if len(batch) == 1:
+                alone = True
+                waiting.appendleft(batch)
+                continue
+            self.max_frames = -(-len(batch) // 2)
+            yield MicroBatchHalved(iteration, batch, self.max_frames)
+            rest = split_evenly(self._frames - start, self.max_frames) if start < self._frames else ()
+            waiting = deque(range(start + part.start, start + part.stop) for part in rest)
         yield from self._drain(iteration)
 
     def _denoise(

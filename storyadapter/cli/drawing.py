@@ -99,6 +99,7 @@ def _open_pipeline(
     args: argparse.Namespace, plan: RunPlan, frames: int, session: Session, reporter: Reporter
 ) -> StoryPipeline:
     """The networks for the plan's micro-batches; the build command that is told asks for `--max-frames`."""
+    references = plan.references(frames)
     height, width = Range(plan.height, plan.height), Range(plan.width, plan.width)
     asked = FRAMES_UNMEASURED if plan.max_frames is None else plan.max_frames
 
@@ -108,14 +109,14 @@ def _open_pipeline(
             backend=session.backend,
             precision=session.precision,
             vae_precision=session.vae_precision,
-            ranges=ShapeRanges(together, frames, height, width),
+            ranges=ShapeRanges(together, references, height, width),
             engine_dir=args.engine_dir,
             build_command=build_command(
                 args,
                 session.backend,
                 session.precision,
                 session.vae_precision,
-                ShapeRanges(asked, frames, height, width),
+                ShapeRanges(asked, references, height, width),
             ),
             on_stage=reporter.stage,
         )
@@ -164,7 +165,7 @@ def _tell_plan(
     batching = pipeline.batching(plan, frames)
     batches = split_evenly(frames, batching.max_frames)
     left = plan.unet_rows(frames) * (plan.iterations - first) // plan.iterations
-    seconds = pipeline.seconds_per_row(plan, len(batches[0]), frames) * left if left else 0.0
+    seconds = pipeline.seconds_per_row(plan, len(batches[0]), plan.references(frames)) * left if left else 0.0
     memory = pipeline.memory_in_use()
     split = " + ".join(str(len(batch)) for batch in batches)
     text = "once" if batching.keep_text else "again for each of them, to save memory"

@@ -238,4 +238,19 @@ def test_a_frame_that_does_not_fit_alone_is_an_error(pipeline: StoryPipeline, ne
     small = SmallMemory(getattr(pipeline.networks, network), rows=0)
     with pytest.raises(torch.OutOfMemoryError):
         run(other(pipeline, replace(pipeline.networks, **{network: small})))
-    assert small.asked[-1] == (2 if network == "denoiser" else 1)
+    assert small.asked[-2:] == ([2, 2] if network == "denoiser" else [1, 1])
+
+
+def test_a_frame_that_fits_alone_once_memory_is_given_back_is_drawn(pipeline: StoryPipeline) -> None:
+    class Full(SmallMemory):
+        """No room for the second frame, until it is asked for again."""
+
+        def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            self.rows = 0 if len(self.asked) == PLAN.steps else 2
+            return super().__call__(inputs)
+
+    full = Full(pipeline.networks.denoiser, 0)
+    plan = replace(PLAN, max_frames=1)
+    events = run(other(pipeline, replace(pipeline.networks, denoiser=full)), plan)
+    assert not [event for event in events if isinstance(event, MicroBatchHalved)]
+    assert frames(events) == frames(run(other(pipeline, pipeline.networks), plan))

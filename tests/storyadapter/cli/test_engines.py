@@ -51,6 +51,15 @@ def test_by_default_an_engine_says_how_many_frames_it_takes(type_in: Type, engin
     assert json.loads(Path("out/story.json").read_text())["sessions"][0]["details"]["split"] == [3, 2]
 
 
+def test_frames_that_attend_to_none_need_no_engine_for_so_many(type_in: Type, engine_run: list[str]) -> None:
+    """More frames than the engine takes references."""
+    words = [*engine_run, "--steps", "1", "--prompt", *(f"a hill {n}" for n in range(98))]
+    done = type_in(*words, "--iterations", "1")
+    assert done.code == 2 and "max references is 100, 101 asked for" in done.err
+    done = type_in(*words, "--iterations", "0")
+    assert done.code == 0, done.err
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a CUDA GPU the default is another backend")
 def test_onnxruntime_is_the_default_without_a_gpu(type_in: Type, engine_run: list[str]) -> None:
     done = type_in(*engine_run, "--backend", "auto", "--precision", "auto", "--iterations", "0")
