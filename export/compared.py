@@ -42,6 +42,7 @@ def export_compared(
     Raises:
         ExportError: the file doesn't compute what eager computes.
     """
+    module = module.cpu()  # random weights may have been made on a GPU; files are the same from anywhere
     wide = {name: _with_small_latents(value) if name in ("h", "w") else value for name, value in letters.items()}
     on_stage("exporting to ONNX")
     path = export_network(spec, module, wide, precision, vae_precision, folder)
