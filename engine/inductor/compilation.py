@@ -130,7 +130,7 @@ def build_network(
     module = taken.pop()
     device = next(module.parameters()).device
     for tensor in (*module.parameters(), *module.buffers()):
-        tensor.data = tensor.data.contiguous()  # a package wants weights in the layout of now, and no file keeps another
+        tensor.data = tensor.data.contiguous()  # the only layout that a file keeps
     precision, vae_precision = options.precision, options.vae_precision
     ranges = compiled_ranges(spec, options.letters)
     # before the module is rewritten: the comparison shall see the rewriting, too

@@ -1,7 +1,6 @@
 """Errors of ONNX Runtime, as the program tells them."""
 
 import numpy as np
-import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper
