@@ -90,7 +90,7 @@ compute the same, and says what share of the device's measured limits it reaches
 _QUALITY_DESCRIPTION = """\
 Draws held-out stories with the demo model and reads the characters' traits off the pictures: on how many do the frames
 of a story agree, and do they still show what was prompted? Exit code 1 if consistency hasn't clearly risen from the
-first iteration to the last, or fidelity has clearly fallen. MODEL.md of the demo model has a command that took 21
+first iteration to the last, or fidelity has clearly fallen. MODEL.md of the demo model has a command that took 28
 minutes on 2 CPU cores.
 """
 

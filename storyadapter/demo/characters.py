@@ -83,7 +83,7 @@ class _Shape:
 
 _SHAPES = {
     "round": _Shape(24, 20, 25, 19, 7),
-    "tall": _Shape(20, 18.5, 13.5, 21, 15),
+    "tall": _Shape(22.5, 20, 13.5, 20, 15),
     "big head": _Shape(30, 25, 15.5, 14, 8),
 }
 
@@ -318,19 +318,19 @@ class _Figure:
         inner = shade(self.fur, 0.62) if self.visible.body == "pink" else (250, 190, 190)
         match self.visible.species:
             case "fox":
-                self.p.polygon([(-10, 5), (0, -21), (10, 5)], self.fur, LINE)
-                self.p.polygon([(-5, 2), (0, -12), (5, 2)], BLACK)
+                self.p.polygon([(-12, 5), (0, -24), (12, 5)], self.fur, LINE)
+                self.p.polygon([(-7, 2), (0, -16), (7, 2)], BLACK)
             case "rabbit":
                 self.p.ellipse(0, -15, 6.8, 20, self.fur, LINE)
                 self.p.ellipse(0, -15, 3.2, 14, inner)
             case "cat":
-                self.p.polygon([(-9, 6), (-4, -14), (10, 4)], self.fur, LINE)
-                self.p.polygon([(-4.5, 3), (-2.5, -7), (5, 3)], inner)
+                self.p.polygon([(-12, 6), (-4, -22), (13, 5)], self.fur, LINE)
+                self.p.polygon([(-7, 3), (-3, -14), (7.5, 3)], inner)
             case "bear":
-                self.p.ellipse(0, -6 if droops else -3, 8.5, 8.5, self.fur, LINE)
-                self.p.ellipse(0, -6 if droops else -3, 4.5, 4.5, shade(self.fur, 0.65))
+                self.p.ellipse(0, -7 if droops else -5, 10, 11, self.fur, LINE)
+                self.p.ellipse(0, -7 if droops else -5, 6, 7, shade(self.fur, 0.65))
             case "owl":
-                self.p.polygon([(-5, 6), (3, -17), (7, 6)], shade(self.fur, 0.7), LINE)
+                self.p.polygon([(-8, 6), (4, -23), (10, 6)], shade(self.fur, 0.6), LINE)
             case "elephant":
                 self.p.ellipse(2, -10, 13, 17, self.fur, LINE)
                 self.p.ellipse(2, -10, 8.5, 12, shade(self.fur, 1.4))
@@ -354,20 +354,19 @@ class _Figure:
     def _markings(self) -> None:
         match self.identity.marking:
             case "spots":
-                for x, y in ((-17, 6), (17, 6), (-13.5, 12.5), (13.5, 12.5), (-4.5, -12.5), (4.5, -12.5)):
-                    self.p.ellipse(x, y, 3.1, 3.1, self.mark)
+                for side in (-1, 1):
+                    self.p.ellipse(side * 14.5, 13, 6.4, 6.4, self.mark, LINE)
             case "stripes":
                 for side in (-1, 1):
-                    for k, y in enumerate((4.5, 11)):
-                        edge = side * (24 - 3.5 * k)
-                        self.p.polygon([(edge, y - 2.6), (edge, y + 2.6), (side * (11 - k), y + 0.5)], self.mark)
-                for x in (-6, 0, 6):
-                    self.p.polygon([(x - 2, -18), (x + 2, -18), (x, -7)], self.mark)
+                    for y in (-8, -1, 6):
+                        self.p.line([(side * 15, y), (side * 26.5, y - 1.5)], 4.6, self.mark, 0.8)
+                for x in (-8, 0, 8):
+                    self.p.polygon([(x - 2.6, -19), (x + 2.6, -19), (x, -6)], self.mark, 0.8)
             case "patch":
-                self.p.ellipse(9.6, -1.5, 11.5, 12, self.mark)
+                self.p.ellipse(10.5, -1, 13, 14.5, self.mark, 0.8)
             case "blaze":
-                self.p.polygon([(-5.5, -19), (5.5, -19), (2.6, 0), (4, 5), (-4, 5), (-2.6, 0)], self.mark)
-                self.p.ellipse(0, 15, 6.5, 4, self.mark)
+                self.p.polygon([(-8, -18.5), (8, -18.5), (3.4, 0), (6, 5), (-6, 5), (-3.4, 0)], self.mark, 0.8)
+                self.p.ellipse(0, 15, 8, 5, self.mark, 0.8)
 
     def _eyes(self, asleep: bool) -> None:
         iris = EYE_COLOURS[self.identity.eyes]

@@ -53,8 +53,8 @@ class Settings:
     test_pictures: int = 2_000
     judge: Budget = Budget(steps=4_000, batch=256, rate=2e-3, seconds=30)
     vae: Budget = Budget(steps=18_000, batch=16, rate=8e-4, seconds=160, average=0.998)
-    clip: Budget = Budget(steps=14_000, batch=256, rate=1e-3, seconds=140, average=0.998)
-    unet: Budget = Budget(steps=11_500, batch=512, rate=1e-3, seconds=330, average=0.999)
+    clip: Budget = Budget(steps=20_000, batch=256, rate=1e-3, seconds=190, average=0.998)
+    unet: Budget = Budget(steps=11_500, batch=512, rate=1e-3, seconds=270, average=0.999)
     floor: float = 0.95  # of every gate
     seed: int = 0  # of pictures, initial weights and batches
 
