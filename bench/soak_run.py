@@ -59,7 +59,7 @@ class Noted:
         yardstick: whether it is the first story, or that again.
         seconds: it took.
         digest: SHA-256 of all its pictures.
-        memory: bytes in use after it, see `memory_in_use`.
+        memory: bytes in use after it, see `memory_kept`.
     """
 
     story: SoakStory
@@ -202,7 +202,7 @@ def _draw(
             digest.update(pictures[key])
 
     _, seconds = measure_run(draw, device)
-    noted = Noted(story, number % YARDSTICK_EVERY == 0, seconds, digest.hexdigest(), memory_in_use(device))
+    noted = Noted(story, number % YARDSTICK_EVERY == 0, seconds, digest.hexdigest(), memory_kept(device))
     print(
         f"{number}: {story.frames} frames of {story.width}x{story.height}, {1 + story.iterations} iterations: "
         f"{seconds:.1f} s, {noted.memory / MIB:.0f} MiB in use" + (" (the repeated story)" if noted.yardstick else ""),
@@ -211,7 +211,7 @@ def _draw(
     return noted
 
 
-def memory_in_use(device: torch.device) -> int:
+def memory_kept(device: torch.device) -> int:
     """Bytes after what Python can collect was collected: resident on a CPU; of a GPU what PyTorch keeps of its memory
     when it has given back all that it can: tensors, graphs with their scratch memory, and the gaps between them."""
     gc.collect()

@@ -47,10 +47,13 @@ class Lora:
 class EngineIdentity:
     """Everything an engine depends on except the shapes it is built for.
 
+    Not the versions of diffusers and transformers, whose modules are what is compiled: most of them change nothing, and
+    an engine is compared with eager when it is built. `bench parity` compares it again.
+
     Attributes:
         backend: "onnxruntime", "tensorrt", …
         backend_version: of the library that reads the engine.
-        precision: "fp32", "fp16", "bf16", or the name of a quantized mode.
+        precision: "fp32", "fp16" or "bf16".
         vae_precision: "fp32", "fp16" or "bf16".
         architecture: what the engine runs on: "cpu-x86_64", "sm90", "sm89+sm120", or "any".
         contract: `contract_digest` of the model's geometry.

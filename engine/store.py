@@ -5,7 +5,6 @@ written into a hidden folder beside it, which is renamed when everything is on t
 builders apart and tells a running build from a killed one; readers need no lock and no right to write.
 """
 
-import errno
 import json
 import os
 import platform
@@ -26,10 +25,10 @@ from storyadapter.contract import Range, ShapeRanges
 from storyadapter.engine.identity import STORE_VERSION, EngineIdentity, engine_key
 from storyadapter.engine.user_cache import user_cache
 from storyadapter.errors import EngineMismatchError, InputError, RunError
+from storyadapter.files import is_full
 
 MANIFEST_NAME: Final = "manifest.json"
 _UNFINISHED: Final = ".building"  # ".<key>.building" is an engine in the making
-_NO_SPACE: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 # Fills the empty folder it is given, and returns what the manifest shall say of the build, as plain data.
 WriteEngine = Callable[[Path], Mapping[str, Any]]
@@ -180,7 +179,7 @@ class EngineStore:
                 unfinished.rename(folder)
             except BaseException as error:
                 shutil.rmtree(unfinished, ignore_errors=True)
-                if isinstance(error, OSError) and error.errno in _NO_SPACE:
+                if isinstance(error, OSError) and is_full(error):
                     raise RunError(
                         f"{error.filename or self.root} can't be written: {error.strerror}; make room, or choose "
                         "another folder with --engine-dir"
@@ -204,7 +203,7 @@ class EngineStore:
         try:
             yield
         except OSError as error:
-            kind = RunError if error.errno in _NO_SPACE else InputError
+            kind = RunError if is_full(error) else InputError
             raise kind(
                 f"{self.root} can't be written: {error.strerror}; choose another folder with --engine-dir"
             ) from error

@@ -187,6 +187,13 @@ def scales_list(text: str) -> tuple[float, ...]:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 0.3,0.4,0.5") from None
 
 
+def given_checkpoint_options(args: argparse.Namespace) -> dict[str, list[str]]:
+    """The values of those options of `add_checkpoint_options` that were typed, by option."""
+    single = ("base_model", "image_encoder", "ip_adapter", "base_config", "vae", "variant")
+    given = {f"--{name.replace('_', '-')}": [getattr(args, name)] for name in single if getattr(args, name)}
+    return given | ({"--lora": args.lora} if args.lora else {})
+
+
 @dataclass(frozen=True)
 class ModelChoice:
     """The model that a command is about; `label` names it for people."""
@@ -254,11 +261,9 @@ def build_command(
 ) -> str:
     """The `build` command whose engine serves these ranges, as it would be typed."""
     words: list[Any] = ["storyadapter-trt", "build"]
-    for name in ("base_model", "image_encoder", "ip_adapter", "base_config", "vae", "variant"):
-        if value := getattr(args, name):
-            words += [f"--{name.replace('_', '-')}", value]
-    for lora in args.lora:
-        words += ["--lora", lora]
+    for option, values in given_checkpoint_options(args).items():
+        for value in values:
+            words += [option, value]
     words += ["--backend", backend, "--precision", precision, "--vae-precision", vae_precision]
     words += ["--height", str(ranges.height).replace("..", ":"), "--width", str(ranges.width).replace("..", ":")]
     words += ["--max-frames", ranges.max_frames, "--max-references", max(MAX_REFERENCES, ranges.max_references)]

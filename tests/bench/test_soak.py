@@ -133,6 +133,7 @@ def test_minutes_end_it(capsys: pytest.CaptureFixture[str]) -> None:
         (("--sizes", "64,90"), "--sizes is 90; expected a multiple of 32"),
         (("--minutes", "0"), "--minutes is 0; expected more than 0"),
         (("--base-model", "x"), "expected one of --base-model, --synthetic-weights"),
+        (("--lora", "x", "--vae", "y"), "--vae with random weights; expected one of --vae, --synthetic-weights"),
     ],
 )
 def test_refusals(words: tuple[str, ...], message: str) -> None:

@@ -174,6 +174,7 @@ def _options(*words: str) -> argparse.Namespace:
     [
         (("--smoke", "--synthetic-weights", "sdxl"), InputError, "--smoke is for the toy model"),
         (("--smoke", "--base-model", "x"), InputError, "expected one of --base-model"),
+        (("--smoke", "--lora", "x"), InputError, "--lora with random weights; expected one of --lora, "),
         (("--smoke", "--rungs", "fastest"), InputError, "--rungs fastest: expected some of published,"),
         (("--smoke", "--cases", "story", "--rungs", "graphs"), InputError, "none of these --rungs runs any of these"),
         (("--smoke", "--cases", "n16"), InputError, "--cases n16: expected some of n3,n5,story"),
