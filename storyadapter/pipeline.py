@@ -20,7 +20,7 @@ from storyadapter.memory import Batching, choose_batching, release_memory, unet_
 from storyadapter.networks import Networks, idle_inputs
 from storyadapter.noise import draw_noise
 from storyadapter.plan import RunPlan, split_evenly
-from storyadapter.sampler import SamplerTable, build_sampler
+from storyadapter.sampler import SamplerTable, sampler_of
 from storyadapter.story import Story
 from storyadapter.story_run import StoryRun
 
@@ -81,7 +81,7 @@ class StoryPipeline:
         self._check(plan, frames)
         if resume is not None and len(resume.pictures) != frames:
             raise InputError(f"a finished iteration has {len(resume.pictures)} pictures; expected the story's {frames}")
-        table = build_sampler(plan.scheduler, plan.steps, plan.karras, plan.prediction_type)
+        table = sampler_of(plan)
         prompts = story.final_prompts(style)
         return self._events(prompts, plan, table, resume)
 

@@ -23,6 +23,8 @@ class RunPlan:
         steps: denoising steps of a frame.
         scheduler: a name of `storyadapter.method.SAMPLERS`; karras: Karras noise levels for it.
         prediction_type: what the UNet was trained to predict: "epsilon", "v_prediction" or "sample".
+        zero_terminal_snr: the first step starts from pure noise, and time steps are trailing, as many UNets of
+            "v_prediction" were trained (arXiv 2305.08891).
         guidance: classifier-free guidance; 1 or less computes no unconditional rows.
         negative_prompt: text of the unconditional rows.
         max_frames: frames of one micro-batch at the most; None: on a GPU as many as fit, elsewhere 8.
@@ -39,6 +41,7 @@ class RunPlan:
     scheduler: str = method.SCHEDULER
     karras: bool = False
     prediction_type: str = "epsilon"
+    zero_terminal_snr: bool = False
     guidance: float = method.GUIDANCE
     negative_prompt: str = method.NEGATIVE_PROMPT
     max_frames: int | None = None

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from storyadapter.errors import InputError
 from storyadapter.method import DDIM_CONFIG, PREDICTION_TYPES, SAMPLERS
+from storyadapter.plan import RunPlan
 
 _KARRAS_SAMPLERS = ("euler", "dpmpp_2m")
 _CLASSES: Mapping[str, type[SchedulerMixin]] = {
@@ -187,6 +188,17 @@ def build_sampler(
     known = inspect.signature(scheduler).parameters
     config = {key: value for key, value in settings.items() if key in known}
     return table_from_scheduler({**config, "_class_name": scheduler.__name__}, steps)
+
+
+def sampler_of(plan: RunPlan) -> SamplerTable:
+    """The table of a run's steps.
+
+    Raises:
+        InputError: see `build_sampler`.
+    """
+    return build_sampler(
+        plan.scheduler, plan.steps, plan.karras, plan.prediction_type, zero_terminal_snr=plan.zero_terminal_snr
+    )
 
 
 def table_from_scheduler(scheduler: SchedulerMixin | Mapping[str, Any], steps: int) -> SamplerTable:

@@ -25,7 +25,7 @@ from storyadapter.noise import draw_noise
 from storyadapter.pictures import decode_latents, embed_pictures, to_picture
 from storyadapter.pipeline import StoryPipeline
 from storyadapter.plan import RunPlan, split_evenly
-from storyadapter.sampler import build_sampler
+from storyadapter.sampler import sampler_of
 from storyadapter.story import Story
 
 
@@ -135,7 +135,7 @@ def in_sequence(networks: Networks, tokenizers: Tokenizers) -> Draw:
             return result
 
         scale = networks.geometry.pixels_per_latent
-        table = build_sampler(plan.scheduler, plan.steps, prediction_type=plan.prediction_type)
+        table = sampler_of(plan)
         noise = draw_noise(plan.seed, plan.height // scale, plan.width // scale, table)
         loop = LoopInputs.upload(table, noise, plan.guidance, networks.device)
         batches, words = split_evenly(frames, plan.max_frames or frames), prompts(frames)

@@ -23,7 +23,7 @@ from storyadapter.networks import Networks
 from storyadapter.pipeline import FinishedIteration, StoryPipeline
 from storyadapter.plan import FRAMES_UNMEASURED, RunPlan, split_evenly
 from storyadapter.run_folder import RunFolder
-from storyadapter.sampler import build_sampler
+from storyadapter.sampler import sampler_of
 from storyadapter.story import Story
 
 
@@ -38,7 +38,7 @@ def draw(
         KeyboardInterrupt: with a note on what is finished, where the drawing had begun.
     """
     started = time.perf_counter()
-    build_sampler(plan.scheduler, plan.steps, plan.karras, plan.prediction_type)
+    sampler_of(plan)
     frames = len(story.prompts)
     scales = [plan.scale_of(iteration) for iteration in range(plan.iterations)]
     identity = _identity(story, style, plan, session, reporter)

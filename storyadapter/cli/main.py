@@ -201,6 +201,11 @@ def _add_run(commands: "argparse._SubParsersAction[Parser]") -> None:
         help="what the UNet was trained to predict (default: %(default)s)",
     )
     look.add_argument(
+        "--zero-terminal-snr",
+        action="store_true",
+        help="start from pure noise, with trailing time steps, as many v_prediction models were trained",
+    )
+    look.add_argument(
         "--guidance",
         type=float,
         default=method.GUIDANCE,

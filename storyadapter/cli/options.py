@@ -250,6 +250,7 @@ def run_plan(args: argparse.Namespace, default_pixels: int, seed: int) -> RunPla
         scheduler=args.scheduler,
         karras=args.karras,
         prediction_type=args.prediction_type,
+        zero_terminal_snr=args.zero_terminal_snr,
         guidance=args.guidance,
         negative_prompt=args.negative_prompt,
         max_frames=args.max_frames,

@@ -90,6 +90,10 @@ SETTINGS = {
     "--seed -1": "--seed is -1; expected 0 to 2^63 - 1",
     "--guidance nan": "--guidance is nan; expected 0 to 100",
     "--karras": "Karras steps are not defined for ddim; expected one of euler, dpmpp_2m with them",
+    "--zero-terminal-snr": (
+        "DDIMScheduler with 2 steps and epsilon prediction divides by zero: two steps share one noise level, "
+        "or the first has no signal; try fewer steps or v_prediction"
+    ),
     "--backend onnxruntime --precision bf16": (
         "backend onnxruntime can't serve here: it can't run in bf16; expected --precision fp32 or fp16"
     ),

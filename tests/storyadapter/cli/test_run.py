@@ -27,6 +27,16 @@ def pixels(path: Path) -> np.ndarray:
         return np.asarray(image.convert("RGB"), dtype=np.int16)
 
 
+def test_a_story_from_pure_noise(type_in: Type, quick_run: list[str]) -> None:
+    """As v-prediction models need that were trained so: the first step's time is the last of training."""
+    words = [*quick_run, "--iterations", "0", "--prediction-type", "v_prediction"]
+    assert type_in(*words, "--out", "usual").code == 0
+    assert type_in(*words, "--zero-terminal-snr").code == 0
+    assert record("out")["identity"]["plan"]["zero_terminal_snr"] is True
+    first, usual = (Path(folder, "frames/000.png").read_bytes() for folder in ("out", "usual"))
+    assert first != usual
+
+
 def test_everything_is_written(type_in: Type, quick_run: list[str]) -> None:
     done = type_in(*quick_run, "--style", "film")
     assert done.code == 0
