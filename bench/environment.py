@@ -7,12 +7,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 
 import torch
 
-_PACKAGES = ("torch", "triton", "diffusers", "transformers", "xformers", "tensorrt", "tensorrt-rtx")
+from storyadapter.cli.versions import versions
+
 _SAMPLE_MS = 250
 
 
@@ -35,17 +35,6 @@ def commit() -> str:
     if not revision:
         return "unknown"
     return f"{revision}+changes" if _output("git", "status", "--porcelain", "-uno", cwd=root) else revision
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that make the numbers; absent packages are left out."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def describe(device: torch.device, source_commit: str | None = None) -> dict[str, str]:
@@ -72,7 +61,7 @@ def describe(device: torch.device, source_commit: str | None = None) -> dict[str
         found["cuDNN"] = str(torch.backends.cudnn.version())
     else:
         found["device"] = platform.processor() or platform.machine()
-    found |= versions()
+    found |= versions("xformers")
     found["commit"] = source_commit or commit()
     found["command"] = " ".join([*_program(), *sys.argv[1:]])
     return found
