@@ -99,6 +99,20 @@ def why_outdated(engine: StoredEngine) -> list[str]:
     return stored.differences(asked)
 
 
+def check_build(backend: str, precision: Precision, vae_precision: Precision, ranges: ShapeRanges) -> None:
+    """What can be told of a build before the weights are read.
+
+    Raises:
+        UnavailableError: the backend can't serve on this machine.
+        InputError: it can't be built for these ranges.
+    """
+    check_available(backend, precision, vae_precision, to_build=True)
+    if backend == "inductor":
+        from storyadapter.engine.inductor.builder import check_ranges
+
+        check_ranges(ranges)
+
+
 def build_engine(
     checkpoint: Checkpoint,
     identity: EngineIdentity,
@@ -122,7 +136,7 @@ def build_engine(
         EngineBuildError: a compiler or TensorRT refused a network.
         RunError: no space is left.
     """
-    check_available(identity.backend, identity.precision, identity.vae_precision, to_build=True)
+    check_build(identity.backend, identity.precision, identity.vae_precision, ranges)
     store = EngineStore(engine_dir)
     if identity.backend == "tensorrt":
         options = options or BuildOptions()

@@ -36,6 +36,16 @@ _LEAST_PIXELS: Final = 64
 ReportStage = Callable[[str, str], None]
 
 
+def check_ranges(ranges: ShapeRanges) -> None:
+    """Raises InputError for a range of sizes that begins too low."""
+    for option, pixels in (("--height", ranges.height), ("--width", ranges.width)):
+        if pixels.minimum < pixels.maximum and pixels.minimum < _LEAST_PIXELS:
+            raise InputError(
+                f"{option} is {pixels}; backend inductor expects a range from {_LEAST_PIXELS} on: a compiler takes a "
+                "size of 1 for a constant, and at 32 pixels the UNet's innermost layers have it"
+            )
+
+
 def build_inductor(
     checkpoint: ModelParts,
     precision: Precision,
@@ -66,12 +76,7 @@ def build_inductor(
         EngineBuildError: a network can't be compiled, computes something else than eager, or a compiler ended early.
         OSError: a file can't be written.
     """
-    for option, pixels in (("--height", ranges.height), ("--width", ranges.width)):
-        if pixels.minimum < pixels.maximum and pixels.minimum < _LEAST_PIXELS:
-            raise InputError(
-                f"{option} is {pixels}; backend inductor expects a range from {_LEAST_PIXELS} on: a compiler takes a "
-                "size of 1 for a constant, and at 32 pixels the UNet's innermost layers have it"
-            )
+    check_ranges(ranges)
     check_compilers(device)
     letters = ranges.letters(checkpoint.geometry.pixels_per_latent)
     groups = [tuple(name for name in group if only is None or name in only) for group in _GROUPS]

@@ -46,9 +46,10 @@ def _build(
     options: BuildOptions,
     reporter: Reporter,
 ) -> None:
-    from storyadapter.engine.opening import build_engine, identify
+    from storyadapter.engine.opening import build_engine, check_build, identify
 
     started = time.perf_counter()
+    check_build(session.backend, session.precision, session.vae_precision, ranges)
     identity = identify(
         session.checkpoint,
         session.backend,

@@ -223,10 +223,16 @@ def test_a_folder_that_another_run_works_in(type_in: Type, refused, quick_run: l
             "argument --width: '64:32' is not a number of pixels such as 1024, or a range such as 768:1024; for all "
             "options type storyadapter-trt build --help",
         ),
+        (
+            ["--backend", "inductor", "--precision", "fp32", "--height", "32:64"],
+            "--height is 32..64; backend inductor expects a range from 64 on: a compiler takes a size of 1 for a "
+            "constant, and at 32 pixels the UNet's innermost layers have it",
+        ),
     ],
 )
 def test_build(words: list[str], reason: str, refused, tiny_model: list[str]) -> None:
     assert refused("build", *tiny_model, "--engine-dir", "engines", *words) == reason
+    assert not Path("engines").exists()
 
 
 def test_a_story_that_is_missing_is_told_before_pytorch_is_imported() -> None:
