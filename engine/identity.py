@@ -55,7 +55,7 @@ class EngineIdentity:
         backend_version: of the library that reads the engine.
         precision: "fp32", "fp16" or "bf16".
         vae_precision: "fp32", "fp16" or "bf16".
-        architecture: what the engine runs on: "cpu-x86_64", "sm90", "sm89+sm120", or "any".
+        architecture: what the engine runs on: "cpu-x86_64-avx2", "sm90-x86_64-avx512", "sm89+sm120", or "any".
         contract: `contract_digest` of the model's geometry.
         weights: every file the engine is made from, configuration files included; kept sorted and
             once each, so the order in which they were listed doesn't matter.
