@@ -364,7 +364,10 @@ def _stored_or_new(path: Path, given: RunRecord, resume: bool) -> RunRecord:
         return given
     stored = RunRecord.read(path / RECORD_NAME)
     if difference := first_difference(stored.identity, given.identity):
-        raise InputError(f"{path} holds another run: {difference}; choose another folder with --out")
+        # the plan's fields are called as their options are
+        typed = re.sub(r"^plan\.(\w+)", lambda name: "--" + name[1].replace("_", "-"), difference)
+        typed = typed.replace("--scales", "--scales (or --iterations)")
+        raise InputError(f"{path} holds another run: {typed}; choose another folder with --out")
     if (stored.frames, stored.scales) != (given.frames, given.scales):
         raise ValueError("equal identities with other frames or scales: the identity must hold both")
     if resume:

@@ -234,9 +234,14 @@ def table_from_scheduler(scheduler: SchedulerMixin | Mapping[str, Any], steps: i
         initial_sigma=float(fresh.init_noise_sigma),
     )
     if not table.coefficients().isfinite().all():
+        if fresh.config.get("rescale_betas_zero_snr") and fresh.config.prediction_type == "epsilon":
+            raise InputError(
+                f"{name} can't start from pure noise (--zero-terminal-snr) with epsilon prediction, which divides by "
+                "the signal; expected --prediction-type v_prediction or sample"
+            )
         raise InputError(
             f"{name} with {steps} steps and {fresh.config.prediction_type} prediction divides by zero: two steps share "
-            "one noise level, or the first has no signal; try fewer steps or v_prediction"
+            "one noise level, or the first has no signal; try fewer steps"
         )
     return table
 

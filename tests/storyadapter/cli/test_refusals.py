@@ -91,8 +91,8 @@ SETTINGS = {
     "--guidance nan": "--guidance is nan; expected 0 to 100",
     "--karras": "Karras steps are not defined for ddim; expected one of euler, dpmpp_2m with them",
     "--zero-terminal-snr": (
-        "DDIMScheduler with 2 steps and epsilon prediction divides by zero: two steps share one noise level, "
-        "or the first has no signal; try fewer steps or v_prediction"
+        "DDIMScheduler can't start from pure noise (--zero-terminal-snr) with epsilon prediction, which divides by the "
+        "signal; expected --prediction-type v_prediction or sample"
     ),
     "--backend onnxruntime --precision bf16": (
         "backend onnxruntime can't serve here: it can't run in bf16; expected --precision fp32 or fp16"
@@ -192,7 +192,7 @@ def test_an_output_folder_that_holds_another_story(type_in: Type, refused, quick
             "out holds another run: story.prompts has 3 items there, 4 here; choose another folder with --out"
         )
         assert refused(*again, "--seed", "8", *resume) == (
-            "out holds another run: plan.seed is 7 there, 8 here; choose another folder with --out"
+            "out holds another run: --seed is 7 there, 8 here; choose another folder with --out"
         )
         assert refused(*again, "--vae-precision", "bf16", *resume) == (
             "out holds another run: vae_precision is 'fp32' there, 'bf16' here; choose another folder with --out"
