@@ -3,8 +3,10 @@
 import argparse
 from pathlib import Path
 
+from storyadapter.cli.options import given_checkpoint_options
 from storyadapter.contract import PRECISIONS
 from storyadapter.engine.backends import AUTO, BACKENDS
+from storyadapter.errors import InputError
 
 
 def add_backend_options(parser: argparse.ArgumentParser, purpose: str) -> None:
@@ -25,3 +27,9 @@ def add_report_options(parser: argparse.ArgumentParser, files: str = "FILE.md an
     """Where a report is written, and the commit that it names; `files` are told in the help."""
     parser.add_argument("--out", type=Path, metavar="FILE", help=f"write {files}")
     parser.add_argument("--commit", metavar="SHA", help="commit to report, where the checkout has no history")
+
+
+def refuse_checkpoint_options(args: argparse.Namespace, *instead: str) -> None:
+    """Raises InputError if files of a model were typed where its weights are random; `instead`: options for those."""
+    for option in given_checkpoint_options(args):
+        raise InputError(f"{option} with random weights; expected one of {', '.join((option, *instead))}")

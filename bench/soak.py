@@ -2,9 +2,9 @@
 
 import argparse
 
-from storyadapter.bench.options import add_backend_options, add_report_options
+from storyadapter.bench.options import add_backend_options, add_report_options, refuse_checkpoint_options
 from storyadapter.bench.report_files import check_out, write_report
-from storyadapter.cli.options import add_checkpoint_options, given_checkpoint_options
+from storyadapter.cli.options import add_checkpoint_options
 from storyadapter.contract import check_pixels
 from storyadapter.errors import InputError
 
@@ -76,9 +76,8 @@ def run(args: argparse.Namespace) -> int:
         check_pixels("--sizes", pixels)
     if args.minutes is not None and not args.minutes > 0:
         raise InputError(f"--minutes is {args.minutes:g}; expected more than 0")
-    if args.synthetic_weights and (given := given_checkpoint_options(args)):
-        option = next(iter(given))
-        raise InputError(f"{option} with random weights; expected one of {option}, --synthetic-weights")
+    if args.synthetic_weights:
+        refuse_checkpoint_options(args, "--synthetic-weights")
     check_out(args.out)
     from storyadapter.bench.soak_run import as_data, markdown, soak
 

@@ -364,10 +364,7 @@ def _stored_or_new(path: Path, given: RunRecord, resume: bool) -> RunRecord:
         return given
     stored = RunRecord.read(path / RECORD_NAME)
     if difference := first_difference(stored.identity, given.identity):
-        # the plan's fields are called as their options are
-        typed = re.sub(r"^plan\.(\w+)", lambda name: "--" + name[1].replace("_", "-"), difference)
-        typed = typed.replace("--scales", "--scales (or --iterations)")
-        raise InputError(f"{path} holds another run: {typed}; choose another folder with --out")
+        raise InputError(f"{path} holds another run: {_as_typed(difference)}; choose another folder with --out")
     if (stored.frames, stored.scales) != (given.frames, given.scales):
         raise ValueError("equal identities with other frames or scales: the identity must hold both")
     if resume:
@@ -378,6 +375,12 @@ def _stored_or_new(path: Path, given: RunRecord, resume: bool) -> RunRecord:
         f"{path} already holds this run, with {len(stored.iterations)} of {len(stored.scales)} iterations finished; "
         "type --resume to go on with it, or choose another folder with --out"
     )
+
+
+def _as_typed(difference: str) -> str:
+    """A difference of plans, told by the option: a plan's fields are called as their options are."""
+    several = {"scales": "--scales (or --iterations)"}
+    return re.sub(r"^plan\.(\w+)", lambda name: several.get(name[1], "--" + name[1].replace("_", "-")), difference)
 
 
 def _make_folder(path: Path) -> None:

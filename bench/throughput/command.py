@@ -2,9 +2,9 @@
 
 import argparse
 
-from storyadapter.bench.options import add_engine_dir_option, add_report_options
+from storyadapter.bench.options import add_engine_dir_option, add_report_options, refuse_checkpoint_options
 from storyadapter.bench.report_files import check_out
-from storyadapter.cli.options import add_checkpoint_options, given_checkpoint_options
+from storyadapter.cli.options import add_checkpoint_options
 from storyadapter.contract import PRECISIONS
 from storyadapter.engine.backends import AUTO
 from storyadapter.errors import InputError
@@ -92,9 +92,8 @@ def run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> None:
     if args.smoke and args.synthetic_weights == "sdxl":
         raise InputError("--smoke is for the toy model; expected no --synthetic-weights sdxl with it")
-    if (args.smoke or args.synthetic_weights) and (given := given_checkpoint_options(args)):
-        option = next(iter(given))
-        raise InputError(f"{option} with random weights; expected one of {option}, --synthetic-weights, --smoke")
+    if args.smoke or args.synthetic_weights:
+        refuse_checkpoint_options(args, "--synthetic-weights", "--smoke")
     unknown = [name for name in args.rungs or () if name not in (*RUNGS, *RIVALS)]
     if unknown:
         raise InputError(f"--rungs {unknown[0]}: expected some of {','.join((*RUNGS, *RIVALS))}")
