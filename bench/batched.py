@@ -17,10 +17,10 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from storyadapter.demo.attention import attach
-from storyadapter.demo.networks import Adapter
-from storyadapter.demo.train import resizer
-from storyadapter.method import DDIM_CONFIG, GUIDANCE, NEGATIVE_PROMPT, STEPS, TEXT_TOKENS
+from storyadapter.demo.training.attention import attach
+from storyadapter.demo.training.networks import Adapter
+from storyadapter.demo.training.train import resizer
+from storyadapter.method.constants import DDIM_CONFIG, GUIDANCE, NEGATIVE_PROMPT, STEPS, TEXT_TOKENS
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from storyadapter.errors import InputError
+from storyadapter.method.errors import InputError
 
 KIND = "throughput"
 # of the environment; times of different ones say nothing about the program

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from storyadapter.bench.units import GIB
-from storyadapter.errors import UnavailableError
+from storyadapter.method.errors import UnavailableError
 
 
 @contextlib.contextmanager

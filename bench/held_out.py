@@ -7,10 +7,10 @@ from random import Random
 
 import numpy as np
 
-from storyadapter.demo.characters import ACTIONS, SPECIES, Visible
-from storyadapter.demo.dataset import split_visible
-from storyadapter.demo.places import PLACES
-from storyadapter.demo.scenes import ACTION_PHRASES, PLACE_PHRASES, character_phrase
+from storyadapter.demo.training.characters import ACTIONS, SPECIES, Visible
+from storyadapter.demo.training.dataset import split_visible
+from storyadapter.demo.training.places import PLACES
+from storyadapter.demo.training.scenes import ACTION_PHRASES, PLACE_PHRASES, character_phrase
 
 PROMPTED = ("species", "action", "place")  # what the truth of a frame tells, in this order
 FRAMES_AT_MOST = len(ACTIONS) * len(PLACES)  # of a story, as no two show the same

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from storyadapter.bench.timing import MIN_REPEATS
-    from storyadapter.errors import InputError, UnavailableError
+    from storyadapter.method.errors import InputError, UnavailableError
 
     if args.repeats < MIN_REPEATS:
         raise InputError(f"--repeats {args.repeats}: expected at least {MIN_REPEATS}")

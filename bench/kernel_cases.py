@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from storyadapter.method import TEXT_TOKENS, TOKENS_PER_IMAGE
+from storyadapter.method.constants import TEXT_TOKENS, TOKENS_PER_IMAGE
 
 HEAD_SIZE = 64
 

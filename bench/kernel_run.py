@@ -14,10 +14,10 @@ from storyadapter.bench.kernel_cases import ExpandedInputs, KernelCase, all_case
 from storyadapter.bench.rivals import rivals
 from storyadapter.bench.roofline import Rates, measure_rates
 from storyadapter.bench.timing import MIN_REPEATS, Timing, buffer_sets, measure
-from storyadapter.grca import grca
 from storyadapter.kernels.grca import grca_kernel
 from storyadapter.kernels.host import interpreted
 from storyadapter.kernels.launch import grca_triton
+from storyadapter.model.grca import grca
 
 Result = TypeVar("Result")
 

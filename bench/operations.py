@@ -5,14 +5,14 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from storyadapter import method
-from storyadapter.networks import Networks, idle_inputs
+from storyadapter.method import constants
+from storyadapter.model.networks import Networks, idle_inputs
 
 
 def attended_keys(frames: int, references: int) -> int:
     """Text and reference keys of all rows of a call: an unconditional row needs 4 reference tokens, others all."""
-    unconditional = method.TEXT_TOKENS + method.TOKENS_PER_IMAGE
-    conditional = method.TEXT_TOKENS + method.TOKENS_PER_IMAGE * references
+    unconditional = constants.TEXT_TOKENS + constants.TOKENS_PER_IMAGE
+    conditional = constants.TEXT_TOKENS + constants.TOKENS_PER_IMAGE * references
     return frames * (unconditional + conditional)
 
 
@@ -39,7 +39,7 @@ def count_operations(networks: Networks, frames: int, references: int, height: i
         "B": 2 * frames,
         "P": frames + 1,
         "G": 2,
-        "R": method.TOKENS_PER_IMAGE * references,
+        "R": constants.TOKENS_PER_IMAGE * references,
         "h": height // scale,
         "w": width // scale,
     }
@@ -51,7 +51,7 @@ def count_operations(networks: Networks, frames: int, references: int, height: i
 
     inputs = idle_inputs(networks, networks.denoiser.spec, letters)
     mapping = {
-        torch.ops.storyadapter.grca: grca_operations,
+        torch.ops.storyadapter.model.grca: grca_operations,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_operations,  # unknown to it
     }
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter:

@@ -4,9 +4,9 @@ import argparse
 from pathlib import Path
 
 from storyadapter.cli.options import given_checkpoint_options
-from storyadapter.contract import PRECISIONS
 from storyadapter.engine.backends import AUTO, BACKENDS
-from storyadapter.errors import InputError
+from storyadapter.method.errors import InputError
+from storyadapter.model.contract import PRECISIONS
 
 
 def add_backend_options(parser: argparse.ArgumentParser, purpose: str) -> None:

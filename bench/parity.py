@@ -2,12 +2,12 @@
 
 import argparse
 
-from storyadapter import method
 from storyadapter.bench.options import add_backend_options, add_report_options
 from storyadapter.bench.report_files import check_out, write_report
 from storyadapter.cli.options import add_checkpoint_options
-from storyadapter.errors import InputError
-from storyadapter.plan import FRAMES_UNMEASURED
+from storyadapter.method import constants
+from storyadapter.method.errors import InputError
+from storyadapter.method.plan import FRAMES_UNMEASURED
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--iterations",
         type=int,
-        default=method.ITERATIONS,
+        default=constants.ITERATIONS,
         metavar="K",
         help="iterations after the first (default: %(default)s)",
     )

@@ -16,7 +16,6 @@ from typing import Any, Final, Self
 import torch
 from PIL import Image
 
-from storyadapter import method
 from storyadapter.bench import markdown as md
 from storyadapter.bench.environment import describe
 from storyadapter.bench.held_out import held_out_stories
@@ -24,14 +23,15 @@ from storyadapter.bench.progress import Progress
 from storyadapter.bench.psnr import EQUAL, MIN_MEDIAN_PSNR, MIN_PSNR, psnr_of_each
 from storyadapter.bench.subject import Subject, usual_ranges
 from storyadapter.cli.options import model_choice
-from storyadapter.contract import Precision
 from storyadapter.engine.backends import AUTO, choose_backend, choose_precision, default_device
-from storyadapter.errors import InputError
-from storyadapter.events import FrameFinished, IterationFinished, IterationStarted
-from storyadapter.networks import Networks
-from storyadapter.pipeline import FinishedIteration, StoryPipeline
-from storyadapter.plan import RunPlan
-from storyadapter.story import Story
+from storyadapter.method import constants
+from storyadapter.method.errors import InputError
+from storyadapter.method.events import FrameFinished, IterationFinished, IterationStarted
+from storyadapter.method.plan import RunPlan
+from storyadapter.method.story import Story
+from storyadapter.model.contract import Precision
+from storyadapter.model.networks import Networks
+from storyadapter.runtime.pipeline import FinishedIteration, StoryPipeline
 
 KIND: Final = "parity"
 
@@ -122,7 +122,7 @@ def compare(args: argparse.Namespace) -> Findings:
         height=geometry.default_pixels,
         width=geometry.default_pixels,
         seed=args.seed,
-        scales=method.reference_scales(args.iterations),
+        scales=constants.reference_scales(args.iterations),
         steps=args.steps,
         prediction_type=subject.prediction_type,
         max_frames=args.max_frames,

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from storyadapter import method
 from storyadapter.bench.options import add_engine_dir_option
-from storyadapter.contract import PRECISIONS
 from storyadapter.demo.shipped import MODEL
 from storyadapter.engine.backends import AUTO, BACKENDS
-from storyadapter.errors import InputError
+from storyadapter.method import constants
+from storyadapter.method.errors import InputError
+from storyadapter.model.contract import PRECISIONS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,10 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seeds", type=int, default=3, metavar="N", help="drawings of each story (default: %(default)s)"
     )
     parser.add_argument(
-        "--iterations", type=int, default=method.ITERATIONS, metavar="K", help="after the first (default: %(default)s)"
+        "--iterations",
+        type=int,
+        default=constants.ITERATIONS,
+        metavar="K",
+        help="after the first (default: %(default)s)",
     )
-    parser.add_argument("--steps", type=int, default=method.STEPS, help="denoising steps (default: %(default)s)")
-    parser.add_argument("--guidance", type=float, default=method.GUIDANCE, help="(default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=constants.STEPS, help="denoising steps (default: %(default)s)")
+    parser.add_argument("--guidance", type=float, default=constants.GUIDANCE, help="(default: %(default)s)")
     parser.add_argument(
         "--sampler",
         choices=("pipeline", "batched"),
@@ -136,9 +140,9 @@ def _draw_by_pipeline(stories: list[HeldOutStory], args: argparse.Namespace) -> 
     from storyadapter.checkpoint.paths import CheckpointPaths
     from storyadapter.cli.options import ModelChoice
     from storyadapter.engine.backends import choose_backend, choose_precision, default_device
-    from storyadapter.events import FrameFinished
-    from storyadapter.pipeline import FinishedIteration
-    from storyadapter.plan import FRAMES_UNMEASURED, RunPlan
+    from storyadapter.method.events import FrameFinished
+    from storyadapter.method.plan import FRAMES_UNMEASURED, RunPlan
+    from storyadapter.runtime.pipeline import FinishedIteration
 
     backend = choose_backend() if args.backend == AUTO else args.backend
     precision = choose_precision(backend) if args.precision == AUTO else args.precision
@@ -152,7 +156,7 @@ def _draw_by_pipeline(stories: list[HeldOutStory], args: argparse.Namespace) -> 
         backend, ranges, geometry.default_vae_precision(precision), lambda line: print(line, flush=True)
     )
     pipeline = StoryPipeline(opened.networks, subject.checkpoint.load_tokenizers())
-    scales = method.reference_scales(args.iterations)
+    scales = constants.reference_scales(args.iterations)
 
     def draw(number: int, repeat: int, resume: FinishedIteration | None = None) -> Iterator[list]:
         """The frames of each iteration, as Pillow pictures."""
@@ -220,7 +224,7 @@ def _draw_batched(stories: list[HeldOutStory], args: argparse.Namespace) -> tupl
         stories = drawer.embed(pictures).unflatten(0, shape).roll(-shift, 0)
         return stories[:, :, None].expand(-1, -1, args.frames, -1, -1).flatten(0, 2)
 
-    scales = method.reference_scales(args.iterations)
+    scales = constants.reference_scales(args.iterations)
     drawn = [drawer.draw(conditions, None, 0.0)]
     for scale in scales:
         drawn.append(drawer.draw(conditions, references(drawn[-1], 0), scale))

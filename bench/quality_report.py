@@ -18,8 +18,8 @@ from storyadapter.bench.measures import (
     consistency,
     difference,
 )
-from storyadapter.demo.dataset import TRAITS
-from storyadapter.demo.scenes import IDENTITY_TRAITS
+from storyadapter.demo.training.dataset import TRAITS
+from storyadapter.demo.training.scenes import IDENTITY_TRAITS
 
 COLUMNS = list(TRAITS)
 IDENTITY_COLUMNS = [COLUMNS.index(name) for name in IDENTITY_TRAITS]

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from storyadapter.errors import InputError, RunError
+from storyadapter.method.errors import InputError, RunError
 
 
 def check_out(out: Path | None) -> None:

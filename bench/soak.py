@@ -5,8 +5,8 @@ import argparse
 from storyadapter.bench.options import add_backend_options, add_report_options, refuse_checkpoint_options
 from storyadapter.bench.report_files import check_out, write_report
 from storyadapter.cli.options import add_checkpoint_options
-from storyadapter.contract import check_pixels
-from storyadapter.errors import InputError
+from storyadapter.method.errors import InputError
+from storyadapter.model.contract import check_pixels
 
 MODELS = ("sdxl", "toy")
 _STORIES = 24

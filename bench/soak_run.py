@@ -18,19 +18,19 @@ from typing import Any, Final
 import psutil
 import torch
 
-from storyadapter import method
 from storyadapter.bench.environment import describe
 from storyadapter.bench.subject import Subject
 from storyadapter.bench.throughput.inputs import prompts
 from storyadapter.bench.timing import measure_run
 from storyadapter.bench.units import MIB
 from storyadapter.cli.options import MAX_REFERENCES, model_choice
-from storyadapter.contract import Precision, Range, ShapeRanges
 from storyadapter.engine.backends import AUTO, BACKENDS, choose_backend, choose_precision, default_device
-from storyadapter.events import FrameFinished
-from storyadapter.pipeline import StoryPipeline
-from storyadapter.plan import RunPlan
-from storyadapter.story import Story
+from storyadapter.method import constants
+from storyadapter.method.events import FrameFinished
+from storyadapter.method.plan import RunPlan
+from storyadapter.method.story import Story
+from storyadapter.model.contract import Precision, Range, ShapeRanges
+from storyadapter.runtime.pipeline import StoryPipeline
 
 KIND: Final = "soak"
 YARDSTICK_EVERY: Final = 3
@@ -131,8 +131,8 @@ def problems_of(noted: Sequence[Noted], growth: int, allowed: int) -> list[str]:
 def picture_sizes(default: int) -> list[int]:
     """Heights and widths to choose from, ascending, for a model of this default size."""
     if default < 128:
-        return [default, default + method.PIXEL_MULTIPLE]
-    step = method.PIXEL_MULTIPLE
+        return [default, default + constants.PIXEL_MULTIPLE]
+    step = constants.PIXEL_MULTIPLE
     return sorted({max(step, int(default * share) // step * step) for share in (0.5, 0.75, 1)})
 
 
@@ -186,7 +186,7 @@ def _draw(
         height=story.height,
         width=story.width,
         seed=story.seed,
-        scales=method.reference_scales(story.iterations),
+        scales=constants.reference_scales(story.iterations),
         steps=steps,
         prediction_type=prediction_type,
         max_frames=max_frames,

@@ -11,14 +11,14 @@ from storyadapter.bench.synthetic_models import MODELS
 from storyadapter.bench.timing import measure_run
 from storyadapter.checkpoint import Checkpoint
 from storyadapter.cli.options import MAX_REFERENCES, ModelChoice
-from storyadapter.conditioning import Tokenizers
-from storyadapter.contract import Geometry, Precision, Range, ShapeRanges
 from storyadapter.engine.backends import BACKENDS, check_available
 from storyadapter.engine.opening import build_engine, identify, open_networks
 from storyadapter.engine.store import EngineStore
 from storyadapter.engine.tensorrt.library import gpu_target, why_it_cant_run
-from storyadapter.errors import UnavailableError
-from storyadapter.networks import Networks
+from storyadapter.method.errors import UnavailableError
+from storyadapter.model.contract import Geometry, Precision, Range, ShapeRanges
+from storyadapter.model.networks import Networks
+from storyadapter.runtime.conditioning import Tokenizers
 
 Tell = Callable[[str], None]
 

@@ -24,15 +24,15 @@ from transformers import (
     PretrainedConfig,
 )
 
-from storyadapter import method
 from storyadapter.bench import synthetic_models
 from storyadapter.bench.synthetic_models import SyntheticModel
 from storyadapter.checkpoint import AdapterLayer, IPAdapterWeights
 from storyadapter.checkpoint.ip_adapter import cross_attentions
 from storyadapter.checkpoint.loras import Lora
 from storyadapter.checkpoint.tokenizers import load_tokenizer
-from storyadapter.contract import Geometry
 from storyadapter.demo.shipped import MODEL
+from storyadapter.method import constants
+from storyadapter.model.contract import Geometry
 
 # With a network that knows nothing of its input, this is the prediction under which a sampler's state keeps its size:
 # each step turns it towards the prediction instead of dividing by what little signal there is at first.
@@ -104,7 +104,7 @@ class SyntheticCheckpoint:
 
     def load_image_encoder(self, dtype: torch.dtype) -> CLIPVisionModelWithProjection:
         """The CLIP image encoder."""
-        config = _config(CLIPVisionConfig, image_size=method.CLIP_PIXELS, **self.model.image_encoder)
+        config = _config(CLIPVisionConfig, image_size=constants.CLIP_PIXELS, **self.model.image_encoder)
         return self._make(lambda: CLIPVisionModelWithProjection(config), dtype, _IMAGE)
 
     def load_ip_adapter(self, dtype: torch.dtype) -> IPAdapterWeights:
@@ -120,7 +120,7 @@ class SyntheticCheckpoint:
         def projection(channels: int, kind: str) -> Tensor:
             return normal(channels, width, std=_SCALES[kind] * width**-0.5)
 
-        tokens = method.TOKENS_PER_IMAGE * width
+        tokens = constants.TOKENS_PER_IMAGE * width
         with init_empty_weights():
             unet = UNet2DConditionModel(**self.model.unet)
         return IPAdapterWeights(
@@ -141,7 +141,7 @@ class SyntheticCheckpoint:
     def _text_config(self, sizes: Mapping[str, Any]) -> CLIPTextConfig:
         first, _ = self.load_tokenizers()
         ids = {"bos_token_id": first.bos_token_id, "eos_token_id": first.eos_token_id}
-        return _config(CLIPTextConfig, max_position_embeddings=method.TEXT_TOKENS, **ids, **sizes)
+        return _config(CLIPTextConfig, max_position_embeddings=constants.TEXT_TOKENS, **ids, **sizes)
 
     def _make(self, build: Callable[[], Any], dtype: torch.dtype, part: int) -> Any:
         with init_empty_weights(include_buffers=False):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Final
 
-from storyadapter.contract import Geometry, LayerWidth
+from storyadapter.model.contract import Geometry, LayerWidth
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ import torch
 from storyadapter.bench.synthetic import SyntheticCheckpoint
 from storyadapter.bench.synthetic_models import SDXL
 from storyadapter.bench.units import GIB
-from storyadapter.contract import PRECISIONS, Range, ShapeRanges, network_specs
 from storyadapter.engine.backends import installed_version
 from storyadapter.engine.tensorrt.builder import build_request, run_worker
 from storyadapter.engine.tensorrt.layers import Layer, parse_layers
@@ -29,9 +28,10 @@ from storyadapter.engine.tensorrt.library import AUTO, Library, choose_library, 
 from storyadapter.engine.tensorrt.options import BuildOptions
 from storyadapter.engine.tensorrt.worker import BuildReport, peak_memory
 from storyadapter.export.compared import export_compared
-from storyadapter.grca import grca
-from storyadapter.networks import TORCH_DTYPES
-from storyadapter.unet import split_unet
+from storyadapter.model.contract import PRECISIONS, Range, ShapeRanges, network_specs
+from storyadapter.model.grca import grca
+from storyadapter.model.networks import TORCH_DTYPES
+from storyadapter.model.unet import split_unet
 
 # Where the attentions of one transformer block come from, by the names of their ONNX nodes.
 SELF, TEXT, REFERENCES = "self-attention", "text attention", "reference attention"

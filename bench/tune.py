@@ -21,10 +21,10 @@ from storyadapter.bench.kernel_cases import LAYERS_1024, LAYERS_OTHER, KernelCas
 from storyadapter.bench.kernel_run import TOLERANCE, WrongResult, measure_contender, relative_error
 from storyadapter.bench.timing import buffer_sets
 from storyadapter.bench.tuning import compile_all, exit_code, find_gpu, refusal
-from storyadapter.grca import grca
 from storyadapter.kernels.grca import grca_kernel
 from storyadapter.kernels.launch import launch_arguments
 from storyadapter.kernels.tiles import Tiles, as_data
+from storyadapter.model.grca import grca
 
 CASES = (
     KernelCase(LAYERS_1024[0], 16, 1),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from storyadapter.bench.progress import Progress
 from storyadapter.bench.tuning import compile_all, exit_code, find_gpu
-from storyadapter.errors import RunError
+from storyadapter.method.errors import RunError
 
 if TYPE_CHECKING:
     from storyadapter.bench.mlp_run import Tiles

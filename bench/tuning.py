@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import TYPE_CHECKING, Final, TypeVar
 
-from storyadapter.errors import StoryAdapterError, UnavailableError
+from storyadapter.method.errors import StoryAdapterError, UnavailableError
 
 if TYPE_CHECKING:
     import torch

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from storyadapter.contract import PRECISIONS, Precision
-from storyadapter.errors import UnavailableError
+from storyadapter.method.errors import UnavailableError
+from storyadapter.model.contract import PRECISIONS, Precision
 
 if TYPE_CHECKING:
     import torch

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from storyadapter.checkpoint import Checkpoint
-from storyadapter.contract import NetworkSpec, Precision, network_specs
-from storyadapter.grca import grca
-from storyadapter.modules import iterate_modules
-from storyadapter.networks import Networks, check_inputs
+from storyadapter.model.contract import NetworkSpec, Precision, network_specs
+from storyadapter.model.grca import grca
+from storyadapter.model.modules import iterate_modules
+from storyadapter.model.networks import Networks, check_inputs
 
 
 class EagerNetwork:
@@ -23,7 +23,7 @@ class EagerNetwork:
         self.device = next(module.parameters()).device
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """See `storyadapter.networks.Network`."""
+        """See `storyadapter.model.networks.Network`."""
         check_inputs(
             self.spec,
             inputs,

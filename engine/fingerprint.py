@@ -11,8 +11,8 @@ from typing import Any, Final
 from filelock import FileLock
 
 from storyadapter.engine.user_cache import user_cache
-from storyadapter.errors import CheckpointError, RunError
-from storyadapter.files import write_atomically
+from storyadapter.method.errors import CheckpointError, RunError
+from storyadapter.output.files import write_atomically
 
 MEMORY_NAME: Final = "fingerprints.json"
 _VERSION: Final = 1

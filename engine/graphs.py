@@ -6,14 +6,14 @@ from typing import Final
 
 import torch
 
-from storyadapter.streams import capture_stream
+from storyadapter.runtime.streams import capture_stream
 
 GRAPHS_AT_MOST: Final = 4  # a story has two sizes of micro-batches at the most
 _SEEN_AT_MOST: Final = 64
 
 
 class GraphStepRunner:
-    """Replays work that was run before under the same key; see `storyadapter.networks.StepRunner`.
+    """Replays work that was run before under the same key; see `storyadapter.model.networks.StepRunner`.
 
     The first call with a key runs the work as it is, which also warms it up; the second captures it and replays that;
     every later one replays. At most `limit` graphs are kept, the one that was used the longest time ago goes first.

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final
 
-from storyadapter.contract import CONTRACT_VERSION, MAX_BANK_ROWS, Geometry, ShapeRanges, network_specs
+from storyadapter.model.contract import CONTRACT_VERSION, MAX_BANK_ROWS, Geometry, ShapeRanges, network_specs
 
 STORE_VERSION: Final = 3  # of the manifest and the key; raised, it makes every engine built before unknown
 _KEY_DIGITS: Final = 32

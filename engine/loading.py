@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TypeVar
 
-from storyadapter.contract import Geometry, NetworkSpec, network_specs
+from storyadapter.model.contract import Geometry, NetworkSpec, network_specs
 
 Loaded = TypeVar("Loaded")
 

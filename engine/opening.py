@@ -8,16 +8,16 @@ from typing import Any
 import torch
 
 from storyadapter.checkpoint import Checkpoint
-from storyadapter.contract import Geometry, Precision, Range, ShapeRanges
 from storyadapter.engine.backends import check_available, default_device, installed_version
 from storyadapter.engine.fingerprint import fingerprint_files
 from storyadapter.engine.identity import EngineIdentity, Lora, WeightFile, contract_digest
 from storyadapter.engine.store import EngineStore, StoredEngine
 from storyadapter.engine.tensorrt.library import Library, choose_library, gpu_target
 from storyadapter.engine.tensorrt.options import BuildOptions
-from storyadapter.errors import InputError, UnavailableError
 from storyadapter.export import EXPORT_VERSION, OPSET
-from storyadapter.networks import Networks
+from storyadapter.method.errors import InputError, UnavailableError
+from storyadapter.model.contract import Geometry, Precision, Range, ShapeRanges
+from storyadapter.model.networks import Networks
 
 ReportStage = Callable[[str, str], None]  # network ("" for none in particular), what is being done
 ReportBytes = Callable[[int, int], None]  # bytes read, bytes to be read

@@ -21,11 +21,11 @@ from typing import Any, Final
 from filelock import FileLock, Timeout
 
 import storyadapter
-from storyadapter.contract import Range, ShapeRanges
 from storyadapter.engine.identity import STORE_VERSION, EngineIdentity, engine_key
 from storyadapter.engine.user_cache import user_cache
-from storyadapter.errors import EngineMismatchError, InputError, RunError
-from storyadapter.files import is_full
+from storyadapter.method.errors import EngineMismatchError, InputError, RunError
+from storyadapter.model.contract import Range, ShapeRanges
+from storyadapter.output.files import is_full
 
 MANIFEST_NAME: Final = "manifest.json"
 _UNFINISHED: Final = ".building"  # ".<key>.building" is an engine in the making

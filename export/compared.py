@@ -7,11 +7,11 @@ from pathlib import Path
 import onnx
 from torch import nn
 
-from storyadapter.contract import NetworkSpec, Precision, Range, size_of, split_dim
 from storyadapter.export.onnx_export import export_network
 from storyadapter.export.probe import probe_module
 from storyadapter.export.verify import verify_export
 from storyadapter.export.widen import write_widened
+from storyadapter.model.contract import NetworkSpec, Precision, Range, size_of, split_dim
 
 # Latents that every file is exported for besides its own: a full-size UNet at full size takes a CPU half an hour.
 _COMPARED_LATENTS = Range(8, 16)

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from storyadapter.contract import NetworkSpec, Range, TensorSpec
-from storyadapter.unet import Denoiser
+from storyadapter.model.contract import NetworkSpec, Range, TensorSpec
+from storyadapter.model.unet import Denoiser
 
 # Latents are exported as multiples of this: the UNet halves them twice.
 LATENT_MULTIPLE = 4

@@ -23,7 +23,7 @@ _MASKED = -30000.0
 def grca_node(
     q: Tensor, text_kv: Tensor, text_row: Tensor, ref_kv: Tensor, ref_row: Tensor, ref_length: Tensor
 ) -> Tensor:
-    """Stand-in for `storyadapter.grca.grca` while a network is exported: becomes one ONNX node. Same arguments."""
+    """Stand-in for `storyadapter.model.grca.grca` while a network is exported: becomes a node. Same arguments."""
     return symbolic(
         f"{DOMAIN}::{OP_TYPE}",
         (q, text_kv, text_row, ref_kv, ref_row, ref_length),
@@ -38,7 +38,7 @@ def grca_node(
 def GlobalReferenceCrossAttention(  # noqa: N802 (the operator's name in ONNX)
     q: FLOAT, text_kv: FLOAT, text_row: INT32, ref_kv: FLOAT, ref_row: INT32, ref_length: INT32
 ) -> FLOAT:
-    """The operator in standard ONNX operators; q and result [B, S, H, D], see `storyadapter.grca.grca`.
+    """The operator in standard ONNX operators; q and result [B, S, H, D], see `storyadapter.model.grca.grca`.
 
     FLOAT stands for any of fp32, fp16 and bf16: a FunctionProto carries no types.
     """

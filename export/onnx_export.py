@@ -11,12 +11,12 @@ import onnx
 import torch
 from torch import nn
 
-from storyadapter.contract import NetworkSpec, Precision, Range
 from storyadapter.export import OPSET, onnx_name
 from storyadapter.export.dynamic_shapes import dynamic_shapes
 from storyadapter.export.grca_node import attach_function, grca_node
 from storyadapter.export.probe import example_letters, probe_inputs
-from storyadapter.unet import GlobalReferenceCrossAttention
+from storyadapter.model.contract import NetworkSpec, Precision, Range
+from storyadapter.model.unet import GlobalReferenceCrossAttention
 
 
 def export_network(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from storyadapter.contract import NetworkSpec, Precision, Range, TensorSpec, size_of
+from storyadapter.model.contract import NetworkSpec, Precision, Range, TensorSpec, size_of
 
 
 @dataclass(frozen=True)

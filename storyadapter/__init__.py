@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from storyadapter.checkpoint import Checkpoint
-    from storyadapter.pipeline import StoryPipeline
-    from storyadapter.plan import RunPlan
-    from storyadapter.story import Story
+    from storyadapter.method.plan import RunPlan
+    from storyadapter.method.story import Story
+    from storyadapter.runtime.pipeline import StoryPipeline
 
 __version__ = "0.1.0"
 __all__ = ["Checkpoint", "RunPlan", "Story", "StoryPipeline", "__version__"]
 
 _HOMES = {
     "Checkpoint": "storyadapter.checkpoint",
-    "RunPlan": "storyadapter.plan",
-    "Story": "storyadapter.story",
-    "StoryPipeline": "storyadapter.pipeline",
+    "RunPlan": "storyadapter.method.plan",
+    "Story": "storyadapter.method.story",
+    "StoryPipeline": "storyadapter.runtime.pipeline",
 }
 
 

@@ -3,9 +3,9 @@
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from storyadapter import method
-from storyadapter.contract import Range, ShapeRanges
-from storyadapter.errors import InputError
+from storyadapter.method import constants
+from storyadapter.method.errors import InputError
+from storyadapter.model.contract import Range, ShapeRanges
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class StoryCase:
 
 
 # What the published command draws in the longest story of its paper.
-PUBLISHED: Final = StoryCase("published", 100, method.ITERATIONS, method.STEPS, 8, 1024, 1024)
+PUBLISHED: Final = StoryCase("published", 100, constants.ITERATIONS, constants.STEPS, 8, 1024, 1024)
 
 _FRAME_BY_FRAME: Final = ("published", "batched", "sdpa")
 _LAST: Final = ("compiled", "graphs")  # the fastest of one call; without a GPU there are no graphs

@@ -5,9 +5,9 @@ import argparse
 from storyadapter.bench.options import add_engine_dir_option, add_report_options, refuse_checkpoint_options
 from storyadapter.bench.report_files import check_out
 from storyadapter.cli.options import add_checkpoint_options
-from storyadapter.contract import PRECISIONS
 from storyadapter.engine.backends import AUTO
-from storyadapter.errors import InputError
+from storyadapter.method.errors import InputError
+from storyadapter.model.contract import PRECISIONS
 
 RUNGS = ("published", "batched", "sdpa", "cached", "fused", "compiled", "graphs", "overlapped")
 RIVALS = ("diffusers", "diffusers-compile", "diffusers-xformers", "tensorrt")

@@ -44,12 +44,12 @@ from storyadapter.bench.throughput.story import (
 )
 from storyadapter.bench.throughput.workbench import Workbench, with_compiled_vae, with_eager_vae
 from storyadapter.cli.options import model_choice
-from storyadapter.conditioning import Tokenizers
-from storyadapter.contract import Precision
 from storyadapter.engine.backends import AUTO, default_device
-from storyadapter.errors import InputError, RunError, UnavailableError
-from storyadapter.grca import grca
-from storyadapter.networks import TORCH_DTYPES, Networks
+from storyadapter.method.errors import InputError, RunError, UnavailableError
+from storyadapter.model.contract import Precision
+from storyadapter.model.grca import grca
+from storyadapter.model.networks import TORCH_DTYPES, Networks
+from storyadapter.runtime.conditioning import Tokenizers
 
 OVERLAPPED = "overlapped"
 _ONE_BY_ONE = "one after the other"

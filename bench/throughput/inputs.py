@@ -8,18 +8,18 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from storyadapter import method
 from storyadapter.bench.throughput.cases import Case
-from storyadapter.conditioning import BoundText, Tokenizers
-from storyadapter.contract import text_kv_name
-from storyadapter.networks import Networks
-from storyadapter.noise import Noise, draw_noise
-from storyadapter.reference_bank import ReferenceBank
-from storyadapter.sampler import SamplerTable, build_sampler
+from storyadapter.method import constants
+from storyadapter.method.noise import Noise, draw_noise
+from storyadapter.method.sampler import SamplerTable, build_sampler
+from storyadapter.model.contract import text_kv_name
+from storyadapter.model.networks import Networks
+from storyadapter.runtime.conditioning import BoundText, Tokenizers
+from storyadapter.runtime.reference_bank import ReferenceBank
 
 SCALE: Final = 0.4  # λ, the middle of the published schedule
 SEED: Final = 0
-TIMED_STEPS: Final = method.STEPS  # of the loop that is timed step by step
+TIMED_STEPS: Final = constants.STEPS  # of the loop that is timed step by step
 _WORDS: Final = (
     "fox",
     "owl",
@@ -106,17 +106,17 @@ def make_inputs(
     embeddings = image_embeddings(networks, max(case.references for case in cases))
     made = {}
     for case in cases:
-        texts = [method.NEGATIVE_PROMPT, *prompts(case.frames)]
+        texts = [constants.NEGATIVE_PROMPT, *prompts(case.frames)]
         with torch.inference_mode():
             text = encode_prompts(networks, tokenizers, texts, case.height, case.width)
-        table = build_sampler(method.SCHEDULER, case.check_steps, prediction_type=prediction_type)
+        table = build_sampler(constants.SCHEDULER, case.check_steps, prediction_type=prediction_type)
         scale = networks.geometry.pixels_per_latent
         made[case.name] = CaseInputs(
             case,
             text,
             embeddings[: case.references],
             table,
-            build_sampler(method.SCHEDULER, TIMED_STEPS, prediction_type=prediction_type),
+            build_sampler(constants.SCHEDULER, TIMED_STEPS, prediction_type=prediction_type),
             draw_noise(SEED, case.height // scale, case.width // scale, table),
         )
     return made

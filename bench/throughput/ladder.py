@@ -18,10 +18,10 @@ from storyadapter.bench.throughput.inputs import CaseInputs
 from storyadapter.bench.throughput.rungs import Rung, Steps
 from storyadapter.bench.throughput.workbench import Workbench
 from storyadapter.bench.timing import Timing, measure
-from storyadapter.errors import InputError
-from storyadapter.networks import Network
-from storyadapter.plan import split_evenly
-from storyadapter.sampler import SamplerTable
+from storyadapter.method.errors import InputError
+from storyadapter.method.plan import split_evenly
+from storyadapter.method.sampler import SamplerTable
+from storyadapter.model.networks import Network
 
 BUDGET_SECONDS: Final = 4.0  # of timed steps, per rung and case
 WARMUP_SECONDS: Final = 0.5

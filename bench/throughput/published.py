@@ -13,10 +13,10 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 from torch.nn.functional import layer_norm, linear, scaled_dot_product_attention
 
-from storyadapter import method
 from storyadapter.bench.throughput.inputs import CaseInputs
 from storyadapter.checkpoint import IPAdapterWeights
-from storyadapter.sampler import SamplerTable, scale_input, step, timestep_at
+from storyadapter.method import constants
+from storyadapter.method.sampler import SamplerTable, scale_input, step, timestep_at
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v [B, H, tokens, D] -> [B, H, S, D]
 
@@ -57,7 +57,7 @@ class CrossAttention:
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None) -> Tensor:
         text, tokens = encoder_hidden_states.split(
-            [method.TEXT_TOKENS, encoder_hidden_states.shape[1] - method.TEXT_TOKENS], dim=1
+            [constants.TEXT_TOKENS, encoder_hidden_states.shape[1] - constants.TEXT_TOKENS], dim=1
         )
         q = _heads(attn.to_q(hidden_states), attn.heads)
         out = self.attend(q, _heads(attn.to_k(text), attn.heads), _heads(attn.to_v(text), attn.heads))
@@ -115,7 +115,7 @@ def denoise_with(predict: Callable[[Tensor, Tensor], Tensor], inputs: CaseInputs
             latents = scale_input(coefficients, index, x).to(dtype)
             prediction = predict(torch.cat((latents, latents)), timestep_at(coefficients, index)[0])
             unconditional, conditional = prediction.float().chunk(2)
-            output = unconditional + method.GUIDANCE * (conditional - unconditional)
+            output = unconditional + constants.GUIDANCE * (conditional - unconditional)
             x, x0 = step(coefficients, index, x, output, x0, None)
         yield x
 

@@ -15,8 +15,8 @@ from storyadapter.bench.throughput.rungs import Rung, Steps, contract_steps
 from storyadapter.bench.throughput.workbench import Workbench
 from storyadapter.checkpoint import IPAdapterWeights
 from storyadapter.checkpoint.ip_adapter import cross_attentions
-from storyadapter.errors import UnavailableError
-from storyadapter.sampler import SamplerTable
+from storyadapter.method.errors import UnavailableError
+from storyadapter.method.sampler import SamplerTable
 
 
 def _load_ip_adapter(unet: UNet2DConditionModel, adapter: IPAdapterWeights, scale: float) -> None:

@@ -8,15 +8,15 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from storyadapter import method
 from storyadapter.bench.throughput.inputs import SCALE, CaseInputs, bind_references, bind_text
 from storyadapter.bench.throughput.published import Attend, fused, install, materialized, published_steps
 from storyadapter.bench.throughput.workbench import Workbench, without_graphs
-from storyadapter.denoising import denoise
-from storyadapter.errors import UnavailableError
-from storyadapter.grca import grca
-from storyadapter.networks import Networks
-from storyadapter.sampler import SamplerTable
+from storyadapter.method import constants
+from storyadapter.method.errors import UnavailableError
+from storyadapter.method.sampler import SamplerTable
+from storyadapter.model.grca import grca
+from storyadapter.model.networks import Networks
+from storyadapter.runtime.denoising import denoise
 
 # Denoises some frames of a case over a sampler's table; yields their state [F, 4, h, w] fp32 after each step, perhaps
 # always the same tensor.
@@ -58,7 +58,9 @@ def contract_steps(networks: Networks, inputs: CaseInputs, table: SamplerTable, 
         raise ValueError(f"frames are {frames}; expected all {inputs.case.frames}")
     with torch.inference_mode():
         text, references = bind_text(networks, inputs.text), bind_references(networks, inputs)
-        steps = denoise(networks, text, references, table, inputs.noise, frames=len(frames), guidance=method.GUIDANCE)
+        steps = denoise(
+            networks, text, references, table, inputs.noise, frames=len(frames), guidance=constants.GUIDANCE
+        )
     while True:
         with torch.inference_mode():
             state = next(steps, None)

@@ -10,23 +10,23 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from storyadapter import method
 from storyadapter.bench.environment import watch
 from storyadapter.bench.psnr import worst_psnr
 from storyadapter.bench.throughput.cases import StoryCase
 from storyadapter.bench.throughput.inputs import SEED, bind_text, encode_prompts, prompts
 from storyadapter.bench.timing import Result, measure_run
-from storyadapter.conditioning import BoundText, Tokenizers
-from storyadapter.denoising import LoopBuffers, LoopInputs
-from storyadapter.errors import RunError
-from storyadapter.events import FrameFinished, MicroBatchHalved, RunFinished, RunStarted
-from storyadapter.networks import Networks
-from storyadapter.noise import draw_noise
-from storyadapter.pictures import decode_latents, embed_pictures, to_picture
-from storyadapter.pipeline import StoryPipeline
-from storyadapter.plan import RunPlan, split_evenly
-from storyadapter.sampler import sampler_of
-from storyadapter.story import Story
+from storyadapter.method import constants
+from storyadapter.method.errors import RunError
+from storyadapter.method.events import FrameFinished, MicroBatchHalved, RunFinished, RunStarted
+from storyadapter.method.noise import draw_noise
+from storyadapter.method.plan import RunPlan, split_evenly
+from storyadapter.method.sampler import sampler_of
+from storyadapter.method.story import Story
+from storyadapter.model.networks import Networks
+from storyadapter.runtime.conditioning import BoundText, Tokenizers
+from storyadapter.runtime.denoising import LoopBuffers, LoopInputs
+from storyadapter.runtime.pictures import decode_latents, embed_pictures, to_picture
+from storyadapter.runtime.pipeline import StoryPipeline
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def plan_of(case: StoryCase, prediction_type: str) -> RunPlan:
         height=case.height,
         width=case.width,
         seed=SEED,
-        scales=method.reference_scales(case.iterations),
+        scales=constants.reference_scales(case.iterations),
         steps=case.steps,
         prediction_type=prediction_type,
         max_frames=case.max_frames,

@@ -14,14 +14,14 @@ from torch import Tensor
 from storyadapter.bench.progress import Progress
 from storyadapter.bench.subject import Subject, Tell
 from storyadapter.checkpoint import IPAdapterWeights
-from storyadapter.contract import Precision, ShapeRanges
 from storyadapter.engine.eager import EagerNetwork
 from storyadapter.engine.inductor import weights_name
-from storyadapter.errors import EngineBuildError
-from storyadapter.grca import GrcaFunction
-from storyadapter.modules import VaeDecoder
-from storyadapter.networks import TORCH_DTYPES, Network, Networks, run_directly
-from storyadapter.unet import GlobalReferenceCrossAttention
+from storyadapter.method.errors import EngineBuildError
+from storyadapter.model.contract import Precision, ShapeRanges
+from storyadapter.model.grca import GrcaFunction
+from storyadapter.model.modules import VaeDecoder
+from storyadapter.model.networks import TORCH_DTYPES, Network, Networks, run_directly
+from storyadapter.model.unet import GlobalReferenceCrossAttention
 
 
 class Workbench:
@@ -114,7 +114,7 @@ class FrameByFrame:
         self._network = network
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """See `storyadapter.networks.Network`; every input has the frames in front."""
+        """See `storyadapter.model.networks.Network`; every input has the frames in front."""
         names, tensors = inputs.keys(), (value.split(1) for value in inputs.values())
         outputs = [self._network(dict(zip(names, frame, strict=True))) for frame in zip(*tensors, strict=True)]
         return {name: torch.cat([output[name] for output in outputs]) for name in outputs[0]}

@@ -17,12 +17,12 @@ from typing import Any, Final
 
 import torch
 
-from storyadapter.contract import Precision, ShapeRanges
 from storyadapter.engine.inductor.compilation import BuildRequest
 from storyadapter.engine.inductor.complaints import last_complaint
 from storyadapter.engine.inductor.target import check_compilers
-from storyadapter.errors import EngineBuildError, InputError
-from storyadapter.modules import ModelParts
+from storyadapter.method.errors import EngineBuildError, InputError
+from storyadapter.model.contract import Precision, ShapeRanges
+from storyadapter.model.modules import ModelParts
 
 # A compiler works on one core most of the time, and the denoiser takes as long as all others together.
 _GROUPS: Final = (

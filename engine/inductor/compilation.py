@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from storyadapter.contract import NetworkSpec, Precision, Range, network_specs
 from storyadapter.engine.inductor import package_name, weights_name
 from storyadapter.engine.inductor.complaints import first_complaint
 from storyadapter.engine.inductor.fusion import fuse_denoiser
@@ -22,12 +21,13 @@ from storyadapter.engine.inductor.launch_analysis import analysed_once
 from storyadapter.engine.inductor.operators import Operators, operators_for
 from storyadapter.engine.inductor.session import InductorNetwork, names_of_weights, read_weights
 from storyadapter.engine.inductor.shapes import channels_last, compiled_ranges, example_sizes
-from storyadapter.errors import EngineBuildError
 from storyadapter.export.dynamic_shapes import dynamic_shapes
 from storyadapter.export.probe import Probe, probe_inputs, probe_module
 from storyadapter.export.verify import ExportError, relative_error
-from storyadapter.modules import ModelParts, iterate_modules
-from storyadapter.unet import Denoiser
+from storyadapter.method.errors import EngineBuildError
+from storyadapter.model.contract import NetworkSpec, Precision, Range, network_specs
+from storyadapter.model.modules import ModelParts, iterate_modules
+from storyadapter.model.unet import Denoiser
 
 # Measured on an H100 at S = 4096 and 10 heads: cuDNN 480 TFLOP/s, FlashAttention-2 304.
 _ATTENTION: Final = [

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from storyadapter.engine.inductor.operators import Operators
-from storyadapter.unet import CrossAttentionInputs, Denoiser
+from storyadapter.model.unet import CrossAttentionInputs, Denoiser
 
 
 class SelfAttention(nn.Module):

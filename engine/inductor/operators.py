@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from storyadapter.grca import GrcaFunction, grca
+from storyadapter.model.grca import GrcaFunction, grca
 
 # (x [M, C], residual [M, C], weight [C], bias [C], eps) -> (x + residual, its layer norm)
 AddLayerNorm = Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]

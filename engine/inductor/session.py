@@ -10,14 +10,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from storyadapter.contract import Geometry, NetworkSpec, Precision, Range, network_specs
 from storyadapter.engine.graphs import GraphStepRunner
 from storyadapter.engine.inductor import package_name, weights_name
 from storyadapter.engine.inductor.shapes import compiled_ranges, cut, doubled
 from storyadapter.engine.loading import load_each
 from storyadapter.engine.out_of_memory import told_as_out_of_memory
-from storyadapter.grca import grca
-from storyadapter.networks import Networks, check_inputs, run_directly
+from storyadapter.model.contract import Geometry, NetworkSpec, Precision, Range, network_specs
+from storyadapter.model.grca import grca
+from storyadapter.model.networks import Networks, check_inputs, run_directly
 
 if TYPE_CHECKING:
     from torch.export.pt2_archive._package import AOTICompiledModel
@@ -71,7 +71,7 @@ class InductorNetwork:
                 weakref.finalize(self, _give_back, tuple(self.weights.values())).atexit = False
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """See `storyadapter.networks.Network`."""
+        """See `storyadapter.model.networks.Network`."""
         # a package doesn't look at strides: a view would give wrong numbers without an error
         sizes = check_inputs(
             self.spec,

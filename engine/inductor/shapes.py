@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from storyadapter.contract import NetworkSpec, Range, TensorSpec
+from storyadapter.model.contract import NetworkSpec, Range, TensorSpec
 
 _ONE_FRAME = ("vae_decoder",)
 _ROWS_ASKED_FOR = 16  # of a convolution on a CPU, by PyTorch's choice of who computes it

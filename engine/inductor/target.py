@@ -12,7 +12,7 @@ from torch._inductor.exc import InvalidCxxCompiler
 
 from storyadapter.engine.backends import installed_version
 from storyadapter.engine.inductor import BUILD_VERSION
-from storyadapter.errors import UnavailableError
+from storyadapter.method.errors import UnavailableError
 
 
 def target_architecture(device: torch.device) -> str:

@@ -17,7 +17,7 @@ import threading
 from typing import TextIO
 
 from storyadapter.engine.inductor.compilation import BuildRequest, build_networks
-from storyadapter.errors import StoryAdapterError
+from storyadapter.method.errors import StoryAdapterError
 
 
 def main() -> None:

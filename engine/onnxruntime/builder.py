@@ -4,10 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from storyadapter.checkpoint import Checkpoint
-from storyadapter.contract import Precision, ShapeRanges, network_specs
 from storyadapter.export.compared import export_compared
-from storyadapter.grca import grca
-from storyadapter.modules import iterate_modules
+from storyadapter.model.contract import Precision, ShapeRanges, network_specs
+from storyadapter.model.grca import grca
+from storyadapter.model.modules import iterate_modules
 
 
 def build_onnx(

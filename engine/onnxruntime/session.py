@@ -8,11 +8,11 @@ import torch
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail, RuntimeException
 from torch import Tensor
 
-from storyadapter.contract import Geometry, NetworkSpec, Precision, Range
 from storyadapter.engine.loading import load_each
 from storyadapter.export import onnx_name
 from storyadapter.export.ort_session import open_session
-from storyadapter.networks import Networks, check_inputs
+from storyadapter.model.contract import Geometry, NetworkSpec, Precision, Range
+from storyadapter.model.networks import Networks, check_inputs
 
 DEVICE = torch.device("cpu")
 
@@ -36,7 +36,7 @@ class OnnxRuntimeNetwork:
         self.session = open_session(path)
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """See `storyadapter.networks.Network`."""
+        """See `storyadapter.model.networks.Network`."""
         check_inputs(
             self.spec,
             inputs,

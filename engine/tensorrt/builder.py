@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from storyadapter.checkpoint import Checkpoint
-from storyadapter.contract import (
+from storyadapter.engine.backends import installed_version
+from storyadapter.engine.tensorrt.engine_folder import TENSORRT_NAMES, EngineFolder, engine_name
+from storyadapter.engine.tensorrt.library import Library
+from storyadapter.engine.tensorrt.options import BuildOptions
+from storyadapter.engine.tensorrt.worker import BuildReport, BuildRequest, TensorBounds, peak_memory
+from storyadapter.export.compared import export_compared
+from storyadapter.method.errors import EngineBuildError, UnavailableError
+from storyadapter.model.contract import (
     NetworkSpec,
     Precision,
     Range,
@@ -21,15 +28,8 @@ from storyadapter.contract import (
     size_of,
     split_dim,
 )
-from storyadapter.engine.backends import installed_version
-from storyadapter.engine.tensorrt.engine_folder import TENSORRT_NAMES, EngineFolder, engine_name
-from storyadapter.engine.tensorrt.library import Library
-from storyadapter.engine.tensorrt.options import BuildOptions
-from storyadapter.engine.tensorrt.worker import BuildReport, BuildRequest, TensorBounds, peak_memory
-from storyadapter.errors import EngineBuildError, UnavailableError
-from storyadapter.export.compared import export_compared
-from storyadapter.grca import grca
-from storyadapter.modules import iterate_modules
+from storyadapter.model.grca import grca
+from storyadapter.model.modules import iterate_modules
 
 _KILLED: Final = -9
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Final
 
-from storyadapter.contract import Range
 from storyadapter.engine.tensorrt.library import installed_libraries
-from storyadapter.errors import EngineMismatchError
+from storyadapter.method.errors import EngineMismatchError
+from storyadapter.model.contract import Range
 
 # The contract's dtypes as TensorRT names them.
 TENSORRT_NAMES: Final = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int32": "INT32"}

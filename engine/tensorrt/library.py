@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import Final
 
-from storyadapter.errors import InputError, UnavailableError
+from storyadapter.method.errors import InputError, UnavailableError
 
 AUTO: Final = "auto"
 RTX_TARGETS: Final = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")

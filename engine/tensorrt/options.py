@@ -3,9 +3,9 @@
 import re
 from dataclasses import dataclass
 
-from storyadapter.contract import ShapeRanges, check_pixels
 from storyadapter.engine.tensorrt.library import Library
-from storyadapter.errors import InputError
+from storyadapter.method.errors import InputError
+from storyadapter.model.contract import ShapeRanges, check_pixels
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from storyadapter.contract import Geometry, NetworkSpec, Precision, Range, size_of
 from storyadapter.engine.graphs import GraphStepRunner
 from storyadapter.engine.loading import load_each
 from storyadapter.engine.tensorrt.engine_folder import TENSORRT_NAMES, EngineFolder, engine_name
-from storyadapter.errors import EngineMismatchError, RunError
-from storyadapter.networks import Networks, check_inputs
+from storyadapter.method.errors import EngineMismatchError, RunError
+from storyadapter.model.contract import Geometry, NetworkSpec, Precision, Range, size_of
+from storyadapter.model.networks import Networks, check_inputs
 
 SHAPES_AT_MOST: Final = 8  # contexts of one network that are kept, one per (B, P, R, h, w) that occurred
 GRAPHS_AT_MOST: Final = 8  # CUDA graphs of one context
@@ -47,7 +47,7 @@ class _Ready:
 
 
 class TensorRTNetwork:
-    """One engine, called by names; see `storyadapter.networks.Network`.
+    """One engine, called by names; see `storyadapter.model.networks.Network`.
 
     Inputs are read where they lie. Outputs lie in memory of the network's own, that its next call writes again.
     """

@@ -20,8 +20,8 @@ from storyadapter.checkpoint.loras import Lora, check_lora, fuse_loras, lora_fil
 from storyadapter.checkpoint.parts import base_parts, image_encoder_part
 from storyadapter.checkpoint.paths import CheckpointPaths
 from storyadapter.checkpoint.tokenizers import check_tokenizer, load_tokenizer, tokenizer_files
-from storyadapter.contract import Geometry, LayerWidth
-from storyadapter.errors import CheckpointError
+from storyadapter.method.errors import CheckpointError
+from storyadapter.model.contract import Geometry, LayerWidth
 
 if TYPE_CHECKING:
     import torch

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from storyadapter.checkpoint.tensor_files import first_line, read_headers, read_tensors
-from storyadapter.errors import CheckpointError
+from storyadapter.method.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch

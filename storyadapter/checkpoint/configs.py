@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from storyadapter import method
-from storyadapter.errors import CheckpointError
+from storyadapter.method import constants
+from storyadapter.method.errors import CheckpointError
 
 Config = Mapping[str, Any]
 
@@ -28,9 +28,9 @@ def check_unet(path: Path, config: Config) -> None:
     """Raises CheckpointError unless this is the UNet of an SDXL base model."""
     expect_class(path, config, "UNet2DConditionModel")
     channels = (config.get("in_channels"), config.get("out_channels"))
-    if channels == (9, method.LATENT_CHANNELS):
+    if channels == (9, constants.LATENT_CHANNELS):
         raise CheckpointError(f"{path}: an inpainting UNet with 9 input channels; expected an SDXL base model's with 4")
-    if channels != (method.LATENT_CHANNELS,) * 2:
+    if channels != (constants.LATENT_CHANNELS,) * 2:
         raise CheckpointError(f"{path}: {channels[0]} input and {channels[1]} output channels; expected 4 and 4")
     if config.get("addition_embed_type") != "text_time":
         raise CheckpointError(
@@ -70,7 +70,7 @@ def check_widths(unet_path: Path, unet: Config, text_width: int, text_width_2: i
 def check_vae(path: Path, config: Config) -> None:
     """Raises CheckpointError unless this is an SDXL VAE."""
     expect_class(path, config, "AutoencoderKL")
-    if config.get("latent_channels") != method.LATENT_CHANNELS:
+    if config.get("latent_channels") != constants.LATENT_CHANNELS:
         raise CheckpointError(f"{path}: {config.get('latent_channels')} latent channels; expected SDXL's 4")
     for option in ("latents_mean", "latents_std", "shift_factor"):
         if config.get(option) is not None:
@@ -81,9 +81,9 @@ def check_text_encoder(path: Path, config: Config) -> None:
     """Raises CheckpointError unless this is a CLIP text model of 77 positions."""
     if config.get("model_type") != "clip_text_model":
         raise CheckpointError(f"{path}: a {config.get('model_type')!r} model; expected 'clip_text_model'")
-    positions = config.get("max_position_embeddings", method.TEXT_TOKENS)
-    if positions != method.TEXT_TOKENS:
-        raise CheckpointError(f"{path}: {positions} text positions; expected {method.TEXT_TOKENS}")
+    positions = config.get("max_position_embeddings", constants.TEXT_TOKENS)
+    if positions != constants.TEXT_TOKENS:
+        raise CheckpointError(f"{path}: {positions} text positions; expected {constants.TEXT_TOKENS}")
 
 
 def vision_config(path: Path, config: Config) -> Config:
@@ -101,8 +101,8 @@ def vision_config(path: Path, config: Config) -> Config:
             f"{path}: {found}; expected a CLIP image encoder ('clip_vision_model'), such as the folder "
             "sdxl_models/image_encoder beside the IP-Adapter"
         )
-    if config.get("image_size", method.CLIP_PIXELS) != method.CLIP_PIXELS:
-        raise CheckpointError(f"{path}: pictures of {config['image_size']} pixels; expected {method.CLIP_PIXELS}")
+    if config.get("image_size", constants.CLIP_PIXELS) != constants.CLIP_PIXELS:
+        raise CheckpointError(f"{path}: pictures of {config['image_size']} pixels; expected {constants.CLIP_PIXELS}")
     return config
 
 

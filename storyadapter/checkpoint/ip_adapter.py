@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from storyadapter import method
 from storyadapter.checkpoint.component import compare
 from storyadapter.checkpoint.tensor_files import read_headers, read_tensors
-from storyadapter.errors import CheckpointError
+from storyadapter.method import constants
+from storyadapter.method.errors import CheckpointError
+from storyadapter.model.ip_adapter import AdapterLayer, IPAdapterWeights
 
 if TYPE_CHECKING:
     import torch
@@ -18,40 +19,6 @@ if TYPE_CHECKING:
 _EXPECTED = "expected the plain 4-token IP-Adapter for SDXL, such as ip-adapter_sdxl.safetensors"
 _PROJECTION = ("image_proj.proj.weight", "image_proj.proj.bias", "image_proj.norm.weight", "image_proj.norm.bias")
 _LAYER = re.compile(r"ip_adapter\.(\d+)\.to_([kv])_ip\.weight")
-
-
-@dataclass(frozen=True)
-class AdapterLayer:
-    """The adapter's keys and values of one cross-attention layer of width C, for image tokens of width X (2048).
-
-    Attributes:
-        module: name of the layer in the UNet, such as "down_blocks.1.attentions.0.transformer_blocks.0.attn2".
-        to_k: [C, X], weight of a linear layer without bias.
-        to_v: [C, X], likewise.
-    """
-
-    module: str
-    to_k: "Tensor"
-    to_v: "Tensor"
-
-
-@dataclass(frozen=True)
-class IPAdapterWeights:
-    """The plain IP-Adapter (arXiv 2308.06721): image embedding of width D -> 4 tokens of width X -> keys and values.
-
-    Attributes:
-        projection_weight: [4·X, D], linear layer on the image embedding.
-        projection_bias: [4·X].
-        norm_weight: [X], layer norm of each token.
-        norm_bias: [X].
-        layers: in the order of the UNet's `attn_processors`: down, up, mid.
-    """
-
-    projection_weight: "Tensor"
-    projection_bias: "Tensor"
-    norm_weight: "Tensor"
-    norm_bias: "Tensor"
-    layers: tuple[AdapterLayer, ...]
 
 
 @dataclass(frozen=True)
@@ -94,8 +61,8 @@ def check_ip_adapter(
             f"has {len(layers)} cross-attention layers with text {text_width} wide"
         )
     expected: dict[str, list[int]] = {
-        _PROJECTION[0]: [method.TOKENS_PER_IMAGE * text_width, image_width],
-        _PROJECTION[1]: [method.TOKENS_PER_IMAGE * text_width],
+        _PROJECTION[0]: [constants.TOKENS_PER_IMAGE * text_width, image_width],
+        _PROJECTION[1]: [constants.TOKENS_PER_IMAGE * text_width],
         _PROJECTION[2]: [text_width],
         _PROJECTION[3]: [text_width],
     }

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from storyadapter.checkpoint.tensor_files import first_line, read_headers, read_metadata, read_tensors
-from storyadapter.errors import CheckpointError
+from storyadapter.method.errors import CheckpointError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

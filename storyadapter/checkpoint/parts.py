@@ -10,7 +10,7 @@ from storyadapter.checkpoint.component import Component, Convert, folder_names
 from storyadapter.checkpoint.locate import DIFFUSERS_STEMS, TRANSFORMERS_STEMS, find, read_config, weight_files
 from storyadapter.checkpoint.paths import CheckpointPaths
 from storyadapter.checkpoint.tensor_files import is_safetensors
-from storyadapter.errors import CheckpointError
+from storyadapter.method.errors import CheckpointError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from storyadapter.checkpoint.component import folder_names
 from storyadapter.checkpoint.tensor_files import read_headers
-from storyadapter.errors import CheckpointError
+from storyadapter.method.errors import CheckpointError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -7,7 +7,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
-from storyadapter.errors import CheckpointError
+from storyadapter.method.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch

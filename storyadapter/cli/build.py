@@ -3,14 +3,14 @@
 import argparse
 import time
 
-from storyadapter import method
 from storyadapter.cli.options import build_options, check_backend_options, model_choice, shape_ranges
 from storyadapter.cli.reporting import Reporter, count, duration, reporter_for
 from storyadapter.cli.session import Session, open_session
-from storyadapter.contract import ShapeRanges
 from storyadapter.engine.backends import BACKENDS
 from storyadapter.engine.tensorrt.library import parse_targets
 from storyadapter.engine.tensorrt.options import BuildOptions
+from storyadapter.method import constants
+from storyadapter.model.contract import ShapeRanges
 
 
 def build(args: argparse.Namespace) -> int:
@@ -21,7 +21,7 @@ def build(args: argparse.Namespace) -> int:
         ExportError: an exported network doesn't compute what eager computes.
         RunError: no space is left.
     """
-    shape_ranges(args, method.PIXEL_MULTIPLE)  # checks what was typed; the model's own size isn't known yet
+    shape_ranges(args, constants.PIXEL_MULTIPLE)  # checks what was typed; the model's own size isn't known yet
     targets, options = parse_targets(args.target), build_options(args)
     session = open_session(args, model_choice(args))
     check_backend_options(args, session.backend)

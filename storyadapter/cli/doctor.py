@@ -12,7 +12,7 @@ from storyadapter.engine.backends import BACKENDS, choose_backend, default_devic
 from storyadapter.engine.opening import why_outdated
 from storyadapter.engine.store import EngineStore, renewal
 from storyadapter.engine.tensorrt.library import describe_libraries, gpu_target, why_it_cant_run
-from storyadapter.errors import UnavailableError
+from storyadapter.method.errors import UnavailableError
 
 
 def doctor() -> int:

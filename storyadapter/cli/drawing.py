@@ -15,16 +15,16 @@ from storyadapter.cli.reporting import Reporter, count, duration
 from storyadapter.cli.saving import FrameSaver
 from storyadapter.cli.session import Session
 from storyadapter.cli.versions import versions
-from storyadapter.contract import Range, ShapeRanges
 from storyadapter.engine.opening import identify, open_networks
-from storyadapter.errors import EngineMismatchError, RunError
-from storyadapter.events import FrameFinished, IterationFinished, RunFinished
-from storyadapter.networks import Networks
-from storyadapter.pipeline import FinishedIteration, StoryPipeline
-from storyadapter.plan import FRAMES_UNMEASURED, RunPlan, split_evenly
-from storyadapter.run_folder import RunFolder
-from storyadapter.sampler import sampler_of
-from storyadapter.story import Story
+from storyadapter.method.errors import EngineMismatchError, RunError
+from storyadapter.method.events import FrameFinished, IterationFinished, RunFinished
+from storyadapter.method.plan import FRAMES_UNMEASURED, RunPlan, split_evenly
+from storyadapter.method.sampler import sampler_of
+from storyadapter.method.story import Story
+from storyadapter.model.contract import Range, ShapeRanges
+from storyadapter.model.networks import Networks
+from storyadapter.output.run_folder import RunFolder
+from storyadapter.runtime.pipeline import FinishedIteration, StoryPipeline
 
 
 def draw(

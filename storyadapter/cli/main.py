@@ -10,7 +10,6 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 import storyadapter
-from storyadapter import method
 from storyadapter.bench import compare as bench_compare
 from storyadapter.bench import kernel as bench_kernel
 from storyadapter.bench import parity as bench_parity
@@ -19,7 +18,8 @@ from storyadapter.bench import soak as bench_soak
 from storyadapter.bench.throughput import command as bench_throughput
 from storyadapter.cli import options
 from storyadapter.cli.stopping import exit_code_of, sigterm_as_interrupt
-from storyadapter.errors import InputError, StoryAdapterError
+from storyadapter.method import constants
+from storyadapter.method.errors import InputError, StoryAdapterError
 
 _DESCRIPTION = """\
 Draws long stories with Story-Adapter (arXiv 2410.06244) on SDXL: every frame from text first, then more iterations in
@@ -182,22 +182,25 @@ def _add_run(commands: "argparse._SubParsersAction[Parser]") -> None:
     count.add_argument(
         "--iterations",
         type=int,
-        default=method.ITERATIONS,
+        default=constants.ITERATIONS,
         metavar="K",
         help="iterations after the text-only one, with λ from 0.3 to 0.5 (default: %(default)s)",
     )
     count.add_argument(
         "--scales", type=options.scales_list, metavar="λ,λ,…", help="λ of each iteration after the text-only one"
     )
-    look.add_argument("--steps", type=int, default=method.STEPS, help="denoising steps (default: %(default)s)")
+    look.add_argument("--steps", type=int, default=constants.STEPS, help="denoising steps (default: %(default)s)")
     look.add_argument(
-        "--scheduler", default=method.SCHEDULER, choices=tuple(method.SAMPLERS), help="sampler (default: %(default)s)"
+        "--scheduler",
+        default=constants.SCHEDULER,
+        choices=tuple(constants.SAMPLERS),
+        help="sampler (default: %(default)s)",
     )
     look.add_argument("--karras", action="store_true", help="Karras noise levels, for euler and dpmpp_2m")
     look.add_argument(
         "--prediction-type",
         default="epsilon",
-        choices=method.PREDICTION_TYPES,
+        choices=constants.PREDICTION_TYPES,
         help="what the UNet was trained to predict (default: %(default)s)",
     )
     look.add_argument(
@@ -208,11 +211,13 @@ def _add_run(commands: "argparse._SubParsersAction[Parser]") -> None:
     look.add_argument(
         "--guidance",
         type=float,
-        default=method.GUIDANCE,
+        default=constants.GUIDANCE,
         help="classifier-free guidance; 1 or less computes no unconditional rows (default: %(default)s)",
     )
     look.add_argument("--seed", type=int, help="of the whole story (default: drawn, shown and written to story.json)")
-    look.add_argument("--negative-prompt", default=method.NEGATIVE_PROMPT, metavar="T", help="(default: %(default)s)")
+    look.add_argument(
+        "--negative-prompt", default=constants.NEGATIVE_PROMPT, metavar="T", help="(default: %(default)s)"
+    )
     options.add_size_options(parser, as_range=False)
     output = parser.add_argument_group("output")
     output.add_argument("--out", default="story-out", metavar="DIR", help="output folder (default: %(default)s)")

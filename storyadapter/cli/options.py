@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from storyadapter import method
 from storyadapter.checkpoint.paths import CheckpointPaths, LoraSpec
-from storyadapter.contract import PRECISIONS, Range, ShapeRanges
 from storyadapter.demo.shipped import MODEL
 from storyadapter.engine.backends import AUTO, BACKENDS
 from storyadapter.engine.tensorrt.options import BuildOptions, parse_resolution
-from storyadapter.errors import InputError
-from storyadapter.plan import FRAMES_UNMEASURED, RunPlan
+from storyadapter.method import constants
+from storyadapter.method.errors import InputError
+from storyadapter.method.plan import FRAMES_UNMEASURED, RunPlan
+from storyadapter.model.contract import PRECISIONS, Range, ShapeRanges
 
 MAX_REFERENCES = 100
 
@@ -245,7 +245,7 @@ def run_plan(args: argparse.Namespace, default_pixels: int, seed: int) -> RunPla
         height=default_pixels if args.height is None else args.height,
         width=default_pixels if args.width is None else args.width,
         seed=seed,
-        scales=args.scales if args.scales is not None else method.reference_scales(args.iterations),
+        scales=args.scales if args.scales is not None else constants.reference_scales(args.iterations),
         steps=args.steps,
         scheduler=args.scheduler,
         karras=args.karras,

@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import TimeRemainingColumn as TimeLeftColumn
 
-from storyadapter.errors import RunError
-from storyadapter.events import (
+from storyadapter.method.constants import TEXT_TOKENS
+from storyadapter.method.errors import RunError
+from storyadapter.method.events import (
     Event,
     IterationFinished,
     IterationStarted,
@@ -22,7 +23,6 @@ from storyadapter.events import (
     RunStarted,
     StepFinished,
 )
-from storyadapter.method import TEXT_TOKENS
 
 
 class Reporter(Protocol):

@@ -5,17 +5,17 @@ import secrets
 from collections.abc import Mapping
 from typing import Any
 
-from storyadapter import method
 from storyadapter.cli.options import model_choice, run_plan
 from storyadapter.cli.reporting import reporter_for
 from storyadapter.cli.session import open_session
 from storyadapter.demo.shipped import STORY
-from storyadapter.errors import InputError
-from storyadapter.run_folder import stored_identity
-from storyadapter.story import Story, check_style
+from storyadapter.method import constants
+from storyadapter.method.errors import InputError
+from storyadapter.method.story import Story, check_style
+from storyadapter.output.run_folder import stored_identity
 
 DEFAULT_STYLE = "comic"
-_ANY_SIZE = method.PIXEL_MULTIPLE  # until the model's own is known
+_ANY_SIZE = constants.PIXEL_MULTIPLE  # until the model's own is known
 
 
 def run(args: argparse.Namespace) -> int:

@@ -7,8 +7,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Final, Self
 
-from storyadapter.events import FrameFinished
-from storyadapter.run_folder import RunFolder
+from storyadapter.method.events import FrameFinished
+from storyadapter.output.run_folder import RunFolder
 
 _WORKERS: Final = min(4, os.cpu_count() or 1)
 

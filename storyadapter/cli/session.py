@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from storyadapter.checkpoint import Checkpoint
 from storyadapter.cli.options import ModelChoice
-from storyadapter.contract import Precision
 from storyadapter.engine.backends import AUTO, check_available, choose_backend, choose_precision
+from storyadapter.model.contract import Precision
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch.nn.functional as nnf
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from storyadapter.demo.dataset import TRAITS
+from storyadapter.demo.training.dataset import TRAITS
 
 WEIGHTS = Path(__file__).with_name("judge.safetensors")
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from storyadapter.bench import compare
-from storyadapter.errors import InputError
+from storyadapter.method.errors import InputError
 
 CASE = {"name": "n16", "references": 16, "frames": 8, "height": 1024, "width": 1024, "rungs": None, "check_steps": 3}
 STORY = {"name": "story", "frames": 16, "iterations": 2, "steps": 20, "max_frames": 8, "height": 1024, "width": 1024}

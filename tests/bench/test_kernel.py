@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from storyadapter.bench.kernel import add_arguments, run
-from storyadapter.errors import InputError, UnavailableError
-from storyadapter.grca import grca
+from storyadapter.method.errors import InputError, UnavailableError
+from storyadapter.model.grca import grca
 from tests.kernels.interpreter_process import run_interpreted
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,7 +7,7 @@ from storyadapter.bench.operations import attended_keys, count_operations
 from storyadapter.bench.synthetic import SyntheticCheckpoint
 from storyadapter.bench.synthetic_models import SDXL, TOY, SyntheticModel
 from storyadapter.engine.eager import open_eager
-from storyadapter.networks import Networks
+from storyadapter.model.networks import Networks
 
 
 def _networks(model: SyntheticModel, device: str) -> Networks:

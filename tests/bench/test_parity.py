@@ -19,8 +19,8 @@ from storyadapter.bench.progress import Progress
 from storyadapter.bench.psnr import EQUAL
 from storyadapter.cli.main import main
 from storyadapter.engine import open_networks
-from storyadapter.errors import InputError
-from storyadapter.events import Event
+from storyadapter.method.errors import InputError
+from storyadapter.method.events import Event
 
 STORY = Story(("a red fox runs in the snow", "a small owl sleeps", "the fox and the owl share soup"), style="none")
 PLAN = RunPlan(height=64, width=64, seed=3, steps=2, scales=(0.3, 0.5), max_frames=3)

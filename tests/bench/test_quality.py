@@ -22,9 +22,9 @@ from storyadapter.bench.measures import (
     difference,
 )
 from storyadapter.bench.quality_report import COLUMNS, IDENTITY_COLUMNS, PROMPT_COLUMNS, measure
-from storyadapter.demo.dataset import TRAITS, split_visible
-from storyadapter.demo.networks import TINY, write_random_model
-from storyadapter.errors import InputError
+from storyadapter.demo.training.dataset import TRAITS, split_visible
+from storyadapter.demo.training.networks import TINY, write_random_model
+from storyadapter.method.errors import InputError
 
 SIZES = [len(values) for values in TRAITS.values()]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from storyadapter.bench.report_files import check_out, report_file, write_report
-from storyadapter.errors import InputError, RunError
+from storyadapter.method.errors import InputError, RunError
 
 
 def test_a_name_with_a_dot_is_a_name(tmp_path: Path) -> None:

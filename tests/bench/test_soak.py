@@ -21,9 +21,9 @@ from storyadapter.bench.soak_run import (
     problems_of,
     stories,
 )
-from storyadapter.errors import InputError
-from storyadapter.events import Event, FrameFinished
-from storyadapter.pipeline import StoryPipeline
+from storyadapter.method.errors import InputError
+from storyadapter.method.events import Event, FrameFinished
+from storyadapter.runtime.pipeline import StoryPipeline
 
 STORY = SoakStory(2, 64, 64, 1, 1)
 

@@ -9,11 +9,11 @@ import torch
 from filelock import FileLock
 
 from storyadapter.bench.subject import Subject
-from storyadapter.contract import Range, ShapeRanges
 from storyadapter.engine.identity import engine_key
 from storyadapter.engine.onnxruntime import builder
 from storyadapter.engine.opening import identify
-from storyadapter.errors import EngineBuildError
+from storyadapter.method.errors import EngineBuildError
+from storyadapter.model.contract import Range, ShapeRanges
 
 PIXELS = Range(64, 64)
 RANGES = ShapeRanges(2, 3, PIXELS, PIXELS)

@@ -8,16 +8,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from storyadapter import Story, StoryPipeline, method
+from storyadapter import Story, StoryPipeline
 from storyadapter.bench.synthetic import PREDICTION_TYPE, SyntheticCheckpoint
 from storyadapter.bench.synthetic_models import MODELS, SDXL, TOY, SyntheticModel
 from storyadapter.checkpoint.ip_adapter import cross_attentions
-from storyadapter.contract import LayerWidth
 from storyadapter.engine.eager import open_eager
 from storyadapter.engine.opening import identify
-from storyadapter.events import FrameFinished
-from storyadapter.networks import Networks
-from storyadapter.plan import RunPlan
+from storyadapter.method import constants
+from storyadapter.method.events import FrameFinished
+from storyadapter.method.plan import RunPlan
+from storyadapter.model.contract import LayerWidth
+from storyadapter.model.networks import Networks
 
 CPU = torch.device("cpu")
 
@@ -130,7 +131,7 @@ def test_activations_stay_far_from_the_limit_of_fp16_over_sdxls_depth() -> None:
         "text_embeds": torch.randn(1, 32, generator=generator),
         "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]]),
     }
-    hidden = torch.randn(1, method.TEXT_TOKENS, 64, generator=generator)
+    hidden = torch.randn(1, constants.TEXT_TOKENS, 64, generator=generator)
     latents = torch.randn(1, 4, 16, 16, generator=generator)
     with torch.inference_mode():
         output = unet(latents, 500, hidden, added_cond_kwargs=dict(added)).sample

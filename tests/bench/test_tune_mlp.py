@@ -21,9 +21,9 @@ from storyadapter.bench.mlp_report import markdown, store  # noqa: E402
 from storyadapter.bench.mlp_run import CaseResult, largest_error, measure_case, winners  # noqa: E402
 from storyadapter.bench.roofline import Rates  # noqa: E402
 from storyadapter.bench.timing import Timing  # noqa: E402
-from storyadapter.errors import RunError  # noqa: E402
 from storyadapter.kernels import mlp_tiles  # noqa: E402
 from storyadapter.kernels.mlp_tiles import GegluTiles, LayerNormTiles, as_data  # noqa: E402
+from storyadapter.method.errors import RunError  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "kernels" / "mlp_tiles.json"

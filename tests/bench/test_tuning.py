@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from storyadapter.bench.tuning import compile_all, exit_code, find_gpu, refusal
-from storyadapter.errors import RunError, UnavailableError
+from storyadapter.method.errors import RunError, UnavailableError
 
 
 def test_candidates_keep_their_order() -> None:

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from storyadapter.contract import Range, ShapeRanges
 from storyadapter.engine.identity import EngineIdentity, Lora, WeightFile
+from storyadapter.model.contract import Range, ShapeRanges
 
 
 def digest(letter: str) -> str:

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from storyadapter.checkpoint import Checkpoint
 from storyadapter.checkpoint.paths import CheckpointPaths
-from storyadapter.contract import Precision
-from storyadapter.demo.dataset import mixed_scenes
-from storyadapter.demo.scenes import draw
 from storyadapter.demo.shipped import MODEL
+from storyadapter.demo.training.dataset import mixed_scenes
+from storyadapter.demo.training.scenes import draw
 from storyadapter.engine import open_networks
-from storyadapter.networks import Networks
-from storyadapter.pictures import decode_latents
+from storyadapter.model.contract import Precision
+from storyadapter.model.networks import Networks
+from storyadapter.runtime.pictures import decode_latents
 
 
 @pytest.fixture(scope="module")

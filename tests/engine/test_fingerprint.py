@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from storyadapter.engine.fingerprint import fingerprint_files
-from storyadapter.errors import CheckpointError
+from storyadapter.method.errors import CheckpointError
 
 
 @pytest.fixture

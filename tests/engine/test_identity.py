@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storyadapter.contract import Geometry, LayerWidth, Range, ShapeRanges
 from storyadapter.engine.identity import EngineIdentity, Lora, WeightFile, contract_digest, engine_key
+from storyadapter.model.contract import Geometry, LayerWidth, Range, ShapeRanges
 from tests.engine.engine_requests import TEXT, UNET, VAE, digest, identity, ranges
 
 texts = st.text(max_size=8)

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from storyadapter.checkpoint import Checkpoint
-from storyadapter.contract import CONTRACT_VERSION
 from storyadapter.engine import identity as identity_module
 from storyadapter.engine import open_networks
 from storyadapter.engine.inductor import target
 from storyadapter.engine.opening import identify, why_outdated
 from storyadapter.engine.store import EngineStore
-from storyadapter.errors import EngineMismatchError, UnavailableError
+from storyadapter.method.errors import EngineMismatchError, UnavailableError
+from storyadapter.model.contract import CONTRACT_VERSION
 from tests.engine.engine_requests import never_waits, ranges
 
 

@@ -20,10 +20,10 @@ from typing import Any
 
 import pytest
 
-from storyadapter.contract import Range, ShapeRanges
 from storyadapter.engine.identity import EngineIdentity, Lora, WeightFile, engine_key
 from storyadapter.engine.store import EngineStore, StoredEngine
-from storyadapter.errors import EngineMismatchError, InputError, RunError
+from storyadapter.method.errors import EngineMismatchError, InputError, RunError
+from storyadapter.model.contract import Range, ShapeRanges
 from tests.engine.engine_requests import (
     TEXT,
     UNET,

@@ -10,15 +10,15 @@ from onnx import TensorProto
 from torch import nn
 
 from storyadapter.checkpoint import Checkpoint
-from storyadapter.contract import NetworkSpec, Range, ShapeRanges, TensorSpec, network_specs, size_of
 from storyadapter.export import OPSET
 from storyadapter.export.compared import export_compared
 from storyadapter.export.ort_session import open_session
 from storyadapter.export.probe import Probe
 from storyadapter.export.verify import ExportError, verify_export
 from storyadapter.export.widen import write_widened
-from storyadapter.grca import grca
-from storyadapter.modules import iterate_modules
+from storyadapter.model.contract import NetworkSpec, Range, ShapeRanges, TensorSpec, network_specs, size_of
+from storyadapter.model.grca import grca
+from storyadapter.model.modules import iterate_modules
 
 RANGES = ShapeRanges(4, 6, Range(64, 96), Range(64, 64))
 LETTERS = RANGES.letters()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from storyadapter.bench.device_memory import GIB, only_device_memory
-from storyadapter.errors import UnavailableError
+from storyadapter.method.errors import UnavailableError
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 
 from storyadapter import Checkpoint, RunPlan, Story, StoryPipeline
-from storyadapter.contract import Precision
 from storyadapter.engine import open_networks
-from storyadapter.events import FrameFinished
+from storyadapter.method.events import FrameFinished
+from storyadapter.model.contract import Precision
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from storyadapter.engine.graphs import GraphStepRunner
-from storyadapter.streams import capture_stream, decoding_stream
+from storyadapter.runtime.streams import capture_stream, decoding_stream
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

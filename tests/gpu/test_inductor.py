@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from storyadapter import Checkpoint, RunPlan, Story, StoryPipeline
-from storyadapter.contract import Range, ShapeRanges
 from storyadapter.engine import open_networks
 from storyadapter.engine.graphs import GraphStepRunner
-from storyadapter.events import FrameFinished, IterationFinished, StepFinished
-from storyadapter.networks import Networks
+from storyadapter.method.events import FrameFinished, IterationFinished, StepFinished
+from storyadapter.model.contract import Range, ShapeRanges
+from storyadapter.model.networks import Networks
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -11,9 +11,9 @@ import torch
 from storyadapter import Checkpoint, RunPlan, Story, StoryPipeline
 from storyadapter.engine import open_networks
 from storyadapter.engine.graphs import GraphStepRunner
-from storyadapter.events import FrameFinished, IterationFinished, MicroBatchHalved, RunStarted, StepFinished
-from storyadapter.networks import run_directly
-from storyadapter.plan import FRAMES_AT_MOST
+from storyadapter.method.events import FrameFinished, IterationFinished, MicroBatchHalved, RunStarted, StepFinished
+from storyadapter.method.plan import FRAMES_AT_MOST
+from storyadapter.model.networks import run_directly
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

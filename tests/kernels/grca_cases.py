@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from storyadapter.grca import grca
+from storyadapter.model.grca import grca
 
 # ‖out - ref‖ / ‖ref‖ against fp32 (fp64 for fp32)
 TOLERANCE = {torch.float16: 6e-4, torch.bfloat16: 5e-3, torch.float32: 5e-6}

@@ -32,8 +32,8 @@ from storyadapter.bench.throughput.ladder import (
 from storyadapter.bench.throughput.rivals import RIVALS
 from storyadapter.bench.throughput.rungs import LADDER, Rung, Steps
 from storyadapter.bench.throughput.workbench import Workbench, with_eager_vae
-from storyadapter.errors import EngineBuildError, UnavailableError
-from storyadapter.grca import grca
+from storyadapter.method.errors import EngineBuildError, UnavailableError
+from storyadapter.model.grca import grca
 
 CASE = Case("both", 3, 2, 64, 96)
 OTHER = Case("other", 2, 1, 64, 64, rungs=("published", "cached"))

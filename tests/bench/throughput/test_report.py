@@ -20,7 +20,7 @@ from storyadapter.bench.throughput.report_data import Findings, Undrawn, as_data
 from storyadapter.bench.throughput.story import StoryResult
 from storyadapter.bench.throughput.workbench import Workbench
 from storyadapter.bench.timing import Timing
-from storyadapter.errors import InputError, RunError, UnavailableError
+from storyadapter.method.errors import InputError, RunError, UnavailableError
 
 CASES = (Case("n16", 16, 8, 1024, 1024), Case("n100", 100, 8, 1024, 1024, rungs=("graphs",)))
 STORY = StoryCase("story", 16, 2, 20, 8, 1024, 1024)

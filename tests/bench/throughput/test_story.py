@@ -10,7 +10,7 @@ from storyadapter.bench.subject import Subject
 from storyadapter.bench.throughput.cases import StoryCase
 from storyadapter.bench.throughput.story import in_sequence, measure_story, overlapped, plan_of
 from storyadapter.bench.throughput.workbench import with_compiled_vae, with_eager_vae
-from storyadapter.contract import Range, ShapeRanges
+from storyadapter.model.contract import Range, ShapeRanges
 
 CASE = StoryCase("story", frames=3, iterations=1, steps=2, max_frames=2, height=64, width=96)
 

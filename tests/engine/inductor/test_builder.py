@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from storyadapter.checkpoint import Checkpoint
-from storyadapter.contract import Range, ShapeRanges
 from storyadapter.engine.inductor.builder import build_inductor
-from storyadapter.errors import CheckpointError, EngineBuildError, InputError, UnavailableError
+from storyadapter.method.errors import CheckpointError, EngineBuildError, InputError, UnavailableError
+from storyadapter.model.contract import Range, ShapeRanges
 from tests.engine.worker_processes import worker_processes
 
 SIZES = Range(64, 64)

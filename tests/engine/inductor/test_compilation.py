@@ -5,13 +5,13 @@ from pathlib import Path
 import torch
 
 from storyadapter import Checkpoint
-from storyadapter.contract import Range, ShapeRanges, network_specs
 from storyadapter.engine.inductor import weights_name
 from storyadapter.engine.inductor.compilation import NetworkOptions, build_network
 from storyadapter.engine.inductor.operators import operators_for
 from storyadapter.engine.inductor.session import InductorNetwork, read_weights
 from storyadapter.export.probe import probe_module
-from storyadapter.modules import iterate_modules
+from storyadapter.model.contract import Range, ShapeRanges, network_specs
+from storyadapter.model.modules import iterate_modules
 
 CPU = torch.device("cpu")
 NAME = "reference_projection"

@@ -6,12 +6,12 @@ from diffusers.models.attention import FeedForward
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
 from storyadapter.checkpoint import Checkpoint
-from storyadapter.contract import network_specs
 from storyadapter.engine.inductor.fusion import GegluFeedForward, Transformer, fuse_denoiser
 from storyadapter.engine.inductor.operators import PLAIN
 from storyadapter.export.probe import probe_inputs
-from storyadapter.grca import grca
-from storyadapter.unet import Denoiser, split_unet
+from storyadapter.model.contract import network_specs
+from storyadapter.model.grca import grca
+from storyadapter.model.unet import Denoiser, split_unet
 
 
 @pytest.fixture

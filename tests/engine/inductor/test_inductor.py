@@ -13,14 +13,14 @@ import torch
 from PIL import Image
 
 from storyadapter import Checkpoint, RunPlan, Story, StoryPipeline
-from storyadapter.contract import Range, ShapeRanges
 from storyadapter.engine import open_networks
 from storyadapter.engine.inductor import package_name, weights_name
 from storyadapter.engine.inductor.session import InductorNetwork, open_inductor, read_weights
-from storyadapter.errors import EngineMismatchError
-from storyadapter.events import FrameFinished
 from storyadapter.export.probe import probe_inputs
-from storyadapter.networks import Networks
+from storyadapter.method.errors import EngineMismatchError
+from storyadapter.method.events import FrameFinished
+from storyadapter.model.contract import Range, ShapeRanges
+from storyadapter.model.networks import Networks
 
 PROMPTS = ("a red fox runs in the snow", "a small owl sleeps in a tree at night", "the fox and the owl share soup")
 SIZES = Range(64, 64)

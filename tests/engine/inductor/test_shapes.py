@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storyadapter.bench.synthetic_models import SDXL
-from storyadapter.contract import Range, ShapeRanges, network_specs
 from storyadapter.engine.inductor.shapes import channels_last, compiled_ranges, cut, doubled, example_sizes
 from storyadapter.export.probe import probe_inputs
+from storyadapter.model.contract import Range, ShapeRanges, network_specs
 
 SPECS = network_specs(SDXL.geometry)
 FIXED = Range(1024, 1024)

@@ -14,7 +14,7 @@ from storyadapter.engine.inductor.target import (
     compiler_versions,
     target_architecture,
 )
-from storyadapter.errors import UnavailableError
+from storyadapter.method.errors import UnavailableError
 
 CPU = torch.device("cpu")
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from storyadapter import Checkpoint
-from storyadapter.contract import Range
 from storyadapter.engine.inductor.compilation import BuildRequest
+from storyadapter.model.contract import Range
 
 
 def test_a_process_that_has_done_its_work_ends_in_order(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -7,11 +7,11 @@ import numpy as np
 from torch import Tensor, nn
 
 from storyadapter.checkpoint import Checkpoint
-from storyadapter.contract import NetworkSpec, Range, ShapeRanges, TensorSpec
 from storyadapter.engine.identity import EngineIdentity
 from storyadapter.engine.store import EngineStore, StoredEngine
 from storyadapter.engine.tensorrt.options import BuildOptions
-from storyadapter.unet import CrossAttentionInputs, GlobalReferenceCrossAttention
+from storyadapter.model.contract import NetworkSpec, Range, ShapeRanges, TensorSpec
+from storyadapter.model.unet import CrossAttentionInputs, GlobalReferenceCrossAttention
 
 TARGETS = ("sm89", "sm120")
 RANGES = ShapeRanges(4, 6, Range(64, 96), Range(64, 128))

@@ -11,13 +11,13 @@ from diffusers.models.unets.unet_2d_blocks import CrossAttnDownBlock2D
 from filelock import FileLock
 
 from storyadapter.checkpoint import Checkpoint
-from storyadapter.contract import Precision
 from storyadapter.engine.opening import build_engine, identify
 from storyadapter.engine.store import EngineStore
 from storyadapter.engine.tensorrt.library import Library, choose_library
 from storyadapter.export.onnx_export import export_network
-from storyadapter.grca import grca
-from storyadapter.unet import GlobalReferenceCrossAttention
+from storyadapter.model.contract import Precision
+from storyadapter.model.grca import grca
+from storyadapter.model.unet import GlobalReferenceCrossAttention
 from tests.engine.tensorrt.building import LETTERS, OPTIONS, RANGES, TARGETS, Built, LayerBlock, layer_block_spec
 
 

@@ -19,7 +19,6 @@ import pytest
 import torch
 
 from storyadapter.checkpoint import Checkpoint
-from storyadapter.contract import NetworkSpec, Precision, ShapeRanges, TensorSpec, network_specs, size_of
 from storyadapter.engine.opening import build_engine
 from storyadapter.engine.store import EngineStore
 from storyadapter.engine.tensorrt.builder import build_request, profiles_of, run_worker
@@ -28,10 +27,11 @@ from storyadapter.engine.tensorrt.layers import fused_attentions, parse_layers
 from storyadapter.engine.tensorrt.library import Library
 from storyadapter.engine.tensorrt.options import BuildOptions
 from storyadapter.engine.tensorrt.worker import BuildRequest
-from storyadapter.errors import EngineBuildError, InputError
 from storyadapter.export.onnx_export import export_network
 from storyadapter.export.verify import TOLERANCE
-from storyadapter.modules import VaeDecoder
+from storyadapter.method.errors import EngineBuildError, InputError
+from storyadapter.model.contract import NetworkSpec, Precision, ShapeRanges, TensorSpec, network_specs, size_of
+from storyadapter.model.modules import VaeDecoder
 from tests.engine.tensorrt.building import (
     LETTERS,
     OPTIONS,

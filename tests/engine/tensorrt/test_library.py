@@ -9,7 +9,7 @@ from storyadapter.engine.tensorrt.library import (
     installed_libraries,
     parse_targets,
 )
-from storyadapter.errors import InputError, UnavailableError
+from storyadapter.method.errors import InputError, UnavailableError
 
 FULL = Library("tensorrt", "10.14.1.48")
 RTX = Library("tensorrt-rtx", "1.7.1.116")

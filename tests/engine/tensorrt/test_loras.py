@@ -13,17 +13,17 @@ from torch import Tensor, nn
 
 from storyadapter.checkpoint import Checkpoint
 from storyadapter.checkpoint.paths import LoraSpec
-from storyadapter.contract import Precision, network_specs
 from storyadapter.engine.identity import engine_key
 from storyadapter.engine.opening import build_engine, identify
 from storyadapter.engine.store import EngineStore
-from storyadapter.errors import EngineMismatchError
 from storyadapter.export import onnx_name
 from storyadapter.export.ort_session import open_session
 from storyadapter.export.probe import probe_module
-from storyadapter.grca import grca
-from storyadapter.modules import TextEncoder
-from storyadapter.unet import split_unet
+from storyadapter.method.errors import EngineMismatchError
+from storyadapter.model.contract import Precision, network_specs
+from storyadapter.model.grca import grca
+from storyadapter.model.modules import TextEncoder
+from storyadapter.model.unet import split_unet
 from tests.engine.tensorrt.building import LETTERS, RANGES, TARGETS, Built
 
 pytest.importorskip("tensorrt_rtx")

@@ -2,10 +2,10 @@
 
 import pytest
 
-from storyadapter.contract import Range, ShapeRanges
 from storyadapter.engine.tensorrt.library import Library
 from storyadapter.engine.tensorrt.options import BuildOptions, parse_resolution
-from storyadapter.errors import InputError
+from storyadapter.method.errors import InputError
+from storyadapter.model.contract import Range, ShapeRanges
 
 FULL, RTX = Library("tensorrt", "10.14.1"), Library("tensorrt-rtx", "1.7.1")
 

@@ -9,12 +9,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from storyadapter.contract import Precision, network_specs
 from storyadapter.engine.opening import open_networks
 from storyadapter.engine.tensorrt.engine_folder import EngineFolder
-from storyadapter.errors import EngineMismatchError, UnavailableError
 from storyadapter.export.probe import example_letters, probe_inputs
-from storyadapter.networks import check_inputs
+from storyadapter.method.errors import EngineMismatchError, UnavailableError
+from storyadapter.model.contract import Precision, network_specs
+from storyadapter.model.networks import check_inputs
 from tests.engine.tensorrt.building import LETTERS, RANGES, Built
 
 pytest.importorskip("tensorrt_rtx")

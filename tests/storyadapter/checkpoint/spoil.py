@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from storyadapter.checkpoint import Checkpoint, CheckpointPaths
-from storyadapter.errors import CheckpointError
+from storyadapter.method.errors import CheckpointError
 
 
 def tiny_paths(folder: Path, **typed: Any) -> CheckpointPaths:

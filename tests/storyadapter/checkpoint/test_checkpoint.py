@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from storyadapter.checkpoint import Checkpoint, CheckpointPaths
-from storyadapter.contract import Geometry, LayerWidth
-from storyadapter.errors import CheckpointError
+from storyadapter.method.errors import CheckpointError
+from storyadapter.model.contract import Geometry, LayerWidth
 from tests.storyadapter.checkpoint.spoil import cut_short, edit_config, edit_tensors, refuses, tiny_paths
 
 NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2", "image_encoder")

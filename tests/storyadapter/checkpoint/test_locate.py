@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storyadapter.checkpoint.locate import DIFFUSERS_STEMS, find, read_config, weight_files
-from storyadapter.errors import CheckpointError
+from storyadapter.method.errors import CheckpointError
 
 STEM = DIFFUSERS_STEMS[0]
 

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from storyadapter.checkpoint import Checkpoint, LoraSpec
-from storyadapter.errors import CheckpointError
+from storyadapter.method.errors import CheckpointError
 from tests.storyadapter.checkpoint.spoil import cut_short, edit_tensors, refuses, tiny_paths
 
 BLOCK = "down_blocks.1.attentions.0.transformer_blocks.0"

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storyadapter.checkpoint import LoraSpec
-from storyadapter.errors import InputError
+from storyadapter.method.errors import InputError
 
 
 @pytest.mark.parametrize(

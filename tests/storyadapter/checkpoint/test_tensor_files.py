@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from storyadapter.checkpoint.tensor_files import read_headers, read_tensors
-from storyadapter.errors import CheckpointError
+from storyadapter.method.errors import CheckpointError
 from tests.storyadapter.checkpoint.spoil import cut_short
 
 TENSORS = {

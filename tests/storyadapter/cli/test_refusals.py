@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from storyadapter.files import lock_folder
+from storyadapter.output.files import lock_folder
 from tests.storyadapter.cli.running import Type, files
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 from rich.console import Console
 
 from storyadapter.cli.reporting import BarReporter, LineReporter, count, duration
-from storyadapter.events import (
+from storyadapter.method.events import (
     FrameFinished,
     IterationFinished,
     IterationStarted,
@@ -18,7 +18,7 @@ from storyadapter.events import (
     RunStarted,
     StepFinished,
 )
-from storyadapter.plan import split_evenly
+from storyadapter.method.plan import split_evenly
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from storyadapter.cli.main import build_parser
 from storyadapter.cli.options import model_choice, run_plan
 from storyadapter.cli.reporting import JsonReporter
 from storyadapter.cli.session import open_session
-from storyadapter.events import Event, FrameFinished
-from storyadapter.story import Story
+from storyadapter.method.events import Event, FrameFinished
+from storyadapter.method.story import Story
 from tests.storyadapter.cli.running import Type, files, pictures
 
 

@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 
 from storyadapter.cli.saving import FrameSaver
-from storyadapter.errors import RunError
-from storyadapter.events import FrameFinished
-from storyadapter.run_folder import RunFolder
+from storyadapter.method.errors import RunError
+from storyadapter.method.events import FrameFinished
+from storyadapter.output.run_folder import RunFolder
 
 FRAMES = 12
 

@@ -7,11 +7,11 @@ from diffusers import StableDiffusionXLPipeline
 from transformers import CLIPVisionModelWithProjection
 
 from storyadapter import Story
-from storyadapter.demo.dataset import TRAITS, label_table, mixed_scenes, split_visible
 from storyadapter.demo.judge import load_judge
-from storyadapter.demo.scenes import VISIBLE_TRAITS, draw
 from storyadapter.demo.shipped import MODEL, STORY
-from storyadapter.method import STYLES
+from storyadapter.demo.training.dataset import TRAITS, label_table, mixed_scenes, split_visible
+from storyadapter.demo.training.scenes import VISIBLE_TRAITS, draw
+from storyadapter.method.constants import STYLES
 
 COLUMNS = list(TRAITS)
 

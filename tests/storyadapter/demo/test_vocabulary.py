@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
-from storyadapter.demo.dataset import words
+from storyadapter.demo.training.dataset import words
 from storyadapter.demo.vocabulary import byte_letters, merges_for, vocabulary, words_of, write_tokenizer
 
 

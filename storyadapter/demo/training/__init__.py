@@ -1,0 +1,1 @@
+"""How the demo model was made: the picture book that it learned from, and the training. Not in the wheel."""

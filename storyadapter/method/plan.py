@@ -1,0 +1,107 @@
+"""What a run is asked for, and how its frames are split into micro-batches. Imports nothing heavy."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final
+
+from storyadapter.method import constants
+from storyadapter.method.errors import InputError
+
+SEED_LIMIT: Final = 2**63
+FRAMES_UNMEASURED: Final = 8  # of a micro-batch, where the memory isn't measured
+FRAMES_AT_MOST: Final = 16  # of a micro-batch that is chosen by memory: more make no row faster, and overlap less
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """Every setting that decides the pictures of a story, besides the story and the model.
+
+    Attributes:
+        height, width: size of the frames in pixels, multiples of 32.
+        seed: of the whole story; every frame of every iteration starts from the same noise.
+        scales: λ of each iteration after the text-only one; their number is the number of those iterations.
+        steps: denoising steps of a frame.
+        scheduler: a name of `storyadapter.constants.SAMPLERS`; karras: Karras noise levels for it.
+        prediction_type: what the UNet was trained to predict: "epsilon", "v_prediction" or "sample".
+        zero_terminal_snr: the first step starts from pure noise, and time steps are trailing, as many UNets of
+            "v_prediction" were trained (arXiv 2305.08891).
+        guidance: classifier-free guidance; 1 or less computes no unconditional rows.
+        negative_prompt: text of the unconditional rows.
+        max_frames: frames of one micro-batch at the most; None: on a GPU as many as fit, elsewhere 8.
+
+    Raises:
+        InputError: a value that can't be served, naming the command line's option.
+    """
+
+    height: int
+    width: int
+    seed: int
+    scales: tuple[float, ...] = field(default_factory=constants.reference_scales)
+    steps: int = constants.STEPS
+    scheduler: str = constants.SCHEDULER
+    karras: bool = False
+    prediction_type: str = "epsilon"
+    zero_terminal_snr: bool = False
+    guidance: float = constants.GUIDANCE
+    negative_prompt: str = constants.NEGATIVE_PROMPT
+    max_frames: int | None = None
+
+    def __post_init__(self) -> None:
+        check_pixels("--height", self.height)
+        check_pixels("--width", self.width)
+        if not 0 <= self.seed < SEED_LIMIT:
+            raise InputError(f"--seed is {self.seed}; expected 0 to 2^63 - 1")
+        for scale in self.scales:
+            if not 0 <= scale <= constants.MAX_SCALE:
+                raise InputError(f"--scales has {scale:g}; expected each λ from 0 to {constants.MAX_SCALE:g}")
+        if self.scheduler not in constants.SAMPLERS:
+            raise InputError(f"--scheduler is {self.scheduler}; expected one of {', '.join(constants.SAMPLERS)}")
+        most = constants.MAX_STEPS[self.scheduler]
+        if not 1 <= self.steps <= most:
+            raise InputError(f"--steps is {self.steps}; expected 1 to {most} with --scheduler {self.scheduler}")
+        if not 0 <= self.guidance <= 100:
+            raise InputError(f"--guidance is {self.guidance:g}; expected 0 to 100")
+        if self.max_frames is not None and self.max_frames < 1:
+            raise InputError(f"--max-frames is {self.max_frames}; expected 1 or more")
+
+    @property
+    def iterations(self) -> int:
+        """All iterations, the text-only one included."""
+        return 1 + len(self.scales)
+
+    @property
+    def guided(self) -> bool:
+        """Whether unconditional rows are computed (as in diffusers: guidance above 1)."""
+        return self.guidance > 1
+
+    def scale_of(self, iteration: int) -> float | None:
+        """λ of an iteration; None for iteration 0, which has no references."""
+        return None if iteration == 0 else self.scales[iteration - 1]
+
+    def references(self, frames: int) -> int:
+        """N, the references that a story of so many frames needs room for; 1 if no frame ever attends to any."""
+        return frames if self.scales else 1
+
+    def unet_rows(self, frames: int) -> int:
+        """Rows of all UNet calls of a story of so many frames."""
+        return frames * self.iterations * self.steps * (2 if self.guided else 1)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "scales": list(self.scales)}
+
+
+def split_evenly(frames: int, max_frames: int) -> tuple[range, ...]:
+    """Micro-batches of at most `max_frames` whose sizes differ by one at most: 7 by 4 → 4 + 3, 10 by 8 → 5 + 5."""
+    batches = -(-frames // max_frames)
+    size, larger = divmod(frames, batches)
+    starts = [batch * size + min(batch, larger) for batch in range(batches + 1)]
+    return tuple(range(start, stop) for start, stop in zip(starts, starts[1:], strict=False))
+
+
+def check_pixels(option: str, pixels: int) -> None:
+    """Raises InputError unless `pixels` is a positive multiple of 32."""
+    if pixels < constants.PIXEL_MULTIPLE or pixels % constants.PIXEL_MULTIPLE:
+        lower = max(constants.PIXEL_MULTIPLE, pixels // constants.PIXEL_MULTIPLE * constants.PIXEL_MULTIPLE)
+        raise InputError(
+            f"{option} is {pixels}; expected a multiple of {constants.PIXEL_MULTIPLE}, such as {lower} or "
+            f"{lower + constants.PIXEL_MULTIPLE}"
+        )

@@ -1,0 +1,1 @@
+"""One SDXL model with its image adapter: the contract of its networks, GRCA, and the modules."""

@@ -1,0 +1,307 @@
+"""The contract: every input and output of every network that is exported, as data.
+
+The exporter, the builders' profiles, every session, the tests and the benchmark read it; nothing else spells the name
+or the shape of a network's input. Letters are those of the design: B rows of one UNet call (2·F, unconditional rows
+first), P prompts bound to a call, F frames of a micro-batch, N reference images, G rows of the reference bank,
+R reference tokens (4·N), T text tokens, h and w latent size, H·D = C width of a layer, L cross-attention layers of one
+width, E width of the UNet's time embedding. Imports nothing heavy.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Final, Literal
+
+from storyadapter.method import constants
+from storyadapter.method.errors import InputError
+from storyadapter.method.plan import check_pixels
+
+CONTRACT_VERSION: Final = 1
+
+Precision = Literal["fp32", "fp16", "bf16"]
+PRECISIONS: Final[tuple[Precision, ...]] = ("fp32", "fp16", "bf16")
+Dim = int | str  # a number, a letter, or a factor times a letter such as "4*N"
+
+
+@dataclass(frozen=True)
+class LayerWidth:
+    """The cross-attention layers of one width: `channels` C, `layers` L, `heads` H (D = C / H)."""
+
+    channels: int
+    layers: int
+    heads: int
+
+    @property
+    def head_size(self) -> int:
+        return self.channels // self.heads
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The sizes of one SDXL-shaped model, read from its configuration files."""
+
+    widths: tuple[LayerWidth, ...]  # ascending channels
+    time_embedding: int  # E
+    text_width: int  # hidden width of text encoder 1
+    text_width_2: int  # hidden width of text encoder 2
+    pooled_width: int  # width of text encoder 2's pooled projection
+    image_embedding_width: int  # of the CLIP image encoder
+    sample_size: int  # default latent height and width
+    latent_channels: int = constants.LATENT_CHANNELS
+    pixels_per_latent: int = 8
+    vae_in_fp32: bool = True  # the VAE's `force_upcast`
+
+    @property
+    def default_pixels(self) -> int:
+        return self.sample_size * self.pixels_per_latent
+
+    def default_vae_precision(self, precision: Precision) -> Precision:
+        """The precision of the VAE where none was asked for, in a model whose other networks run in `precision`."""
+        return "fp32" if self.vae_in_fp32 else precision
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for a manifest; `Geometry.from_dict` reads it back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Geometry":
+        return cls(**{**data, "widths": tuple(LayerWidth(**width) for width in data["widths"])})
+
+
+@dataclass(frozen=True)
+class Range:
+    """Inclusive range of a dynamic letter."""
+
+    minimum: int
+    maximum: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.minimum <= self.maximum:
+            raise ValueError(f"range {self.minimum}..{self.maximum} is not 1 <= minimum <= maximum")
+
+    def covers(self, other: "Range") -> bool:
+        return self.minimum <= other.minimum and other.maximum <= self.maximum
+
+    def __contains__(self, value: int) -> bool:
+        return self.minimum <= value <= self.maximum
+
+    def __str__(self) -> str:
+        return str(self.minimum) if self.minimum == self.maximum else f"{self.minimum}..{self.maximum}"
+
+
+@dataclass(frozen=True)
+class ShapeRanges:
+    """What an engine is built for: frames per call, references, and picture sizes in pixels."""
+
+    max_frames: int
+    max_references: int
+    height: Range
+    width: Range
+
+    def __post_init__(self) -> None:
+        for name, value in (("--max-frames", self.max_frames), ("--max-references", self.max_references)):
+            if value < 1:
+                raise InputError(f"{name} is {value}; expected 1 or more")
+        for name, pixels in (("--height", self.height), ("--width", self.width)):
+            check_pixels(name, pixels.minimum)
+            check_pixels(name, pixels.maximum)
+
+    def letters(self, pixels_per_latent: int = 8) -> dict[str, Range]:
+        """The range of every dynamic letter."""
+        return {
+            "B": Range(1, 2 * self.max_frames),
+            "P": Range(1, self.max_frames + 1),
+            "F": Range(1, self.max_frames),
+            # one image more than there are references: the all-zero embedding of the unconditional row
+            "N": Range(1, self.max_references + 1),
+            "G": Range(1, MAX_BANK_ROWS),
+            "R": Range(1, constants.TOKENS_PER_IMAGE * self.max_references),
+            "h": Range(self.height.minimum // pixels_per_latent, self.height.maximum // pixels_per_latent),
+            "w": Range(self.width.minimum // pixels_per_latent, self.width.maximum // pixels_per_latent),
+        }
+
+    def uncovered(self, other: "ShapeRanges") -> str | None:
+        """The first field in which `other` asks for more than these ranges hold, in words; None if all fit."""
+        if other.max_frames > self.max_frames:
+            return f"max frames is {self.max_frames}, {other.max_frames} asked for"
+        if other.max_references > self.max_references:
+            return f"max references is {self.max_references}, {other.max_references} asked for"
+        for name in ("height", "width"):
+            mine, asked = getattr(self, name), getattr(other, name)
+            if not mine.covers(asked):
+                return f"{name} is {mine}, {asked} asked for"
+        return None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "ShapeRanges":
+        return cls(**{**data, "height": Range(**data["height"]), "width": Range(**data["width"])})
+
+
+MAX_BANK_ROWS: Final = 8
+
+
+DtypeRole = Literal["engine", "vae", "float32", "int32"]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output: name, shape in letters, and dtype or the role that decides it."""
+
+    name: str
+    shape: tuple[Dim, ...]
+    dtype: DtypeRole = "engine"
+
+    def dtype_name(self, precision: Precision, vae_precision: Precision) -> str:
+        """The dtype as PyTorch names it: "float32", "float16", "bfloat16" or "int32"."""
+        match self.dtype:
+            case "engine":
+                return DTYPE_NAMES[precision]
+            case "vae":
+                return DTYPE_NAMES[vae_precision]
+            case fixed:
+                return fixed
+
+    def solve(self, sizes: tuple[int, ...], letters: dict[str, int], network: str) -> None:
+        """Check `sizes` against the shape; letters met for the first time are added to `letters`.
+
+        Raises:
+            ValueError: naming the network, the tensor and the letter.
+        """
+        where = f"{network}: input {self.name}"
+        if len(sizes) != len(self.shape):
+            raise ValueError(f"{where} has {len(sizes)} dimensions {list(sizes)}; expected {list(self.shape)}")
+        for axis, (dim, size) in enumerate(zip(self.shape, sizes, strict=True)):
+            if isinstance(dim, int):
+                if size != dim:
+                    raise ValueError(f"{where} has {size} in dimension {axis}; expected {dim} ({list(self.shape)})")
+                continue
+            factor, letter = split_dim(dim)
+            known = letters.setdefault(letter, size // factor)
+            if known * factor != size:
+                raise ValueError(f"{where} has {dim} = {size}; expected {known * factor}, as in an earlier input")
+
+
+DTYPE_NAMES: Final[dict[str, str]] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+def split_dim(dim: str) -> tuple[int, str]:
+    """ "4*N" -> (4, "N"); "N" -> (1, "N")."""
+    factor, _, letter = dim.rpartition("*")
+    return (int(factor) if factor else 1), letter
+
+
+def size_of(dim: Dim, letters: Mapping[str, int]) -> int:
+    """The size of a dimension where the letters have these values."""
+    if isinstance(dim, int):
+        return dim
+    factor, letter = split_dim(dim)
+    return factor * letters[letter]
+
+
+@dataclass(frozen=True)
+class NetworkSpec:
+    """Inputs and outputs of one exported network."""
+
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    def check_shapes(self, shapes: Mapping[str, tuple[int, ...]], ranges: Mapping[str, Range] | None) -> dict[str, int]:
+        """Check named input shapes against the letters and, where given, their ranges.
+
+        Returns:
+            The value of every letter that occurs.
+
+        Raises:
+            ValueError: an input is missing or unknown, a shape doesn't fit, or a letter is out of its range; the
+                message names the network, the input, the letter and what is allowed.
+        """
+        expected = {spec.name for spec in self.inputs}
+        if shapes.keys() != expected:
+            missing, unknown = sorted(expected - shapes.keys()), sorted(shapes.keys() - expected)
+            raise ValueError(f"{self.name}: missing inputs {missing}, unknown inputs {unknown}")
+        letters: dict[str, int] = {}
+        for spec in self.inputs:
+            spec.solve(tuple(shapes[spec.name]), letters, self.name)
+        for letter, value in letters.items():
+            if ranges is not None and letter in ranges and value not in ranges[letter]:
+                raise ValueError(f"{self.name}: {letter} = {value} is outside the engine's range {ranges[letter]}")
+        return letters
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def network_specs(geometry: Geometry) -> dict[str, NetworkSpec]:
+    """The seven networks of a model, in the order in which a run needs them."""
+    text, pixels = constants.TEXT_TOKENS, constants.CLIP_PIXELS
+    image, latent, scale = (
+        geometry.image_embedding_width,
+        geometry.latent_channels,
+        geometry.pixels_per_latent,
+    )
+    text_kv = tuple(TensorSpec(text_kv_name(w.channels), (w.layers, "P", 2, text, w.channels)) for w in geometry.widths)
+    ref_kv = tuple(TensorSpec(ref_kv_name(w.channels), (w.layers, "G", 2, "R", w.channels)) for w in geometry.widths)
+    image_kv = tuple(
+        TensorSpec(image_kv_name(w.channels), (w.layers, 2, f"{constants.TOKENS_PER_IMAGE}*N", w.channels))
+        for w in geometry.widths
+    )
+    input_ids = TensorSpec("input_ids", ("P", text), "int32")
+    text_1 = TensorSpec("text_embedding", ("P", text, geometry.text_width))
+    text_2 = TensorSpec("text_embedding_2", ("P", text, geometry.text_width_2))
+    pooled = TensorSpec("pooled_text", ("P", geometry.pooled_width))
+    networks = (
+        NetworkSpec("text_encoder", (input_ids,), (text_1,)),
+        NetworkSpec("text_encoder_2", (input_ids,), (text_2, pooled)),
+        NetworkSpec(
+            "text_projection",
+            # sizes: original height and width, crop top and left, target height and width, in pixels
+            (text_1, text_2, pooled, TensorSpec("sizes", ("P", 6), "float32")),
+            (*text_kv, TensorSpec("added_embedding", ("P", geometry.time_embedding))),
+        ),
+        NetworkSpec(
+            "image_encoder",
+            (TensorSpec("pixels", ("F", 3, pixels, pixels)),),
+            (TensorSpec("image_embedding", ("F", image)),),
+        ),
+        NetworkSpec(
+            "reference_projection",
+            (TensorSpec("image_embedding", ("N", image)), TensorSpec("scale", (1,), "float32")),
+            image_kv,
+        ),
+        NetworkSpec(
+            "denoiser",
+            (
+                TensorSpec("latents", ("B", latent, "h", "w")),
+                TensorSpec("timestep", ("B",), "float32"),  # bf16 would round 981 to 980
+                TensorSpec("added_embedding", ("B", geometry.time_embedding)),
+                *text_kv,
+                TensorSpec("text_row", ("B",), "int32"),
+                *ref_kv,
+                TensorSpec("ref_row", ("B",), "int32"),
+                TensorSpec("ref_length", ("G",), "int32"),
+            ),
+            (TensorSpec("noise", ("B", latent, "h", "w")),),
+        ),
+        NetworkSpec(
+            "vae_decoder",
+            (TensorSpec("latents", ("F", latent, "h", "w"), "vae"),),
+            (TensorSpec("image", ("F", 3, f"{scale}*h", f"{scale}*w"), "vae"),),
+        ),
+    )
+    return {network.name: network for network in networks}
+
+
+def text_kv_name(channels: int) -> str:
+    return f"text_kv_{channels}"
+
+
+def ref_kv_name(channels: int) -> str:
+    return f"ref_kv_{channels}"
+
+
+def image_kv_name(channels: int) -> str:
+    """Keys and values of all images of an iteration, before they are packed into the bank's rows."""
+    return f"image_kv_{channels}"

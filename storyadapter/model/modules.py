@@ -1,0 +1,138 @@
+"""The seven networks of the contract as PyTorch modules, made from a checkpoint.
+
+Each module's `forward` takes the contract's inputs in order and gives the contract's outputs in order: eager runs
+them, the exporters export them, and nothing else knows how a network is computed.
+"""
+
+from collections.abc import Collection, Iterator
+from typing import Final, Protocol
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+from storyadapter.model.contract import Geometry, Precision
+from storyadapter.model.grca import GrcaFunction
+from storyadapter.model.ip_adapter import IPAdapterWeights
+from storyadapter.model.networks import TORCH_DTYPES
+from storyadapter.model.unet import split_unet
+
+_UNET_PARTS: Final = ("text_projection", "reference_projection", "denoiser")
+
+
+class ModelParts(Protocol):
+    """What the seven networks are made from: an opened `Checkpoint`, or a model made otherwise.
+
+    Each method gives a fresh copy of its part in `dtype`, ready for inference.
+    """
+
+    @property
+    def geometry(self) -> Geometry: ...
+
+    def load_text_encoder(self, dtype: torch.dtype) -> nn.Module: ...
+
+    def load_text_encoder_2(self, dtype: torch.dtype) -> nn.Module: ...
+
+    def load_image_encoder(self, dtype: torch.dtype) -> nn.Module: ...
+
+    def load_unet(self, dtype: torch.dtype) -> UNet2DConditionModel: ...
+
+    def load_ip_adapter(self, dtype: torch.dtype) -> IPAdapterWeights: ...
+
+    def load_vae(self, dtype: torch.dtype) -> nn.Module: ...
+
+
+class TextEncoder(nn.Module):
+    """CLIP text model → penultimate hidden states."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """input_ids [P, T] int32 → text_embedding [P, T, width]."""
+        return self.model(input_ids, output_hidden_states=True).hidden_states[-2]
+
+
+class TextEncoder2(nn.Module):
+    """CLIP text model with projection → penultimate hidden states and pooled text."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """input_ids [P, T] int32 → text_embedding_2 [P, T, width], pooled_text [P, pooled width]."""
+        out = self.model(input_ids, output_hidden_states=True)
+        return out.hidden_states[-2], out.text_embeds
+
+
+class ImageEncoder(nn.Module):
+    """CLIP vision model with projection → image embedding."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """pixels [F, 3, 224, 224], CLIP-normalized → image_embedding [F, width]."""
+        return self.model(pixels).image_embeds
+
+
+class VaeDecoder(nn.Module):
+    """The VAE's decoder, including the step from the sampler's latents to the VAE's."""
+
+    def __init__(self, vae: nn.Module) -> None:
+        super().__init__()
+        self.post_quant_conv = vae.post_quant_conv
+        self.decoder = vae.decoder
+        self.scaling_factor = vae.config.scaling_factor
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """latents [F, 4, h, w] as the sampler leaves them → image [F, 3, 8h, 8w], about -1 to 1."""
+        # in fp32: an exported file would hold the factor in the network's own type, 0.3 % off in bf16
+        z = (latents.float() / self.scaling_factor).to(latents.dtype)
+        if self.post_quant_conv is not None:
+            z = self.post_quant_conv(z)
+        return self.decoder(z)
+
+
+def iterate_modules(
+    checkpoint: ModelParts,
+    precision: Precision,
+    vae_precision: Precision,
+    grca: GrcaFunction,
+    only: Collection[str] | None = None,
+) -> Iterator[tuple[str, nn.Module]]:
+    """The seven modules by their contract names, loaded one checkpoint component at a time, on the CPU.
+
+    A caller that drops each module before it asks for the next holds at most one component in memory; the UNet's three
+    parts come together. LoRAs are fused by the checkpoint.
+
+    Args:
+        checkpoint: an opened (that is, validated) checkpoint.
+        precision: dtype of all weights but the VAE's.
+        vae_precision: dtype of the VAE's.
+        grca: the attention function of the denoiser's cross-attention layers.
+        only: names of the modules to be had; components that none of them needs aren't loaded. None for all.
+    """
+    dtype = TORCH_DTYPES[precision]
+
+    def wanted(name: str) -> bool:
+        return only is None or name in only
+
+    if wanted("text_encoder"):
+        yield "text_encoder", TextEncoder(checkpoint.load_text_encoder(dtype)).eval()
+    if wanted("text_encoder_2"):
+        yield "text_encoder_2", TextEncoder2(checkpoint.load_text_encoder_2(dtype)).eval()
+    if wanted("image_encoder"):
+        yield "image_encoder", ImageEncoder(checkpoint.load_image_encoder(dtype)).eval()
+    if any(map(wanted, _UNET_PARTS)):
+        parts = split_unet(checkpoint.load_unet(dtype), checkpoint.load_ip_adapter(dtype), grca)
+        # taken out one by one: what a suspended generator still names would stay in memory
+        modules = {name: getattr(parts, name) for name in _UNET_PARTS if wanted(name)}
+        del parts
+        for name in tuple(modules):
+            yield name, modules.pop(name).eval()
+    if wanted("vae_decoder"):
+        yield "vae_decoder", VaeDecoder(checkpoint.load_vae(TORCH_DTYPES[vae_precision])).eval()

@@ -1,0 +1,135 @@
+"""What a backend gives to the method: seven networks behind one protocol."""
+
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from storyadapter.model.contract import Geometry, NetworkSpec, Precision, Range, size_of
+
+
+class Network(Protocol):
+    """One network of the contract, ready to run."""
+
+    spec: NetworkSpec
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run once.
+
+        Args:
+            inputs: by the contract's names, with the contract's shapes and dtypes, contiguous, on `Networks.device`.
+
+        Returns:
+            The contract's outputs by name. A backend may reuse their memory in its next call: copy what must last.
+
+        Raises:
+            ValueError: a name, shape, dtype, device or range that the contract or the engine doesn't allow.
+        """
+        ...
+
+
+class StepRunner(Protocol):
+    """How a backend runs one step of the denoising loop."""
+
+    def __call__(self, key: Hashable, step: Callable[[], None]) -> None:
+        """Run `step` once, perhaps by replaying what was recorded of it under `key`.
+
+        Args:
+            key: whenever it is equal, `step` reads and writes the same addresses.
+            step: puts the work on the current stream, without waiting for it.
+        """
+        ...
+
+    def forget(self) -> None:
+        """Let go of what was recorded, and of the memory that it takes."""
+        ...
+
+
+class DirectStepRunner:
+    """The `StepRunner` that records nothing."""
+
+    def __call__(self, key: Hashable, step: Callable[[], None]) -> None:
+        step()
+
+    def forget(self) -> None: ...
+
+
+run_directly = DirectStepRunner()
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The seven networks of one model on one backend, with what a run must know of them."""
+
+    text_encoder: Network
+    text_encoder_2: Network
+    text_projection: Network
+    image_encoder: Network
+    reference_projection: Network
+    denoiser: Network
+    vae_decoder: Network
+    geometry: Geometry
+    backend: str
+    device: torch.device
+    precision: Precision
+    vae_precision: Precision
+    letters: Mapping[str, Range] | None  # the engine's ranges; None where shapes are free
+    run_step: StepRunner = run_directly
+    # whether reference tokens behind `ref_length` take no time, as the fused kernel reads only those before it
+    padding_is_free: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return TORCH_DTYPES[self.precision]
+
+    @property
+    def vae_dtype(self) -> torch.dtype:
+        return TORCH_DTYPES[self.vae_precision]
+
+
+TORCH_DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def check_inputs(
+    spec: NetworkSpec,
+    inputs: Mapping[str, Tensor],
+    *,
+    precision: Precision,
+    vae_precision: Precision,
+    device: torch.device,
+    letters: Mapping[str, Range] | None,
+) -> dict[str, int]:
+    """The check that every backend makes before it runs a network; returns the value of every letter.
+
+    Raises:
+        ValueError: naming network, input, and what was expected.
+    """
+    values = spec.check_shapes({name: tuple(tensor.shape) for name, tensor in inputs.items()}, letters)
+    for tensor_spec in spec.inputs:
+        tensor = inputs[tensor_spec.name]
+        expected = getattr(torch, tensor_spec.dtype_name(precision, vae_precision))
+        where = f"{spec.name}: input {tensor_spec.name}"
+        if tensor.dtype != expected:
+            raise ValueError(f"{where} is {tensor.dtype}; expected {expected}")
+        if tensor.device.type != device.type:
+            raise ValueError(f"{where} is on {tensor.device}; expected {device}")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{where} has strides {list(tensor.stride())}; expected a contiguous tensor")
+    return values
+
+
+def idle_inputs(networks: Networks, spec: NetworkSpec, letters: Mapping[str, int]) -> dict[str, Tensor]:
+    """Inputs of a network with valid but meaningless values (zeros, and full lengths), to warm it up or to time it.
+
+    Args:
+        letters: a value for every letter that the network's inputs have.
+    """
+    inputs = {}
+    for tensor in spec.inputs:
+        dtype = getattr(torch, tensor.dtype_name(networks.precision, networks.vae_precision))
+        shape = [size_of(dim, letters) for dim in tensor.shape]
+        value = letters["R"] if tensor.name == "ref_length" else 0
+        inputs[tensor.name] = torch.full(shape, value, dtype=dtype, device=networks.device)
+    return inputs

@@ -1,0 +1,95 @@
+"""Files that are either whole or not there, and the lock that keeps two writers out of one folder."""
+
+import errno
+import os
+import re
+import secrets
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from storyadapter.method.errors import InputError, RunError
+
+LOCK_NAME = ".lock"
+
+# The disk is full, the user's quota is used up, or the process's file size limit is reached.
+_NO_SPACE = {
+    errno.ENOSPC: "no space left on the disk",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file size limit is reached",
+}
+_PART = re.compile(r"\..+\.[0-9a-f]{8}\.part")
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write `data` under a temporary name in the same folder, flush it to the disk, and rename it to `path`.
+
+    A process killed at any moment, or a machine that loses power, leaves the old file or the new one, never a part.
+
+    Raises:
+        RunError: no space is left, or the file can't be written; the temporary file is gone, and `path` as it was.
+    """
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        try:
+            with part.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
+def write_error(path: Path, error: OSError) -> RunError:
+    """The one line about a file or folder that couldn't be written in the middle of a run."""
+    if error.errno in _NO_SPACE:
+        return RunError(f"{path}: {_NO_SPACE[error.errno]}; make room, then go on with --resume")
+    return RunError(f"{path} can't be written: {error.strerror or error}; put that right, then go on with --resume")
+
+
+def is_full(error: OSError) -> bool:
+    """Whether the disk, the quota or the file size limit is why something couldn't be written."""
+    return error.errno in _NO_SPACE
+
+
+def is_part(path: Path) -> bool:
+    """Whether `path` has a temporary name of `write_atomically`, which only a killed writer leaves behind."""
+    return _PART.fullmatch(path.name) is not None
+
+
+def lock_folder(folder: Path) -> FileLock:
+    """Take the lock of an existing folder without waiting; `release()` gives it back, as does the process's end.
+
+    Raises:
+        InputError: another process holds it, or the folder can't be written.
+        RunError: no space is left for the lock file.
+    """
+    # Not thread-local: the run may be closed by another thread than the one that opened it.
+    lock = FileLock(folder / LOCK_NAME, timeout=0, thread_local=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise InputError(
+            f"{folder} is in use by another run; wait until that has ended, or choose another folder with --out"
+        ) from None
+    except OSError as error:
+        if is_full(error):
+            raise write_error(folder, error) from error
+        raise InputError(f"{folder} can't be written: {error.strerror}; choose another folder with --out") from error
+    return lock
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems can't flush a folder, and have no need to
+            raise
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,176 @@
+"""`story.json`: what a run is, how far it has come, and what it took."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+from storyadapter.method.errors import InputError
+
+FORMAT = "storyadapter-trt run"
+SCHEMA = 2
+
+_ABSENT = object()
+_EXCERPT = 40  # letters of a value shown in a message
+
+
+@dataclass(frozen=True)
+class IterationRecord:
+    """An iteration whose frames are all written.
+
+    Attributes:
+        scale: λ of its references; None for the text-only iteration.
+        seconds: of each stage, by name.
+        removed: whether its pictures were removed when the next iteration was finished (`--keep last`).
+        split: frames of each micro-batch that was drawn.
+    """
+
+    scale: float | None
+    seconds: Mapping[str, float]
+    removed: bool = False
+    split: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Session:
+    """One process's part of a run: a run that was resumed has several.
+
+    Attributes:
+        first_iteration: the first one this process worked on.
+        details: what doesn't decide the pictures: versions, device, split into micro-batches, ...
+        seconds: of each stage in this process, by name; written when the run is finished.
+    """
+
+    first_iteration: int
+    details: Mapping[str, Any]
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """The content of `story.json`.
+
+    Attributes:
+        identity: everything that decides the pictures, as JSON values.
+        frames: N, the frames of one iteration.
+        scales: λ of every iteration planned, None first.
+        iterations: those that are finished, in order.
+        sessions: the processes that worked on the run, in order.
+        finished: whether everything is written, the overview too.
+    """
+
+    identity: Mapping[str, Any]
+    frames: int
+    scales: tuple[float | None, ...]
+    iterations: tuple[IterationRecord, ...] = ()
+    sessions: tuple[Session, ...] = ()
+    finished: bool = False
+
+    def to_json(self) -> bytes:
+        """The text of `story.json`: UTF-8, keys sorted, two spaces of indentation."""
+        value = {
+            "format": FORMAT,
+            "schema": SCHEMA,
+            "identity": self.identity,
+            "progress": {
+                "status": "finished" if self.finished else "running",
+                "frames": self.frames,
+                "scales": self.scales,
+                "iterations": [asdict(iteration) for iteration in self.iterations],
+            },
+            "sessions": [asdict(session) for session in self.sessions],
+        }
+        text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+        # Halves of surrogate pairs, as in paths that aren't UTF-8, become JSON's own escapes.
+        return text.encode(errors="backslashreplace")
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read `story.json`.
+
+        Raises:
+            InputError: it can't be read, or wasn't written by this program, or by another version of it.
+        """
+        other = "expected the record of a storyadapter-trt run; choose another folder with --out"
+        try:
+            value = json.loads(path.read_bytes())
+        except OSError as error:
+            raise InputError(f"{path} can't be read: {error.strerror}; {other}") from error
+        except (ValueError, RecursionError):
+            raise InputError(f"{path} is no valid JSON, {other}") from None
+        if not isinstance(value, dict) or value.get("format") != FORMAT:
+            raise InputError(f"{path} is something else, {other}")
+        if value.get("schema") != SCHEMA:
+            raise InputError(
+                f"{path} has schema {value.get('schema')!r}, expected {SCHEMA}: another version of storyadapter-trt "
+                "wrote it; choose another folder with --out"
+            )
+        try:
+            progress = value["progress"]
+            return cls(
+                identity=dict(value["identity"]),
+                frames=int(progress["frames"]),
+                scales=tuple(progress["scales"]),
+                iterations=tuple(map(_iteration, progress["iterations"])),
+                sessions=tuple(Session(**item) for item in value["sessions"]),
+                finished=progress["status"] == "finished",
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path} is damaged ({error!r}), {other}") from None
+
+    def with_iteration(self, iteration: IterationRecord) -> Self:
+        """The record after one more iteration is finished."""
+        return replace(self, iterations=(*self.iterations, iteration))
+
+    def with_removed(self, count: int) -> Self:
+        """The record after the pictures of the first `count` iterations are removed."""
+        removed = (replace(iteration, removed=True) for iteration in self.iterations[:count])
+        return replace(self, iterations=(*removed, *self.iterations[count:]))
+
+
+def _iteration(item: Mapping[str, Any]) -> IterationRecord:
+    return IterationRecord(**{**item, "split": tuple(item["split"])})
+
+
+def json_values(value: Any) -> Any:
+    """`value` as it reads back from JSON: tuples are lists, keys strings. Raises: TypeError, ValueError, as `json`."""
+    return json.loads(json.dumps(value, allow_nan=False))
+
+
+def first_difference(stored: Any, given: Any, name: str = "") -> str | None:
+    """The first place where two JSON values differ, in words and in the order of `given`; None if they are equal."""
+    if isinstance(stored, dict) and isinstance(given, dict):
+        for key in [*given, *(key for key in stored if key not in given)]:
+            place = f"{name}.{key}" if name else str(key)
+            found = first_difference(stored.get(key, _ABSENT), given.get(key, _ABSENT), place)
+            if found:
+                return found
+        return None
+    if isinstance(stored, list) and isinstance(given, list):
+        if len(stored) != len(given):
+            return f"{name} has {len(stored)} items there, {len(given)} here"
+        for index, pair in enumerate(zip(stored, given, strict=True)):
+            if found := first_difference(*pair, f"{name}[{index}]"):
+                return found
+        return None
+    if stored == given and isinstance(stored, bool) == isinstance(given, bool):
+        return None
+    start = 0
+    if isinstance(stored, str) and isinstance(given, str):
+        same = next(
+            (i for i, (a, b) in enumerate(zip(stored, given, strict=False)) if a != b), min(len(stored), len(given))
+        )
+        start = max(0, same - _EXCERPT // 2)
+    return f"{name} is {_excerpt(stored, start)} there, {_excerpt(given, start)} here"
+
+
+def _excerpt(value: Any, start: int) -> str:
+    if value is _ABSENT:
+        return "not given"
+    if not isinstance(value, str):
+        text = json.dumps(value, ensure_ascii=False)
+        return text if len(text) <= _EXCERPT else text[:_EXCERPT] + "…"
+    before = "…" if start else ""
+    after = "…" if len(value) > start + _EXCERPT else ""
+    return repr(before + value[start : start + _EXCERPT] + after)

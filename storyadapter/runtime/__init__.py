@@ -1,0 +1,1 @@
+"""Frames of stories, drawn on networks that a backend gives: jobs, batches, the reference bank, memory."""

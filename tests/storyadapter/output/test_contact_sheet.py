@@ -1,0 +1,111 @@
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from PIL import Image
+
+from storyadapter.output.contact_sheet import MAX_PIXELS, Row, contact_sheet, fit, join, scaled, thumbnail_size
+
+COLORS = ["red", "green", "blue", "yellow", "cyan", "magenta"]
+
+
+def sheet(frames: int, iterations: int, size: tuple[int, int] = (256, 256), caption: str = "a cat", title=None):
+    small = thumbnail_size(size, frames, iterations)
+    rows = []
+    for iteration in range(iterations):
+        colors = [COLORS[(frame + iteration) % len(COLORS)] for frame in range(frames)]
+        strip = join([Image.new("RGB", small, color) for color in colors])
+        rows.append(Row(strip, f"iteration {iteration}", "text only"))
+    return contact_sheet(rows, [caption] * frames, title)
+
+
+def runs(line: list[tuple[int, int, int]]) -> list[tuple[tuple[int, int, int], int]]:
+    found: list[tuple[tuple[int, int, int], int]] = []
+    for color in line:
+        if found and found[-1][0] == color:
+            found[-1] = (color, found[-1][1] + 1)
+        else:
+            found.append((color, 1))
+    return found
+
+
+def test_a_row_per_iteration_and_a_column_per_frame() -> None:
+    page = sheet(3, 2, title="Cats")
+    full = {"red": (255, 0, 0), "green": (0, 128, 0), "blue": (0, 0, 255), "yellow": (255, 255, 0)}
+    names = {value: name for name, value in full.items()}
+    # The row of pixels through the top of each row of thumbnails shows their colors in order, 256 pixels each.
+    data, stride = page.tobytes(), 3 * page.width
+    lines = [runs([tuple(data[x : x + 3]) for x in range(y * stride, (y + 1) * stride, 3)]) for y in range(page.height)]
+    seen = [[(names[color], count) for color, count in line if color in names] for line in lines]
+    first = [("red", 256), ("green", 256), ("blue", 256)]
+    second = [("green", 256), ("blue", 256), ("yellow", 256)]
+    assert seen.count(first) == seen.count(second) == 256
+    assert seen.index(first) < seen.index(second)
+    assert page.getpixel((0, 0)) == page.getpixel((page.width - 1, page.height - 1)) == (255, 255, 255)
+
+
+def ink(page: Image.Image, box: tuple[int, int, int, int]) -> int:
+    return sum(page.crop(box).convert("L").histogram()[:200])
+
+
+def test_title_labels_and_captions_are_drawn_where_they_can_be() -> None:
+    page, bare = sheet(2, 1, title="Cats"), sheet(2, 1)
+    assert page.height > bare.height
+    assert ink(page, (0, 0, page.width, 70)) > 0
+    assert ink(bare, (0, 32, 150, 288)) > 0  # the row's label
+    with_prompt = ink(bare, (150, 288, bare.width, bare.height))
+    # Pillow's font has no such letters; boxes in their place would tell nothing.
+    number_only = sheet(2, 1, caption="\u6211\u4eec")
+    assert 0 < ink(number_only, (150, 288, bare.width, number_only.height)) < with_prompt
+    assert sheet(2, 1, title="\u6211\u4eec").height == bare.height
+
+
+def test_long_captions_stay_in_their_columns() -> None:
+    long, endless = sheet(3, 1, caption="word " * 100), sheet(3, 1, caption="w" * 500)
+    for page in (long, endless):
+        assert page.height < 256 + 200
+        for column in range(1, 3):
+            left = 160 + column * 264 - 8
+            assert ink(page, (left, 288, left + 8, page.height)) == 0
+
+
+@pytest.mark.parametrize("frames", [1, 6, 31, 100, 1000])
+@pytest.mark.parametrize("size", [(1024, 1024), (1344, 768), (64, 128)])
+def test_thumbnails_of_long_stories_shrink(frames: int, size: tuple[int, int]) -> None:
+    width, height = thumbnail_size(size, frames, 11)
+    assert max(width, height) <= 256
+    assert 160 + frames * width <= MAX_PIXELS
+    assert 11 * height <= MAX_PIXELS
+    if min(width, height) >= 32:
+        assert width / height == pytest.approx(size[0] / size[1], rel=0.05)
+    if frames <= 6:
+        assert max(width, height) == 256
+
+
+@pytest.mark.parametrize(("frames", "iterations"), [(1, 1), (100, 11), (2, 100), (400, 3)])
+def test_sheets_stay_within_what_viewers_open(frames: int, iterations: int) -> None:
+    page = sheet(frames, iterations, (96, 160))
+    assert page.mode == "RGB"
+    assert max(page.size) <= MAX_PIXELS
+
+
+@given(st.integers(1, 5000), st.integers(1, 5000), st.floats(1, 600))
+@example(1, 1155, 599.9999999999999)
+def test_fit(width: int, height: int, bound: float) -> None:
+    fitted = fit((width, height), bound)
+    assert 1 <= max(fitted) <= bound
+    if max(width, height) <= bound:
+        factor = fitted[0] // width
+        assert fitted == (factor * width, factor * height)
+        assert max(fitted) + max(width, height) > bound  # the largest whole number
+    else:
+        assert max(fitted) > bound - 1.01
+
+
+def test_scaled_keeps_colors() -> None:
+    picture = Image.new("RGB", (64, 64), "red")
+    picture.paste("blue", (32, 0, 64, 64))
+    large = scaled(picture, (256, 256))
+    assert large.getcolors() == [(32768, (255, 0, 0)), (32768, (0, 0, 255))]
+    small = scaled(picture, (16, 16))
+    assert small.getpixel((2, 2)) == (255, 0, 0)
+    assert small.getpixel((13, 13)) == (0, 0, 255)

@@ -1,0 +1,86 @@
+"""What follows from measured needs of memory."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from storyadapter.method.plan import FRAMES_AT_MOST, split_evenly
+from storyadapter.model.contract import Range
+from storyadapter.runtime.memory import RESERVE_AT_LEAST, RESERVE_SHARE, MemoryNeeds, frames_that_fit, share_memory
+
+GB = 1 << 30
+MB = 1 << 20
+
+
+def needs(free: float, per_frame: float = 0.5 * GB, fixed: float = GB, decode: float = 2 * GB) -> MemoryNeeds:
+    return MemoryNeeds(int(free), int(fixed), int(per_frame), int(decode))
+
+
+@pytest.mark.parametrize(
+    ("free", "frames"),
+    [
+        (4 * GB, 1),  # 4 - 0.5 - 1 - 2 = 0.5
+        (4.5 * GB, 2),
+        (8 * GB, 9),
+        (16 * GB, 24),  # a sixteenth is 1: 16 - 1 - 1 - 2 = 12
+        (3 * GB, 1),  # not even one fits, by this count: it is tried
+        (60 * GB, 32),  # the engine's range
+    ],
+)
+def test_frames_that_fit(free: float, frames: int) -> None:
+    assert frames_that_fit(needs(free), Range(1, 32)) == frames
+
+
+def no_text(batches: int) -> int:
+    return 0
+
+
+def test_a_large_card_takes_no_more_than_makes_sense() -> None:
+    batching = share_memory(needs(80 * GB), Range(1, 100), frames=100, max_frames=None, text=no_text)
+    assert batching.max_frames == FRAMES_AT_MOST
+    assert batching.decode_frames == 2
+    batching = share_memory(needs(80 * GB), Range(1, 4), frames=100, max_frames=None, text=no_text)
+    assert batching.max_frames == 4
+    batching = share_memory(needs(80 * GB), Range(1, 100), frames=3, max_frames=None, text=no_text)
+    assert batching.max_frames == 3
+
+
+def test_what_was_asked_for_is_what_is_tried() -> None:
+    batching = share_memory(needs(4 * GB), Range(1, 100), frames=50, max_frames=20, text=no_text)
+    assert (batching.max_frames, batching.decode_frames, batching.keep_text) == (20, 1, False)
+
+
+def test_text_is_kept_where_it_fits_beside_the_micro_batch_of_the_even_split() -> None:
+    def text(batches: int) -> int:
+        return (10 + batches) * 26 * MB
+
+    # 10 - 0.625 - 1 - 2 = 6.375: 12 fit, 10 are drawn, 1.375 are left
+    batching = share_memory(needs(10 * GB), Range(1, 100), frames=10, max_frames=None, text=text)
+    assert (batching.max_frames, batching.keep_text, batching.decode_frames) == (10, True, 1)
+    # by 8, that is 5 + 5: 3.875 are left, of which two frames at once take another 2
+    batching = share_memory(needs(10 * GB), Range(1, 8), frames=10, max_frames=None, text=text)
+    assert (batching.max_frames, batching.keep_text, batching.decode_frames) == (8, True, 2)
+    asked: list[int] = []
+    batching = share_memory(
+        needs(10 * GB), Range(1, 8), frames=10, max_frames=None, text=lambda batches: asked.append(batches) or 4 * GB
+    )
+    assert (batching.keep_text, batching.decode_frames) == (False, 2)
+    assert set(asked) == {2}
+
+
+SIZES = st.integers(0, 100 * GB)
+
+
+@given(SIZES, SIZES, st.integers(1, 10 * GB), SIZES, st.integers(1, 40), st.integers(1, 300), SIZES)
+def test_whatever_is_chosen_fits(
+    free: int, fixed: int, per_frame: int, decode: int, most: int, frames: int, text: int
+) -> None:
+    measured = MemoryNeeds(free, fixed, per_frame, decode)
+    batching = share_memory(measured, Range(1, most), frames=frames, max_frames=None, text=lambda _: text)
+    assert 1 <= batching.max_frames <= min(most, frames, FRAMES_AT_MOST)
+    assert batching.decode_frames <= most
+    together = len(split_evenly(frames, batching.max_frames)[0])
+    used = fixed + together * per_frame + batching.decode_frames * decode + (text if batching.keep_text else 0)
+    used += max(free // RESERVE_SHARE, RESERVE_AT_LEAST)
+    least = batching.max_frames == batching.decode_frames == 1 and not batching.keep_text
+    assert used <= free or least
