@@ -8,6 +8,12 @@ from typing import Any
 
 from storyadapter.method.errors import InputError
 
+HELP = "what got slower between two reports of throughput"
+DESCRIPTION = """\
+Compares two reports of bench throughput, of one device, model and set of cases. Exit code 1 if something got slower or
+gives no number any more.
+"""
+
 KIND = "throughput"
 # of the environment; times of different ones say nothing about the program
 _SAME = ("device", "power limit", "device memory")

@@ -70,7 +70,7 @@ def describe(device: torch.device, source_commit: str | None = None) -> dict[str
 def _program() -> list[str]:
     """How this program is called, without its folder: `storyadapter-trt`, or `python -m MODULE`."""
     spec = sys.modules["__main__"].__spec__
-    return [Path(sys.argv[0]).name] if spec is None else ["python", "-m", spec.name]
+    return [Path(sys.argv[0]).name] if spec is None else ["python", "-m", spec.name.removesuffix(".__main__")]
 
 
 @dataclass

@@ -9,6 +9,13 @@ from storyadapter.method import constants
 from storyadapter.method.errors import InputError
 from storyadapter.method.plan import FRAMES_UNMEASURED
 
+HELP = "a backend's pictures against those of eager in fp32, from the same references"
+DESCRIPTION = """\
+Draws a story by eager in fp32 and by another backend: each iteration from eager's pictures of the one before, and all
+iterations free-running. Exit code 1 if a picture drawn from the same references is further from eager's than half
+precision may take it, or if half the λ isn't seen.
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options; imports nothing heavy."""

@@ -21,6 +21,14 @@ if TYPE_CHECKING:
 
     from storyadapter.bench.held_out import HeldOutStory
 
+HELP = "does the method keep its character, on held-out stories of the demo model"
+DESCRIPTION = """\
+Draws held-out stories with the demo model and reads the characters' traits off the pictures: on how many do the frames
+of a story agree, and do they still show what was prompted? Exit code 1 if consistency hasn't clearly risen from the
+first iteration to the last, or fidelity has clearly fallen. MODEL.md of the demo model has a command that took 28
+minutes on 2 CPU cores.
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `bench quality`. Imports nothing heavy."""

@@ -8,6 +8,12 @@ from storyadapter.cli.options import add_checkpoint_options
 from storyadapter.method.errors import InputError
 from storyadapter.model.contract import check_pixels
 
+HELP = "many stories in one process: memory must not grow, pictures must not change"
+DESCRIPTION = """\
+Draws many stories of random length, size and seed in one process. Every third is the first one again: its pictures must
+be the same each time, and the memory in use after it must not grow. Exit code 1 if one of these fails.
+"""
+
 MODELS = ("sdxl", "toy")
 _STORIES = 24
 

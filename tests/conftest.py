@@ -11,9 +11,9 @@ import torch
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
+from storyadapter.__main__ import main
 from storyadapter.checkpoint import Checkpoint
 from storyadapter.checkpoint.paths import CheckpointPaths
-from storyadapter.cli.main import main
 from storyadapter.demo.shipped import MODEL
 from storyadapter.demo.training.networks import TINY, write_random_model
 from tests.oracle.published_method import encode_picture, load_published_model, published_frame

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from storyadapter.cli.main import build_parser
+from storyadapter.__main__ import build_parser
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 

@@ -9,6 +9,24 @@ from storyadapter.engine.backends import AUTO
 from storyadapter.method.errors import InputError
 from storyadapter.model.contract import PRECISIONS
 
+HELP = "from the published method to this project, one step at a time; and whole stories"
+DESCRIPTION = """\
+Measures UNet rows per second (a row is one latent picture in one UNet call; a frame has two per step) on a ladder in
+which each rung adds one thing: the published method frame by frame, batched, fused attention (sdpa), keys and values
+cached with one bank of references (cached), the fused kernel (fused), compiled networks (compiled), CUDA graphs
+(graphs). A rung is compared with the one below and timed only if it draws the same. Then whole stories: one thing after
+the other, and overlapped as run draws them. Beside them stand diffusers' own IP-Adapter and other rivals.
+"""
+_EPILOG = """\
+examples:
+  storyadapter-trt bench throughput --smoke                 does the benchmark itself work? (a CPU will do)
+  storyadapter-trt bench throughput --synthetic-weights sdxl --gpu-price 2.5 --out sdxl
+  storyadapter-trt bench throughput --synthetic-weights sdxl --cases n16 --rungs sdpa,graphs
+  storyadapter-trt bench compare before.json after.json     what got slower
+
+The full table takes about 8 minutes on an H100; the engine is built first where the store has none.
+"""
+
 RUNGS = ("published", "batched", "sdpa", "cached", "fused", "compiled", "graphs", "overlapped")
 RIVALS = ("diffusers", "diffusers-compile", "diffusers-xformers", "tensorrt")
 MODELS = ("sdxl", "toy")
@@ -16,6 +34,7 @@ MODELS = ("sdxl", "toy")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options; imports nothing heavy."""
+    parser.epilog, parser.formatter_class = _EPILOG, argparse.RawDescriptionHelpFormatter
     parser.add_argument(
         "--synthetic-weights",
         choices=MODELS,

@@ -1,4 +1,4 @@
-"""Entry point of `storyadapter-trt`: the parser, and how errors and Ctrl-C end a command."""
+"""The parser of `storyadapter-trt`, and how errors and Ctrl-C end a command."""
 
 import argparse
 import io
@@ -6,16 +6,9 @@ import os
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
-from types import ModuleType
-from typing import Any, NoReturn
+from typing import NoReturn, TypeAlias
 
 import storyadapter
-from storyadapter.bench import compare as bench_compare
-from storyadapter.bench import kernel as bench_kernel
-from storyadapter.bench import parity as bench_parity
-from storyadapter.bench import quality as bench_quality
-from storyadapter.bench import soak as bench_soak
-from storyadapter.bench.throughput import command as bench_throughput
 from storyadapter.cli import options
 from storyadapter.cli.stopping import exit_code_of, sigterm_as_interrupt
 from storyadapter.method import constants
@@ -63,37 +56,6 @@ DIR/ then holds iteration-00/frame-000.png …, frames/000.png … (the last ite
 iteration), story.gif and story.json (every setting, the seed, versions, seconds per stage).
 """
 
-_THROUGHPUT_DESCRIPTION = """\
-Measures UNet rows per second (a row is one latent picture in one UNet call; a frame has two per step) on a ladder in
-which each rung adds one thing: the published method frame by frame, batched, fused attention (sdpa), keys and values
-cached with one bank of references (cached), the fused kernel (fused), compiled networks (compiled), CUDA graphs
-(graphs). A rung is compared with the one below and timed only if it draws the same. Then whole stories: one thing after
-the other, and overlapped as run draws them. Beside them stand diffusers' own IP-Adapter and other rivals.
-"""
-
-_THROUGHPUT_EPILOG = """\
-examples:
-  storyadapter-trt bench throughput --smoke                 does the benchmark itself work? (a CPU will do)
-  storyadapter-trt bench throughput --synthetic-weights sdxl --gpu-price 2.5 --out sdxl
-  storyadapter-trt bench throughput --synthetic-weights sdxl --cases n16 --rungs sdpa,graphs
-  storyadapter-trt bench compare before.json after.json     what got slower
-
-The full table takes about 8 minutes on an H100; the engine is built first where the store has none.
-"""
-
-
-_KERNEL_DESCRIPTION = """\
-Times the fused kernel of text and reference attention (grca_triton) on the layers of SDXL, beside PyTorch's ways to
-compute the same, and says what share of the device's measured limits it reaches. Results are compared with fp32 first.
-"""
-
-_QUALITY_DESCRIPTION = """\
-Draws held-out stories with the demo model and reads the characters' traits off the pictures: on how many do the frames
-of a story agree, and do they still show what was prompted? Exit code 1 if consistency hasn't clearly risen from the
-first iteration to the last, or fidelity has clearly fallen. MODEL.md of the demo model has a command that took 28
-minutes on 2 CPU cores.
-"""
-
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, as all others of the program."""
@@ -117,8 +79,12 @@ class Parser(argparse.ArgumentParser):
         return namespace, unknown
 
 
-def build_parser() -> Parser:
-    """The whole command line."""
+# What `add_subparsers` returns.
+Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
+
+
+def build_parser() -> tuple[Parser, Commands]:
+    """The command line of this room, and its commands, to which others can be added."""
     parser = Parser(
         prog="storyadapter-trt",
         description=_DESCRIPTION,
@@ -130,13 +96,13 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
     _add_build(commands)
     _add_run(commands)
-    _add_bench(commands)
-    doctor = "GPU, driver, versions, which backends can serve here and why the others can't"
-    commands.add_parser("doctor", help=doctor, description=f"Tells {doctor}.", allow_abbrev=False)
-    return parser
+    text = "GPU, driver, versions, which backends can serve here and why the others can't"
+    doctor = commands.add_parser("doctor", help=text, description=f"Tells {text}.", allow_abbrev=False)
+    doctor.set_defaults(run=_doctor)
+    return parser, commands
 
 
-def _add_build(commands: "argparse._SubParsersAction[Parser]") -> None:
+def _add_build(commands: Commands) -> None:
     parser = commands.add_parser(
         "build",
         help="prepare the networks of a model for this machine, once",
@@ -157,9 +123,10 @@ def _add_build(commands: "argparse._SubParsersAction[Parser]") -> None:
         help="frames of the longest story (default: %(default)s)",
     )
     options.add_output_options(parser)
+    parser.set_defaults(run=_build)
 
 
-def _add_run(commands: "argparse._SubParsersAction[Parser]") -> None:
+def _add_run(commands: Commands) -> None:
     parser = commands.add_parser(
         "run",
         help="draw a story",
@@ -234,70 +201,15 @@ def _add_run(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     options.add_model_options(parser)
     options.add_output_options(parser)
+    parser.set_defaults(run=_run)
 
 
-def _add_bench(commands: "argparse._SubParsersAction[Parser]") -> None:
-    parser = commands.add_parser("bench", help="measure", description="Measure on this machine.", allow_abbrev=False)
-    benches = parser.add_subparsers(dest="bench", required=True, metavar="BENCHMARK", title="benchmarks")
-    _add_benchmark(
-        benches,
-        "kernel",
-        bench_kernel,
-        help="the fused attention kernel against its rivals",
-        description=_KERNEL_DESCRIPTION,
-    )
-    _add_benchmark(
-        benches,
-        "quality",
-        bench_quality,
-        help="does the method keep its character, on held-out stories of the demo model",
-        description=_QUALITY_DESCRIPTION,
-    )
-    _add_benchmark(
-        benches,
-        "parity",
-        bench_parity,
-        help="a backend's pictures against those of eager in fp32, from the same references",
-        description="Draws a story by eager in fp32 and by another backend: each iteration from eager's pictures of "
-        "the one before, and all iterations free-running. Exit code 1 if a picture drawn from the same references is "
-        "further from eager's than half precision may take it, or if half the λ isn't seen.",
-    )
-    _add_benchmark(
-        benches,
-        "throughput",
-        bench_throughput,
-        help="from the published method to this project, one step at a time; and whole stories",
-        description=_THROUGHPUT_DESCRIPTION,
-        epilog=_THROUGHPUT_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    _add_benchmark(
-        benches,
-        "compare",
-        bench_compare,
-        help="what got slower between two reports of throughput",
-        description="Compares two reports of bench throughput, of one device, model and set of cases. Exit code 1 if "
-        "something got slower or gives no number any more.",
-    )
-    _add_benchmark(
-        benches,
-        "soak",
-        bench_soak,
-        help="many stories in one process: memory must not grow, pictures must not change",
-        description="Draws many stories of random length, size and seed in one process. Every third is the first one "
-        "again: its pictures must be the same each time, and the memory in use after it must not grow. Exit code 1 if "
-        "one of these fails.",
-    )
+def run_program(parser: Parser, argv: Sequence[str] | None) -> int:
+    """Run the command that was typed.
 
-
-def _add_benchmark(benches: "argparse._SubParsersAction[Parser]", name: str, module: ModuleType, **texts: Any) -> None:
-    parser = benches.add_parser(name, allow_abbrev=False, **texts)
-    module.add_arguments(parser)
-    parser.set_defaults(run_bench=module.run)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program.
+    Args:
+        parser: its commands say what runs them, as `run`.
+        argv: what was typed, without the program's name; that of this process if None.
 
     Returns:
         The exit code: 0, 1 (it had to stop), 2 (it can't be done as typed; nothing was written), 130 (Ctrl-C) or
@@ -307,7 +219,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that has no λ is no reason to fail
     try:
         with sigterm_as_interrupt():
-            return _command(build_parser().parse_args(argv))
+            args = parser.parse_args(argv)
+            return args.run(args)
     except StoryAdapterError as error:
         _tell(f"error: {error}")
         return error.exit_code
@@ -319,27 +232,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _command(args: argparse.Namespace) -> int:
-    match args.command:
-        case "build":
-            from storyadapter.cli.build import build
+def _build(args: argparse.Namespace) -> int:
+    from storyadapter.cli.build import build
 
-            return build(args)
-        case "run":
-            from storyadapter.cli.run import run
+    return build(args)
 
-            return run(args)
-        case "doctor":
-            from storyadapter.cli.doctor import doctor
 
-            return doctor()
-        case _:
-            return args.run_bench(args)
+def _run(args: argparse.Namespace) -> int:
+    from storyadapter.cli.run import run
+
+    return run(args)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from storyadapter.cli.doctor import doctor
+
+    return doctor()
 
 
 def _tell(text: str) -> None:
     print(f"storyadapter-trt: {text}", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

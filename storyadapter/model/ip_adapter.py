@@ -1,8 +1,15 @@
-"""The weights of an IP-Adapter, as the reference projection and the cross-attention layers take them."""
+"""The weights of an IP-Adapter, as the reference projection and the cross-attention layers take them.
+
+Imports nothing heavy, as those who only check a model's files need the types.
+"""
+
+from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from storyadapter.cli.main import build_parser
+from storyadapter.__main__ import build_parser
 
 SCRIPT = Path(__file__).parents[2] / "bench" / "experiments.sh"
 # Takes the place of both programs: notes what it was called with; one experiment fails.

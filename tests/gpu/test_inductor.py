@@ -69,7 +69,7 @@ def test_steps_are_captured_once_per_shape(networks: Networks, checkpoint: Check
 
 def test_a_fresh_process_compiles_nothing(tiny_model_dir: Path, tiny_inductor_dir: Path, tmp_path: Path) -> None:
     run = [
-        *(sys.executable, "-m", "storyadapter.cli.main", "run", "--base-model", str(tiny_model_dir)),
+        *(sys.executable, "-m", "storyadapter", "run", "--base-model", str(tiny_model_dir)),
         *("--image-encoder", str(tiny_model_dir / "image_encoder")),
         *("--ip-adapter", str(tiny_model_dir / "ip-adapter.safetensors"), "--backend", "inductor"),
         *("--precision", "fp32", "--steps", "2", "--iterations", "1", "--prompt", "a fox", "an owl"),

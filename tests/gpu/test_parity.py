@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from storyadapter.cli.main import main
+from storyadapter.__main__ import main
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -62,7 +62,7 @@ def test_draws_what_eager_draws(networks: Networks, checkpoint: Checkpoint, guid
 def test_a_fresh_process_runs_what_another_built(tiny_model_dir: Path, tiny_inductor_dir: Path, tmp_path: Path) -> None:
     """Nothing that a package needs is only there because the builder had it loaded."""
     run = [
-        *(sys.executable, "-m", "storyadapter.cli.main", "run", "--base-model", str(tiny_model_dir)),
+        *(sys.executable, "-m", "storyadapter", "run", "--base-model", str(tiny_model_dir)),
         *("--image-encoder", str(tiny_model_dir / "image_encoder")),
         *("--ip-adapter", str(tiny_model_dir / "ip-adapter.safetensors"), "--backend", "inductor"),
         *("--precision", "fp32", "--steps", "2", "--iterations", "1", "--prompt", "a fox", "an owl", "a hill"),

@@ -265,7 +265,7 @@ def test_a_program_killed_while_it_builds_leaves_the_store_usable(
     built: Callable[[Precision], Built], tmp_path: Path
 ) -> None:
     words = ["--backend", "tensorrt", "--target", "sm89", "--engine-dir", str(tmp_path / "store"), "--json-log"]
-    code = "import sys; from storyadapter.cli.main import main; sys.exit(main())"
+    code = "import sys; from storyadapter.__main__ import main; sys.exit(main())"
     command = [sys.executable, "-c", code, "build", *words]
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as program:

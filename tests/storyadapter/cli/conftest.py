@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from storyadapter.cli.main import main
+from storyadapter.__main__ import main
 from tests.storyadapter.cli.running import Done, Type
 
 

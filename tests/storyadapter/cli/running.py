@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from storyadapter.cli.main import main
+from storyadapter.__main__ import main
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import pytest
 from torch._inductor import config
 
 import storyadapter
+from storyadapter.__main__ import build_parser, main
 from storyadapter.checkpoint import Checkpoint
-from storyadapter.cli.main import build_parser, main
 from storyadapter.engine.opening import identify
 from storyadapter.engine.store import EngineStore
 from storyadapter.export import OPSET
@@ -21,11 +21,12 @@ from tests.storyadapter.cli.running import Type
 HEAVY = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "numpy", "PIL", "rich", "yaml")
 
 
-def test_help_is_quick_and_imports_nothing_heavy() -> None:
+@pytest.mark.parametrize("command", [[], ["bench"], ["bench", "throughput"]])
+def test_help_is_quick_and_imports_nothing_heavy(command: list[str]) -> None:
     code = (
         "import sys\n"
-        "from storyadapter.cli.main import main\n"
-        "try:\n    main(['--help'])\n"
+        "from storyadapter.__main__ import main\n"
+        f"try:\n    main({[*command, '--help']})\n"
         f"finally:\n    print('heavy:', [name for name in {HEAVY} if name in sys.modules])"
     )
     seconds = []
@@ -38,7 +39,7 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
     assert min(seconds) < 0.5
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["build"], ["doctor"]])
+@pytest.mark.parametrize("command", [[], ["run"], ["build"], ["doctor"], ["bench", "throughput"]])
 def test_help_has_examples_that_parse(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([*command, "--help"])
@@ -54,7 +55,7 @@ def test_help_has_examples_that_parse(command: list[str], capsys: pytest.Capture
 
 def test_help_can_be_shown_in_a_terminal_without_lambda() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "storyadapter.cli.main", "run", "--help"],
+        [sys.executable, "-m", "storyadapter", "run", "--help"],
         env={"PYTHONIOENCODING": "ascii"},
         capture_output=True,
         text=True,
@@ -78,15 +79,13 @@ def test_no_command(type_in: Type) -> None:
 
 
 def test_a_reader_that_goes_away() -> None:
-    done = subprocess.run(
-        f"{sys.executable} -m storyadapter.cli.main doctor | true", shell=True, capture_output=True, text=True
-    )
+    done = subprocess.run(f"{sys.executable} -m storyadapter doctor | true", shell=True, capture_output=True, text=True)
     assert done.stderr == ""
 
 
 def test_standard_output_on_a_full_disk() -> None:
     with Path("/dev/full").open("w") as full:
-        command = [sys.executable, "-m", "storyadapter.cli.main", "doctor"]
+        command = [sys.executable, "-m", "storyadapter", "doctor"]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 1
     assert done.stderr.startswith(

@@ -237,7 +237,7 @@ def test_build(words: list[str], reason: str, refused, tiny_model: list[str]) ->
 
 def test_a_story_that_is_missing_is_told_before_pytorch_is_imported() -> None:
     code = (
-        "import sys; from storyadapter.cli.main import main; "
+        "import sys; from storyadapter.__main__ import main; "
         "code = main(['run', '--story', 'gone.yaml']); "
         "print(code, [name for name in ('torch', 'diffusers', 'transformers', 'onnxruntime') if name in sys.modules])"
     )

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from storyadapter.__main__ import build_parser
 from storyadapter.cli.drawing import draw
-from storyadapter.cli.main import build_parser
 from storyadapter.cli.options import model_choice, run_plan
 from storyadapter.cli.reporting import JsonReporter
 from storyadapter.cli.session import open_session

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from storyadapter.cli.main import main
+from storyadapter.__main__ import main
 from storyadapter.cli.stopping import INTERRUPTED, TERMINATED
 from tests.small_disk import run_on_small_disk
 from tests.storyadapter.cli.running import Done, Type, pictures, program
@@ -132,7 +132,7 @@ def hear_ctrl_c() -> None:
 
 
 def test_ctrl_c_while_loading(quick_run: list[str], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "storyadapter.cli.main", *quick_run, "--json-log"]
+    command = [sys.executable, "-m", "storyadapter", *quick_run, "--json-log"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, **pipes, preexec_fn=hear_ctrl_c) as process:
         assert json.loads(process.stdout.readline())["event"] in ("stage", "weights_read")
@@ -146,7 +146,7 @@ def test_ctrl_c_while_loading(quick_run: list[str], tmp_path: Path) -> None:
 def test_a_full_disk(quick_run: list[str], tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
-    command = [sys.executable, "-m", "storyadapter.cli.main", *quick_run, "--out", disk / "out"]
+    command = [sys.executable, "-m", "storyadapter", *quick_run, "--out", disk / "out"]
     done = run_on_small_disk(144, command, disk, "out", Path("kept"))
     assert done.returncode == 1
     assert "no space left on the disk; make room, then go on with --resume" in done.stderr.splitlines()[-1]
@@ -158,7 +158,7 @@ def test_a_full_disk(quick_run: list[str], tmp_path: Path) -> None:
 SHORT_OF_MEMORY = """
 import resource, sys
 import psutil
-from storyadapter.cli.main import main
+from storyadapter.__main__ import main
 small, large = (sys.argv[1:-2] + ["--quiet", "--out", name] for name in ("small", "large"))
 assert main(small) == 0  # so that all that a run imports is there
 most = resource.getrlimit(resource.RLIMIT_AS)[1]
