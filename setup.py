@@ -14,7 +14,10 @@ MAPPED = {
     "storyadapter.bench": "bench",
 }
 
-packages = find_packages(include=["storyadapter", "storyadapter.*"])
+# users get the trained demo model, not its training
+TRAINING = ("storyadapter.demo.training", "storyadapter.demo.training.*")
+
+packages = find_packages(include=["storyadapter", "storyadapter.*"], exclude=TRAINING)
 for name, folder in MAPPED.items():
     packages += [name] + [f"{name}.{sub}" for sub in find_packages(folder)]
 

@@ -66,8 +66,8 @@ def run(args: argparse.Namespace) -> int:
     ):
         if value < 1:
             raise InputError(f"{option} is {value}; expected 1 or more")
-    from storyadapter.bench.held_out import FRAMES_AT_MOST
     from storyadapter.bench.parity_run import as_data, compare, markdown
+    from storyadapter.demo.held_out import FRAMES_AT_MOST
 
     if args.frames > FRAMES_AT_MOST:
         raise InputError(f"--frames is {args.frames}; expected {FRAMES_AT_MOST} or fewer: so many scenes there are")

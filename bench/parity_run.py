@@ -18,11 +18,11 @@ from PIL import Image
 
 from storyadapter.bench import markdown as md
 from storyadapter.bench.environment import describe
-from storyadapter.bench.held_out import held_out_stories
 from storyadapter.bench.progress import Progress
 from storyadapter.bench.psnr import EQUAL, MIN_MEDIAN_PSNR, MIN_PSNR, psnr_of_each
 from storyadapter.bench.subject import Subject, usual_ranges
 from storyadapter.cli.options import model_choice
+from storyadapter.demo.held_out import held_out_stories
 from storyadapter.engine.backends import AUTO, choose_backend, choose_precision, default_device
 from storyadapter.method import constants
 from storyadapter.method.errors import InputError

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from storyadapter.bench.held_out import HeldOutStory
+    from storyadapter.demo.held_out import HeldOutStory
 
 HELP = "does the method keep its character, on held-out stories of the demo model"
 DESCRIPTION = """\
@@ -95,10 +96,12 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(
             "--sampler batched is plain PyTorch in fp32; expected no other --backend or --precision with it"
         )
+    if args.sampler == "batched" and not find_spec("storyadapter.demo.training"):
+        raise InputError("--sampler batched belongs to the training of demo models, which only a checkout has")
     import numpy as np
 
-    from storyadapter.bench.held_out import FRAMES_AT_MOST, held_out_stories
     from storyadapter.bench.quality_report import measure
+    from storyadapter.demo.held_out import FRAMES_AT_MOST, held_out_stories
 
     if args.frames > FRAMES_AT_MOST:
         raise InputError(f"--frames is {args.frames}; expected {FRAMES_AT_MOST} or fewer: so many scenes there are")
@@ -216,7 +219,7 @@ def _draw_batched(stories: list[HeldOutStory], args: argparse.Namespace) -> tupl
     """The same by the plain second implementation of the method."""
     import torch
 
-    from storyadapter.bench.batched import BatchedMethod
+    from storyadapter.demo.training.batched import BatchedMethod
 
     precision = "fp32" if args.precision == AUTO else args.precision
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from storyadapter.bench.held_out import PROMPTED
 from storyadapter.bench.measures import (
     Estimate,
     accuracy,
@@ -18,8 +17,8 @@ from storyadapter.bench.measures import (
     consistency,
     difference,
 )
-from storyadapter.demo.training.dataset import TRAITS
-from storyadapter.demo.training.scenes import IDENTITY_TRAITS
+from storyadapter.demo.held_out import PROMPTED
+from storyadapter.demo.vocabulary import IDENTITY_TRAITS, TRAITS
 
 COLUMNS = list(TRAITS)
 IDENTITY_COLUMNS = [COLUMNS.index(name) for name in IDENTITY_TRAITS]

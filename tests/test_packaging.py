@@ -77,6 +77,26 @@ def test_a_wheel_holds_data_files_and_nothing_else_at_the_top(wheel: Path) -> No
         assert name in names
 
 
+def test_a_wheel_holds_the_demo_model_without_its_training(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    demo = tmp_path / "storyadapter" / "demo"
+    assert (demo / "model" / "ip-adapter.safetensors").is_file() and not (demo / "training").exists()
+    # what isn't in the wheel must not come from the editable install either
+    code = f"""
+import sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
+sys.path.insert(0, {str(tmp_path)!r})
+import importlib
+for name in {sorted(path.stem for path in demo.glob("[!_]*.py"))}:
+    importlib.import_module(f"storyadapter.demo.{{name}}")
+from storyadapter.__main__ import main
+sys.exit(main("bench quality --stories 2 --frames 2 --seeds 1 --iterations 1 --steps 1".split()) not in (0, 1))
+"""
+    table = run_python(code, cwd=tmp_path)
+    assert "| iteration | consistency | fidelity |" in table
+
+
 def test_mapped_packages_import_from_the_editable_install(tmp_path: Path) -> None:
     code = f"""
 import importlib

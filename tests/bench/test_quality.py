@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storyadapter.bench import quality
-from storyadapter.bench.held_out import FRAMES_AT_MOST, held_out_stories
 from storyadapter.bench.measures import (
     accuracy,
     agreement,
@@ -22,8 +21,9 @@ from storyadapter.bench.measures import (
     difference,
 )
 from storyadapter.bench.quality_report import COLUMNS, IDENTITY_COLUMNS, PROMPT_COLUMNS, measure
-from storyadapter.demo.training.dataset import TRAITS, split_visible
+from storyadapter.demo.held_out import FRAMES_AT_MOST, held_out_stories, split_visible
 from storyadapter.demo.training.networks import TINY, write_random_model
+from storyadapter.demo.vocabulary import TRAITS
 from storyadapter.method.errors import InputError
 
 SIZES = [len(values) for values in TRAITS.values()]

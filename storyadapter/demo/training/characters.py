@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from storyadapter.demo.training.painter import INK, Colour, Painter, Point, shade
+from storyadapter.demo.training.painter import Colour, Painter, Point, shade
+from storyadapter.demo.vocabulary import Identity, Visible
 
 BODY_COLOURS: dict[str, Colour] = {
     "orange": (238, 130, 48),
@@ -34,40 +35,10 @@ EYE_COLOURS: dict[str, Colour] = {
     "amber": (245, 150, 10),
     "red": (222, 36, 60),
 }
-SPECIES = ("fox", "rabbit", "bear", "cat", "owl", "elephant")
-ACTIONS = ("standing", "running", "jumping", "sleeping", "reading", "flag", "balloon")
-MARKINGS = ("spots", "stripes", "patch", "blaze")
-EARS = ("upright", "drooping", "lopsided")
-HATS = ("none", "crown", "top hat", "beanie", "bow")
-BUILDS = ("round", "tall", "big head")
-KNITS = ("plain", "striped", "starred")
-
 BLACK: Colour = (34, 30, 36)
 WHITE: Colour = (252, 250, 246)
 CREAM: Colour = (255, 240, 214)
 LINE = 1.3  # width of the ink around shapes
-
-
-@dataclass(frozen=True)
-class Visible:
-    """What a caption names of a character."""
-
-    species: str
-    body: str
-    garment: str
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What no caption ever names."""
-
-    marking: str
-    marking_colour: str
-    ears: str
-    hat: str
-    eyes: str
-    build: str
-    knit: str
 
 
 @dataclass(frozen=True)
@@ -427,6 +398,3 @@ class _Figure:
                         [(0, -2), (side * 8, -10), (side * 16, -8), (side * 15, 4), (side * 8, 3)], (250, 70, 160), LINE
                     )
                 self.p.ellipse(0, -2.5, 4.2, 4.6, (216, 40, 120), 1)
-
-
-__all__ = ["ACTIONS", "BODY_COLOURS", "GARMENT_COLOURS", "INK", "SPECIES", "Identity", "Visible", "draw_character"]

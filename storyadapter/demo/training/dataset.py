@@ -12,27 +12,21 @@ from random import Random
 
 import numpy as np
 
-from storyadapter.demo.training.characters import Visible
+from storyadapter.demo.held_out import split_visible
 from storyadapter.demo.training.painter import SIZE
-from storyadapter.demo.training.scenes import (
+from storyadapter.demo.training.scenes import Character, Scene, caption, draw, labels, random_identity
+from storyadapter.demo.training.tokenizer import words_of
+from storyadapter.demo.vocabulary import (
     ACTION_PHRASES,
     CHARACTER_PHRASES,
-    IDENTITY_TRAITS,
     PLACE_PHRASES,
+    TRAITS,
     VISIBLE_TRAITS,
-    Character,
-    Scene,
+    Visible,
     all_visible,
-    caption,
-    draw,
-    labels,
-    random_identity,
 )
-from storyadapter.demo.vocabulary import words_of
 from storyadapter.method.constants import NEGATIVE_PROMPT, STYLES
 
-TRAITS = {**VISIBLE_TRAITS, **IDENTITY_TRAITS}  # the columns of `label_table`, in this order
-HELD_OUT_PER_SPECIES = 4
 _STYLE_ODDS = {"none": 40, "realistic": 30, "comic": 15, "film": 15}
 _CHUNK = 256
 
@@ -48,16 +42,6 @@ class WorldSize:
     @property
     def pictures(self) -> int:
         return self.visible * self.identities * self.views
-
-
-def split_visible() -> tuple[list[Visible], list[Visible]]:
-    """Kinds of characters for training, and those held out: the same few of every species, never trained on."""
-    random = Random(20240601)
-    held_out = []
-    for species in VISIBLE_TRAITS["species"]:
-        kinds = [kind for kind in all_visible() if kind.species == species]
-        held_out += random.sample(kinds, HELD_OUT_PER_SPECIES)
-    return [kind for kind in all_visible() if kind not in held_out], held_out
 
 
 def training_scenes(size: WorldSize, seed: int) -> list[Scene]:

@@ -20,7 +20,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from storyadapter.demo.vocabulary import START, vocabulary, write_tokenizer
+from storyadapter.demo.training.tokenizer import START, vocabulary, write_tokenizer
 from storyadapter.method.constants import TOKENS_PER_IMAGE
 
 SDXL_LATENT_SCALE = 0.13025  # the VAE's `scaling_factor` in published SDXL; the demo VAE is trained to need the same

@@ -7,7 +7,6 @@ from random import Random
 
 from storyadapter.demo.training.painter import SIZE, Colour, Painter, shade
 
-PLACES = ("forest", "beach", "mountain", "room", "night", "desert", "meadow", "sea")
 GROUND = 112.0  # where the character's feet are
 
 _SKY: dict[str, Colour] = {

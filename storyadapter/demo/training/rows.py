@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from storyadapter.demo.training.dataset import WorldSize
-from storyadapter.demo.training.scenes import IDENTITY_TRAITS
+from storyadapter.demo.vocabulary import IDENTITY_TRAITS
 
 SLOTS = 8  # references of one training row, at most
 

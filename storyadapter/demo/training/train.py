@@ -22,13 +22,16 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from storyadapter.demo.judge import Judge, blemish, save_judge, trait_losses
+from storyadapter.demo.held_out import split_visible
+from storyadapter.demo.judge import Judge
 from storyadapter.demo.training import dataset
 from storyadapter.demo.training.attention import attach
+from storyadapter.demo.training.judge import blemish, save_judge, trait_losses
 from storyadapter.demo.training.loop import Budget, Step, optimize
 from storyadapter.demo.training.networks import TINY, DemoConfig, build, write_model
 from storyadapter.demo.training.rows import RowDraw
-from storyadapter.demo.vocabulary import write_tokenizer
+from storyadapter.demo.training.tokenizer import write_tokenizer
+from storyadapter.demo.vocabulary import TRAITS
 from storyadapter.method.constants import CLIP_PIXELS, DDIM_CONFIG, NEGATIVE_PROMPT, REFERENCE_PIXELS
 from storyadapter.method.errors import InputError, RunError, StoryAdapterError
 from storyadapter.runtime.conditioning import Tokenizers
@@ -40,7 +43,7 @@ TRAINED = {
     "unet": ("unet", "text_encoder", "text_encoder_2", "ip-adapter"),
 }
 STAGES = ("data", *TRAINED, "export")
-TRAIT_SIZES = [len(values) for values in dataset.TRAITS.values()]
+TRAIT_SIZES = [len(values) for values in TRAITS.values()]
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ class Training:
 
     def data(self) -> None:
         """Draw all pictures (the training world, the judge's own, held-out ones for the gates), tokenize captions."""
-        settings, (_, held_out) = self.settings, dataset.split_visible()
+        settings, (_, held_out) = self.settings, split_visible()
         scene_sets = {
             "world": dataset.training_scenes(settings.world, settings.seed),
             "judge": dataset.mixed_scenes(settings.judge_pictures, settings.seed + 1),
@@ -264,7 +267,7 @@ class Training:
         low = []
         for what, read in readings.items():
             right = (read.cpu() == self.sets["test"][1].cpu()).float().mean(0)
-            found = dict(zip(dataset.TRAITS, map(float, right), strict=True))
+            found = dict(zip(TRAITS, map(float, right), strict=True))
             self.log("gate", what=what, **found)
             low += [f"{what}: {trait} {part:.3f}" for trait, part in found.items() if part < self.settings.floor]
         if low:

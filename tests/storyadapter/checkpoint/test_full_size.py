@@ -10,7 +10,7 @@ from torch import nn
 from storyadapter.bench.synthetic_models import SDXL
 from storyadapter.checkpoint import Checkpoint, CheckpointPaths
 from storyadapter.demo.training.networks import MODEL_INDEX, Adapter
-from storyadapter.demo.vocabulary import write_tokenizer
+from storyadapter.demo.training.tokenizer import write_tokenizer
 from tests.storyadapter.checkpoint.original_layout import single_file
 from tests.storyadapter.checkpoint.spoil import write_header_only
 

@@ -7,10 +7,12 @@ from diffusers import StableDiffusionXLPipeline
 from transformers import CLIPVisionModelWithProjection
 
 from storyadapter import Story
+from storyadapter.demo.held_out import split_visible
 from storyadapter.demo.judge import load_judge
 from storyadapter.demo.shipped import MODEL, STORY
-from storyadapter.demo.training.dataset import TRAITS, label_table, mixed_scenes, split_visible
-from storyadapter.demo.training.scenes import VISIBLE_TRAITS, draw
+from storyadapter.demo.training.dataset import label_table, mixed_scenes
+from storyadapter.demo.training.scenes import draw
+from storyadapter.demo.vocabulary import TRAITS, VISIBLE_TRAITS
 from storyadapter.method.constants import STYLES
 
 COLUMNS = list(TRAITS)

@@ -4,19 +4,21 @@ from pathlib import Path
 
 import numpy as np
 
+from storyadapter.demo.held_out import HELD_OUT_PER_SPECIES, split_visible
 from storyadapter.demo.training import dataset
-from storyadapter.demo.training.scenes import all_visible, draw
+from storyadapter.demo.training.scenes import draw
+from storyadapter.demo.vocabulary import TRAITS, all_visible
 from storyadapter.method.constants import STYLES
 
 SIZE = dataset.WorldSize(visible=2, identities=2, views=2)
 
 
 def test_held_out_kinds_are_never_trained_on() -> None:
-    trained, held_out = dataset.split_visible()
+    trained, held_out = split_visible()
     assert not set(trained) & set(held_out)
     assert set(trained) | set(held_out) == set(all_visible())
     species = [kind.species for kind in held_out]
-    assert all(species.count(s) == dataset.HELD_OUT_PER_SPECIES for s in set(species))
+    assert all(species.count(s) == HELD_OUT_PER_SPECIES for s in set(species))
     largest = dataset.WorldSize(visible=len(trained), identities=1, views=1)
     assert not {s.character.visible for s in dataset.training_scenes(largest, 0)} & set(held_out)
 
@@ -49,5 +51,5 @@ def test_captions_are_prompts_of_every_style() -> None:
 
 def test_labels_are_columns_of_all_traits() -> None:
     table = dataset.label_table(dataset.mixed_scenes(40, seed=0))
-    assert table.shape == (40, len(dataset.TRAITS))
-    assert (table >= 0).all() and (table < [len(values) for values in dataset.TRAITS.values()]).all()
+    assert table.shape == (40, len(TRAITS))
+    assert (table >= 0).all() and (table < [len(values) for values in TRAITS.values()]).all()

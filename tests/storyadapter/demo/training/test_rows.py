@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from storyadapter.demo.training.dataset import TRAITS, WorldSize
+from storyadapter.demo.training.dataset import WorldSize
 from storyadapter.demo.training.rows import SLOTS, RowDraw, Rows
+from storyadapter.demo.vocabulary import TRAITS
 
 WORLD = WorldSize(visible=5, identities=12, views=3)
 BATCH = 400

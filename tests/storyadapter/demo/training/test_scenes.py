@@ -8,19 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storyadapter.demo.training.characters import Identity, Visible
-from storyadapter.demo.training.scenes import (
+from storyadapter.demo.training import characters
+from storyadapter.demo.training.scenes import Character, Scene, caption, draw, labels, random_identity
+from storyadapter.demo.vocabulary import (
     ACTION_PHRASES,
     IDENTITY_TRAITS,
     PLACE_PHRASES,
     VISIBLE_TRAITS,
-    Character,
-    Scene,
+    Identity,
+    Visible,
     all_visible,
-    caption,
-    draw,
-    labels,
-    random_identity,
 )
 
 visibles = st.builds(Visible, **{f.name: st.sampled_from(VISIBLE_TRAITS[f.name]) for f in fields(Visible)})
@@ -108,3 +105,10 @@ def test_labels_find_the_values_again(scene: Scene) -> None:
         assert IDENTITY_TRAITS[name][found[name]] == getattr(scene.character.identity, name)
     assert VISIBLE_TRAITS["action"][found["action"]] == scene.action
     assert VISIBLE_TRAITS["place"][found["place"]] == scene.place
+
+
+def test_every_colour_of_the_vocabulary_can_be_drawn() -> None:
+    assert tuple(characters.BODY_COLOURS) == VISIBLE_TRAITS["body"]
+    assert tuple(characters.GARMENT_COLOURS) == VISIBLE_TRAITS["garment"]
+    assert tuple(characters.MARKING_COLOURS) == IDENTITY_TRAITS["marking_colour"]
+    assert tuple(characters.EYE_COLOURS) == IDENTITY_TRAITS["eyes"]

@@ -11,7 +11,7 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
-from storyadapter.demo import train
+from storyadapter.demo.training import train
 from storyadapter.demo.training.dataset import mixed_scenes
 from storyadapter.demo.training.loop import Budget, optimize
 from storyadapter.demo.training.scenes import draw

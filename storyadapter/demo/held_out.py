@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from random import Random
 
 import numpy as np
 
-from storyadapter.demo.training.characters import ACTIONS, SPECIES, Visible
-from storyadapter.demo.training.dataset import split_visible
-from storyadapter.demo.training.places import PLACES
-from storyadapter.demo.training.scenes import ACTION_PHRASES, PLACE_PHRASES, character_phrase
+from storyadapter.demo.vocabulary import (
+    ACTION_PHRASES,
+    PLACE_PHRASES,
+    TRAITS,
+    VISIBLE_TRAITS,
+    Visible,
+    all_visible,
+    character_phrase,
+)
 
 PROMPTED = ("species", "action", "place")  # what the truth of a frame tells, in this order
-FRAMES_AT_MOST = len(ACTIONS) * len(PLACES)  # of a story, as no two show the same
+FRAMES_AT_MOST = len(VISIBLE_TRAITS["action"]) * len(VISIBLE_TRAITS["place"])  # of a story, as no two show the same
+HELD_OUT_PER_SPECIES = 4
+
+
+def split_visible() -> tuple[list[Visible], list[Visible]]:
+    """Kinds of characters for training, and those held out: the same few of every species, never trained on."""
+    random = Random(20240601)
+    held_out = []
+    for species in VISIBLE_TRAITS["species"]:
+        kinds = [kind for kind in all_visible() if kind.species == species]
+        held_out += random.sample(kinds, HELD_OUT_PER_SPECIES)
+    return [kind for kind in all_visible() if kind not in held_out], held_out
 
 
 @dataclass(frozen=True)
@@ -31,8 +48,9 @@ class HeldOutStory:
     @property
     def truth(self) -> np.ndarray:
         """Labels of `PROMPTED` per frame, int64 [frames, 3]."""
-        species = SPECIES.index(self.character.species)
-        return np.array([[species, ACTIONS.index(action), PLACES.index(place)] for action, place in self.scenes])
+        columns = [TRAITS[name].index for name in PROMPTED]
+        shown = ((self.character.species, *scene) for scene in self.scenes)
+        return np.array([[column(value) for column, value in zip(columns, row, strict=True)] for row in shown])
 
 
 def held_out_stories(count: int, frames: int, seed: int = 0) -> list[HeldOutStory]:
@@ -40,5 +58,5 @@ def held_out_stories(count: int, frames: int, seed: int = 0) -> list[HeldOutStor
     random = Random(seed)
     _, kinds = split_visible()
     order = random.sample(kinds, len(kinds))
-    pairs = [(action, place) for action in ACTIONS for place in PLACES]
+    pairs = list(product(VISIBLE_TRAITS["action"], VISIBLE_TRAITS["place"]))
     return [HeldOutStory(order[n % len(order)], tuple(random.sample(pairs, frames))) for n in range(count)]

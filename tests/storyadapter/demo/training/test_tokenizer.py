@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
 from storyadapter.demo.training.dataset import words
-from storyadapter.demo.vocabulary import byte_letters, merges_for, vocabulary, words_of, write_tokenizer
+from storyadapter.demo.training.tokenizer import byte_letters, merges_for, vocabulary, words_of, write_tokenizer
 
 
 @pytest.fixture(scope="module")
