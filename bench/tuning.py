@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import TYPE_CHECKING, Final, TypeVar
 
+from storyadapter.cli.options import typed
 from storyadapter.method.errors import StoryAdapterError, UnavailableError
 
 if TYPE_CHECKING:
@@ -55,6 +56,6 @@ def exit_code(command: Callable[[], None]) -> int:
     try:
         command()
     except StoryAdapterError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {typed(error)}", file=sys.stderr)
         return error.exit_code
     return 0

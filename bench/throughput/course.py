@@ -43,7 +43,7 @@ from storyadapter.bench.throughput.story import (
     overlapped,
 )
 from storyadapter.bench.throughput.workbench import Workbench, with_compiled_vae, with_eager_vae
-from storyadapter.cli.options import model_choice
+from storyadapter.cli.options import model_choice, typed
 from storyadapter.engine.backends import AUTO, default_device
 from storyadapter.method.errors import InputError, RunError, UnavailableError
 from storyadapter.model.contract import Precision
@@ -106,7 +106,7 @@ def measure(args: argparse.Namespace) -> int:
         try:
             _write(args.out, found)
         except RunError as error:  # tried again at the end, when all of it was printed
-            progress.tell(str(error))
+            progress.tell(typed(error))
     for story in stories:
         _draw_story(found, workbench, story, ways)
     print(markdown(as_data(found)))
@@ -211,7 +211,7 @@ def _draw_story(found: Findings, workbench: Workbench, case: StoryCase, ways: Se
                 draw, way, networks, subject.tokenizers(), case, subject.prediction_type, first
             )
         except InputError as error:
-            found.undrawn.append(Undrawn(name, NOT_RUN, str(error)))
+            found.undrawn.append(Undrawn(name, NOT_RUN, typed(error)))
         except Exception as error:  # as in the ladder: what else was measured is still worth reporting
             found.undrawn.append(Undrawn(name, FAILED, failure(error)))
         else:

@@ -18,6 +18,7 @@ from storyadapter.bench.throughput.inputs import CaseInputs
 from storyadapter.bench.throughput.rungs import Rung, Steps
 from storyadapter.bench.throughput.workbench import Workbench
 from storyadapter.bench.timing import Timing, measure
+from storyadapter.cli.options import typed
 from storyadapter.method.errors import InputError
 from storyadapter.method.plan import split_evenly
 from storyadapter.method.sampler import SamplerTable
@@ -198,7 +199,7 @@ class Ladder:
         except WrongPictures as error:
             return blank(WRONG, str(error), found.get("comparison")), None
         except InputError as error:  # it can't be had here; an engine that can't be built has failed
-            return blank(NOT_RUN, str(error)), None
+            return blank(NOT_RUN, typed(error)), None
         except torch.OutOfMemoryError as error:
             return blank(NOT_RUN, f"doesn't fit: {str(error).split('. GPU')[0]}"), None
         except Exception as error:  # whatever a compiler or a library raises: the other rungs are still worth measuring
@@ -246,5 +247,5 @@ def describe(result: RungResult) -> str:
 
 def failure(error: Exception) -> str:
     """An exception that nobody expected, in one line."""
-    first = next((line for line in str(error).splitlines() if line.strip()), "")
+    first = next((line for line in typed(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {first[:200]}"

@@ -45,7 +45,7 @@ class Workbench:
         self.build_seconds: dict[str, float] = {}
         self._name = ""
         self._form: Any = None
-        self._refused: dict[str, str] = {}  # by backend, why its engine can't be built
+        self._refused: dict[str, EngineBuildError] = {}  # by backend, why its engine can't be built
 
     def unet(self, user: str = "published") -> tuple[UNet2DConditionModel, IPAdapterWeights]:
         """diffusers' UNet and the adapter, on the device; who changes the UNet for good asks by another `user` name."""
@@ -71,11 +71,11 @@ class Workbench:
         if self._name != backend:
             self.clear()
             if backend in self._refused:
-                raise EngineBuildError(self._refused[backend])
+                raise self._refused[backend]
             try:
                 opened = self.subject.open(backend, self.ranges, self.vae_precision, self.progress.tell)
             except EngineBuildError as error:
-                self._refused[backend] = str(error)  # told of every rung and case, but not built for minutes again
+                self._refused[backend] = error  # told of every rung and case, but not built for minutes again
                 raise
             if opened.build_seconds:
                 self.build_seconds[backend] = opened.build_seconds

@@ -6,6 +6,7 @@ import subprocess
 import psutil
 import torch
 
+from storyadapter.cli.options import typed
 from storyadapter.cli.reporting import print_result
 from storyadapter.cli.versions import versions
 from storyadapter.engine.backends import BACKENDS, choose_backend, default_device, why_unavailable
@@ -60,7 +61,7 @@ def _why_it_cant_compile() -> str | None:
     try:
         check_compilers(default_device())
     except UnavailableError as error:
-        return str(error)
+        return typed(error)
     return None
 
 

@@ -222,7 +222,7 @@ def run_program(parser: Parser, argv: Sequence[str] | None) -> int:
             args = parser.parse_args(argv)
             return args.run(args)
     except StoryAdapterError as error:
-        _tell(f"error: {error}")
+        _tell(f"error: {options.typed(error)}")
         return error.exit_code
     except KeyboardInterrupt as stop:
         _tell("; ".join(["stopped", *getattr(stop, "__notes__", ())]))

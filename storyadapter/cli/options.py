@@ -12,11 +12,21 @@ from storyadapter.demo.shipped import MODEL
 from storyadapter.engine.backends import AUTO, BACKENDS
 from storyadapter.engine.tensorrt.options import BuildOptions, parse_resolution
 from storyadapter.method import constants
-from storyadapter.method.errors import InputError
+from storyadapter.method.errors import InputError, StoryAdapterError
 from storyadapter.method.plan import FRAMES_UNMEASURED, RunPlan
 from storyadapter.model.contract import PRECISIONS, Range, ShapeRanges
 
 MAX_REFERENCES = 100
+
+
+def option(name: str) -> str:
+    """A setting's option: "vae_precision" → "--vae-precision"."""
+    return "--" + name.replace("_", "-")
+
+
+def typed(error: Exception) -> str:
+    """An error's text, with the options to type where it names settings."""
+    return error.text(option) if isinstance(error, StoryAdapterError) else str(error)
 
 
 def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
@@ -190,7 +200,7 @@ def scales_list(text: str) -> tuple[float, ...]:
 def given_checkpoint_options(args: argparse.Namespace) -> dict[str, list[str]]:
     """The values of those options of `add_checkpoint_options` that were typed, by option."""
     single = ("base_model", "image_encoder", "ip_adapter", "base_config", "vae", "variant")
-    given = {f"--{name.replace('_', '-')}": [getattr(args, name)] for name in single if getattr(args, name)}
+    given = {option(name): [getattr(args, name)] for name in single if getattr(args, name)}
     return given | ({"--lora": args.lora} if args.lora else {})
 
 
@@ -210,11 +220,11 @@ def model_choice(args: argparse.Namespace) -> ModelChoice:
     """
     loras = tuple(LoraSpec.parse(text) for text in args.lora)
     given = {name: getattr(args, name) for name in ("base_model", "image_encoder", "ip_adapter")}
-    missing = [f"--{name.replace('_', '-')}" for name, value in given.items() if not value]
+    missing = [option(name) for name, value in given.items() if not value]
     if len(missing) == len(given):
         for name in ("base_config", "vae", "variant"):
             if getattr(args, name):
-                raise InputError(f"--{name.replace('_', '-')} was given without --base-model; expected all of {_MODEL}")
+                raise InputError(f"{option(name)} was given without --base-model; expected all of {_MODEL}")
         paths = CheckpointPaths(MODEL, MODEL / "image_encoder", MODEL / "ip-adapter.safetensors", loras=loras)
         return ModelChoice(paths, "the demo model")
     if missing:

@@ -1,13 +1,69 @@
-"""Errors a user can act on: one line each, with the exit code of the command line.
+"""Errors a user can act on, as data: what was found, what was expected, what to do; with the command line's exit code.
 
-The text says what was found, what was expected and what to type.
+A setting is named as a `Field`, never by an option's spelling: each face spells it as its own users type it.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+
+@dataclass(frozen=True)
+class Field:
+    """A setting, named as its argument is: "vae_precision"."""
+
+    name: str
+
+
+Text: TypeAlias = str | Field | tuple[str | Field, ...]
+
+
+def plain(name: str) -> str:
+    """A setting's spelling in Python and JSON: its name."""
+    return name
+
+
+def spelled(text: Text, spelling: Callable[[str], str] = plain) -> str:
+    """A text with its fields as `spelling` gives them for their names."""
+    parts = text if isinstance(text, tuple) else (text,)
+    return "".join(part if isinstance(part, str) else spelling(part.name) for part in parts)
 
 
 class StoryAdapterError(Exception):
-    """Base of every error that is told to the user in one line, without a traceback."""
+    """Base of every error that is told to the user in one line, without a traceback.
+
+    Args:
+        found: parts of the text that says what was found. Where it ends with a comma, this stands before "expected".
+        expected: what would have been right.
+        advice: what to do.
+        field: what it is about; by default the first field in `found`.
+    """
 
     exit_code = 1
+
+    def __init__(self, *found: str | Field, expected: Text = "", advice: Text = "", field: str | None = None) -> None:
+        super().__init__(*found)  # these alone are `args`; a pickle holds the others as attributes
+        self.expected, self.advice = expected, advice
+        self.field = field or next((part.name for part in found if isinstance(part, Field)), None)
+
+    def text(self, spelling: Callable[[str], str] = plain) -> str:
+        """The whole line: found; expected …; advice."""
+        text = spelled(self.args, spelling)
+        if self.expected:
+            text += ("" if text.endswith(",") else ";") + f" expected {spelled(self.expected, spelling)}"
+        return f"{text}; {spelled(self.advice, spelling)}" if self.advice else text
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def as_dict(self) -> dict[str, str | None]:
+        """As JSON values; None for what isn't said."""
+        return {
+            "field": self.field,
+            "found": spelled(self.args).rstrip(","),
+            "expected": spelled(self.expected) or None,
+            "advice": spelled(self.advice) or None,
+        }
 
 
 class InputError(StoryAdapterError):
