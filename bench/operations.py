@@ -51,7 +51,7 @@ def count_operations(networks: Networks, frames: int, references: int, height: i
 
     inputs = idle_inputs(networks, networks.denoiser.spec, letters)
     mapping = {
-        torch.ops.storyadapter.model.grca: grca_operations,
+        torch.ops.storyadapter.grca: grca_operations,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_operations,  # unknown to it
     }
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter:

@@ -86,5 +86,5 @@ def test_takes_views_of_the_packed_tensors() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_operator_registration(dtype: torch.dtype) -> None:
     arguments = [t.to(dtype) if t.is_floating_point() else t for t in inputs()]
-    torch.library.opcheck(torch.ops.storyadapter.model.grca.default, tuple(arguments))
+    torch.library.opcheck(torch.ops.storyadapter.grca.default, tuple(arguments))
     assert grca(*arguments).dtype == dtype
