@@ -4,6 +4,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,8 +13,9 @@ from pathlib import Path
 import torch
 
 from storyadapter.cli.versions import versions
+from storyadapter.engine.gpu import NvidiaGpu, driver_version
 
-_SAMPLE_MS = 250
+_SAMPLE_SECONDS = 0.25
 
 
 def _output(*command: str, cwd: Path | None = None) -> str | None:
@@ -49,14 +51,12 @@ def describe(device: torch.device, source_commit: str | None = None) -> dict[str
         properties = torch.cuda.get_device_properties(device)
         found["device"] = properties.name
         found["compute capability"] = f"{properties.major}.{properties.minor}"
-        query = _output(
-            "nvidia-smi",
-            f"--id={device.index or 0}",
-            "--query-gpu=driver_version,power.limit,clocks.max.sm",
-            "--format=csv,noheader",
-        )
-        if query:
-            found["driver"], found["power limit"], found["highest SM clock"] = query.split(", ")
+        found["driver"] = driver_version()
+        if gpu := NvidiaGpu.of(device):
+            if gpu.power_limit is not None:
+                found["power limit"] = f"{gpu.power_limit:.2f} W"
+            if gpu.highest_sm_clock is not None:
+                found["highest SM clock"] = f"{gpu.highest_sm_clock} MHz"
         found["CUDA"] = str(torch.version.cuda)
         found["cuDNN"] = str(torch.backends.cudnn.version())
     else:
@@ -89,28 +89,25 @@ class Load:
 
 @contextmanager
 def watch(device: torch.device) -> Iterator[Load]:
-    """Sample the SM clock and the power draw of a GPU several times a second, by `nvidia-smi` where it is there."""
+    """Sample the SM clock and the power draw of a GPU several times a second, where the driver tells them."""
     load = Load()
-    if device.type != "cuda":
+    gpu = NvidiaGpu.of(device) if device.type == "cuda" else None
+    if gpu is None:
         yield load
         return
-    query = ["nvidia-smi", f"--id={device.index or 0}", "--query-gpu=clocks.sm,power.draw"]
-    query += ["--format=csv,noheader,nounits", f"--loop-ms={_SAMPLE_MS}"]
-    try:
-        process = subprocess.Popen(query, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    except OSError:
-        yield load
-        return
+    over = threading.Event()
+
+    def sample() -> None:
+        while not over.wait(_SAMPLE_SECONDS):
+            clock, watts = gpu.sm_clock, gpu.power
+            if clock is not None and watts is not None:
+                load.clocks_mhz.append(clock)
+                load.watts.append(watts)
+
+    sampler = threading.Thread(target=sample, name="gpu-load")
+    sampler.start()
     try:
         yield load
     finally:
-        process.terminate()
-        told, _ = process.communicate()
-        for line in told.splitlines():
-            clock, _, watts = line.partition(", ")
-            try:
-                sample = float(clock), float(watts)
-            except ValueError:  # a line cut short, or a GPU that doesn't tell
-                continue
-            load.clocks_mhz.append(sample[0])
-            load.watts.append(sample[1])
+        over.set()
+        sampler.join()

@@ -1,7 +1,6 @@
 """`storyadapter-trt doctor`: what this machine can run, and why not the rest."""
 
 import platform
-import subprocess
 
 import psutil
 import torch
@@ -10,6 +9,7 @@ from storyadapter.cli.options import typed
 from storyadapter.cli.reporting import print_result
 from storyadapter.cli.versions import versions
 from storyadapter.engine.backends import BACKENDS, choose_backend, default_device, why_unavailable
+from storyadapter.engine.gpu import driver_version
 from storyadapter.engine.opening import why_outdated
 from storyadapter.engine.store import EngineStore, renewal
 from storyadapter.engine.tensorrt.library import describe_libraries, gpu_target, why_it_cant_run
@@ -63,13 +63,3 @@ def _why_it_cant_compile() -> str | None:
     except UnavailableError as error:
         return typed(error)
     return None
-
-
-def driver_version() -> str:
-    """The NVIDIA driver's version, or "unknown" where nvidia-smi can't tell it."""
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout.split()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return answer[0] if answer else "unknown"
