@@ -14,9 +14,9 @@ from storyadapter.bench.kernel_cases import ExpandedInputs, KernelCase, all_case
 from storyadapter.bench.rivals import rivals
 from storyadapter.bench.roofline import Rates, measure_rates
 from storyadapter.bench.timing import MIN_REPEATS, Timing, buffer_sets, measure
-from storyadapter.kernels.grca import grca_kernel
-from storyadapter.kernels.host import interpreted
-from storyadapter.kernels.launch import grca_triton
+from storyadapter.kernels.grca.kernel import grca_kernel
+from storyadapter.kernels.grca.launch import grca_triton
+from storyadapter.kernels.launching import interpreted
 from storyadapter.model.grca import grca
 
 Result = TypeVar("Result")

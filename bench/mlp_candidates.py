@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from storyadapter.kernels.mlp_tiles import GegluTiles, LayerNormTiles
+from storyadapter.kernels.tiles import GegluTiles, LayerNormTiles
 
 # block_m, block_n, block_k, group_m, num_warps, num_stages, persistent, descriptors
 GEGLU_TILES: Final = tuple(

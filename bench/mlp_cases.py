@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from storyadapter.bench.mlp_candidates import GEGLU_TILES, LAYER_NORM_TILES
-from storyadapter.kernels.geglu_launch import interleave_geglu, launch_geglu
-from storyadapter.kernels.host import processors
-from storyadapter.kernels.layer_norm_launch import launch_layer_norm
-from storyadapter.kernels.mlp_tiles import GegluTiles, LayerNormTiles
+from storyadapter.kernels.geglu.launch import interleave_geglu, launch_geglu
+from storyadapter.kernels.launching import processors
+from storyadapter.kernels.layer_norm.launch import launch_layer_norm
+from storyadapter.kernels.tiles import GegluTiles, LayerNormTiles
 
 DTYPE: Final = torch.float16
 EPS: Final = 1e-5  # of SDXL's layer norms
@@ -51,7 +51,7 @@ class GegluCase:
 
     @property
     def key(self) -> str:
-        """Under which `mlp_tiles.json` keeps the tiles; M isn't in it."""
+        """Under which `tiles.json` keeps the tiles; M isn't in it."""
         return f"{self.operator}/{8 * DTYPE.itemsize}-bit/K={self.depth}"
 
     @property
@@ -79,8 +79,7 @@ class GegluCase:
     def launch(self, tiles: GegluTiles, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """[M, N] by the kernel."""
         out = x.new_empty(x.shape[0], weight.shape[0] // 2)
-        programs = processors(x.device.index or 0) if x.device.type == "cuda" else 1
-        launch_geglu(x, weight, bias, out, tiles, programs)
+        launch_geglu(x, weight, bias, out, tiles, processors(x.device))
         return out
 
     @staticmethod
@@ -113,7 +112,7 @@ class LayerNormCase:
     rows: int
     channels: int
 
-    operator: ClassVar[str] = "add_layer_norm"
+    operator: ClassVar[str] = "layer_norm"
     candidates: ClassVar[tuple[LayerNormTiles, ...]] = LAYER_NORM_TILES
 
     @property
@@ -123,7 +122,7 @@ class LayerNormCase:
 
     @property
     def key(self) -> str:
-        """Under which `mlp_tiles.json` keeps the tiles; M isn't in it."""
+        """Under which `tiles.json` keeps the tiles; M isn't in it."""
         return f"{self.operator}/{8 * DTYPE.itemsize}-bit/C={self.channels}"
 
     @property

@@ -1,7 +1,9 @@
 """What `bench.tune_mlp` found: as Markdown, and in the table of tiles."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from storyadapter.bench.kernel_run import Measured
@@ -10,7 +12,6 @@ from storyadapter.bench.mlp_candidates import words
 from storyadapter.bench.mlp_cases import GegluCase
 from storyadapter.bench.mlp_run import CaseResult, Tiles, winners
 from storyadapter.bench.roofline import Rates
-from storyadapter.kernels.mlp_tiles import as_data
 
 
 def markdown(environment: Mapping[str, str], rates: Rates | None, results: Sequence[CaseResult]) -> str:
@@ -52,7 +53,7 @@ def _case(result: CaseResult, rates: Rates | None, best: Tiles | None) -> list[s
     unit = "TFLOP/s" if is_product else "TB/s"
     lines = [f"## {case.operator}, {case.label}", ""]
     lines += table((case.operator, "ms", "± ms", unit, "of the limit", "saves, ms", "error"), rows) + [""]
-    chosen = "none: no candidate could be measured" if best is None else f"{words(best)}: `{json.dumps(as_data(best))}`"
+    chosen = "none: no candidate could be measured" if best is None else f"{words(best)}: `{json.dumps(asdict(best))}`"
     return [*lines, f"Fastest, for `{case.key}`: {chosen}"]
 
 
@@ -80,7 +81,7 @@ def store(path: Path, capability: int, best: Mapping[str, Tiles]) -> None:
     """Puts winners into the table of tiles, among those of one architecture; everything else stays as it is.
 
     Args:
-        path: of `mlp_tiles.json`.
+        path: of `tiles.json`.
         capability: compute capability, 10·major + minor.
         best: from `winners`.
 
@@ -88,6 +89,8 @@ def store(path: Path, capability: int, best: Mapping[str, Tiles]) -> None:
         OSError: the file can't be read or written.
     """
     data = json.loads(path.read_text(encoding="utf-8"))
-    entries = data["tuned"].setdefault(f"sm_{capability}", {})
-    entries.update({key: as_data(tiles) for key, tiles in best.items()})
-    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    for name, tiles in best.items():
+        kernel, _, key = name.partition("/")
+        data[kernel].setdefault(f"sm_{capability}", {})[key] = asdict(tiles)
+    text = re.sub(r"\{[^{}]*\}", lambda entry: " ".join(entry.group().split()), json.dumps(data, indent=2))
+    path.write_text(text + "\n", encoding="utf-8")

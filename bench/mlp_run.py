@@ -19,7 +19,7 @@ from storyadapter.bench.kernel_run import (
 from storyadapter.bench.mlp_cases import DTYPE, Case, Rival
 from storyadapter.bench.timing import buffer_sets
 from storyadapter.bench.tuning import refusal
-from storyadapter.kernels.mlp_tiles import GegluTiles, LayerNormTiles
+from storyadapter.kernels.tiles import GegluTiles, LayerNormTiles
 
 Tiles = GegluTiles | LayerNormTiles
 
@@ -105,7 +105,7 @@ def _tensors(found: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def winners(results: Iterable[CaseResult]) -> dict[str, Tiles]:
-    """The fastest candidate of each case, by the key that `mlp_tiles.json` keeps it under.
+    """The fastest candidate of each case, by the key that `tiles.json` keeps it under.
 
     A case whose candidates were all refused has none.
     """

@@ -11,6 +11,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ from storyadapter.bench.kernel_cases import LAYERS_1024, LAYERS_OTHER, KernelCas
 from storyadapter.bench.kernel_run import TOLERANCE, WrongResult, measure_contender, relative_error
 from storyadapter.bench.timing import buffer_sets
 from storyadapter.bench.tuning import compile_all, exit_code, find_gpu, refusal
-from storyadapter.kernels.grca import grca_kernel
-from storyadapter.kernels.launch import launch_arguments
-from storyadapter.kernels.tiles import Tiles, as_data
+from storyadapter.kernels.grca.kernel import grca_kernel
+from storyadapter.kernels.grca.launch import launch_arguments
+from storyadapter.kernels.tiles import GrcaTiles as Tiles
 from storyadapter.model.grca import grca
 
 CASES = (
@@ -97,7 +98,7 @@ def run(out: Path) -> None:
     device = find_gpu()
     tiles = candidates()
     builds = compile_all(compile_one, tiles)
-    results = [{"tiles": as_data(item), **build, "ms": []} for item, build in zip(tiles, builds, strict=True)]
+    results = [{"tiles": asdict(item), **build, "ms": []} for item, build in zip(tiles, builds, strict=True)]
     for case in CASES:
         sets = buffer_sets(case.bytes_moved(DTYPE.itemsize), device)
         inputs = [make_inputs(case, DTYPE, device, seed) for seed in range(sets)]

@@ -1,4 +1,4 @@
-"""Chooses the tiles that `kernels/mlp_tiles.json` stores: `python -m storyadapter.bench.tune_mlp --write`.
+"""Chooses the tiles that `kernels/tiles.json` stores: `python -m storyadapter.bench.tune_mlp --write`.
 
 Candidates for the GEGLU and for addition + layer norm are compiled side by side, checked against fp32 and timed on the
 layers of SDXL at 1024x1024 with B = 16, beside PyTorch's own ways. Takes about two minutes of one GPU.
@@ -25,7 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Times tiles of the GEGLU and of addition + layer norm on this GPU; prints a report in Markdown.",
     )
     parser.add_argument(
-        "--write", action="store_true", help="store the fastest tiles for this architecture in kernels/mlp_tiles.json"
+        "--write", action="store_true", help="store the fastest tiles for this architecture in kernels/tiles.json"
     )
     return parser
 
@@ -44,8 +44,8 @@ def run(args: argparse.Namespace) -> None:
     from storyadapter.bench.mlp_report import markdown
     from storyadapter.bench.mlp_run import compile_one, measure_case, winners
     from storyadapter.bench.roofline import measure_rates
-    from storyadapter.kernels import mlp_tiles
-    from storyadapter.kernels.host import capability
+    from storyadapter.kernels import tiles as tables
+    from storyadapter.kernels.launching import capability
 
     jobs = [(case, tiles) for case in CASES for tiles in case.candidates]
     progress = Progress(1 + len(CASES))
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
         progress.done(", ".join(str(tiles) for tiles in winners(results[-1:]).values()) or "no candidate was measured")
     print(markdown(describe(device), rates, results))
     if args.write:
-        write(Path(mlp_tiles.__file__).with_name("mlp_tiles.json"), capability(device.index), winners(results))
+        write(Path(tables.__file__).with_name("tiles.json"), capability(device), winners(results))
 
 
 def write(path: Path, capability: int, best: "Mapping[str, Tiles]") -> None:

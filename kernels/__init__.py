@@ -1,1 +1,1 @@
-"""The Triton kernels, their launchers, and their ahead-of-time build. Importing this package registers nothing."""
+"""The Triton kernels, a folder per family, and their tiles. Importing this package registers nothing."""

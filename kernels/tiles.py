@@ -1,20 +1,40 @@
-"""Which tiles the kernel runs with: data chosen once by measurement and stored beside this file.
+"""Which tiles the kernels run with: data chosen once by measurement (`bench.tune`) and stored in `tiles.json`.
 
-Tiles depend on the architecture, the head size and the dtype; never on B, P, G, R or S, so that no shape of a run and
-no symbolic shape of a compiler leads to another compilation. Nothing is tuned in a user's run. This module imports
-neither Triton nor PyTorch.
+The file holds, by kernel, by architecture (`sm_90`, …, or `untuned` for all others) and by key, the fields of the
+kernel's class of tiles. A key is the element size and the width that the tiles depend on (`16-bit/D=64`), or, under
+`untuned`, the element size alone. Tiles never depend on the number of rows, prompts or references, so that no shape of
+a run and no symbolic shape of a compiler leads to another compilation. Nothing is tuned in a user's run. This module
+imports neither Triton nor PyTorch.
 """
 
 import functools
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from importlib import resources
-from typing import Any
+from typing import Any, Final, Generic, TypeVar
+
+# Fields of tiles that are the compiler's options, with its own names; the others are compile-time arguments.
+_OPTIONS: Final = {"num_warps": "num_warps", "num_stages": "num_stages", "max_registers": "maxnreg"}
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Compile-time choices of one build of the kernel.
+    """Compile-time choices of one build of a kernel; the classes of the kernels list them."""
+
+    def constants(self) -> dict[str, Any]:
+        """The kernel's compile-time arguments that are tiles."""
+        names = (field.name for field in fields(self))
+        return {name.upper(): getattr(self, name) for name in names if name not in _OPTIONS}
+
+    def options(self) -> dict[str, int]:
+        """The compiler's options."""
+        found = {option: getattr(self, name, None) for name, option in _OPTIONS.items()}
+        return {option: value for option, value in found.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class GrcaTiles(Tiles):
+    """Tiles of `grca_kernel`.
 
     Attributes:
         block_m: queries of a tile; a power of two, at least 16.
@@ -36,57 +56,99 @@ class Tiles:
     heads_first: bool
     max_registers: int | None = None
 
-    def constants(self) -> dict[str, Any]:
-        """The kernel's compile-time arguments that are tiles."""
-        return {
-            "BLOCK_M": self.block_m,
-            "BLOCK_N": self.block_n,
-            "TILES": self.tiles,
-            "PREFETCH": self.prefetch,
-            "HEADS_FIRST": self.heads_first,
-        }
 
-    def options(self) -> dict[str, int]:
-        """The compiler's options."""
-        found = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        return found if self.max_registers is None else {**found, "maxnreg": self.max_registers}
+@dataclass(frozen=True)
+class GegluTiles(Tiles):
+    """Tiles of `geglu_kernel`.
+
+    Attributes:
+        block_m: rows of x in a tile; a power of two, at least 16.
+        block_n: columns of the product in a tile, twice the outputs; a power of two, at least 16.
+        block_k: depth of one step; a power of two, at least 16.
+        group_m: blocks of rows that are walked together.
+        num_warps: warps of a program.
+        num_stages: steps in flight.
+        persistent: as many programs as multiprocessors, each taking many tiles.
+        descriptors: loads by the tensor memory accelerator (compute capability 9.0 and later).
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    group_m: int
+    num_warps: int
+    num_stages: int
+    persistent: bool
+    descriptors: bool
 
 
 @dataclass(frozen=True)
-class TileChoice:
-    """Tiles, and whether they were chosen by measuring on that architecture (`tuned`) or are a safe default."""
+class LayerNormTiles(Tiles):
+    """Tiles of `add_layer_norm_kernel`.
 
-    tiles: Tiles
-    tuned: bool
+    Attributes:
+        rows: rows of a program; a power of two.
+        num_warps: warps of a program.
+    """
+
+    rows: int
+    num_warps: int
+
+
+KernelTiles = TypeVar("KernelTiles", bound=Tiles)
+
+
+@dataclass(frozen=True)
+class TileTable(Generic[KernelTiles]):
+    """The stored tiles of one kernel.
+
+    Attributes:
+        kernel: its name in `tiles.json`.
+        kind: the class of its tiles.
+        letter: of the width that they depend on.
+    """
+
+    kernel: str
+    kind: type[KernelTiles]
+    letter: str
+
+    def key(self, element_bytes: int, width: int) -> str:
+        """Under which the tiles of one element size and width are stored."""
+        return f"{8 * element_bytes}-bit/{self.letter}={width}"
+
+    def choose(self, capability: int, element_bytes: int, width: int) -> tuple[KernelTiles, bool]:
+        """The stored tiles for one target, and whether they were measured there or are a safe default.
+
+        Args:
+            capability: compute capability, 10·major + minor: 80, 89, 90, 100, 120; 0 for none.
+            element_bytes: 2 for fp16 and bf16, 4 for fp32.
+            width: D of GRCA, K of the GEGLU, C of the layer norm.
+
+        Raises:
+            KeyError: the table holds no tiles for the width or the element size.
+        """
+        return _choose(self, capability, element_bytes, width)
 
 
 @functools.cache
-def _table() -> dict[str, Any]:
+def _choose(table: TileTable[Any], capability: int, element_bytes: int, width: int) -> tuple[Any, bool]:
+    entries, key = stored()[table.kernel], table.key(element_bytes, width)
+    tuned = entries.get(f"sm_{capability}", {}).get(key)
+    if tuned is not None:
+        return table.kind(**tuned), True
+    untuned = entries["untuned"]
+    return table.kind(**(untuned[key] if key in untuned else untuned[key.partition("/")[0]])), False
+
+
+@functools.cache
+def stored() -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
+    """What `tiles.json` holds: fields of tiles by kernel, architecture and key."""
     return json.loads(resources.files("storyadapter.kernels").joinpath("tiles.json").read_text(encoding="utf-8"))
 
 
-@functools.cache
-def choose_tiles(capability: int, head_size: int, element_bytes: int, embedded: bool = False) -> TileChoice:
-    """The stored tiles for one target.
-
-    Args:
-        capability: compute capability, 10·major + minor: 80, 89, 90, 100, 120.
-        head_size: D, 32 or 64.
-        element_bytes: 2 for fp16 and bf16, 4 for fp32.
-        embedded: tiles whose shared memory is at most 48 KB, the most that a launch gets without asking for more.
-
-    Raises:
-        KeyError: the table holds no tiles for the head size or element size.
-    """
-    table = _table()
-    purpose = "embedded" if embedded else "launched"
-    key = f"{purpose}/{element_bytes * 8}-bit/D={head_size}"
-    tuned = table["tuned"].get(f"sm_{capability}", {})
-    if key in tuned:
-        return TileChoice(Tiles(**tuned[key]), tuned=True)
-    return TileChoice(Tiles(**table["untuned"][key]), tuned=False)
-
-
-def as_data(tiles: Tiles) -> dict[str, Any]:
-    """The form in which `tiles.json` keeps tiles."""
-    return asdict(tiles)
+GRCA: Final = TileTable("grca", GrcaTiles, "D")
+# Tiles whose shared memory is at most 48 KB, the most that a launch gets without asking for more.
+GRCA_EMBEDDED: Final = TileTable("grca_embedded", GrcaTiles, "D")
+GEGLU: Final = TileTable("geglu", GegluTiles, "K")
+LAYER_NORM: Final = TileTable("layer_norm", LayerNormTiles, "C")
+TABLES: Final = (GRCA, GRCA_EMBEDDED, GEGLU, LAYER_NORM)

@@ -77,7 +77,7 @@ def _fused(workbench: Workbench) -> Steps:
     if workbench.subject.device.type != "cuda":
         raise UnavailableError("the fused kernel needs a CUDA GPU")
     try:
-        from storyadapter.kernels.launch import grca_triton
+        from storyadapter.kernels.grca.launch import grca_triton
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise

@@ -36,8 +36,7 @@ def build_options(device: torch.device) -> tuple[tuple[str, str], ...]:
     code = ("build", str(BUILD_VERSION))
     if device.type != "cuda":
         return (code,)
-    kernels = resources.files("storyadapter.kernels")
-    tiles = b"".join(kernels.joinpath(name).read_bytes() for name in ("tiles.json", "mlp_tiles.json"))
+    tiles = resources.files("storyadapter.kernels").joinpath("tiles.json").read_bytes()
     return code, ("tiles", hashlib.sha256(tiles).hexdigest()[:8])
 
 

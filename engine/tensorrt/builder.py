@@ -126,7 +126,7 @@ def embeds_kernel(library: Library, targets: tuple[str, ...]) -> bool:
         raise UnavailableError(
             f"{library} embeds the fused kernel; triton, which compiles it, is not installed; type: pip install triton"
         )
-    from storyadapter.kernels.aot import SHARED_MEMORY_LIMIT
+    from storyadapter.kernels.grca.aot import SHARED_MEMORY_LIMIT
 
     return all(int(target.removeprefix("sm")) in SHARED_MEMORY_LIMIT for target in targets)
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from storyadapter.kernels.aot import EmbeddedKernel, compile_kernel
+from storyadapter.kernels.grca.aot import EmbeddedKernel, compile_kernel
 
 ELEMENT_TYPES = {"HALF": "fp16", "BF16": "bf16"}  # TensorRT's name → the kernel's
 

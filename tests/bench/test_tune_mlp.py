@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,14 @@ from storyadapter.bench.mlp_report import markdown, store  # noqa: E402
 from storyadapter.bench.mlp_run import CaseResult, largest_error, measure_case, winners  # noqa: E402
 from storyadapter.bench.roofline import Rates  # noqa: E402
 from storyadapter.bench.timing import Timing  # noqa: E402
-from storyadapter.kernels import mlp_tiles  # noqa: E402
-from storyadapter.kernels.mlp_tiles import GegluTiles, LayerNormTiles, as_data  # noqa: E402
+from storyadapter.kernels import tiles as tile_tables  # noqa: E402
+from storyadapter.kernels.tiles import GEGLU, LAYER_NORM, GegluTiles, LayerNormTiles  # noqa: E402
 from storyadapter.method.errors import RunError  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
-TABLE = ROOT / "kernels" / "mlp_tiles.json"
+TABLE = ROOT / "kernels" / "tiles.json"
 CPU = torch.device("cpu")
+KINDS = {"geglu": GegluTiles, "layer_norm": LayerNormTiles}
 HELP = """
 import sys
 from storyadapter.bench.tune_mlp import main
@@ -41,8 +42,8 @@ INTERPRETED = """
 import sys
 import torch
 from storyadapter.bench import mlp_cases, roofline, tune_mlp
-from storyadapter.kernels import host, mlp_tiles
-from storyadapter.kernels.mlp_tiles import GegluTiles, LayerNormTiles
+from storyadapter.kernels import launching, tiles
+from storyadapter.kernels.tiles import GegluTiles, LayerNormTiles
 
 class Geglu(mlp_cases.GegluCase):
     candidates = tuple(GegluTiles(16, 32, 16, 1, 4, 2, persistent, persistent) for persistent in (False, True))
@@ -56,9 +57,9 @@ class LayerNorm(mlp_cases.LayerNormCase):
 tune_mlp.find_gpu = lambda: torch.device("cpu")
 tune_mlp.compile_all = lambda compile_one, jobs: ["no" if job[1] == LayerNormTiles(4, 4) else None for job in jobs]
 roofline.measure_rates = lambda device, dtype: roofline.Rates(1e12, 1e12, 1e12)
-host.capability = lambda index: 75
+launching.capability = lambda device: 75
 mlp_cases.CASES = (Geglu(16, 16, 16), LayerNorm(2, 16))
-mlp_tiles.__file__ = sys.argv[1]
+tiles.__file__ = sys.argv[1]
 sys.exit(tune_mlp.main(["--write"]))
 """
 
@@ -94,8 +95,9 @@ def test_no_gpu_is_told_in_one_line(command: Any, words: list[str], capsys: pyte
 
 
 def test_stored_tiles_are_winners_that_the_command_can_find_again() -> None:
-    stored = json.loads(TABLE.read_text(encoding="utf-8"))["tuned"]["sm_90"]
-    candidates = {case.key: [as_data(tiles) for tiles in case.candidates] for case in CASES}
+    table = json.loads(TABLE.read_text(encoding="utf-8"))
+    stored = {f"{name}/{key}": entry for name in KINDS for key, entry in table[name]["sm_90"].items()}
+    candidates = {case.key: [asdict(tiles) for tiles in case.candidates] for case in CASES}
     assert candidates.keys() == stored.keys()
     assert all(entry in candidates[key] for key, entry in stored.items())
     assert all(len(set(case.candidates)) == len(case.candidates) for case in CASES)
@@ -116,19 +118,19 @@ def test_costs_of_a_case_by_hand() -> None:
 
 
 def test_toys_are_measured_reported_and_stored(tmp_path: Path) -> None:
-    table = tmp_path / "mlp_tiles.json"
+    table = tmp_path / "tiles.json"
     table.write_bytes(TABLE.read_bytes())
-    report = _run(INTERPRETED, str(tmp_path / "mlp_tiles.py"), TRITON_INTERPRET="1").splitlines()
+    report = _run(INTERPRETED, str(tmp_path / "tiles.py"), TRITON_INTERPRET="1").splitlines()
     rows = {line.split(" | ")[0].removeprefix("| "): line.strip("| ").split(" | ") for line in report if "|" in line}
     assert {"device", "torch", "triton", "commit", "command"} <= rows.keys()
-    assert "## geglu, M=16 K=16 N=16" in report and "## add_layer_norm, M=2 C=16" in report
+    assert "## geglu, M=16 K=16 N=16" in report and "## layer_norm, M=2 C=16" in report
     geglu = [f"16x32x16, groups of 1, 4 warps, 2 stages, {way}" for way in ("once, cp.async", "persistent, TMA")]
     for name in (*geglu, "F.linear alone", "eager add + layer_norm", "rows 1, warps 1"):
         assert float(rows[name][1]) > 0 and 0 < float(rows[name][-1]) < 6e-4
     assert rows["rows 4, warps 4"][1:] == ["could not run: no", "-", "-", "-", "-", "-"]
-    stored = json.loads(table.read_text(encoding="utf-8"))["tuned"]
-    assert stored["sm_75"].keys() == {"geglu/16-bit/K=16", "add_layer_norm/16-bit/C=16"}
-    assert stored["sm_75"]["add_layer_norm/16-bit/C=16"] == {"rows": 1, "num_warps": 1}
+    stored = json.loads(table.read_text(encoding="utf-8"))
+    assert stored["geglu"]["sm_75"].keys() == {"16-bit/K=16"}
+    assert stored["layer_norm"]["sm_75"] == {"16-bit/C=16": {"rows": 1, "num_warps": 1}}
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ def test_a_wrong_candidate_is_refused_and_a_wrong_rival_stops_everything() -> No
     result = measure_case(case, {wrong: None, right: None}, case.rivals(), CPU, repeats=30)
     assert result.candidates[wrong].timing is None
     assert result.candidates[wrong].refusal == "error 5.00e-01 against fp32; expected at most 6e-04"
-    assert winners([result]) == {"add_layer_norm/16-bit/C=32": right}
+    assert winners([result]) == {"layer_norm/16-bit/C=32": right}
     forgetful = Rival("forgets the sum", lambda x, *rest: (x, add_layer_norm(x, *rest)[1]), case.expected)
     with pytest.raises(WrongResult):
         measure_case(case, {}, [forgetful], CPU, repeats=30)
@@ -181,31 +183,33 @@ def test_the_report_sets_candidates_beside_the_rival() -> None:
 
 
 def test_winners_are_stored_and_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "mlp_tiles.json"
+    path = tmp_path / "tiles.json"
     path.write_bytes(TABLE.read_bytes())
     before = json.loads(path.read_text(encoding="utf-8"))
     tiles, norm = GegluTiles(64, 64, 32, 4, 4, 2, persistent=True, descriptors=False), LayerNormTiles(2, 8)
-    store(path, 89, {"geglu/16-bit/K=640": tiles, "add_layer_norm/16-bit/C=640": norm})
-    store(path, 90, {"add_layer_norm/16-bit/C=640": norm})
+    store(path, 89, {"geglu/16-bit/K=640": tiles, "layer_norm/16-bit/C=640": norm})
+    store(path, 90, {"layer_norm/16-bit/C=640": norm})
     after = json.loads(path.read_text(encoding="utf-8"))
-    monkeypatch.setattr(mlp_tiles, "_table", lambda: after)
-    assert mlp_tiles.choose_geglu_tiles.__wrapped__(89, 640, 2) == (tiles, True)
-    assert mlp_tiles.choose_layer_norm_tiles.__wrapped__(90, 640, 2) == (norm, True)
-    before["tuned"]["sm_90"]["add_layer_norm/16-bit/C=640"] = as_data(norm)
-    assert {**after, "tuned": {"sm_90": after["tuned"]["sm_90"]}} == before
+    monkeypatch.setattr(tile_tables, "stored", lambda: after)
+    assert tile_tables._choose.__wrapped__(GEGLU, 89, 2, 640) == (tiles, True)
+    assert tile_tables._choose.__wrapped__(LAYER_NORM, 90, 2, 640) == (norm, True)
+    before["layer_norm"]["sm_90"]["16-bit/C=640"] = asdict(norm)
+    before["geglu"]["sm_89"] = {"16-bit/K=640": asdict(tiles)}
+    before["layer_norm"]["sm_89"] = {"16-bit/C=640": asdict(norm)}
+    assert after == before
 
 
 def test_storing_what_is_stored_changes_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "mlp_tiles.json"
+    path = tmp_path / "tiles.json"
     path.write_bytes(TABLE.read_bytes())
-    entries = json.loads(path.read_text(encoding="utf-8"))["tuned"]["sm_90"]
-    kinds = {"geglu": GegluTiles, "add_layer_norm": LayerNormTiles}
-    store(path, 90, {key: kinds[key.split("/")[0]](**entry) for key, entry in entries.items()})
+    table = json.loads(path.read_text(encoding="utf-8"))
+    stored = {f"{name}/{key}": kind(**e) for name, kind in KINDS.items() for key, e in table[name]["sm_90"].items()}
+    store(path, 90, stored)
     assert path.read_text(encoding="utf-8").strip() == TABLE.read_text(encoding="utf-8").strip()
 
 
 def test_what_cannot_be_stored_is_told(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="mlp_tiles.json can't be written: No such file or directory"):
-        tune_mlp.write(tmp_path / "mlp_tiles.json", 90, {"add_layer_norm/16-bit/C=640": LayerNormTiles(1, 1)})
+    with pytest.raises(RunError, match="tiles.json can't be written: No such file or directory"):
+        tune_mlp.write(tmp_path / "tiles.json", 90, {"layer_norm/16-bit/C=640": LayerNormTiles(1, 1)})
     with pytest.raises(RunError, match="no candidate could be measured"):
-        tune_mlp.write(tmp_path / "mlp_tiles.json", 90, {})
+        tune_mlp.write(tmp_path / "tiles.json", 90, {})

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from storyadapter.engine.inductor.target import check_compilers
-from storyadapter.kernels.launch import grca_triton
+from storyadapter.kernels.grca.launch import grca_triton
 from tests.kernels.grca_cases import Case, error, inputs, reference
 
 

@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="needs Triton")
 driver = pytest.importorskip("cuda.bindings.driver", reason="needs cuda-bindings")
 
 if torch.cuda.is_available():
-    from storyadapter.kernels.aot import EmbeddedKernel, compile_kernel, evaluate
+    from storyadapter.kernels.grca.aot import EmbeddedKernel, compile_kernel, evaluate
 
 
 def _checked(result):

@@ -14,10 +14,10 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 triton = pytest.importorskip("triton", reason="needs Triton")
 
 if torch.cuda.is_available():
-    from storyadapter.kernels.geglu import geglu_kernel
-    from storyadapter.kernels.geglu_launch import geglu_triton, interleave_geglu, launch_geglu
-    from storyadapter.kernels.host import capability
-    from storyadapter.kernels.mlp_tiles import GegluTiles
+    from storyadapter.kernels.geglu.kernel import geglu_kernel
+    from storyadapter.kernels.geglu.launch import geglu_triton, interleave_geglu, launch_geglu
+    from storyadapter.kernels.launching import capability
+    from storyadapter.kernels.tiles import GegluTiles
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 PRODUCTION = [(16 * 1024, 1280, 5120), (16 * 4096, 640, 2560), (2 * 1008, 1280, 5120), (576, 640, 2560)]
@@ -26,7 +26,7 @@ LOADS = ("pointers", "descriptors")
 
 
 def _tiles(loads: str, persistent: bool) -> "GegluTiles":
-    if loads == "descriptors" and capability(0) < 90:
+    if loads == "descriptors" and capability(torch.device("cuda")) < 90:
         pytest.skip("needs compute capability 9.0 or later")
     return GegluTiles(128, 128, 64, 8, 8, 2, persistent, descriptors=loads == "descriptors")
 

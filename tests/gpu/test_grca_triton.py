@@ -14,9 +14,9 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 triton = pytest.importorskip("triton", reason="needs Triton")
 
 if torch.cuda.is_available():
-    from storyadapter.kernels.grca import grca_kernel
-    from storyadapter.kernels.launch import grca_triton, launch_arguments
-    from storyadapter.kernels.tiles import choose_tiles
+    from storyadapter.kernels.grca.kernel import grca_kernel
+    from storyadapter.kernels.grca.launch import grca_triton, launch_arguments
+    from storyadapter.kernels.tiles import GRCA, GRCA_EMBEDDED
 
 HALF = (torch.float16, torch.bfloat16)
 PRODUCTION = [
@@ -75,7 +75,7 @@ def test_a_score_far_over_the_others_is_right() -> None:
 @pytest.mark.parametrize("embedded", [False, True])
 def test_every_element_is_written_and_nothing_else(case: Case, embedded: bool) -> None:
     arguments = inputs(case, torch.float16, "cuda")
-    tiles = choose_tiles(90, case.head_size, 2, embedded=embedded).tiles
+    tiles = (GRCA_EMBEDDED if embedded else GRCA).choose(90, 2, case.head_size)[0]
     rows, tokens, heads, size = arguments[0].shape
     buffer = torch.full((rows, tokens + 2, heads, size), float("nan"), dtype=torch.float16, device="cuda")
     grid, positional, keywords = launch_arguments(*arguments, buffer[:, 1:-1], tiles)

@@ -9,8 +9,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 pytest.importorskip("triton", reason="needs Triton")
 
 if torch.cuda.is_available():
-    from storyadapter.kernels.layer_norm_launch import add_layer_norm_triton, launch_layer_norm
-    from storyadapter.kernels.mlp_tiles import choose_layer_norm_tiles
+    from storyadapter.kernels.layer_norm.launch import add_layer_norm_triton, launch_layer_norm
+    from storyadapter.kernels.tiles import LAYER_NORM
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SHAPES = [(16 * 4096, 640), (16 * 1024, 1280), (2 * 1008, 1280), (576, 640), (1, 16), (77, 48), (1023, 656), (5, 4096)]
@@ -29,7 +29,7 @@ def test_parity(shape: tuple[int, int], dtype: torch.dtype) -> None:
 def test_every_element_is_written_and_nothing_else(channels: int) -> None:
     x, residual, weight, bias = norm_inputs(131, channels, torch.float16, "cuda")
     guarded = [torch.full((135, channels), float("nan"), dtype=torch.float16, device="cuda") for _ in range(2)]
-    tiles, _ = choose_layer_norm_tiles(90, 640, 2)
+    tiles, _ = LAYER_NORM.choose(90, 2, 640)
     launch_layer_norm(x, residual, weight, bias, 1e-5, *(t[2:-2] for t in guarded), tiles)
     assert torch.equal(guarded[0][2:-2], x + residual)
     expected = norm_reference(x + residual, weight, bias, 1e-5)

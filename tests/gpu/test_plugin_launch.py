@@ -20,8 +20,8 @@ CALLS = 20
 
 def test_the_plugins_launch_is_right_and_as_fast_as_tritons() -> None:
     from storyadapter.engine.tensorrt.plugin_launch import plan_launch
-    from storyadapter.kernels.grca import grca_kernel
-    from storyadapter.kernels.launch import launch_arguments
+    from storyadapter.kernels.grca.kernel import grca_kernel
+    from storyadapter.kernels.grca.launch import launch_arguments
 
     torch.zeros(1, device="cuda")
     major, minor = torch.cuda.get_device_capability()

@@ -10,12 +10,12 @@ from dataclasses import replace
 
 import torch
 
-from storyadapter.kernels.grca import grca_kernel
-from storyadapter.kernels.launch import grca_triton, launch_arguments
-from storyadapter.kernels.tiles import Tiles
+from storyadapter.kernels.grca.kernel import grca_kernel
+from storyadapter.kernels.grca.launch import grca_triton, launch_arguments
+from storyadapter.kernels.tiles import GrcaTiles
 from tests.kernels.grca_cases import Case, error, inputs, reference
 
-SMALL = Tiles(32, 16, 1, 4, 2, prefetch=False, heads_first=False, max_registers=None)
+SMALL = GrcaTiles(32, 16, 1, 4, 2, prefetch=False, heads_first=False, max_registers=None)
 CASES = {
     "production-like": Case(4, 70, 2, 64, 77, 48, (4, 48)),
     "one query": Case(3, 1, 2, 32, 20, 3, (3,)),
@@ -46,7 +46,7 @@ def _parity(case: Case, dtype: torch.dtype) -> float:
     return error(grca_triton(*arguments), reference(_clean(arguments)))
 
 
-def _variant(tiles: Tiles) -> dict[str, float | bool]:
+def _variant(tiles: GrcaTiles) -> dict[str, float | bool]:
     """Into a poisoned buffer that is larger than the output."""
     arguments = inputs(Case(3, 75, 2, 32, 77, 70, (4, 70, 40), poison=True), torch.float32)
     rows, tokens, heads, size = arguments[0].shape

@@ -11,10 +11,10 @@ import torch
 import triton
 import triton.language as tl
 
-from storyadapter.kernels.geglu import gelu
-from storyadapter.kernels.geglu_launch import geglu_triton, interleave_geglu, launch_geglu
-from storyadapter.kernels.layer_norm_launch import add_layer_norm_triton, launch_layer_norm
-from storyadapter.kernels.mlp_tiles import GegluTiles, LayerNormTiles
+from storyadapter.kernels.geglu.kernel import gelu
+from storyadapter.kernels.geglu.launch import geglu_triton, interleave_geglu, launch_geglu
+from storyadapter.kernels.layer_norm.launch import add_layer_norm_triton, launch_layer_norm
+from storyadapter.kernels.tiles import GegluTiles, LayerNormTiles
 from tests.kernels.mlp_cases import error, geglu_inputs, geglu_reference, norm_inputs, norm_reference
 
 GEGLU_CASES = {"one row": (1, 16, 16), "odd": (37, 48, 80), "several blocks": (150, 64, 96), "no rows": (0, 32, 16)}

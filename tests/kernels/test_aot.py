@@ -7,7 +7,7 @@ import pytest
 
 triton = pytest.importorskip("triton", reason="needs Triton")
 
-from storyadapter.kernels.aot import (  # noqa: E402
+from storyadapter.kernels.grca.aot import (  # noqa: E402
     DEFAULT_SHARED_MEMORY,
     SHARED_MEMORY_LIMIT,
     AheadOfTimeError,
@@ -18,8 +18,8 @@ from storyadapter.kernels.aot import (  # noqa: E402
     evaluate,
     strip_hidden_parameters,
 )
-from storyadapter.kernels.arguments import PACKED_INTEGERS, grid_expressions, grid_shape  # noqa: E402
-from storyadapter.kernels.tiles import choose_tiles  # noqa: E402
+from storyadapter.kernels.grca.arguments import PACKED_INTEGERS, grid_expressions, grid_shape  # noqa: E402
+from storyadapter.kernels.tiles import GRCA, GRCA_EMBEDDED  # noqa: E402
 
 TARGETS = (80, 89, 90, 100, 120)
 ELF = b"\x7fELF"
@@ -61,13 +61,13 @@ def test_launched_tiles_fit_shared_memory(capability: int, head_size: int, eleme
 
 def test_expressions_give_the_integers_of_contiguous_tensors() -> None:
     torch = pytest.importorskip("torch")
-    from storyadapter.kernels.launch import launch_arguments
+    from storyadapter.kernels.grca.launch import launch_arguments
     from tests.kernels.grca_cases import Case, inputs
 
     arguments = tuple(tensor.contiguous() for tensor in inputs(Case(4, 300, 3, 64, 20, 13, (13, 4)), torch.float16))
     letters = {"B": 4, "S": 300, "H": 3, "D": 64, "P": 3, "T": 20, "G": 2, "R": 13}
-    for embedded in (False, True):
-        tiles = choose_tiles(90, 64, 2, embedded=embedded).tiles
+    for table in (GRCA, GRCA_EMBEDDED):
+        tiles, _ = table.choose(90, 2, 64)
         grid, positional, keywords = launch_arguments(*arguments, torch.empty_like(arguments[0]), tiles)
         assert tuple(evaluate(expression, letters) for expression in grid_expressions(tiles)) == grid
         assert grid == grid_shape(4, 300, 3, tiles)

@@ -1,5 +1,6 @@
 """The GEGLU kernel without a GPU: in Triton's interpreter, compiled for GPUs that are not here, and its launcher."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,16 +12,18 @@ from tests.kernels.mlp_cases import TOLERANCE, error, geglu_inputs
 
 triton = pytest.importorskip("triton", reason="needs Triton")
 
-from storyadapter.kernels import geglu_launch  # noqa: E402
-from storyadapter.kernels.aot import SHARED_MEMORY_LIMIT  # noqa: E402
-from storyadapter.kernels.geglu import geglu_kernel  # noqa: E402
-from storyadapter.kernels.geglu_launch import (  # noqa: E402
+from storyadapter.kernels import launching  # noqa: E402
+from storyadapter.kernels.geglu import launch  # noqa: E402
+from storyadapter.kernels.geglu.kernel import geglu_kernel  # noqa: E402
+from storyadapter.kernels.geglu.launch import (  # noqa: E402
     check_geglu_arguments,
     geglu_triton,
     interleave_geglu,
     launch_geglu,
 )
-from storyadapter.kernels.mlp_tiles import GegluTiles, choose_geglu_tiles  # noqa: E402
+from storyadapter.kernels.grca.aot import SHARED_MEMORY_LIMIT  # noqa: E402
+from storyadapter.kernels.tiles import GEGLU as TABLE  # noqa: E402
+from storyadapter.kernels.tiles import GegluTiles  # noqa: E402
 from tests.kernels.interpreter_process import interpret  # noqa: E402
 from tests.kernels.mlp_compilation import (  # noqa: E402
     AbsentDriver,
@@ -123,8 +126,8 @@ def test_shapes_without_data() -> None:
 def test_compilers_see_that_the_output_alone_is_written(descriptors: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     # an output that isn't seen is dropped from the graph with its kernel; an input taken for one is copied
     tiles = GegluTiles(128, 256, 64, 8, 8, 4, persistent=True, descriptors=descriptors)
-    monkeypatch.setattr(geglu_launch, "choose_geglu_tiles", lambda *_: (tiles, True))
-    monkeypatch.setattr(geglu_launch, "interpreted", lambda _: True)  # lets a fake CPU tensor stand for a CUDA one
+    monkeypatch.setattr(launch, "GEGLU", SimpleNamespace(choose=lambda *_: (tiles, True)))
+    monkeypatch.setattr(launching, "interpreted", lambda _: True)  # lets a fake CPU tensor stand for a CUDA one
     monkeypatch.setattr(triton.runtime.driver, "_active", AbsentDriver())
 
     def layer(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -150,7 +153,7 @@ def _compiled(tiles: GegluTiles, capability: int, element_type: str, depth: int,
 @pytest.mark.parametrize("capability", TARGETS)
 def test_stored_tiles_compile_without_spilling(capability: int) -> None:
     for depth, width in ((640, 2560), (1280, 5120)):
-        tiles, _ = choose_geglu_tiles(capability, depth, 2)
+        tiles, _ = TABLE.choose(capability, 2, depth)
         compiled = _compiled(tiles, capability, "bf16" if capability == 120 else "fp16", depth, width)
         assert compiled.metadata.shared <= SHARED_MEMORY_LIMIT[capability]
         assert registers_and_stack(compiled)[1] == 0
@@ -159,7 +162,7 @@ def test_stored_tiles_compile_without_spilling(capability: int) -> None:
 
 
 def test_tiles_for_fp32_fit_the_smallest_shared_memory() -> None:
-    tiles, tuned = choose_geglu_tiles(89, 640, 4)
+    tiles, tuned = TABLE.choose(89, 4, 640)
     assert not tuned
     assert _compiled(tiles, 89, "fp32", 640, 2560).metadata.shared <= SHARED_MEMORY_LIMIT[89]
 
@@ -173,8 +176,8 @@ def _specialization(rows: int, depth: int) -> tuple[Any, ...]:
         geglu_kernel.signature, geglu_kernel.params, make_backend(GPUTarget("cuda", 90, 32))
     )
     x, weight, bias = geglu_inputs(rows, depth, 32, torch.float16)
-    tiles, _ = choose_geglu_tiles(80, depth, 2)
-    keywords = geglu_launch.geglu_keywords(x, weight, tiles)
+    tiles, _ = TABLE.choose(80, 2, depth)
+    keywords = launch.geglu_keywords(x, weight, tiles)
     _, specialization, options = bind(x.new_empty(rows, 32), x, weight, bias, rows, **keywords)
     return tuple(specialization), tuple(sorted(options.items()))
 
@@ -192,7 +195,7 @@ def test_launcher_counts_programs(monkeypatch: pytest.MonkeyPatch) -> None:
             grids.append(grid)
             return lambda *_, **__: None
 
-    monkeypatch.setattr(geglu_launch, "wrap_triton", lambda _: Recorder())
+    monkeypatch.setattr(launch, "wrap_triton", lambda _: Recorder())
     x, weight, bias = geglu_inputs(130, 32, 48, torch.float16)
     for persistent in (False, True):
         tiles = GegluTiles(64, 32, 32, 8, 4, 2, persistent, descriptors=False)

@@ -9,10 +9,10 @@ from tests.kernels.grca_cases import TOLERANCE, Case, inputs
 
 pytest.importorskip("triton", reason="needs Triton")
 
-from storyadapter.kernels.arguments import text_blocks  # noqa: E402
-from storyadapter.kernels.grca import RUN_TIME_INTEGERS, grca_kernel  # noqa: E402
-from storyadapter.kernels.launch import check_arguments, launch_arguments  # noqa: E402
-from storyadapter.kernels.tiles import choose_tiles  # noqa: E402
+from storyadapter.kernels.grca.arguments import text_blocks  # noqa: E402
+from storyadapter.kernels.grca.kernel import RUN_TIME_INTEGERS, grca_kernel  # noqa: E402
+from storyadapter.kernels.grca.launch import check_arguments, launch_arguments  # noqa: E402
+from storyadapter.kernels.tiles import GRCA  # noqa: E402
 from tests.kernels.interpreted import CASES, VARIANTS  # noqa: E402
 from tests.kernels.interpreter_process import interpret  # noqa: E402
 
@@ -114,7 +114,7 @@ def _specialization(case: Case) -> tuple[Any, ...]:
     backend = make_backend(GPUTarget("cuda", 90, 32))
     bind = create_function_from_signature(grca_kernel.signature, grca_kernel.params, backend)
     arguments = inputs(case, torch.float16)
-    _, positional, keywords = launch_arguments(*arguments, arguments[0].clone(), choose_tiles(90, 64, 2).tiles)
+    _, positional, keywords = launch_arguments(*arguments, arguments[0].clone(), GRCA.choose(90, 2, 64)[0])
     _, specialization, options = bind(*positional, **keywords)
     return tuple(specialization), tuple(sorted(options.items()))
 

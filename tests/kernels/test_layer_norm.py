@@ -10,11 +10,15 @@ from tests.kernels.mlp_cases import TOLERANCE, norm_inputs
 
 triton = pytest.importorskip("triton", reason="needs Triton")
 
-from storyadapter.kernels import layer_norm_launch  # noqa: E402
-from storyadapter.kernels.aot import SHARED_MEMORY_LIMIT  # noqa: E402
-from storyadapter.kernels.layer_norm import add_layer_norm_kernel  # noqa: E402
-from storyadapter.kernels.layer_norm_launch import add_layer_norm_triton, check_layer_norm_arguments  # noqa: E402
-from storyadapter.kernels.mlp_tiles import channel_blocks, choose_layer_norm_tiles  # noqa: E402
+from storyadapter.kernels import launching  # noqa: E402
+from storyadapter.kernels.grca.aot import SHARED_MEMORY_LIMIT  # noqa: E402
+from storyadapter.kernels.layer_norm.kernel import add_layer_norm_kernel  # noqa: E402
+from storyadapter.kernels.layer_norm.launch import (  # noqa: E402
+    add_layer_norm_triton,
+    channel_blocks,
+    check_layer_norm_arguments,
+)
+from storyadapter.kernels.tiles import LAYER_NORM  # noqa: E402
 from tests.kernels.interpreter_process import interpret  # noqa: E402
 from tests.kernels.mlp_compilation import (  # noqa: E402
     AbsentDriver,
@@ -87,7 +91,7 @@ def test_shapes_without_data() -> None:
 
 
 def test_compilers_see_that_the_outputs_alone_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layer_norm_launch, "interpreted", lambda _: True)  # lets a CPU tensor stand for a CUDA one
+    monkeypatch.setattr(launching, "interpreted", lambda _: True)  # lets a CPU tensor stand for a CUDA one
     monkeypatch.setattr(triton.runtime.driver, "_active", AbsentDriver())
 
     def layer(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -102,7 +106,7 @@ def test_compilers_see_that_the_outputs_alone_are_written(monkeypatch: pytest.Mo
 @pytest.mark.parametrize("capability", TARGETS)
 def test_stored_tiles_compile_without_spilling(capability: int) -> None:
     for channels in (640, 1280):
-        tiles, _ = choose_layer_norm_tiles(capability, channels, 2)
+        tiles, _ = LAYER_NORM.choose(capability, 2, channels)
         block, rest = channel_blocks(channels)
         constants = {"EPS": 1e-5, "CHANNELS": channels, "BLOCK": block, "REST": rest, **tiles.constants()}
         element_type = "bf16" if capability == 120 else "fp16"

@@ -54,8 +54,7 @@ def test_the_target_names_processor_and_versions() -> None:
 
 def test_other_tiles_make_another_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda")
-    for name in ("tiles.json", "mlp_tiles.json"):
-        (tmp_path / name).write_text("{}")
+    (tmp_path / "tiles.json").write_text("{}")
     shipped = build_options(gpu)
     monkeypatch.setattr(resources, "files", lambda package: tmp_path)
     tuned = build_options(gpu)

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 from storyadapter.engine.tensorrt import plugin_launch  # noqa: E402
 from storyadapter.engine.tensorrt.plugin_launch import PluginError, plan_launch, substitute  # noqa: E402
-from storyadapter.kernels.aot import evaluate  # noqa: E402
+from storyadapter.kernels.grca.aot import evaluate  # noqa: E402
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from storyadapter.kernels.arguments import (
+from storyadapter.kernels.grca.arguments import (
     ALIGNED_STRIDE,
     ELEMENT_BYTES,
     PACKED_INTEGERS,
@@ -25,8 +25,8 @@ from storyadapter.kernels.arguments import (
     constants,
     grid_expressions,
 )
-from storyadapter.kernels.grca import grca_kernel
-from storyadapter.kernels.tiles import Tiles, choose_tiles
+from storyadapter.kernels.grca.kernel import grca_kernel
+from storyadapter.kernels.tiles import GRCA, GRCA_EMBEDDED, GrcaTiles
 
 # Shared memory that one program may use, bytes (CUDA C++ Programming Guide, compute capabilities).
 SHARED_MEMORY_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
@@ -89,7 +89,7 @@ class EmbeddedKernel:
     block: tuple[int, int, int]
     shared_bytes: int
     arguments: tuple[KernelArgument, ...]
-    tiles: Tiles
+    tiles: GrcaTiles
     tuned: bool
 
 
@@ -106,7 +106,7 @@ def compile_kernel(
     text_tokens: int,
     *,
     embedded: bool = True,
-    tiles: Tiles | None = None,
+    tiles: GrcaTiles | None = None,
     ptx_version: int | None = None,
 ) -> EmbeddedKernel:
     """Compiles for contiguous tensors; needs Triton, no GPU and no driver.
@@ -129,8 +129,8 @@ def compile_kernel(
         raise ValueError(f"capability is {capability}; expected one of {sorted(SHARED_MEMORY_LIMIT)}")
     if element_type not in ELEMENT_BYTES:
         raise ValueError(f"element_type is {element_type!r}; expected one of {sorted(ELEMENT_BYTES)}")
-    choice = choose_tiles(capability, head_size, ELEMENT_BYTES[element_type], embedded=embedded)
-    chosen = tiles or choice.tiles
+    table = GRCA_EMBEDDED if embedded else GRCA
+    chosen, tuned = (tiles, False) if tiles else table.choose(capability, ELEMENT_BYTES[element_type], head_size)
     width = heads * head_size
     compiled = _compile(
         capability,
@@ -157,11 +157,13 @@ def compile_kernel(
         shared_bytes=compiled.metadata.shared,
         arguments=arguments,
         tiles=chosen,
-        tuned=choice.tuned if tiles is None else False,
+        tuned=tuned,
     )
 
 
-def _compile(capability: int, element_type: str, fixed: dict[str, Any], tiles: Tiles, ptx_version: int | None) -> Any:
+def _compile(
+    capability: int, element_type: str, fixed: dict[str, Any], tiles: GrcaTiles, ptx_version: int | None
+) -> Any:
     names = grca_kernel.arg_names
     signature = {}
     for name in names:

@@ -11,16 +11,13 @@ import torch
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from storyadapter.kernels.arguments import ALIGNED_STRIDE, TokenStrides, constants, grid_shape
-from storyadapter.kernels.grca import grca_kernel
-from storyadapter.kernels.host import ELEMENT_TYPES, capability, interpreted
-from storyadapter.kernels.tiles import Tiles, choose_tiles
+from storyadapter.kernels.grca.arguments import ALIGNED_STRIDE, TokenStrides, constants, grid_shape
+from storyadapter.kernels.grca.kernel import grca_kernel
+from storyadapter.kernels.launching import ELEMENT_TYPES, Checks, capability
+from storyadapter.kernels.tiles import GRCA, GrcaTiles
 
 HEAD_SIZES = (32, 64)
-
-
-def _fail(name: str, found: object, expected: str) -> ValueError:
-    return ValueError(f"grca_triton: {name} is {found}; expected {expected}")
+_CHECKS = Checks("grca_triton")
 
 
 def check_arguments(
@@ -36,69 +33,49 @@ def check_arguments(
         ValueError: an argument's shape, dtype, device, layout or (on the host) value; names the argument.
     """
     if q.dim() != 4:
-        raise _fail("q", f"of shape {list(q.shape)}", "[B, S, H, D]")
+        raise _CHECKS.refusal("q", f"of shape {list(q.shape)}", "[B, S, H, D]")
     rows, _, heads, head_size = q.shape
-    if q.dtype not in ELEMENT_TYPES:
-        raise _fail("q", q.dtype, "float16, bfloat16 or float32")
+    _CHECKS.element_type("q", q)
     if head_size not in HEAD_SIZES:
-        raise _fail("q", f"of head size {head_size}", " or ".join(str(size) for size in HEAD_SIZES))
+        raise _CHECKS.refusal("q", f"of head size {head_size}", " or ".join(str(size) for size in HEAD_SIZES))
     if q.stride(-1) != 1:
-        raise _fail("q", f"of stride {q.stride(-1)} in the last dimension", "stride 1")
+        raise _CHECKS.refusal("q", f"of stride {q.stride(-1)} in the last dimension", "stride 1")
     width = heads * head_size
     for name, kv, letters in (("text_kv", text_kv, "[P, 2, T, C]"), ("ref_kv", ref_kv, "[G, 2, R, C]")):
         if kv.dim() != 4 or kv.shape[1] != 2 or kv.shape[3] != width:
-            raise _fail(name, f"of shape {list(kv.shape)}", f"{letters} with C = H·D = {width}")
+            raise _CHECKS.refusal(name, f"of shape {list(kv.shape)}", f"{letters} with C = H·D = {width}")
         if kv.shape[0] == 0 or kv.shape[2] == 0:
-            raise _fail(name, f"of shape {list(kv.shape)}", f"{letters} with no empty dimension")
+            raise _CHECKS.refusal(name, f"of shape {list(kv.shape)}", f"{letters} with no empty dimension")
         if kv.dtype != q.dtype:
-            raise _fail(name, kv.dtype, f"the dtype of q, {q.dtype}")
+            raise _CHECKS.refusal(name, kv.dtype, f"the dtype of q, {q.dtype}")
         if kv.stride(-1) != 1:
-            raise _fail(name, f"of stride {kv.stride(-1)} in the last dimension", "stride 1")
+            raise _CHECKS.refusal(name, f"of stride {kv.stride(-1)} in the last dimension", "stride 1")
     for name, index, length, letters in (
         ("text_row", text_row, rows, "[B]"),
         ("ref_row", ref_row, rows, "[B]"),
         ("ref_length", ref_length, ref_kv.shape[0], "[G]"),
     ):
         if index.dtype != torch.int32:
-            raise _fail(name, index.dtype, "int32")
+            raise _CHECKS.refusal(name, index.dtype, "int32")
         if index.dim() != 1 or index.shape[0] != length:
-            raise _fail(name, f"of shape {list(index.shape)}", f"{letters} = [{length}]")
+            raise _CHECKS.refusal(name, f"of shape {list(index.shape)}", f"{letters} = [{length}]")
         if index.stride(0) != 1 and length > 1:
-            raise _fail(name, f"of stride {index.stride(0)}", "a contiguous tensor")
-    for name, tensor in (
-        ("text_kv", text_kv),
-        ("text_row", text_row),
-        ("ref_kv", ref_kv),
-        ("ref_row", ref_row),
-        ("ref_length", ref_length),
-    ):
+            raise _CHECKS.refusal(name, f"of stride {index.stride(0)}", "a contiguous tensor")
+    others = {"text_kv": text_kv, "text_row": text_row, "ref_kv": ref_kv, "ref_row": ref_row, "ref_length": ref_length}
+    for name, tensor in others.items():
         if tensor.device != q.device:
-            raise _fail(name, f"on {tensor.device}", f"the device of q, {q.device}")
-    if q.device.type == "cpu":
-        if not interpreted(grca_kernel):
-            raise _fail("q", "on cpu", "a CUDA tensor (on a CPU only with TRITON_INTERPRET=1, for tests)")
-        if type(q) is Tensor and rows > 0:
-            _check_values(text_row, ref_row, ref_length, text_kv.shape[0], ref_kv.shape[0], ref_kv.shape[2])
-    elif q.device.type not in ("cuda", "meta"):
-        raise _fail("q", f"on {q.device}", "a CUDA tensor")
-
-
-def _check_values(
-    text_row: Tensor, ref_row: Tensor, ref_length: Tensor, prompts: int, banks: int, ref_tokens: int
-) -> None:
+            raise _CHECKS.refusal(name, f"on {tensor.device}", f"the device of q, {q.device}")
+    _CHECKS.device("q", q, grca_kernel)
+    if q.device.type != "cpu" or type(q) is not Tensor or rows == 0:
+        return
     for name, values, low, high in (
-        ("text_row", text_row, 0, prompts - 1),
-        ("ref_row", ref_row, 0, banks - 1),
-        ("ref_length", ref_length, 1, ref_tokens),
+        ("text_row", text_row, 0, text_kv.shape[0] - 1),
+        ("ref_row", ref_row, 0, ref_kv.shape[0] - 1),
+        ("ref_length", ref_length, 1, ref_kv.shape[2]),
     ):
         least, most = int(values.min()), int(values.max())
         if least < low or most > high:
-            raise _fail(name, f"from {least} to {most}", f"values from {low} to {high}")
-
-
-def _stride_unit(*tensors: Tensor) -> int:
-    aligned = all(stride % ALIGNED_STRIDE == 0 for tensor in tensors for stride in tensor.stride()[:-1])
-    return ALIGNED_STRIDE if aligned else 1
+            raise _CHECKS.refusal(name, f"from {least} to {most}", f"values from {low} to {high}")
 
 
 def launch_arguments(
@@ -109,14 +86,17 @@ def launch_arguments(
     ref_row: Tensor,
     ref_length: Tensor,
     out: Tensor,
-    tiles: Tiles,
+    tiles: GrcaTiles,
 ) -> tuple[tuple[int, int, int], tuple[Any, ...], dict[str, Any]]:
     """Grid, arguments and keyword arguments with which `grca_kernel` computes into `out` [B, S, H, D].
 
     Arguments as those of `grca_triton`, already checked; `out` has stride 1 in its last dimension.
     """
     rows, query_tokens, heads, head_size = q.shape
-    unit = _stride_unit(q, text_kv, ref_kv, out)
+    aligned = all(
+        stride % ALIGNED_STRIDE == 0 for tensor in (q, text_kv, ref_kv, out) for stride in tensor.stride()[:-1]
+    )
+    unit = ALIGNED_STRIDE if aligned else 1
     outer = (
         *(q.stride(0), q.stride(2)),
         *(text_kv.stride(0), text_kv.stride(1)),
@@ -165,8 +145,7 @@ def grca_triton(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if q.numel() == 0:
         return out
-    target = capability(q.device.index or 0) if q.device.type == "cuda" else 0
-    choice = choose_tiles(target, int(head_size), q.element_size())
-    grid, arguments, keywords = launch_arguments(q, text_kv, text_row, ref_kv, ref_row, ref_length, out, choice.tiles)
+    tiles, _ = GRCA.choose(capability(q.device), q.element_size(), int(head_size))
+    grid, arguments, keywords = launch_arguments(q, text_kv, text_row, ref_kv, ref_row, ref_length, out, tiles)
     wrap_triton(grca_kernel)[grid](*arguments, **keywords)
     return out

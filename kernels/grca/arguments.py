@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from storyadapter.kernels.tiles import Tiles
+from storyadapter.kernels.tiles import GrcaTiles
 
 # Text tokens whose scores are kept in registers all at once; longer texts run through the running softmax.
 MAX_TEXT_IN_REGISTERS = 128
@@ -48,7 +48,7 @@ def _next_power_of_two(number: int) -> int:
 
 
 def constants(
-    text_tokens: int, head_size: int, element_type: str, stride_unit: int, strides: TokenStrides, tiles: Tiles
+    text_tokens: int, head_size: int, element_type: str, stride_unit: int, strides: TokenStrides, tiles: GrcaTiles
 ) -> dict[str, Any]:
     """Every compile-time argument of `grca_kernel`; `element_type` is fp16, bf16 or fp32."""
     text_block, text_rest = text_blocks(text_tokens)
@@ -68,14 +68,14 @@ def constants(
     }
 
 
-def grid_shape(rows: int, query_tokens: int, heads: int, tiles: Tiles) -> tuple[int, int, int]:
+def grid_shape(rows: int, query_tokens: int, heads: int, tiles: GrcaTiles) -> tuple[int, int, int]:
     """Programs of one launch, (x, y, z); B, S and H may be symbolic."""
     queries = tiles.block_m * tiles.tiles
     chunks = (query_tokens + queries - 1) // queries
     return (heads, chunks, rows) if tiles.heads_first else (chunks, heads, rows)
 
 
-def grid_expressions(tiles: Tiles) -> tuple[str, str, str]:
+def grid_expressions(tiles: GrcaTiles) -> tuple[str, str, str]:
     """The same as integer expressions over the letters B, S and H."""
     queries = tiles.block_m * tiles.tiles
     chunks = f"(S + {queries - 1}) // {queries}"

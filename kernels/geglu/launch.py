@@ -17,13 +17,14 @@ from torch._higher_order_ops.triton_kernel_wrap import (
 from torch.library import triton_op, wrap_triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from storyadapter.kernels.geglu import RUN, geglu_kernel
-from storyadapter.kernels.host import ELEMENT_TYPES, capability, interpreted, processors
-from storyadapter.kernels.mlp_tiles import GegluTiles, choose_geglu_tiles
+from storyadapter.kernels.geglu.kernel import RUN, geglu_kernel
+from storyadapter.kernels.launching import Checks, capability, processors
+from storyadapter.kernels.tiles import GEGLU, GegluTiles
 
 # K and N are multiples of this: rows start at 16 bytes, and runs of value and gate rows are whole.
 WIDTH_UNIT = 16
 _RUN = int(RUN.value)
+_CHECKS = Checks("geglu_triton")
 
 
 def interleave_geglu(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,19 +40,14 @@ def interleave_geglu(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: another shape.
     """
+    checks = Checks("interleave_geglu")
     if weight.dim() != 2 or weight.shape[0] % (2 * WIDTH_UNIT) != 0:
-        raise ValueError(
-            f"interleave_geglu: weight is of shape {list(weight.shape)}; expected [2·N, K] with N a multiple of "
-            f"{WIDTH_UNIT}"
-        )
+        expected = f"[2·N, K] with N a multiple of {WIDTH_UNIT}"
+        raise checks.refusal("weight", f"of shape {list(weight.shape)}", expected)
     if bias.shape != weight.shape[:1]:
-        raise ValueError(f"interleave_geglu: bias is of shape {list(bias.shape)}; expected [{weight.shape[0]}]")
+        raise checks.refusal("bias", f"of shape {list(bias.shape)}", f"[{weight.shape[0]}]")
     rows = weight.unflatten(0, (2, -1, _RUN)).transpose(0, 1).flatten(0, 2)
     return rows.contiguous(), bias.unflatten(0, (2, -1, _RUN)).transpose(0, 1).flatten().contiguous()
-
-
-def _fail(name: str, found: object, expected: str) -> ValueError:
-    return ValueError(f"geglu_triton: {name} is {found}; expected {expected}")
 
 
 def check_geglu_arguments(x: Tensor, weight: Tensor, bias: Tensor) -> None:
@@ -61,29 +57,17 @@ def check_geglu_arguments(x: Tensor, weight: Tensor, bias: Tensor) -> None:
         ValueError: an argument's shape, dtype, device or layout; names the argument.
     """
     if x.dim() != 2 or x.shape[1] == 0 or x.shape[1] % WIDTH_UNIT != 0:
-        raise _fail("x", f"of shape {list(x.shape)}", f"[M, K] with K a multiple of {WIDTH_UNIT}")
-    if x.dtype not in ELEMENT_TYPES:
-        raise _fail("x", x.dtype, "float16, bfloat16 or float32")
+        raise _CHECKS.refusal("x", f"of shape {list(x.shape)}", f"[M, K] with K a multiple of {WIDTH_UNIT}")
+    _CHECKS.element_type("x", x)
     depth = x.shape[1]
     if weight.dim() != 2 or weight.shape[1] != depth:
-        raise _fail("weight", f"of shape {list(weight.shape)}", f"[2·N, K] with K = {depth}")
+        raise _CHECKS.refusal("weight", f"of shape {list(weight.shape)}", f"[2·N, K] with K = {depth}")
     if weight.shape[0] == 0 or weight.shape[0] % (2 * WIDTH_UNIT) != 0:
-        raise _fail("weight", f"of shape {list(weight.shape)}", f"[2·N, K] with N a multiple of {WIDTH_UNIT}")
+        raise _CHECKS.refusal("weight", f"of shape {list(weight.shape)}", f"[2·N, K] with N a multiple of {WIDTH_UNIT}")
     if bias.dim() != 1 or bias.shape[0] != weight.shape[0]:
-        raise _fail("bias", f"of shape {list(bias.shape)}", f"[2·N] = [{weight.shape[0]}]")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor.dtype != x.dtype:
-            raise _fail(name, tensor.dtype, f"the dtype of x, {x.dtype}")
-        if tensor.device != x.device:
-            raise _fail(name, f"on {tensor.device}", f"the device of x, {x.device}")
-    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
-        if not tensor.is_contiguous():
-            raise _fail(name, f"of strides {list(tensor.stride())}", "a contiguous tensor")
-    if x.device.type == "cpu":
-        if not interpreted(geglu_kernel):
-            raise _fail("x", "on cpu", "a CUDA tensor (on a CPU only with TRITON_INTERPRET=1, for tests)")
-    elif x.device.type not in ("cuda", "meta"):
-        raise _fail("x", f"on {x.device}", "a CUDA tensor")
+        raise _CHECKS.refusal("bias", f"of shape {list(bias.shape)}", f"[2·N] = [{weight.shape[0]}]")
+    _CHECKS.alike_and_contiguous(x, weight=weight, bias=bias)
+    _CHECKS.device("x", x, geglu_kernel)
 
 
 def geglu_keywords(x: Tensor, weight: Tensor, tiles: GegluTiles) -> dict[str, Any]:
@@ -144,8 +128,6 @@ def geglu_triton(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     out = torch.empty((x.shape[0], weight.shape[0] // 2), dtype=x.dtype, device=x.device)
     if x.device.type == "meta" or x.shape[0] == 0:
         return out
-    index = x.device.index or 0
-    on_gpu = x.device.type == "cuda"
-    tiles, _ = choose_geglu_tiles(capability(index) if on_gpu else 0, int(x.shape[1]), x.element_size())
-    launch_geglu(x, weight, bias, out, tiles, processors(index) if on_gpu else 1)
+    tiles, _ = GEGLU.choose(capability(x.device), x.element_size(), int(x.shape[1]))
+    launch_geglu(x, weight, bias, out, tiles, processors(x.device))
     return out

@@ -8,17 +8,21 @@ import torch
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from storyadapter.kernels.host import ELEMENT_TYPES, capability, interpreted
-from storyadapter.kernels.layer_norm import add_layer_norm_kernel
-from storyadapter.kernels.mlp_tiles import LayerNormTiles, channel_blocks, choose_layer_norm_tiles
+from storyadapter.kernels.launching import Checks, capability
+from storyadapter.kernels.layer_norm.kernel import add_layer_norm_kernel
+from storyadapter.kernels.tiles import LAYER_NORM, LayerNormTiles
 
 # C is a multiple of the first and at most the second: a row stays in the registers of a program.
 CHANNEL_UNIT = 16
 MAX_CHANNELS = 4096
+_CHECKS = Checks("add_layer_norm_triton")
 
 
-def _fail(name: str, found: object, expected: str) -> ValueError:
-    return ValueError(f"add_layer_norm_triton: {name} is {found}; expected {expected}")
+def channel_blocks(channels: int) -> tuple[int, int]:
+    """Two powers of two (the second may be 0) that cover C with little padding."""
+    whole = 1 << (channels.bit_length() - 1)
+    rest = channels - whole
+    return (whole, 1 << (rest - 1).bit_length()) if rest else (whole, 0)
 
 
 def check_layer_norm_arguments(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
@@ -30,29 +34,17 @@ def check_layer_norm_arguments(x: Tensor, residual: Tensor, weight: Tensor, bias
     channels = x.shape[1] if x.dim() == 2 else 0
     if not 0 < channels <= MAX_CHANNELS or channels % CHANNEL_UNIT != 0:
         expected = f"[M, C] with C a multiple of {CHANNEL_UNIT} up to {MAX_CHANNELS}"
-        raise _fail("x", f"of shape {list(x.shape)}", expected)
-    if x.dtype not in ELEMENT_TYPES:
-        raise _fail("x", x.dtype, "float16, bfloat16 or float32")
+        raise _CHECKS.refusal("x", f"of shape {list(x.shape)}", expected)
+    _CHECKS.element_type("x", x)
     if residual.dim() != 2 or residual.shape[0] != x.shape[0] or residual.shape[1] != channels:
-        raise _fail("residual", f"of shape {list(residual.shape)}", f"the shape of x, {list(x.shape)}")
+        raise _CHECKS.refusal("residual", f"of shape {list(residual.shape)}", f"the shape of x, {list(x.shape)}")
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor.dim() != 1 or tensor.shape[0] != channels:
-            raise _fail(name, f"of shape {list(tensor.shape)}", f"[C] = [{channels}]")
-    for name, tensor in (("residual", residual), ("weight", weight), ("bias", bias)):
-        if tensor.dtype != x.dtype:
-            raise _fail(name, tensor.dtype, f"the dtype of x, {x.dtype}")
-        if tensor.device != x.device:
-            raise _fail(name, f"on {tensor.device}", f"the device of x, {x.device}")
-    for name, tensor in (("x", x), ("residual", residual), ("weight", weight), ("bias", bias)):
-        if not tensor.is_contiguous():
-            raise _fail(name, f"of strides {list(tensor.stride())}", "a contiguous tensor")
+            raise _CHECKS.refusal(name, f"of shape {list(tensor.shape)}", f"[C] = [{channels}]")
+    _CHECKS.alike_and_contiguous(x, residual=residual, weight=weight, bias=bias)
     if not eps > 0:
-        raise _fail("eps", eps, "a number over 0")
-    if x.device.type == "cpu":
-        if not interpreted(add_layer_norm_kernel):
-            raise _fail("x", "on cpu", "a CUDA tensor (on a CPU only with TRITON_INTERPRET=1, for tests)")
-    elif x.device.type not in ("cuda", "meta"):
-        raise _fail("x", f"on {x.device}", "a CUDA tensor")
+        raise _CHECKS.refusal("eps", eps, "a number over 0")
+    _CHECKS.device("x", x, add_layer_norm_kernel)
 
 
 def launch_layer_norm(
@@ -104,7 +96,6 @@ def add_layer_norm_triton(
     normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.device.type == "meta" or x.shape[0] == 0:
         return total, normed
-    target = capability(x.device.index or 0) if x.device.type == "cuda" else 0
-    tiles, _ = choose_layer_norm_tiles(target, int(x.shape[1]), x.element_size())
+    tiles, _ = LAYER_NORM.choose(capability(x.device), x.element_size(), int(x.shape[1]))
     launch_layer_norm(x, residual, weight, bias, eps, total, normed, tiles)
     return total, normed

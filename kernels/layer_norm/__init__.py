@@ -1,0 +1,1 @@
+"""A residual addition and the layer norm behind it in one kernel, and its launcher."""
