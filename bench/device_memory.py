@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 import torch
 
-from storyadapter.bench.units import GIB
 from storyadapter.method.errors import UnavailableError
 
 
@@ -36,11 +35,11 @@ def _hold(left: int, index: int) -> None:
     """Take all but `left` bytes until standard input closes."""
     free, _ = torch.cuda.mem_get_info(index)
     if free < left:
-        print(f"{free / GIB:.1f} GiB are free; expected {left / GIB:.1f} or more")
+        print(f"{free / 2**30:.1f} GiB are free; expected {left / 2**30:.1f} or more")
         return
     held = []
     while (more := torch.cuda.mem_get_info(index)[0] - left) >= 1 << 21:  # the driver gives pages of 2 MiB
-        held.append(torch.empty(min(more, GIB), dtype=torch.uint8, device=f"cuda:{index}"))
+        held.append(torch.empty(min(more, 2**30), dtype=torch.uint8, device=f"cuda:{index}"))
     print(f"holding {len(held)} pieces", flush=True)
     sys.stdin.read()
 

@@ -113,14 +113,16 @@ def run(args: argparse.Namespace) -> int:
     print(f"consistency of independent characters: {quality.chance:.3f}")
     print(f"agreement with the iteration before: {quality.own}; with another story's references: {quality.control}")
     if args.out:
-        from storyadapter.bench.story_sheets import save_sheet
+        from PIL import Image
 
         args.out.mkdir(parents=True, exist_ok=True)
         settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if not callable(v)}
         result = {"settings": settings, **quality.as_dict()}
         (args.out / "quality.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        for n in range(len(stories)):
-            save_sheet(drawn[:, n, 0], args.out / f"story-{n:02d}.png")
+        for n in range(len(stories)):  # a sheet of the first drawing of each: a row per iteration
+            rows, columns, _, height, width = drawn[:, n, 0].shape
+            sheet = drawn[:, n, 0].permute(0, 3, 1, 4, 2).reshape(rows * height, columns * width, 3)
+            Image.fromarray(sheet.contiguous().numpy()).save(args.out / f"story-{n:02d}.png")
     risen, kept = quality.holds()
     print(f"consistency risen: {'yes' if risen else 'no'}; fidelity kept: {'yes' if kept else 'no'}")
     return 0 if risen and kept else 1

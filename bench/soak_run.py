@@ -1,7 +1,7 @@
 """The stories of a soak test, what is noted of each, and the verdict.
 
-Every third story is the first one again, the yardstick: its pictures must be those of the first time, and as the same
-work ended last, the memory in use after it can be compared with that after it before.
+Every third story is the first one again: its pictures must be those of the first time, and as the same work ended last,
+the memory in use after it can be compared with that after it before.
 """
 
 import argparse
@@ -19,10 +19,10 @@ import psutil
 import torch
 
 from storyadapter.bench.environment import describe
+from storyadapter.bench.markdown import table
 from storyadapter.bench.subject import Subject
 from storyadapter.bench.throughput.inputs import prompts
 from storyadapter.bench.timing import measure_run
-from storyadapter.bench.units import MIB
 from storyadapter.cli.options import MAX_REFERENCES, model_choice
 from storyadapter.engine.backends import AUTO, BACKENDS, choose_backend, choose_precision, default_device
 from storyadapter.method import constants
@@ -33,10 +33,10 @@ from storyadapter.model.contract import Precision, Range, ShapeRanges
 from storyadapter.runtime.pipeline import StoryPipeline
 
 KIND: Final = "soak"
-YARDSTICK_EVERY: Final = 3
-# What memory after the yardstick may differ by, in bytes and as a share: the resident memory of a process wanders as
-# its allocator keeps pages; a GPU's memory is taken in segments, each kept as long as anything in it is in use.
-TOLERANCE: Final = {"cpu": (48 * MIB, 0.03), "cuda": (64 * MIB, 0.01)}
+REPEATED_EVERY: Final = 3
+# What memory after the repeated story may differ by, in bytes and as a share: the resident memory of a process wanders
+# as its allocator keeps pages; a GPU's memory is taken in segments, each kept as long as anything in it is in use.
+TOLERANCE: Final = {"cpu": (48 * 2**20, 0.03), "cuda": (64 * 2**20, 0.01)}
 
 
 @dataclass(frozen=True)
@@ -51,26 +51,26 @@ class SoakStory:
 
 
 @dataclass(frozen=True)
-class Noted:
+class StoryRecord:
     """What was noted of one story.
 
     Attributes:
         story: that was drawn.
-        yardstick: whether it is the first story, or that again.
+        repeated: whether it is the first story, or that again.
         seconds: it took.
         digest: SHA-256 of all its pictures.
         memory: bytes in use after it, see `memory_kept`.
     """
 
     story: SoakStory
-    yardstick: bool
+    repeated: bool
     seconds: float
     digest: str
     memory: int
 
 
 @dataclass(frozen=True)
-class Findings:
+class SoakReport:
     """A whole soak test; `problems` is empty where it passed."""
 
     environment: dict[str, str]
@@ -78,7 +78,7 @@ class Findings:
     backend: str
     precision: str
     device: str
-    noted: Sequence[Noted]
+    stories: Sequence[StoryRecord]
     growth: int
     allowed: int
     problems: Sequence[str]
@@ -98,15 +98,15 @@ def stories(seed: int, sizes: Sequence[int], max_references: int) -> Iterator[So
         )
 
     first = fresh()
-    # all that a story can do, so that the yardstick leaves behind what any of them leaves
+    # all that a story can do, so that it leaves behind what any of them leaves
     first = SoakStory(max_references, sizes[-1], sizes[-1], first.seed, 1)
     for index in count():
-        yield first if index % YARDSTICK_EVERY == 0 else fresh()
+        yield first if index % REPEATED_EVERY == 0 else fresh()
 
 
 def growth_of(memory: Sequence[int]) -> int:
-    """By how many bytes the memory after the yardstick has grown: the least of the last third over that of the middle
-    third; in the first third, caches fill. 0 for fewer than three."""
+    """By how many bytes the memory after the repeated story has grown: the least of the last third over that of the
+    middle third; in the first third, caches fill. 0 for fewer than three."""
     third = len(memory) // 3
     if third == 0:
         return 0
@@ -114,17 +114,17 @@ def growth_of(memory: Sequence[int]) -> int:
     return min(last) - min(middle)
 
 
-def problems_of(noted: Sequence[Noted], growth: int, allowed: int) -> list[str]:
+def problems_of(drawn: Sequence[StoryRecord], growth: int, allowed: int) -> list[str]:
     """What is wrong, in words."""
     found = []
-    yardsticks = [item for item in noted if item.yardstick]
-    different = [number for number, item in enumerate(yardsticks) if item.digest != yardsticks[0].digest]
+    repeated = [item for item in drawn if item.repeated]
+    different = [number for number, item in enumerate(repeated) if item.digest != repeated[0].digest]
     if different:
-        found.append(f"the repeated story gave other pictures in {len(different)} of {len(yardsticks) - 1} repeats")
-    if len(yardsticks) < 3:
-        found.append(f"only {len(yardsticks)} of the repeated story: too few to see memory grow; expected 3 or more")
+        found.append(f"the repeated story gave other pictures in {len(different)} of {len(repeated) - 1} repeats")
+    if len(repeated) < 3:
+        found.append(f"only {len(repeated)} of the repeated story: too few to see memory grow; expected 3 or more")
     if growth > allowed:
-        found.append(f"memory grew by {growth / MIB:.0f} MiB; allowed are {allowed / MIB:.0f} MiB")
+        found.append(f"memory grew by {growth / 2**20:.0f} MiB; allowed are {allowed / 2**20:.0f} MiB")
     return found
 
 
@@ -136,7 +136,7 @@ def picture_sizes(default: int) -> list[int]:
     return sorted({max(step, int(default * share) // step * step) for share in (0.5, 0.75, 1)})
 
 
-def soak(args: argparse.Namespace, limit: int | None) -> Findings:
+def soak(args: argparse.Namespace, limit: int | None) -> SoakReport:
     """Draw up to `limit` stories, or until `args.minutes` are over; see `soak.run`."""
     backend = choose_backend() if args.backend == AUTO else args.backend
     precision: Precision = choose_precision(backend) if args.precision == AUTO else args.precision
@@ -156,31 +156,31 @@ def soak(args: argparse.Namespace, limit: int | None) -> Findings:
     device = networks.device  # onnxruntime runs on the CPU beside a GPU, too
     tokenizers = subject.tokenizers()
     pipeline = StoryPipeline(networks, (tokenizers.first, tokenizers.second))
-    noted: list[Noted] = []
+    drawn: list[StoryRecord] = []
     started = time.monotonic()
     for story in islice(stories(args.seed, sizes, args.max_references), limit):
-        noted.append(_draw(pipeline, subject.prediction_type, story, args.steps, args.max_frames, len(noted)))
+        drawn.append(_draw(pipeline, subject.prediction_type, story, args.steps, args.max_frames, len(drawn)))
         if args.minutes is not None and time.monotonic() - started > args.minutes * 60:
             break
-    memory = [item.memory for item in noted if item.yardstick]
+    memory = [item.memory for item in drawn if item.repeated]
     floor, share = TOLERANCE[device.type]
     growth, allowed = growth_of(memory), max(floor, int(share * memory[0]))
-    return Findings(
+    return SoakReport(
         environment=describe(device, args.commit),
         model=subject.label,
         backend=backend,
         precision=precision,
         device=str(device),
-        noted=noted,
+        stories=drawn,
         growth=growth,
         allowed=allowed,
-        problems=problems_of(noted, growth, allowed),
+        problems=problems_of(drawn, growth, allowed),
     )
 
 
 def _draw(
     pipeline: StoryPipeline, prediction_type: str, story: SoakStory, steps: int, max_frames: int, number: int
-) -> Noted:
+) -> StoryRecord:
     device = pipeline.networks.device
     plan = RunPlan(
         height=story.height,
@@ -202,13 +202,11 @@ def _draw(
             digest.update(pictures[key])
 
     _, seconds = measure_run(draw, device)
-    noted = Noted(story, number % YARDSTICK_EVERY == 0, seconds, digest.hexdigest(), memory_kept(device))
-    print(
-        f"{number}: {story.frames} frames of {story.width}x{story.height}, {1 + story.iterations} iterations: "
-        f"{seconds:.1f} s, {noted.memory / MIB:.0f} MiB in use" + (" (the repeated story)" if noted.yardstick else ""),
-        flush=True,
-    )
-    return noted
+    record = StoryRecord(story, number % REPEATED_EVERY == 0, seconds, digest.hexdigest(), memory_kept(device))
+    size, again = f"{story.width}x{story.height}", " (the repeated story)" if record.repeated else ""
+    told = f"{number}: {story.frames} frames of {size}, {1 + story.iterations} iterations: {seconds:.1f} s"
+    print(f"{told}, {record.memory / 2**20:.0f} MiB in use{again}", flush=True)
+    return record
 
 
 def memory_kept(device: torch.device) -> int:
@@ -221,36 +219,31 @@ def memory_kept(device: torch.device) -> int:
     return torch.cuda.memory_reserved(device)
 
 
-def as_data(found: Findings) -> dict[str, Any]:
+def as_data(found: SoakReport) -> dict[str, Any]:
     """The report as JSON data."""
-    return {"kind": KIND, "version": 1, "passed": not found.problems, **asdict(found)}
+    return {"kind": KIND, "version": 2, "passed": not found.problems, **asdict(found)}
 
 
-def markdown(found: Findings) -> str:
+def markdown(found: SoakReport) -> str:
     """The page."""
-    yardsticks = [item for item in found.noted if item.yardstick]
-    different = len({item.digest for item in yardsticks})
-    frames = sum(item.story.frames * (1 + item.story.iterations) for item in found.noted)
+    repeated = [item for item in found.stories if item.repeated]
+    frames = sum(item.story.frames * (1 + item.story.iterations) for item in found.stories)
     kind = "kept of the GPU's, graphs included" if found.device.startswith("cuda") else "resident"
-    lines = [f"# Soak: {found.model}, {found.backend}, {found.precision}", "", "| what | value |", "| --- | --- |"]
-    lines += [f"| {key} | {value} |" for key, value in found.environment.items()]
-    lines += [
-        f"| stories | {len(found.noted)}, {frames} frames drawn |",
-        f"| the repeated story | {len(yardsticks)} times, different pictures: {different - 1} |",
-        f"| memory after it ({kind}) | first {yardsticks[0].memory / MIB:.0f} MiB, median "
-        f"{statistics.median(item.memory for item in yardsticks) / MIB:.0f} MiB, last "
-        f"{yardsticks[-1].memory / MIB:.0f} MiB |",
-        f"| growth, last third over middle | {found.growth / MIB:.1f} MiB; allowed {found.allowed / MIB:.0f} MiB |",
-        f"| verdict | {'; '.join(found.problems) or 'passed'} |",
-        "",
-        "| story | frames | size | iterations | s | MiB in use after it |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for number, item in enumerate(found.noted):
-        name = f"{number} (repeated)" if item.yardstick else str(number)
-        size = f"{item.story.width}x{item.story.height}"
-        lines.append(
-            f"| {name} | {item.story.frames} | {size} | {1 + item.story.iterations} | {item.seconds:.2f} | "
-            f"{item.memory / MIB:.0f} |"
-        )
+    memory = [item.memory for item in repeated]
+    first, median, last = (f"{count / 2**20:.0f} MiB" for count in (memory[0], statistics.median(memory), memory[-1]))
+    facts = found.environment | {
+        "stories": f"{len(found.stories)}, {frames} frames drawn",
+        "the repeated story": f"{len(repeated)} times, different pictures: {len({i.digest for i in repeated}) - 1}",
+        f"memory after it ({kind})": f"first {first}, median {median}, last {last}",
+        "growth, last third over middle": f"{found.growth / 2**20:.1f} MiB; allowed {found.allowed / 2**20:.0f} MiB",
+        "verdict": "; ".join(found.problems) or "passed",
+    }
+    rows = []
+    for number, item in enumerate(found.stories):
+        story, name = item.story, f"{number} (repeated)" if item.repeated else str(number)
+        size, memory_after = f"{story.width}x{story.height}", f"{item.memory / 2**20:.0f}"
+        rows.append([name, story.frames, size, 1 + story.iterations, f"{item.seconds:.2f}", memory_after])
+    header = ["story", "frames", "size", "iterations", "s", "MiB in use after it"]
+    lines = [f"# Soak: {found.model}, {found.backend}, {found.precision}", ""]
+    lines += [*table(["what", "value"], facts.items()), "", *table(header, rows)]
     return "\n".join(lines) + "\n"

@@ -38,7 +38,16 @@ _VAE: Final[dict[str, Any]] = {
     "up_block_types": ("UpDecoderBlock2D",) * 4,
     "latent_channels": 4,
     "scaling_factor": 0.13025,
+    "force_upcast": True,
 }
+
+
+def _clip(width: int, layers: int, heads: int, projection: int, activation: str, **others: Any) -> dict[str, Any]:
+    """A CLIP encoder, whose MLPs are 4 times as wide unless `others` says else."""
+    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
+    sizes |= {"num_attention_heads": heads, "projection_dim": projection, "hidden_act": activation}
+    return sizes | others
+
 
 # Sources: huggingface.co/stabilityai/stable-diffusion-xl-base-1.0 (unet, vae, text_encoder, text_encoder_2) and
 # huggingface.co/h94/IP-Adapter, sdxl_models/image_encoder: the ViT-bigG whose embeddings `ip-adapter_sdxl` takes.
@@ -55,40 +64,10 @@ SDXL: Final = SyntheticModel(
         "addition_time_embed_dim": 256,
         "projection_class_embeddings_input_dim": 2816,
     },
-    vae={
-        **_VAE,
-        "block_out_channels": (128, 256, 512, 512),
-        "layers_per_block": 2,
-        "sample_size": 1024,
-        "force_upcast": True,
-    },
-    text_encoder={
-        "vocab_size": 49408,
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "projection_dim": 768,
-        "hidden_act": "quick_gelu",
-    },
-    text_encoder_2={
-        "vocab_size": 49408,
-        "hidden_size": 1280,
-        "intermediate_size": 5120,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 20,
-        "projection_dim": 1280,
-        "hidden_act": "gelu",
-    },
-    image_encoder={
-        "hidden_size": 1664,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 48,
-        "num_attention_heads": 16,
-        "patch_size": 14,
-        "projection_dim": 1280,
-        "hidden_act": "gelu",
-    },
+    vae={**_VAE, "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "sample_size": 1024},
+    text_encoder=_clip(768, 12, 12, 768, "quick_gelu", vocab_size=49408),
+    text_encoder_2=_clip(1280, 32, 20, 1280, "gelu", vocab_size=49408),
+    image_encoder=_clip(1664, 48, 16, 1280, "gelu", intermediate_size=8192, patch_size=14),
     geometry=Geometry(
         widths=(LayerWidth(640, 10, 10), LayerWidth(1280, 60, 20)),
         time_embedding=1280,
@@ -120,35 +99,10 @@ TOY: Final = SyntheticModel(
         "layers_per_block": 1,
         "sample_size": 64,
         "norm_num_groups": 8,
-        "force_upcast": True,
     },
-    text_encoder={
-        "vocab_size": 1000,
-        "hidden_size": 32,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 1,
-        "projection_dim": 32,
-        "hidden_act": "quick_gelu",
-    },
-    text_encoder_2={
-        "vocab_size": 1000,
-        "hidden_size": 32,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 1,
-        "projection_dim": 32,
-        "hidden_act": "gelu",
-    },
-    image_encoder={
-        "hidden_size": 32,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 1,
-        "patch_size": 32,
-        "projection_dim": 32,
-        "hidden_act": "gelu",
-    },
+    text_encoder=_clip(32, 2, 1, 32, "quick_gelu", vocab_size=1000),
+    text_encoder_2=_clip(32, 2, 1, 32, "gelu", vocab_size=1000),
+    image_encoder=_clip(32, 2, 1, 32, "gelu", patch_size=32),
     geometry=Geometry(
         widths=(LayerWidth(32, 3, 1), LayerWidth(64, 4, 2)),
         time_embedding=128,

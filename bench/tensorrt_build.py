@@ -20,7 +20,6 @@ import torch
 
 from storyadapter.bench.synthetic import SyntheticCheckpoint
 from storyadapter.bench.synthetic_models import SDXL
-from storyadapter.bench.units import GIB
 from storyadapter.engine.backends import installed_version
 from storyadapter.engine.tensorrt.builder import build_request, run_worker
 from storyadapter.engine.tensorrt.layers import Layer, parse_layers
@@ -117,7 +116,7 @@ def write_report(measured: Measured, command: str) -> str:
     attention = "\n".join(f"| {kind} | {count} of {blocks} |" for kind, count in fused.items())
     kinds = Counter(layer.type for layer in m.layers)
     types = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
-    memory = psutil.virtual_memory().total / GIB
+    memory = psutil.virtual_memory().total / 2**30
     return f"""# Building the full-size denoiser with TensorRT
 
 SDXL's denoiser (the UNet without the layers that the two projections took over) with random weights, built for
@@ -132,9 +131,9 @@ Command: `{command}`
 | versions | {m.library}, PyTorch {torch.__version__}, onnx {installed_version("onnx")}, onnxruntime {installed_version("onnxruntime")} |
 | precision | {m.precision}, strongly typed |
 | ranges | {", ".join(f"{name} {letters[name]}" for name in ("B", "P", "G", "R", "h", "w"))} |
-| export to ONNX and comparison with eager | {m.export_seconds:.0f} s, peak memory {m.export_peak_bytes / GIB:.1f} GiB, relative error {m.error:.1e} |
-| parse and build | {report.seconds:.0f} s, of which parse {report.parse_seconds:.0f} s; peak memory {report.peak_memory_bytes / GIB:.1f} GiB |
-| engine | {report.engine_bytes / GIB:.2f} GiB for {len(m.targets)} architectures |
+| export to ONNX and comparison with eager | {m.export_seconds:.0f} s, peak memory {m.export_peak_bytes / 2**30:.1f} GiB, relative error {m.error:.1e} |
+| parse and build | {report.seconds:.0f} s, of which parse {report.parse_seconds:.0f} s; peak memory {report.peak_memory_bytes / 2**30:.1f} GiB |
+| engine | {report.engine_bytes / 2**30:.2f} GiB for {len(m.targets)} architectures |
 | layers | {report.layers}: {types} |
 | longest time without a word from the builder | {report.longest_step_seconds:.0f} s |
 

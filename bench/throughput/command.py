@@ -101,10 +101,9 @@ def run(args: argparse.Namespace) -> int:
         return measure(args)
     from storyadapter.bench.device_memory import only_device_memory
     from storyadapter.bench.throughput.course import measure
-    from storyadapter.bench.units import GIB
     from storyadapter.engine.backends import default_device
 
-    with only_device_memory(int(args.device_memory * GIB), default_device()):
+    with only_device_memory(int(args.device_memory * 2**30), default_device()):
         return measure(args)
 
 

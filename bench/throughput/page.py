@@ -5,7 +5,6 @@ from typing import Any, Final
 from storyadapter.bench.markdown import table
 from storyadapter.bench.psnr import MIN_PSNR
 from storyadapter.bench.throughput.cases import PUBLISHED
-from storyadapter.bench.units import GIB
 
 _NONE: Final = "-"
 
@@ -207,7 +206,7 @@ def _percent(share: float | None) -> str:
 
 
 def _gib(count: int | None) -> str:
-    return _NONE if count is None else f"{count / GIB:.1f}"
+    return _NONE if count is None else f"{count / 2**30:.1f}"
 
 
 def _money(amount: float | None) -> str:

@@ -11,7 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storyadapter.bench import quality
-from storyadapter.bench.measures import (
+from storyadapter.bench.quality_report import (
+    COLUMNS,
+    IDENTITY_COLUMNS,
+    PROMPT_COLUMNS,
     accuracy,
     agreement,
     all_right,
@@ -19,8 +22,8 @@ from storyadapter.bench.measures import (
     bootstrap_pairs,
     consistency,
     difference,
+    measure,
 )
-from storyadapter.bench.quality_report import COLUMNS, IDENTITY_COLUMNS, PROMPT_COLUMNS, measure
 from storyadapter.demo.held_out import FRAMES_AT_MOST, held_out_stories, split_visible
 from storyadapter.demo.training.networks import TINY, write_random_model
 from storyadapter.demo.vocabulary import TRAITS

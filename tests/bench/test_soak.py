@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 
 from storyadapter.bench import soak
 from storyadapter.bench.soak_run import (
-    MIB,
-    Noted,
     SoakStory,
+    StoryRecord,
     growth_of,
     picture_sizes,
     problems_of,
@@ -35,8 +34,8 @@ def _arguments(*words: str) -> argparse.Namespace:
     return parser.parse_args([*options, "--max-frames", "2", *words])
 
 
-def _noted(*digests: str) -> list[Noted]:
-    return [Noted(STORY, True, 1.0, digest, 0) for digest in digests]
+def _records(*digests: str) -> list[StoryRecord]:
+    return [StoryRecord(STORY, True, 1.0, digest, 0) for digest in digests]
 
 
 @given(st.integers(0, 999), st.integers(1, 9))
@@ -58,11 +57,11 @@ def test_caches_that_fill_are_no_growth_and_a_leak_is() -> None:
 
 
 def test_problems_in_words() -> None:
-    assert problems_of(_noted("a", "a", "a"), 32 * MIB, 32 * MIB) == []
-    assert problems_of(_noted("a", "a", "a"), 33 * MIB, 32 * MIB) == ["memory grew by 33 MiB; allowed are 32 MiB"]
-    (told,) = problems_of(_noted("a", "b", "a", "c"), 0, 1)
+    assert problems_of(_records("a", "a", "a"), 32 * 2**20, 32 * 2**20) == []
+    assert problems_of(_records("a", "a", "a"), 33 * 2**20, 32 * 2**20) == ["memory grew by 33 MiB; allowed are 32 MiB"]
+    (told,) = problems_of(_records("a", "b", "a", "c"), 0, 1)
     assert told == "the repeated story gave other pictures in 2 of 3 repeats"
-    (few,) = problems_of(_noted("a", "a"), 0, 1)
+    (few,) = problems_of(_records("a", "a"), 0, 1)
     assert "too few to see memory grow" in few
 
 
@@ -76,10 +75,10 @@ def test_a_short_soak_passes_and_is_written(tmp_path: Path, capsys: pytest.Captu
     assert soak.run(_arguments("--stories", "9", "--sizes", "96,64", "--out", str(tmp_path / "soak"))) == 0
     data = json.loads((tmp_path / "soak.json").read_text(encoding="utf-8"))
     assert data["kind"] == "soak" and data["passed"] and data["problems"] == []
-    assert len(data["noted"]) == 9 and sum(item["yardstick"] for item in data["noted"]) == 3
-    assert len({item["digest"] for item in data["noted"]}) == 7
-    assert all(item["memory"] > 0 and item["seconds"] > 0 for item in data["noted"])
-    assert {item["story"]["height"] for item in data["noted"]} == {64, 96}
+    assert len(data["stories"]) == 9 and sum(item["repeated"] for item in data["stories"]) == 3
+    assert len({item["digest"] for item in data["stories"]}) == 7
+    assert all(item["memory"] > 0 and item["seconds"] > 0 for item in data["stories"])
+    assert {item["story"]["height"] for item in data["stories"]} == {64, 96}
     page = (tmp_path / "soak.md").read_text(encoding="utf-8")
     assert "| verdict | passed |" in page and page in capsys.readouterr().out
 
@@ -91,7 +90,7 @@ def test_a_leak_and_a_changed_picture_are_seen(monkeypatch: pytest.MonkeyPatch) 
     def leaking(self: StoryPipeline, *args: object, **options: object) -> Iterator[Event]:
         for event in run(self, *args, **options):
             if isinstance(event, FrameFinished):
-                kept.append(bytes([len(kept) % 256]) * (4 * MIB))
+                kept.append(bytes([len(kept) % 256]) * (4 * 2**20))
                 event.picture.putpixel((0, 0), (len(kept) % 256, 0, 0))
             yield event
 
@@ -117,7 +116,7 @@ def test_memory_is_that_of_the_device_that_runs_the_networks(
     )
     args.synthetic_weights = None
     found = soak_run.soak(args, 1)
-    assert found.device == "cpu" and found.noted[0].memory > 0
+    assert found.device == "cpu" and found.stories[0].memory > 0
 
 
 def test_minutes_end_it(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from storyadapter.bench.device_memory import GIB, only_device_memory
+from storyadapter.bench.device_memory import only_device_memory
 from storyadapter.method.errors import UnavailableError
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -16,9 +16,9 @@ def test_no_more_is_left_and_all_is_given_back() -> None:
     left = before // 2
     with only_device_memory(left, CUDA):
         free, _ = torch.cuda.mem_get_info(CUDA)
-        assert left - GIB < free <= left + (2 << 20)
+        assert left - 2**30 < free <= left + (2 << 20)
     after, _ = torch.cuda.mem_get_info(CUDA)
-    assert after > before - GIB // 4
+    assert after > before - 2**30 // 4
 
 
 def test_too_little_to_begin_with_is_told() -> None:
