@@ -54,7 +54,7 @@ class Iteration:
 
 
 @dataclass(frozen=True)
-class Findings:
+class ParityReport:
     """A whole comparison; `problems` is empty where it passed.
 
     Attributes:
@@ -109,7 +109,7 @@ class Drawer:
         return drawn
 
 
-def compare(args: argparse.Namespace) -> Findings:
+def compare(args: argparse.Namespace) -> ParityReport:
     """Draw the story by eager, and by the backend in both ways; see `parity.run`."""
     device = default_device()
     backend = choose_backend() if args.backend == AUTO else args.backend
@@ -137,7 +137,7 @@ def compare(args: argparse.Namespace) -> Findings:
     networks = subject.open(backend, ranges, vae_precision, progress.tell).networks
     expected = _draw_reference(subject, plan, story, progress)
     iterations, control = measure(Drawer(name, _pipeline(networks, subject), story, progress), plan, expected)
-    return Findings(
+    return ParityReport(
         environment=describe(device, args.commit),
         model=subject.label,
         backend=backend,
@@ -159,7 +159,7 @@ def measure(drawer: Drawer, plan: RunPlan, expected: Pictures) -> tuple[list[Ite
         expected: eager's pictures.
 
     Returns:
-        The iterations, and dB of the control's frames; see `Findings`.
+        The iterations, and dB of the control's frames; see `ParityReport`.
     """
     free = drawer.called("free-running").draw(plan)
     last = plan.iterations - 1
@@ -211,12 +211,12 @@ def _told(values: Sequence[float]) -> str:
     return f"median {statistics.median(values):.1f} dB, worst {min(values):.1f} dB"
 
 
-def as_data(found: Findings) -> dict[str, Any]:
+def as_data(found: ParityReport) -> dict[str, Any]:
     """The report as JSON data."""
     return {"kind": KIND, "version": 1, "passed": not found.problems, **asdict(found)}
 
 
-def markdown(found: Findings) -> str:
+def markdown(found: ParityReport) -> str:
     """The page."""
     plan, frames = found.plan, len(found.control)
     all_same = [value for iteration in found.iterations for value in iteration.same_references]

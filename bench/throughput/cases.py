@@ -1,6 +1,6 @@
 """The cases of the ladder and the whole stories, as data."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Final
 
 from storyadapter.method import constants
@@ -34,9 +34,6 @@ class Case:
         """B, with the unconditional rows."""
         return 2 * self.frames
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class StoryCase:
@@ -58,9 +55,6 @@ class StoryCase:
     @property
     def unet_rows(self) -> int:
         return 2 * self.steps * self.drawn
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 # What the published command draws in the longest story of its paper.

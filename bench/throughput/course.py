@@ -32,7 +32,7 @@ from storyadapter.bench.throughput.ladder import (
     runs,
 )
 from storyadapter.bench.throughput.page import markdown
-from storyadapter.bench.throughput.report_data import Findings, Undrawn, as_data
+from storyadapter.bench.throughput.report_data import ThroughputReport, Undrawn, as_data
 from storyadapter.bench.throughput.rivals import RIVALS
 from storyadapter.bench.throughput.rungs import LADDER, Rung
 from storyadapter.bench.throughput.story import (
@@ -91,7 +91,7 @@ def measure(args: argparse.Namespace) -> int:
     environment = describe(device, args.commit)
     if args.device_memory is not None:
         environment["device memory"] = f"{args.device_memory:g} GiB; a second process holds the rest"
-    found = Findings(
+    found = ThroughputReport(
         environment=environment,
         model=subject.label,
         precision=subject.precision,
@@ -119,7 +119,7 @@ def measure(args: argparse.Namespace) -> int:
     return 1 if bad else 0
 
 
-def _write(out: Path | None, found: Findings) -> None:
+def _write(out: Path | None, found: ThroughputReport) -> None:
     """Write the files, if asked for."""
     if out is None:
         return
@@ -147,7 +147,9 @@ def _matrix_rate(subject: Subject) -> float | None:
     return measure_rates(subject.device, TORCH_DTYPES[subject.precision]).matrix_flops
 
 
-def _climb(found: Findings, workbench: Workbench, rungs: Sequence[Rung], rivals: Sequence[Rung]) -> Findings:
+def _climb(
+    found: ThroughputReport, workbench: Workbench, rungs: Sequence[Rung], rivals: Sequence[Rung]
+) -> ThroughputReport:
     """The ladder, and the kernels of its fastest rung."""
     subject, cases = workbench.subject, found.cases
     eager = workbench.eager(grca)
@@ -194,7 +196,7 @@ def _ways(own: Precision, device_memory: float | None) -> list[Way]:
     return ways if own == "fp32" else [*ways, (OVERLAPPED, overlapped, "fp32")]
 
 
-def _draw_story(found: Findings, workbench: Workbench, case: StoryCase, ways: Sequence[Way]) -> None:
+def _draw_story(found: ThroughputReport, workbench: Workbench, case: StoryCase, ways: Sequence[Way]) -> None:
     """The story in all ways; added to what was found."""
     subject, progress, own = workbench.subject, workbench.progress, workbench.vae_precision
     first: Drawn | None = None

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
-from torch.nn.functional import layer_norm, linear, scaled_dot_product_attention
+from torch.nn.functional import layer_norm, linear
 
 from storyadapter.bench.throughput.inputs import CaseInputs
 from storyadapter.checkpoint import IPAdapterWeights
@@ -28,11 +28,6 @@ def materialized(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = torch.empty(batch * heads, tokens, k.shape[1], dtype=q.dtype, device=q.device)
     scores = torch.baddbmm(scores, q, k.transpose(1, 2), beta=0, alpha=size**-0.5)
     return torch.bmm(scores.softmax(-1), v).view(batch, heads, tokens, size)
-
-
-def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """PyTorch's own choice of a fused attention."""
-    return scaled_dot_product_attention(q, k, v)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ class Undrawn:
 
 
 @dataclass(frozen=True)
-class Findings:
+class ThroughputReport:
     """What a run of the benchmark found.
 
     Attributes:
@@ -66,7 +66,7 @@ class Findings:
         return None if self.gpu_price is None else self.gpu_price * seconds / 3600
 
 
-def as_data(found: Findings) -> dict[str, Any]:
+def as_data(found: ThroughputReport) -> dict[str, Any]:
     """The report as JSON data."""
     profiled = None
     if found.profiled is not None:
@@ -86,8 +86,8 @@ def as_data(found: Findings) -> dict[str, Any]:
         "precision": found.precision,
         "gpu_price": found.gpu_price,
         "matrix_flops": found.matrix_flops,
-        "cases": [{**case.as_dict(), "operations": found.operations.get(case.name)} for case in found.cases],
-        "story_cases": [case.as_dict() for case in found.stories],
+        "cases": [{**asdict(case), "operations": found.operations.get(case.name)} for case in found.cases],
+        "story_cases": [asdict(case) for case in found.stories],
         "rungs": [_rung(found, result) for result in found.rungs],
         "stories": [_story(found, result) for result in found.drawn],
         "undrawn": [str(story) for story in found.undrawn],
@@ -98,7 +98,7 @@ def as_data(found: Findings) -> dict[str, Any]:
     }
 
 
-def _rung(found: Findings, result: RungResult) -> dict[str, Any]:
+def _rung(found: ThroughputReport, result: RungResult) -> dict[str, Any]:
     data: dict[str, Any] = {
         "case": result.case,
         "rung": result.rung,
@@ -130,7 +130,7 @@ def _rung(found: Findings, result: RungResult) -> dict[str, Any]:
     }
 
 
-def _story(found: Findings, result: StoryResult) -> dict[str, Any]:
+def _story(found: ThroughputReport, result: StoryResult) -> dict[str, Any]:
     highest = found.highest(unet_case(found, result))
     rate = highest.rows_per_second if highest is not None else None
     return {
@@ -143,7 +143,7 @@ def _story(found: Findings, result: StoryResult) -> dict[str, Any]:
     }
 
 
-def unet_case(found: Findings, result: StoryResult) -> str:
+def unet_case(found: ThroughputReport, result: StoryResult) -> str:
     """The case of the ladder whose UNet calls a story made: as many references and frames at once, and that size."""
     wanted = next(case for case in found.stories if case.name == result.case)
     for case in found.cases:
@@ -153,7 +153,7 @@ def unet_case(found: Findings, result: StoryResult) -> str:
     return ""
 
 
-def cost_over_references(found: Findings) -> dict[str, Any] | None:
+def cost_over_references(found: ThroughputReport) -> dict[str, Any] | None:
     """Rows per second of the highest rung that was measured on several cases, by number of references."""
     order = [result.rung for result in found.rungs if not result.rival]
     references = {case.name: case.references for case in found.cases}
@@ -167,7 +167,7 @@ def cost_over_references(found: Findings) -> dict[str, Any] | None:
     return None
 
 
-def projection(found: Findings) -> list[dict[str, Any]]:
+def projection(found: ThroughputReport) -> list[dict[str, Any]]:
     """The published workload's time, for each whole story: its UNet rows at the rate measured with the most
     references, and every frame's other work as long as in the story."""
     most = max(found.cases, key=lambda case: case.references, default=None)

@@ -7,9 +7,10 @@ from typing import Final
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from storyadapter.bench.throughput.inputs import SCALE, CaseInputs, bind_references, bind_text
-from storyadapter.bench.throughput.published import Attend, fused, install, materialized, published_steps
+from storyadapter.bench.throughput.published import Attend, install, materialized, published_steps
 from storyadapter.bench.throughput.workbench import Workbench, without_graphs
 from storyadapter.method import constants
 from storyadapter.method.errors import UnavailableError
@@ -104,7 +105,11 @@ LADDER: Final = (
         frame_by_frame=True,
     ),
     Rung("batched", "frames in one batch", functools.partial(_published, materialized)),
-    Rung("sdpa", "PyTorch's fused attention instead of scores in memory", functools.partial(_published, fused)),
+    Rung(
+        "sdpa",
+        "PyTorch's fused attention instead of scores in memory",
+        functools.partial(_published, scaled_dot_product_attention),
+    ),
     Rung("cached", "keys and values projected once, one bank of references for all rows", _cached),
     Rung("fused", "text and reference attention in one kernel", _fused),
     Rung("compiled", "the networks compiled ahead of time (backend inductor)", _compiled),

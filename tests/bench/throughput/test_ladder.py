@@ -7,6 +7,7 @@ from io import StringIO
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from storyadapter.bench.progress import Progress
 from storyadapter.bench.psnr import EQUAL, MIN_PSNR
@@ -96,19 +97,19 @@ def _rung(prepare: Callable[[Workbench], Steps], name: str = "other") -> Rung:
 
 def _half_scale(workbench: Workbench) -> Steps:
     unet, adapter = workbench.unet()
-    published.install(unet, adapter, published.fused, SCALE / 2)
+    published.install(unet, adapter, scaled_dot_product_attention, SCALE / 2)
     return functools.partial(published.published_steps, unet, adapter)
 
 
 def _swapped_frames(workbench: Workbench) -> Steps:
     unet, adapter = workbench.unet()
-    published.install(unet, adapter, published.fused, SCALE)
+    published.install(unet, adapter, scaled_dot_product_attention, SCALE)
     return lambda inputs, table, frames: published.published_steps(unet, adapter, inputs, table, frames[::-1])
 
 
 def _one_reference_less(workbench: Workbench) -> Steps:
     unet, adapter = workbench.unet()
-    published.install(unet, adapter, published.fused, SCALE)
+    published.install(unet, adapter, scaled_dot_product_attention, SCALE)
 
     def steps(inputs: CaseInputs, *rest: object):
         fewer = dataclasses.replace(inputs, image_embedding=inputs.image_embedding[1:])
@@ -119,7 +120,7 @@ def _one_reference_less(workbench: Workbench) -> Steps:
 
 def _not_finite(workbench: Workbench) -> Steps:
     unet, adapter = workbench.unet()
-    published.install(unet, adapter, published.fused, float("inf"))
+    published.install(unet, adapter, scaled_dot_product_attention, float("inf"))
     return functools.partial(published.published_steps, unet, adapter)
 
 

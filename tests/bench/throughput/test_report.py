@@ -16,7 +16,7 @@ from storyadapter.bench.throughput.cases import PUBLISHED, Case, StoryCase, chos
 from storyadapter.bench.throughput.chart import chart
 from storyadapter.bench.throughput.ladder import FAILED, MEASURED, NOT_RUN, WRONG, Comparison, RungResult
 from storyadapter.bench.throughput.page import markdown
-from storyadapter.bench.throughput.report_data import Findings, Undrawn, as_data
+from storyadapter.bench.throughput.report_data import ThroughputReport, Undrawn, as_data
 from storyadapter.bench.throughput.story import StoryResult
 from storyadapter.bench.throughput.workbench import Workbench
 from storyadapter.bench.timing import Timing
@@ -47,7 +47,7 @@ def _rung(
     )
 
 
-FOUND = Findings(
+FOUND = ThroughputReport(
     environment={"device": "GPU 1", "power limit": "700 W"},
     model="sdxl with random weights",
     precision="fp16",
