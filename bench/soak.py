@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
         if value is not None and value < least:
             raise InputError(f"{option} is {value}; expected {least} or more")
     for pixels in args.sizes or ():
-        check_pixels("--sizes", pixels)
+        check_pixels("sizes", pixels)
     if args.minutes is not None and not args.minutes > 0:
         raise InputError(f"--minutes is {args.minutes:g}; expected more than 0")
     if args.synthetic_weights:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from storyadapter.method.errors import UnavailableError
+from storyadapter.method.errors import Field, UnavailableError
 from storyadapter.model.contract import PRECISIONS, Precision
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ class Backend:
     """A way to run the seven networks.
 
     Attributes:
-        name: as typed after `--backend`.
+        name: as a user types it.
         builds: whether `build` makes an artefact that `run` needs.
         packages: what must be installed to run.
         build_packages: what must be installed besides to build.
@@ -24,7 +24,7 @@ class Backend:
             same name installs it and both of the others.
         precisions: those it can serve.
         vae_precisions: those in which it can run the VAE, which needn't have the precision of the other networks.
-        purpose: for `--help` and `doctor`.
+        purpose: for help texts and `doctor`.
     """
 
     name: str
@@ -79,14 +79,8 @@ BACKENDS: Final = {
 AUTO: Final = "auto"
 
 
-def why_unavailable(
-    name: str,
-    precision: Precision | None = None,
-    vae_precision: Precision | None = None,
-    *,
-    to_build: bool = False,
-) -> str | None:
-    """Why a backend can't serve here (at these precisions), in words; None if it can. Asks for packages, not a GPU.
+def why_unavailable(name: str, *, to_build: bool = False) -> str | None:
+    """Why a backend can't serve here, in words; None if it can. Asks for packages, not a GPU.
 
     Raises:
         UnavailableError: no backend has this name.
@@ -103,12 +97,6 @@ def why_unavailable(
     if missing:
         ways = "; ".join(f"pip install 'storyadapter-trt[{extra}]'{purpose}" for extra, purpose in extras)
         return f"{' and '.join(missing)} not installed; type: {ways}"
-    if precision is not None and precision not in backend.precisions:
-        return f"it can't run in {precision}; expected --precision {' or '.join(backend.precisions)}"
-    if vae_precision is not None and vae_precision not in backend.vae_precisions:
-        return (
-            f"it can't run the VAE in {vae_precision}; expected --vae-precision {' or '.join(backend.vae_precisions)}"
-        )
     return None
 
 
@@ -116,8 +104,17 @@ def check_available(
     name: str, precision: Precision, vae_precision: Precision | None = None, *, to_build: bool = False
 ) -> None:
     """Raises UnavailableError, with the reason, if a backend can't serve here at these precisions."""
-    if reason := why_unavailable(name, precision, vae_precision, to_build=to_build):
-        raise UnavailableError(f"backend {name} can't serve here: {reason}")
+    refused = f"backend {name} can't serve here: "
+    if reason := why_unavailable(name, to_build=to_build):
+        raise UnavailableError(refused + reason)
+    backend = BACKENDS[name]
+    for field, what, asked, served in (
+        ("precision", "", precision, backend.precisions),
+        ("vae_precision", " the VAE", vae_precision, backend.vae_precisions),
+    ):
+        if asked is not None and asked not in served:
+            expected = (Field(field), f" {' or '.join(served)}")
+            raise UnavailableError(f"{refused}it can't run{what} in {asked}", expected=expected, field=field)
 
 
 def choose_backend() -> str:
@@ -146,7 +143,7 @@ def default_device() -> "torch.device":
 
 def installed_version(package: str) -> str | None:
     """The version of an installed distribution, or None."""
-    from importlib.metadata import PackageNotFoundError, version  # a tenth of the time that --help takes
+    from importlib.metadata import PackageNotFoundError, version  # a tenth of the time that a help text takes
 
     try:
         return version(package)

@@ -15,7 +15,7 @@ from storyadapter.engine.store import EngineStore, StoredEngine
 from storyadapter.engine.tensorrt.library import Library, choose_library, gpu_target
 from storyadapter.engine.tensorrt.options import BuildOptions
 from storyadapter.export import EXPORT_VERSION, OPSET
-from storyadapter.method.errors import InputError, UnavailableError
+from storyadapter.method.errors import Field, InputError, UnavailableError
 from storyadapter.model.contract import Geometry, Precision, Range, ShapeRanges
 from storyadapter.model.networks import Networks
 
@@ -232,8 +232,8 @@ def open_networks(
         )
     if backend == "tensorrt" and gpu_target() is None:
         raise UnavailableError(
-            "backend tensorrt builds here but can't run here: there is no GPU that PyTorch can use; "
-            "expected another --backend, or a machine with a GPU"
+            "backend tensorrt builds here but can't run here: there is no GPU that PyTorch can use",
+            expected=("another ", Field("backend"), ", or a machine with a GPU"),
         )
     own_device = torch.device("cpu") if backend == "onnxruntime" else default_device()
     if device is not None and not _is_device(torch.device(device), own_device):

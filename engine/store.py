@@ -23,11 +23,12 @@ from filelock import FileLock, Timeout
 import storyadapter
 from storyadapter.engine.identity import STORE_VERSION, EngineIdentity, engine_key
 from storyadapter.engine.user_cache import user_cache
-from storyadapter.method.errors import EngineMismatchError, InputError, RunError
+from storyadapter.method.errors import EngineMismatchError, Field, InputError, RunError
 from storyadapter.model.contract import Range, ShapeRanges
 from storyadapter.output.files import is_full
 
 MANIFEST_NAME: Final = "manifest.json"
+_ANOTHER_FOLDER: Final = ("choose another folder with ", Field("engine_dir"))
 _UNFINISHED: Final = ".building"  # ".<key>.building" is an engine in the making
 
 # Fills the empty folder it is given, and returns what the manifest shall say of the build, as plain data.
@@ -181,8 +182,8 @@ class EngineStore:
                 shutil.rmtree(unfinished, ignore_errors=True)
                 if isinstance(error, OSError) and is_full(error):
                     raise RunError(
-                        f"{error.filename or self.root} can't be written: {error.strerror}; make room, or choose "
-                        "another folder with --engine-dir"
+                        f"{error.filename or self.root} can't be written: {error.strerror}",
+                        advice=("make room, or choose another folder with ", Field("engine_dir")),
                     ) from error
                 raise
             return _read_engine(folder)
@@ -193,9 +194,7 @@ class EngineStore:
         except FileNotFoundError:
             return []
         except OSError as error:
-            raise InputError(
-                f"{self.root} can't be read: {error.strerror}; choose another folder with --engine-dir"
-            ) from error
+            raise InputError(f"{self.root} can't be read: {error.strerror}", advice=_ANOTHER_FOLDER) from error
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -204,9 +203,7 @@ class EngineStore:
             yield
         except OSError as error:
             kind = RunError if is_full(error) else InputError
-            raise kind(
-                f"{self.root} can't be written: {error.strerror}; choose another folder with --engine-dir"
-            ) from error
+            raise kind(f"{self.root} can't be written: {error.strerror}", advice=_ANOTHER_FOLDER) from error
 
     @contextmanager
     def _lock(self, key: str, on_wait: Callable[[str], None]) -> Iterator[None]:

@@ -11,8 +11,8 @@ from storyadapter.method.errors import StoryAdapterError
 
 
 @contextmanager
-def raises_typed(kind: type[StoryAdapterError], match: str) -> Iterator[None]:
+def raises_typed(kind: type[StoryAdapterError], match: str) -> Iterator[pytest.ExceptionInfo]:
     """Expect an error whose line, with the options to type, `match` is found in."""
     with pytest.raises(kind) as caught:
-        yield
+        yield caught
     assert re.search(match, typed(caught.value)), typed(caught.value)

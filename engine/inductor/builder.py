@@ -20,7 +20,7 @@ import torch
 from storyadapter.engine.inductor.compilation import BuildRequest
 from storyadapter.engine.inductor.complaints import last_complaint
 from storyadapter.engine.inductor.target import check_compilers
-from storyadapter.method.errors import EngineBuildError, InputError
+from storyadapter.method.errors import EngineBuildError, Field, InputError
 from storyadapter.model.contract import Precision, ShapeRanges
 from storyadapter.model.modules import ModelParts
 
@@ -38,11 +38,12 @@ ReportStage = Callable[[str, str], None]
 
 def check_ranges(ranges: ShapeRanges) -> None:
     """Raises InputError for a range of sizes that begins too low."""
-    for option, pixels in (("--height", ranges.height), ("--width", ranges.width)):
+    for name, pixels in (("height", ranges.height), ("width", ranges.width)):
         if pixels.minimum < pixels.maximum and pixels.minimum < _LEAST_PIXELS:
             raise InputError(
-                f"{option} is {pixels}; backend inductor expects a range from {_LEAST_PIXELS} on: a compiler takes a "
-                "size of 1 for a constant, and at 32 pixels the UNet's innermost layers have it"
+                Field(name),
+                f" is {pixels}; backend inductor expects a range from {_LEAST_PIXELS} on: a compiler takes a "
+                "size of 1 for a constant, and at 32 pixels the UNet's innermost layers have it",
             )
 
 

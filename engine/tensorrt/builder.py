@@ -17,7 +17,7 @@ from storyadapter.engine.tensorrt.library import Library
 from storyadapter.engine.tensorrt.options import BuildOptions
 from storyadapter.engine.tensorrt.worker import BuildReport, BuildRequest, TensorBounds, peak_memory
 from storyadapter.export.compared import export_compared
-from storyadapter.method.errors import EngineBuildError, UnavailableError
+from storyadapter.method.errors import EngineBuildError, Field, Text, UnavailableError
 from storyadapter.model.contract import (
     NetworkSpec,
     Precision,
@@ -226,21 +226,24 @@ def run_worker(network: str, request: BuildRequest, on_fraction: Callable[[float
             raise OSError(outcome["os_error"], outcome["strerror"], outcome["filename"])
         complaints.seek(max(0, complaints.seek(0, 2) - 2000))
         last_words = complaints.read().decode(errors="replace").strip().splitlines()[-1:]
-    raise EngineBuildError(_explain(network, request.module, outcome.get("refused"), code, last_words))
+    raise _refusal(network, request.module, outcome.get("refused"), code, last_words)
 
 
-def _explain(network: str, module: str, refused: str | None, code: int, last_words: list[str]) -> str:
+def _refusal(network: str, module: str, refused: str | None, code: int, last_words: list[str]) -> EngineBuildError:
     if refused is None:
         if code == _KILLED:
-            return (
+            return EngineBuildError(
                 f"{network}: the build was killed, most likely for want of memory; the full-size denoiser needs about "
-                "17 GB; close other programs, or build on a larger machine"
+                "17 GB",
+                advice="close other programs, or build on a larger machine",
             )
-        return f"{network}: {module}'s builder ended early (exit code {code}): {' '.join(last_words) or 'no message'}"
+        words = " ".join(last_words) or "no message"
+        return EngineBuildError(f"{network}: {module}'s builder ended early (exit code {code}): {words}")
     words = " ".join(refused.split())
+    advice: Text = "another version of it may take this, or another backend: see doctor"
     if "memory" in words.lower():
-        return f"{network}: {module} refused: {words}; close other programs, or lower --max-frames or --workspace"
-    return f"{network}: {module} refused: {words}; another version of it may take this, or another backend: see doctor"
+        advice = ("close other programs, or lower ", Field("max_frames"), " or ", Field("workspace"))
+    return EngineBuildError(f"{network}: {module} refused: {words}", advice=advice)
 
 
 def _letters_of(spec: NetworkSpec) -> list[str]:

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import Final
 
-from storyadapter.method.errors import InputError, UnavailableError
+from storyadapter.method.errors import Field, InputError, UnavailableError
 
 AUTO: Final = "auto"
 RTX_TARGETS: Final = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
@@ -78,7 +78,8 @@ def parse_targets(text: str) -> tuple[str, ...]:
     targets = [part.strip() for part in text.split(",")]
     for target in targets:
         if not re.fullmatch(r"sm\d{2,3}", target):
-            raise InputError(f"--target is {text!r}; expected auto, or architectures such as sm89 or sm89,sm120")
+            expected = "auto, or architectures such as sm89 or sm89,sm120"
+            raise InputError(Field("target"), f" is {text!r}", expected=expected)
     return tuple(sorted(set(targets), key=lambda target: int(target[2:])))
 
 
@@ -98,8 +99,8 @@ def choose_library(
     libraries = installed_libraries() if libraries is None else libraries
     if not targets and present is None:
         raise UnavailableError(
-            "backend tensorrt: there is no GPU here that PyTorch can use; run needs one, and build needs to know for "
-            "which one, such as --target sm89"
+            "backend tensorrt: there is no GPU here that PyTorch can use",
+            advice=("run needs one, and build needs to know for which one, such as ", Field("target"), " sm89"),
         )
     targets = targets or (str(present),)
     reasons = []

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 
 from storyadapter.engine.tensorrt.library import Library
-from storyadapter.method.errors import InputError
+from storyadapter.method.errors import Field, InputError
 from storyadapter.model.contract import ShapeRanges, check_pixels
 
 
@@ -25,21 +25,25 @@ class BuildOptions:
 
     def __post_init__(self) -> None:
         if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
-            raise InputError(f"--optimization-level is {self.optimization_level}; expected 0 to 5")
+            raise InputError(Field("optimization_level"), f" is {self.optimization_level}", expected="0 to 5")
         if self.workspace_mib is not None and self.workspace_mib < 1:
-            raise InputError(f"--workspace is {self.workspace_mib}; expected 1 or more MiB")
+            raise InputError(Field("workspace"), f" is {self.workspace_mib}", expected="1 or more MiB")
 
     def check(self, ranges: ShapeRanges, library: Library) -> None:
         """Raises InputError if a resolution lies outside of the ranges, or the library has no use for an option."""
         if self.optimization_level is not None and not library.has_levels:
             raise InputError(
-                f"--optimization-level was given, but {library} builds the same at every level: it chooses its kernels "
-                "when an engine is first run; leave it out"
+                Field("optimization_level"),
+                f" was given, but {library} builds the same at every level: it chooses its kernels when an engine is "
+                "first run",
+                advice="leave it out",
             )
         for height, width in self.resolutions:
             if height not in ranges.height or width not in ranges.width:
                 raise InputError(
-                    f"--resolution {width}x{height} is outside of --width {ranges.width} and --height {ranges.height}"
+                    Field("resolution"),
+                    f" {width}x{height} is outside of ",
+                    *(Field("width"), f" {ranges.width} and ", Field("height"), f" {ranges.height}"),
                 )
 
     def named(self) -> tuple[tuple[str, str], ...]:
@@ -60,8 +64,9 @@ def parse_resolution(text: str) -> tuple[int, int]:
     """
     match = re.fullmatch(r"(\d+)x(\d+)", text)
     if match is None:
-        raise InputError(f"--resolution is {text!r}; expected width x height in pixels, such as 832x1216")
+        expected = "width x height in pixels, such as 832x1216"
+        raise InputError(Field("resolution"), f" is {text!r}", expected=expected)
     width, height = int(match[1]), int(match[2])
     for pixels in (width, height):
-        check_pixels("--resolution", pixels)
+        check_pixels("resolution", pixels)
     return height, width

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from storyadapter.cli.options import build_command
+from storyadapter.cli.options import build_command, option
 from storyadapter.cli.reporting import Reporter, count, duration
 from storyadapter.cli.saving import FrameSaver
 from storyadapter.cli.session import Session
 from storyadapter.cli.versions import versions
 from storyadapter.engine.opening import identify, open_networks
-from storyadapter.method.errors import EngineMismatchError, RunError
+from storyadapter.method.errors import EngineMismatchError, RunError, spelled
 from storyadapter.method.events import FrameFinished, IterationFinished, RunFinished
 from storyadapter.method.plan import FRAMES_UNMEASURED, RunPlan, split_evenly
 from storyadapter.method.sampler import sampler_of
@@ -61,7 +61,7 @@ def draw(
         ) as folder:
             try:
                 for notice in folder.notices:
-                    reporter.note("warning", notice)
+                    reporter.note("warning", spelled(notice, option))
                 _tell_plan(story, plan, session, pipeline, folder, reporter)
                 _iterate(pipeline, story, style, plan, folder, reporter, loading)
             except KeyboardInterrupt as stop:

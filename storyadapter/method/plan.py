@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
 from storyadapter.method import constants
-from storyadapter.method.errors import InputError
+from storyadapter.method.errors import Field, InputError
 
 SEED_LIMIT: Final = 2**63
 FRAMES_UNMEASURED: Final = 8  # of a micro-batch, where the memory isn't measured
@@ -29,7 +29,7 @@ class RunPlan:
         max_frames: frames of one micro-batch at the most; None: on a GPU as many as fit, elsewhere 8.
 
     Raises:
-        InputError: a value that can't be served, naming the command line's option.
+        InputError: a value that can't be served.
     """
 
     height: int
@@ -46,22 +46,25 @@ class RunPlan:
     max_frames: int | None = None
 
     def __post_init__(self) -> None:
-        check_pixels("--height", self.height)
-        check_pixels("--width", self.width)
+        check_pixels("height", self.height)
+        check_pixels("width", self.width)
         if not 0 <= self.seed < SEED_LIMIT:
-            raise InputError(f"--seed is {self.seed}; expected 0 to 2^63 - 1")
+            raise InputError(Field("seed"), f" is {self.seed}", expected="0 to 2^63 - 1")
         for scale in self.scales:
             if not 0 <= scale <= constants.MAX_SCALE:
-                raise InputError(f"--scales has {scale:g}; expected each λ from 0 to {constants.MAX_SCALE:g}")
+                expected = f"each λ from 0 to {constants.MAX_SCALE:g}"
+                raise InputError(Field("scales"), f" has {scale:g}", expected=expected)
         if self.scheduler not in constants.SAMPLERS:
-            raise InputError(f"--scheduler is {self.scheduler}; expected one of {', '.join(constants.SAMPLERS)}")
+            expected = f"one of {', '.join(constants.SAMPLERS)}"
+            raise InputError(Field("scheduler"), f" is {self.scheduler}", expected=expected)
         most = constants.MAX_STEPS[self.scheduler]
         if not 1 <= self.steps <= most:
-            raise InputError(f"--steps is {self.steps}; expected 1 to {most} with --scheduler {self.scheduler}")
+            limits = (f"1 to {most} with ", Field("scheduler"), f" {self.scheduler}")
+            raise InputError(Field("steps"), f" is {self.steps}", expected=limits)
         if not 0 <= self.guidance <= 100:
-            raise InputError(f"--guidance is {self.guidance:g}; expected 0 to 100")
+            raise InputError(Field("guidance"), f" is {self.guidance:g}", expected="0 to 100")
         if self.max_frames is not None and self.max_frames < 1:
-            raise InputError(f"--max-frames is {self.max_frames}; expected 1 or more")
+            raise InputError(Field("max_frames"), f" is {self.max_frames}", expected="1 or more")
 
     @property
     def iterations(self) -> int:
@@ -97,11 +100,12 @@ def split_evenly(frames: int, max_frames: int) -> tuple[range, ...]:
     return tuple(range(start, stop) for start, stop in zip(starts, starts[1:], strict=False))
 
 
-def check_pixels(option: str, pixels: int) -> None:
+def check_pixels(name: str, pixels: int) -> None:
     """Raises InputError unless `pixels` is a positive multiple of 32."""
     if pixels < constants.PIXEL_MULTIPLE or pixels % constants.PIXEL_MULTIPLE:
         lower = max(constants.PIXEL_MULTIPLE, pixels // constants.PIXEL_MULTIPLE * constants.PIXEL_MULTIPLE)
         raise InputError(
-            f"{option} is {pixels}; expected a multiple of {constants.PIXEL_MULTIPLE}, such as {lower} or "
-            f"{lower + constants.PIXEL_MULTIPLE}"
+            Field(name),
+            f" is {pixels}",
+            expected=f"a multiple of {constants.PIXEL_MULTIPLE}, such as {lower} or {lower + constants.PIXEL_MULTIPLE}",
         )

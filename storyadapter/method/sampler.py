@@ -29,7 +29,7 @@ from diffusers import (
 from torch import Tensor
 
 from storyadapter.method.constants import DDIM_CONFIG, PREDICTION_TYPES, SAMPLERS
-from storyadapter.method.errors import InputError
+from storyadapter.method.errors import Field, InputError
 from storyadapter.method.plan import RunPlan
 
 _KARRAS_SAMPLERS = ("euler", "dpmpp_2m")
@@ -236,8 +236,10 @@ def table_from_scheduler(scheduler: SchedulerMixin | Mapping[str, Any], steps: i
     if not table.coefficients().isfinite().all():
         if fresh.config.get("rescale_betas_zero_snr") and fresh.config.prediction_type == "epsilon":
             raise InputError(
-                f"{name} can't start from pure noise (--zero-terminal-snr) with epsilon prediction, which divides by "
-                "the signal; expected --prediction-type v_prediction or sample"
+                f"{name} can't start from pure noise (",
+                Field("zero_terminal_snr"),
+                ") with epsilon prediction, which divides by the signal",
+                expected=(Field("prediction_type"), " v_prediction or sample"),
             )
         raise InputError(
             f"{name} with {steps} steps and {fresh.config.prediction_type} prediction divides by zero: two steps share "

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal
 
 from storyadapter.method import constants
-from storyadapter.method.errors import InputError
+from storyadapter.method.errors import Field, InputError
 from storyadapter.method.plan import check_pixels
 
 CONTRACT_VERSION: Final = 1
@@ -98,10 +98,10 @@ class ShapeRanges:
     width: Range
 
     def __post_init__(self) -> None:
-        for name, value in (("--max-frames", self.max_frames), ("--max-references", self.max_references)):
+        for name, value in (("max_frames", self.max_frames), ("max_references", self.max_references)):
             if value < 1:
-                raise InputError(f"{name} is {value}; expected 1 or more")
-        for name, pixels in (("--height", self.height), ("--width", self.width)):
+                raise InputError(Field(name), f" is {value}", expected="1 or more")
+        for name, pixels in (("height", self.height), ("width", self.width)):
             check_pixels(name, pixels.minimum)
             check_pixels(name, pixels.maximum)
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from storyadapter.method.errors import InputError, RunError
+from storyadapter.method.errors import Field, InputError, RunError
 
 LOCK_NAME = ".lock"
+ANOTHER_FOLDER = ("choose another folder with ", Field("out"))
 
 # The disk is full, the user's quota is used up, or the process's file size limit is reached.
 _NO_SPACE = {
@@ -48,8 +49,9 @@ def write_atomically(path: Path, data: bytes) -> None:
 def write_error(path: Path, error: OSError) -> RunError:
     """The one line about a file or folder that couldn't be written in the middle of a run."""
     if error.errno in _NO_SPACE:
-        return RunError(f"{path}: {_NO_SPACE[error.errno]}; make room, then go on with --resume")
-    return RunError(f"{path} can't be written: {error.strerror or error}; put that right, then go on with --resume")
+        return RunError(f"{path}: {_NO_SPACE[error.errno]}", advice=("make room, then go on with ", Field("resume")))
+    advice = ("put that right, then go on with ", Field("resume"))
+    return RunError(f"{path} can't be written: {error.strerror or error}", advice=advice)
 
 
 def is_full(error: OSError) -> bool:
@@ -75,12 +77,12 @@ def lock_folder(folder: Path) -> FileLock:
         lock.acquire()
     except Timeout:
         raise InputError(
-            f"{folder} is in use by another run; wait until that has ended, or choose another folder with --out"
+            f"{folder} is in use by another run", advice=("wait until that has ended, or ", *ANOTHER_FOLDER)
         ) from None
     except OSError as error:
         if is_full(error):
             raise write_error(folder, error) from error
-        raise InputError(f"{folder} can't be written: {error.strerror}; choose another folder with --out") from error
+        raise InputError(f"{folder} can't be written: {error.strerror}", advice=ANOTHER_FOLDER) from error
     return lock
 
 

@@ -13,14 +13,23 @@ from filelock import FileLock
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from storyadapter.method.errors import InputError, RunError
+from storyadapter.method.errors import Field, InputError, RunError, Text
 from storyadapter.output.animation import gif
 from storyadapter.output.contact_sheet import Row, contact_sheet, join, scaled, thumbnail_size
-from storyadapter.output.files import LOCK_NAME, is_full, is_part, lock_folder, write_atomically, write_error
+from storyadapter.output.files import (
+    ANOTHER_FOLDER,
+    LOCK_NAME,
+    is_full,
+    is_part,
+    lock_folder,
+    write_atomically,
+    write_error,
+)
 from storyadapter.output.run_record import IterationRecord, RunRecord, Session, first_difference, json_values
 
 RECORD_NAME = "story.json"
 THUMBNAILS_NAME = ".thumbnails"
+_ANOTHER_ONE = ("choose another one with ", Field("out"))
 
 _OUR_FOLDER = re.compile(rf"iteration-\d{{2,}}|frames|{re.escape(THUMBNAILS_NAME)}")
 
@@ -28,7 +37,7 @@ _OUR_FOLDER = re.compile(rf"iteration-\d{{2,}}|frames|{re.escape(THUMBNAILS_NAME
 class RunFolder:
     """The output folder of one run, locked as long as it is open; use `RunFolder.open(…)` in a `with` statement.
 
-    Layout, under the folder given with `--out`:
+    Layout, under the folder that was asked for:
 
     - `iteration-00/frame-000.png` …: every frame, with the texts given to `save_frame` in it;
     - `frames/000.png` …: copies of the last iteration's; `contact-sheet.png`; `story.gif`;
@@ -48,7 +57,7 @@ class RunFolder:
     def __init__(self, path: Path, record: RunRecord, keep: Literal["all", "last"], lock: FileLock) -> None:
         """Use `RunFolder.open`."""
         self.path = path
-        self.notices: tuple[str, ...] = ()
+        self.notices: tuple[Text, ...] = ()
         self._record = record
         self._keep = keep
         self._lock = lock
@@ -93,7 +102,7 @@ class RunFolder:
         except OSError as error:
             if is_full(error):
                 raise write_error(path, error) from error
-            raise InputError(f"{path} can't be made: {error.strerror}; choose another folder with --out") from error
+            raise InputError(f"{path} can't be made: {error.strerror}", advice=ANOTHER_FOLDER) from error
         lock = lock_folder(path)
         try:
             _refuse_foreign(path)  # again: another process may have been faster
@@ -125,7 +134,7 @@ class RunFolder:
         parent = next(folder for folder in (path, *path.absolute().parents) if os.path.lexists(folder))
         if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
             reason = "can't be written" if parent.is_dir() else "is no folder"
-            raise InputError(f"{path} can't be made: {parent} {reason}; choose another folder with --out")
+            raise InputError(f"{path} can't be made: {parent} {reason}", advice=ANOTHER_FOLDER)
         if (path / LOCK_NAME).exists():
             lock_folder(path).release()
         _stored_or_new(path, RunRecord(json_values(identity), frames, tuple(scales)), resume)
@@ -274,7 +283,8 @@ class RunFolder:
             count = index + 1
         if count and self._record.iterations[count - 1].removed:
             # What the next iteration would read is gone, so there is nothing to go on from.
-            self.notices = (*self.notices, "older iterations were removed (--keep last): all iterations are made again")
+            removed = ("older iterations were removed (", Field("keep"), " last): all iterations are made again")
+            self.notices = (*self.notices, removed)
             return 0
         if count:
             self._frame_size = _picture(self.frame_path(count - 1, 0)).size
@@ -345,18 +355,16 @@ def _refuse_foreign(path: Path) -> None:
     if not path.exists():
         return
     if not path.is_dir():
-        raise InputError(f"{path} is a file, expected a folder; choose another one with --out")
+        raise InputError(f"{path} is a file,", expected="a folder", advice=_ANOTHER_ONE)
     try:
         names = {item.name for item in path.iterdir() if item.name != LOCK_NAME and not is_part(item)}
     except OSError as error:
-        raise InputError(f"{path} can't be read: {error.strerror}; choose another folder with --out") from error
+        raise InputError(f"{path} can't be read: {error.strerror}", advice=ANOTHER_FOLDER) from error
     if RECORD_NAME in names:
         RunRecord.read(path / RECORD_NAME)  # a file of that name may be anything
     elif names:
-        raise InputError(
-            f"{path} holds other files ({min(names)}, …), expected a new or empty folder, or a run's; "
-            "choose another one with --out"
-        )
+        expected = "a new or empty folder, or a run's"
+        raise InputError(f"{path} holds other files ({min(names)}, …),", expected=expected, advice=_ANOTHER_ONE)
 
 
 def _stored_or_new(path: Path, given: RunRecord, resume: bool) -> RunRecord:
@@ -364,23 +372,17 @@ def _stored_or_new(path: Path, given: RunRecord, resume: bool) -> RunRecord:
         return given
     stored = RunRecord.read(path / RECORD_NAME)
     if difference := first_difference(stored.identity, given.identity):
-        raise InputError(f"{path} holds another run: {_as_typed(difference)}; choose another folder with --out")
+        raise InputError(f"{path} holds another run: ", *difference, advice=ANOTHER_FOLDER)
     if (stored.frames, stored.scales) != (given.frames, given.scales):
         raise ValueError("equal identities with other frames or scales: the identity must hold both")
     if resume:
         return stored
     if stored.finished:
-        raise InputError(f"{path} already holds this run, finished; choose another folder with --out to make it again")
+        raise InputError(f"{path} already holds this run, finished", advice=(*ANOTHER_FOLDER, " to make it again"))
     raise InputError(
-        f"{path} already holds this run, with {len(stored.iterations)} of {len(stored.scales)} iterations finished; "
-        "type --resume to go on with it, or choose another folder with --out"
+        f"{path} already holds this run, with {len(stored.iterations)} of {len(stored.scales)} iterations finished",
+        advice=("type ", Field("resume"), " to go on with it, or ", *ANOTHER_FOLDER),
     )
-
-
-def _as_typed(difference: str) -> str:
-    """A difference of plans, told by the option: a plan's fields are called as their options are."""
-    several = {"scales": "--scales (or --iterations)"}
-    return re.sub(r"^plan\.(\w+)", lambda name: several.get(name[1], "--" + name[1].replace("_", "-")), difference)
 
 
 def _make_folder(path: Path) -> None:
@@ -405,7 +407,8 @@ def _picture(path: Path) -> Image.Image:
         with Image.open(path, formats=["PNG"]) as image:
             return image.convert("RGB")
     except (OSError, SyntaxError) as error:
-        raise RunError(f"{path} doesn't open any more ({error}); type the command again with --resume") from error
+        advice = ("type the command again with ", Field("resume"))
+        raise RunError(f"{path} doesn't open any more ({error})", advice=advice) from error
 
 
 def _opens(path: Path) -> bool:

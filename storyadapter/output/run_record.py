@@ -1,12 +1,13 @@
 """`story.json`: what a run is, how far it has come, and what it took."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
-from storyadapter.method.errors import InputError
+from storyadapter.method.errors import Field, InputError
+from storyadapter.output.files import ANOTHER_FOLDER
 
 FORMAT = "storyadapter-trt run"
 SCHEMA = 2
@@ -22,7 +23,7 @@ class IterationRecord:
     Attributes:
         scale: λ of its references; None for the text-only iteration.
         seconds: of each stage, by name.
-        removed: whether its pictures were removed when the next iteration was finished (`--keep last`).
+        removed: whether its pictures were removed when the next iteration was finished (`keep="last"`).
         split: frames of each micro-batch that was drawn.
     """
 
@@ -92,20 +93,21 @@ class RunRecord:
         Raises:
             InputError: it can't be read, or wasn't written by this program, or by another version of it.
         """
-        other = "expected the record of a storyadapter-trt run; choose another folder with --out"
+
+        def refusal(found: str, expected: str = "the record of a storyadapter-trt run") -> InputError:
+            return InputError(f"{path} {found}", expected=expected, advice=ANOTHER_FOLDER, field="out")
+
         try:
             value = json.loads(path.read_bytes())
         except OSError as error:
-            raise InputError(f"{path} can't be read: {error.strerror}; {other}") from error
+            raise refusal(f"can't be read: {error.strerror}") from error
         except (ValueError, RecursionError):
-            raise InputError(f"{path} is no valid JSON, {other}") from None
+            raise refusal("is no valid JSON,") from None
         if not isinstance(value, dict) or value.get("format") != FORMAT:
-            raise InputError(f"{path} is something else, {other}")
+            raise refusal("is something else,")
         if value.get("schema") != SCHEMA:
-            raise InputError(
-                f"{path} has schema {value.get('schema')!r}, expected {SCHEMA}: another version of storyadapter-trt "
-                "wrote it; choose another folder with --out"
-            )
+            expected = f"{SCHEMA}: another version of storyadapter-trt wrote it"
+            raise refusal(f"has schema {value.get('schema')!r},", expected)
         try:
             progress = value["progress"]
             return cls(
@@ -117,7 +119,7 @@ class RunRecord:
                 finished=progress["status"] == "finished",
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{path} is damaged ({error!r}), {other}") from None
+            raise refusal(f"is damaged ({error!r}),") from None
 
     def with_iteration(self, iteration: IterationRecord) -> Self:
         """The record after one more iteration is finished."""
@@ -138,20 +140,21 @@ def json_values(value: Any) -> Any:
     return json.loads(json.dumps(value, allow_nan=False))
 
 
-def first_difference(stored: Any, given: Any, name: str = "") -> str | None:
-    """The first place where two JSON values differ, in words and in the order of `given`; None if they are equal."""
+def first_difference(stored: Any, given: Any, place: tuple[str | int, ...] = ()) -> tuple[str | Field, ...] | None:
+    """The first place where two identities differ, in words and in the order of `given`; None if they are equal.
+
+    The items of an identity's "plan" are told as the settings that they are.
+    """
     if isinstance(stored, dict) and isinstance(given, dict):
         for key in [*given, *(key for key in stored if key not in given)]:
-            place = f"{name}.{key}" if name else str(key)
-            found = first_difference(stored.get(key, _ABSENT), given.get(key, _ABSENT), place)
-            if found:
+            if found := first_difference(stored.get(key, _ABSENT), given.get(key, _ABSENT), (*place, key)):
                 return found
         return None
     if isinstance(stored, list) and isinstance(given, list):
         if len(stored) != len(given):
-            return f"{name} has {len(stored)} items there, {len(given)} here"
+            return (*_named(place), f" has {len(stored)} items there, {len(given)} here")
         for index, pair in enumerate(zip(stored, given, strict=True)):
-            if found := first_difference(*pair, f"{name}[{index}]"):
+            if found := first_difference(*pair, (*place, index)):
                 return found
         return None
     if stored == given and isinstance(stored, bool) == isinstance(given, bool):
@@ -162,7 +165,19 @@ def first_difference(stored: Any, given: Any, name: str = "") -> str | None:
             (i for i, (a, b) in enumerate(zip(stored, given, strict=False)) if a != b), min(len(stored), len(given))
         )
         start = max(0, same - _EXCERPT // 2)
-    return f"{name} is {_excerpt(stored, start)} there, {_excerpt(given, start)} here"
+    return (*_named(place), f" is {_excerpt(stored, start)} there, {_excerpt(given, start)} here")
+
+
+def _named(place: Sequence[str | int]) -> tuple[str | Field, ...]:
+    """("story", "prompts", 1) → ("story.prompts[1]",); ("plan", "steps") → (Field("steps"), "")."""
+    named: tuple[str | Field, ...] = ()
+    match place:
+        case ("plan", "scales", *place):
+            named = (Field("scales"), " (or ", Field("iterations"), ")")
+        case ("plan", str(setting), *place):
+            named = (Field(setting),)
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
+    return (*named, text) if named else (text.removeprefix("."),)
 
 
 def _excerpt(value: Any, start: int) -> str:

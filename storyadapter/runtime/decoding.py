@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from storyadapter.method.errors import RunError
+from storyadapter.method.errors import Field, RunError
 from storyadapter.model.networks import Networks
 from storyadapter.runtime.clock import StageClock, is_passed, recorded_event
 from storyadapter.runtime.pictures import clip_pixels, decode_latents, embed_pixels, to_picture
@@ -205,11 +205,11 @@ class FrameDecoder:
         if not picture:
             # one bad reference would poison every frame of the next iteration
             networks = self._networks
-            option = "--vae-precision" if latents else "--precision"
+            precision = Field("vae_precision" if latents else "precision")
             raise RunError(
                 f"iteration {iteration}, frame {frame}: the {'VAE' if latents else 'UNet'} gave values that are "
-                f"not finite in {networks.vae_precision if latents else networks.precision}; try {option} bf16 "
-                "or fp32, with another --out"
+                f"not finite in {networks.vae_precision if latents else networks.precision}",
+                advice=("try ", precision, " bf16 or fp32, with another ", Field("out")),
             )
         drawn = to_picture(chunk.pixels[index])
         return drawn, clip_pixels(drawn) if embed else None

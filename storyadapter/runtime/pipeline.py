@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from storyadapter.method.errors import InputError
+from storyadapter.method.errors import Field, InputError
 from storyadapter.method.events import Event, IterationFinished, PromptTruncated, RunFinished, RunStarted
 from storyadapter.method.noise import draw_noise
 from storyadapter.method.plan import RunPlan, split_evenly
@@ -145,16 +145,16 @@ class StoryPipeline:
         height, width = (Range(letters[name].minimum * scale, letters[name].maximum * scale) for name in ("h", "w"))
         references = Range(1, letters["N"].maximum - 1)  # N counts the unconditional one too
         together = 1 if plan.max_frames is None else len(split_evenly(frames, plan.max_frames)[0])
-        for option, asked, built in (
-            ("--max-frames", together, letters["F"]),
-            ("the story's frames (--max-references)", plan.references(frames), references),
-            ("--height", plan.height, height),
-            ("--width", plan.width, width),
+        for name, asked, built in (
+            ("max_frames", together, letters["F"]),
+            ("max_references", plan.references(frames), references),
+            ("height", plan.height, height),
+            ("width", plan.width, width),
         ):
             if asked not in built:
-                raise InputError(
-                    f"{option}: {asked} asked for; this engine was built for {built.minimum} to {built.maximum}"
-                )
+                named = ("the story's frames (", Field(name), ")") if name == "max_references" else (Field(name),)
+                served = f"this engine was built for {built.minimum} to {built.maximum}"
+                raise InputError(*named, f": {asked} asked for", advice=served)
 
     def _events(
         self, prompts: Sequence[str], plan: RunPlan, table: SamplerTable, resume: FinishedIteration | None

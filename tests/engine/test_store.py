@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from storyadapter.cli.options import typed
 from storyadapter.engine.identity import EngineIdentity, Lora, WeightFile, engine_key
 from storyadapter.engine.store import EngineStore, StoredEngine
 from storyadapter.method.errors import EngineMismatchError, InputError, RunError
@@ -272,7 +273,7 @@ def test_no_room_is_told_in_one_line(store: EngineStore) -> None:
             store.build(identity(), ranges(), write, never_waits)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert str(caught.value) == (
+    assert typed(caught.value) == (
         f"{store.root} can't be written: File too large; make room, or choose another folder with --engine-dir"
     )
     assert leftovers(store) == []
@@ -397,7 +398,7 @@ def test_a_store_that_cannot_be_written_still_serves_what_it_has(locked_folder: 
     for root in (locked_folder, locked_folder / "below"):
         with pytest.raises(InputError) as caught:
             add(EngineStore(root), identity(precision="fp32"), ranges())
-        assert str(caught.value) == (
+        assert typed(caught.value) == (
             f"{root} can't be written: Permission denied; choose another folder with --engine-dir"
         )
 

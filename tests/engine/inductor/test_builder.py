@@ -14,6 +14,7 @@ from storyadapter.engine.inductor.builder import build_inductor
 from storyadapter.method.errors import CheckpointError, EngineBuildError, InputError, UnavailableError
 from storyadapter.model.contract import Range, ShapeRanges
 from tests.engine.worker_processes import worker_processes
+from tests.refusals import raises_typed
 
 SIZES = Range(64, 64)
 RANGES = ShapeRanges(2, 8, SIZES, SIZES)
@@ -105,5 +106,5 @@ def test_a_compiler_that_would_crash_packages_is_refused_before_anything_is_load
 
 def test_a_range_that_begins_too_low_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
     ranges = ShapeRanges(2, 8, Range(32, 64), SIZES)
-    with pytest.raises(InputError, match=r"^--height is 32\.\.64; backend inductor expects a range from 64 on: "):
+    with raises_typed(InputError, match=r"^--height is 32\.\.64; backend inductor expects a range from 64 on: "):
         build_inductor(checkpoint, "fp32", "fp32", ranges, tmp_path, CPU)

@@ -10,6 +10,7 @@ from storyadapter.engine.tensorrt.library import (
     parse_targets,
 )
 from storyadapter.method.errors import InputError, UnavailableError
+from tests.refusals import raises_typed
 
 FULL = Library("tensorrt", "10.14.1.48")
 RTX = Library("tensorrt-rtx", "1.7.1.116")
@@ -66,7 +67,7 @@ def test_the_library_is_chosen_by_what_is_installed_and_by_the_target(
 def test_why_none_serves_is_one_line(
     targets: tuple[str, ...], present: str | None, libraries: tuple[Library, ...], told: str
 ) -> None:
-    with pytest.raises(UnavailableError, match=told) as caught:
+    with raises_typed(UnavailableError, match=told) as caught:
         choose_library(targets, present, libraries)
     assert "\n" not in str(caught.value)
 

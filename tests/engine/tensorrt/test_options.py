@@ -6,6 +6,7 @@ from storyadapter.engine.tensorrt.library import Library
 from storyadapter.engine.tensorrt.options import BuildOptions, parse_resolution
 from storyadapter.method.errors import InputError
 from storyadapter.model.contract import Range, ShapeRanges
+from tests.refusals import raises_typed
 
 FULL, RTX = Library("tensorrt", "10.14.1"), Library("tensorrt-rtx", "1.7.1")
 
@@ -16,7 +17,7 @@ def test_a_resolution_is_typed_width_first() -> None:
 
 @pytest.mark.parametrize("text", ["832", "832x", "x", "832*1216", "831x1216", "0x32", "832x1216x3", "-32x32"])
 def test_other_resolutions_are_refused(text: str) -> None:
-    with pytest.raises(InputError, match="^--resolution is "):
+    with raises_typed(InputError, match="^--resolution is "):
         parse_resolution(text)
 
 
@@ -29,14 +30,14 @@ def test_other_resolutions_are_refused(text: str) -> None:
     ],
 )
 def test_values_out_of_range_are_refused(options: dict[str, int], told: str) -> None:
-    with pytest.raises(InputError, match=f"^{told}$"):
+    with raises_typed(InputError, match=f"^{told}$"):
         BuildOptions(**options)
 
 
 def test_a_resolution_outside_of_the_ranges_is_refused() -> None:
     ranges = ShapeRanges(1, 1, Range(768, 1024), Range(1024, 1024))
     BuildOptions(resolutions=((768, 1024),)).check(ranges, FULL)
-    with pytest.raises(InputError, match="^--resolution 832x768 is outside of --width 1024 and --height 768..1024$"):
+    with raises_typed(InputError, match="^--resolution 832x768 is outside of --width 1024 and --height 768..1024$"):
         BuildOptions(resolutions=((768, 832),)).check(ranges, FULL)
 
 
@@ -45,7 +46,7 @@ def test_an_optimization_level_is_only_for_the_library_that_has_use_for_it() -> 
     ranges = ShapeRanges(1, 1, Range(1024, 1024), Range(1024, 1024))
     BuildOptions(5).check(ranges, FULL)
     BuildOptions(None, 512).check(ranges, RTX)
-    with pytest.raises(InputError, match="^--optimization-level was given, but tensorrt-rtx 1.7.1 builds the same at "):
+    with raises_typed(InputError, match="^--optimization-level was given, but tensorrt-rtx 1.7.1 builds the same at "):
         BuildOptions(5).check(ranges, RTX)
 
 

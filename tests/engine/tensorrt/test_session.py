@@ -16,6 +16,7 @@ from storyadapter.method.errors import EngineMismatchError, UnavailableError
 from storyadapter.model.contract import Precision, network_specs
 from storyadapter.model.networks import check_inputs
 from tests.engine.tensorrt.building import LETTERS, RANGES, Built
+from tests.refusals import raises_typed
 
 pytest.importorskip("tensorrt_rtx")
 
@@ -99,5 +100,5 @@ def test_running_without_a_gpu_is_one_line(built: Callable[[Precision], Built]) 
 
 def test_fp32_is_refused(built: Callable[[Precision], Built]) -> None:
     told = "^backend tensorrt can't serve here: it can't run in fp32; expected --precision fp16 or bf16$"
-    with pytest.raises(UnavailableError, match=told):
+    with raises_typed(UnavailableError, match=told):
         open_networks(built("fp16").checkpoint, backend="tensorrt", precision="fp32")

@@ -2,6 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from storyadapter.cli.options import typed
 from storyadapter.method.errors import InputError
 from storyadapter.method.plan import SEED_LIMIT, RunPlan, split_evenly
 
@@ -49,7 +50,7 @@ def test_the_published_plan() -> None:
 def test_what_cannot_be_served(wrong: dict, reason: str) -> None:
     with pytest.raises(InputError) as error:
         RunPlan(**{"height": 1024, "width": 1024, "seed": 0, **wrong})
-    assert str(error.value).startswith(reason)
+    assert typed(error.value).startswith(reason)
 
 
 def test_the_limits_can_be_served() -> None:

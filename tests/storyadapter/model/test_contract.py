@@ -19,6 +19,7 @@ from storyadapter.model.contract import (
     network_specs,
     size_of,
 )
+from tests.refusals import raises_typed
 
 SDXL = FULL_SIZE.geometry
 PIXELS = Range(1024, 1024)
@@ -134,7 +135,7 @@ def test_ranges_cover_only_what_is_smaller_in_every_field() -> None:
 
 @pytest.mark.parametrize("pixels", [16, 48, 1000])
 def test_a_size_that_is_no_multiple_of_32_is_refused_with_the_nearest(pixels: int) -> None:
-    with pytest.raises(InputError, match=f"--height is {pixels}; expected a multiple of 32, such as"):
+    with raises_typed(InputError, match=f"--height is {pixels}; expected a multiple of 32, such as"):
         ShapeRanges(1, 1, Range(pixels, pixels), PIXELS)
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from storyadapter.method.errors import InputError, RunError
 from storyadapter.output.files import is_part, lock_folder, write_atomically, write_error
+from tests.refusals import raises_typed
 
 
 def test_writes_and_replaces(tmp_path: Path) -> None:
@@ -28,13 +29,14 @@ def test_a_file_too_large_leaves_the_old_one(tmp_path: Path) -> None:
     code = f"""
 import resource
 from pathlib import Path
+from storyadapter.cli.options import typed
 from storyadapter.method.errors import RunError
 from storyadapter.output.files import write_atomically
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
     write_atomically(Path({str(path)!r}), bytes(200_000))
 except RunError as error:
-    print(error)
+    print(typed(error))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == f"{path}: the file size limit is reached; make room, then go on with --resume"
@@ -82,5 +84,5 @@ def test_lock_keeps_others_out(tmp_path: Path) -> None:
 
 def test_lock_that_cannot_be_opened(tmp_path: Path) -> None:
     (tmp_path / ".lock").mkdir()
-    with pytest.raises(InputError, match=r"can't be written: .*; choose another folder with --out"):
+    with raises_typed(InputError, match=r"can't be written: .*; choose another folder with --out"):
         lock_folder(tmp_path)

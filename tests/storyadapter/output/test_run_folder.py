@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw
 
+from storyadapter.cli.options import typed
 from storyadapter.method.errors import InputError, RunError
 from storyadapter.output.run_folder import RunFolder, stored_identity
+from tests.refusals import raises_typed
 from tests.small_disk import run_on_small_disk
 
 FRAMES = 3
@@ -47,7 +49,7 @@ def refused(function, *arguments, **options) -> str:
     with pytest.raises(InputError) as caught:
         function(*arguments, **options).close()
     assert "\n" not in str(caught.value)
-    return str(caught.value)
+    return typed(caught.value)
 
 
 def test_layout(tmp_path: Path) -> None:
@@ -167,12 +169,12 @@ def test_a_picture_that_is_lost_during_the_run_is_told(tmp_path: Path) -> None:
         make(folder)
         path = tmp_path / "iteration-02" / "frame-001.png"
         path.write_bytes(b"")
-        with pytest.raises(
+        with raises_typed(
             RunError, match="frame-001.png doesn't open any more .*; type the command again with --resume"
         ):
             folder.load_iteration(2)
         path.unlink()
-        with pytest.raises(
+        with raises_typed(
             RunError, match="frame-001.png doesn't open any more .*; type the command again with --resume"
         ):
             folder.finish({}, ["a", "b", "c"])
@@ -327,6 +329,7 @@ def test_misuse(tmp_path: Path) -> None:
 FILL = """
 import os, random, resource, sys
 from PIL import Image
+from storyadapter.cli.options import typed
 from storyadapter.method.errors import RunError
 from storyadapter.output.run_folder import RunFolder
 out, limit = sys.argv[1], int(sys.argv[2])
@@ -341,7 +344,7 @@ try:
                 folder.save_frame(iteration, frame, noise(96), {})
             folder.finish_iteration(iteration, {})
 except RunError as error:
-    print(error)
+    print(typed(error))
     sys.exit(error.exit_code)
 """
 

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storyadapter.method.errors import InputError
+from storyadapter.cli.options import typed
+from storyadapter.method.errors import InputError, spelled
 from storyadapter.output.run_record import IterationRecord, RunRecord, Session, first_difference, json_values
 
 VALUES = st.recursive(
@@ -74,7 +75,7 @@ def test_bad_record(tmp_path: Path, data: bytes, expected: str) -> None:
     with pytest.raises(InputError) as caught:
         RunRecord.read(path)
     assert str(caught.value).startswith(f"{path} {expected}")
-    assert str(caught.value).endswith("choose another folder with --out")
+    assert typed(caught.value).endswith("choose another folder with --out")
     assert "\n" not in str(caught.value)
 
 
@@ -112,4 +113,5 @@ def test_first_difference_finds_any(first: dict, second: dict) -> None:
     ],
 )
 def test_first_difference_in_words(stored: dict, given_: dict, expected: str) -> None:
-    assert first_difference(stored, given_) == expected
+    found = first_difference(stored, given_)
+    assert found is not None and spelled(found) == expected

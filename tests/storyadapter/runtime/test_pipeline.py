@@ -32,6 +32,7 @@ from storyadapter.runtime.pipeline import FinishedIteration
 from tests.oracle.comparison import errors_of_frames
 from tests.oracle.diffusers_ip_adapter import diffusers_story
 from tests.oracle.published_method import MISTAKES, published_story
+from tests.refusals import raises_typed
 
 ALLOWED = 0.5  # of 255, mean over a frame: what the design demands
 TIGHT = 0.05  # what two fp32 implementations give, so that a wrong reference is seen
@@ -202,7 +203,7 @@ def test_what_an_engine_was_not_built_for_is_told_as_it_was_typed(
         replace(pipeline.networks, letters=letters), (pipeline.tokenizers.first, pipeline.tokenizers.second)
     )
     built.run(Story(("a fox",) * 4), replace(PLAN, max_frames=2))
-    with pytest.raises(InputError, match=f"^{re.escape(told)}$"):
+    with raises_typed(InputError, match=f"^{re.escape(told)}$"):
         built.run(Story(("a fox",) * prompts), replace(PLAN, **changes))
 
 
@@ -268,5 +269,5 @@ def test_a_frame_that_is_not_finite_stops_the_run_before_it_becomes_a_reference(
     weights = load_file(tiny_model_dir / "vae" / "diffusion_pytorch_model.safetensors")
     weights["decoder.conv_out.bias"] = torch.full_like(weights["decoder.conv_out.bias"], torch.inf)
     save_file(weights, broken / "vae" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(RunError, match="frame 0: the VAE gave values that are not finite in fp32; try --vae-precision"):
+    with raises_typed(RunError, match="frame 0: the VAE gave values that are not finite in fp32; try --vae-precision"):
         draw(open_tiny(broken))
