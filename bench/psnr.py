@@ -26,8 +26,3 @@ def psnr(found: Image.Image, expected: Image.Image) -> float:
 def psnr_of_each(found: Iterable[Image.Image], expected: Iterable[Image.Image]) -> list[float]:
     """dB of every picture; see `psnr`."""
     return [psnr(one, two) for one, two in zip(found, expected, strict=True)]
-
-
-def worst_psnr(found: Iterable[Image.Image], expected: Iterable[Image.Image]) -> float:
-    """dB of the picture that differs most; see `psnr`."""
-    return min(psnr_of_each(found, expected), default=EQUAL)

@@ -12,7 +12,7 @@ _NONE: Final = "-"
 def markdown(data: dict[str, Any]) -> str:
     """The page."""
     lines = [f"# Throughput: {data['model']}, {data['precision']}", ""]
-    lines += table(("what", "value"), [[key, value] for key, value in data["environment"].items()]) + [""]
+    lines += [*table(("what", "value"), data["environment"].items()), ""]
     for backend, seconds in data["build_seconds"].items():
         lines += [f"The engine of the backend {backend} was built in {seconds:.0f} s; nothing below counts that.", ""]
     lines += _introduction(data)
@@ -59,7 +59,7 @@ def _case(data: dict[str, Any], case: dict[str, Any]) -> list[str]:
     ]
     header = ["rung", "rows/s", "ms per step", "spread", "TFLOP/s", "of matrix rate", "peak GiB", "s/frame"]
     header += ["money/frame", "PSNR to below", "clock, power"]
-    lines += table(tuple(header), [_rung(rung) for rung in rungs]) + [""]
+    lines += table(header, [_rung(rung) for rung in rungs]) + [""]
     refused = [f"- {rung['rung']}: {rung['status']}: {rung['reason']}" for rung in rungs if "reason" in rung]
     return [*lines, *refused, *([""] if refused else [])]
 
@@ -76,10 +76,10 @@ def _rung(rung: dict[str, Any]) -> list[str]:
         f"{rung['ms_per_call']:.2f} (B = {rung['rows']})",
         f"{rung['timing']['spread_ms']:.2f}",
         f"{rung['tflops']:.3g}",
-        _percent(rung["matrix_share"]),
+        _cell(rung["matrix_share"], "{:.1%}"),
         _gib(rung["peak_bytes"]),
         f"{rung['seconds_per_frame']:.3g}",
-        _money(rung["money_per_frame"]),
+        _cell(rung["money_per_frame"], "{:.5f}"),
         psnr,
         _load(rung["load"]),
     ]
@@ -102,19 +102,8 @@ def _stories(data: dict[str, Any]) -> list[str]:
             "",
         ]
         stages = list(dict.fromkeys(stage for story in stories for stage in story["stages"]))
-        header = (
-            "way",
-            "VAE",
-            "frames at once",
-            "s",
-            "s/frame",
-            "rows/s",
-            "of the UNet's rate",
-            *stages,
-            "peak GiB",
-            "money/frame",
-            "PSNR to the first",
-        )
+        header = ["way", "VAE", "frames at once", "s", "s/frame", "rows/s", "of the UNet's rate", *stages]
+        header += ["peak GiB", "money/frame", "PSNR to the first"]
         lines += table(header, [_story(story, stages) for story in stories]) + [""]
     return lines
 
@@ -131,11 +120,11 @@ def _story(story: dict[str, Any], stages: list[str]) -> list[str]:
         f"{story['seconds']:.2f}",
         f"{story['seconds_per_frame']:.2f}",
         f"{story['rows_per_second']:.2f}",
-        _percent(story["share_of_unet_rate"]),
+        _cell(story["share_of_unet_rate"], "{:.1%}"),
         *shares,
         _gib(story["peak_bytes"]),
-        _money(story["money_per_frame"]),
-        _NONE if story["psnr"] is None else f"{story['psnr']:.1f} dB",
+        _cell(story["money_per_frame"], "{:.5f}"),
+        _cell(story["psnr"], "{:.1f} dB"),
     ]
 
 
@@ -175,7 +164,7 @@ def _projection(data: dict[str, Any]) -> list[str]:
             f"{item['rest_seconds_per_drawn_frame']:.3f} s",
             f"{item['seconds'] / 60:.1f} min",
             f"{item['seconds_per_frame']:.1f}",
-            _money(item["money"]),
+            _cell(item["money"], "{:.5f}"),
         ]
         for item in data["published_workload"]
     ]
@@ -201,16 +190,12 @@ def _kernels(data: dict[str, Any]) -> list[str]:
     return [*lines, *table(("kernel", "class", "ms of all its launches"), slowest), ""]
 
 
-def _percent(share: float | None) -> str:
-    return _NONE if share is None else f"{share:.1%}"
+def _cell(value: float | None, form: str) -> str:
+    return _NONE if value is None else form.format(value)
 
 
 def _gib(count: int | None) -> str:
-    return _NONE if count is None else f"{count / 2**30:.1f}"
-
-
-def _money(amount: float | None) -> str:
-    return _NONE if amount is None else f"{amount:.5f}"
+    return _cell(None if count is None else count / 2**30, "{:.1f}")
 
 
 def _load(load: dict[str, float]) -> str:

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from storyadapter.bench.environment import watch
-from storyadapter.bench.psnr import worst_psnr
+from storyadapter.bench.psnr import psnr_of_each
 from storyadapter.bench.throughput.cases import StoryCase
 from storyadapter.bench.throughput.inputs import SEED, bind_text, encode_prompts, prompts
 from storyadapter.bench.timing import Result, measure_run
@@ -222,7 +222,7 @@ def measure_story(
         frames=case.frames,
         drawn=case.drawn,
         unet_rows=case.unet_rows,
-        psnr=None if other is None else worst_psnr(drawn.pictures, other.pictures),
+        psnr=None if other is None else min(psnr_of_each(drawn.pictures, other.pictures)),
         same_vae=other is None or other.vae_precision == drawn.vae_precision,
         peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         at_once=drawn.at_once,
