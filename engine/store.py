@@ -183,7 +183,7 @@ class EngineStore:
                 if isinstance(error, OSError) and is_full(error):
                     raise RunError(
                         f"{error.filename or self.root} can't be written: {error.strerror}",
-                        advice=("make room, or choose another folder with ", Field("engine_dir")),
+                        advice=("make room, or ", _ANOTHER_FOLDER),
                     ) from error
                 raise
             return _read_engine(folder)

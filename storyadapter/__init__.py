@@ -1,6 +1,6 @@
 """Story-Adapter on SDXL as an inference engine: `from storyadapter import Checkpoint, Story, StoryPipeline`.
 
-The names below are loaded on first use, so that `storyadapter-trt --help` doesn't import PyTorch.
+The names below are loaded on first use, so that the command line's help doesn't import PyTorch.
 """
 
 from importlib import import_module

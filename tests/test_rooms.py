@@ -1,10 +1,15 @@
 """The rooms of the house, and that imports point one way: from a room to those below it."""
 
+import argparse
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from storyadapter.__main__ import build_parser
+from storyadapter.cli.options import option
 
 ROOT = Path(__file__).parent.parent
 # Every room with the folders and modules in it, from the top down.
@@ -28,6 +33,10 @@ FLOORS = (
 )
 FOLDERS = {"bench": "storyadapter.bench", "engine": "storyadapter.engine", "export": "storyadapter.export"}
 FOLDERS |= {"kernels": "storyadapter.kernels", "storyadapter": "storyadapter"}
+# those that know the words of the command line
+FACES = ("storyadapter.__main__", "storyadapter.bench", "storyadapter.cli", "storyadapter.serve", "storyadapter.api")
+FACES += ("storyadapter.demo.training",)
+OTHER_PROGRAMS_OPTIONS = {"--gpu-name"}  # ptxas
 # the package's own module loads its public names on first use
 LAZY = {"storyadapter"}
 
@@ -83,3 +92,34 @@ def test_every_room_is_told_apart() -> None:
 @pytest.mark.parametrize("package", FOLDERS.values())
 def test_rooms_that_are_named_exist(package: str) -> None:
     assert any(module.startswith(package) for module, _ in modules())
+
+
+def test_no_room_below_the_faces_names_an_option() -> None:
+    named = []
+    for module, path in modules():
+        if module.startswith(FACES):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found = {*re.findall(r"(?<![\w-])--[a-z][\w-]*", node.value)} - OTHER_PROGRAMS_OPTIONS
+                named += [f"{path.relative_to(ROOT)}, line {node.lineno}: {option}" for option in found]
+    assert named == []
+
+
+def test_settings_in_errors_are_called_as_their_options() -> None:
+    known = {option for parser in parsers(build_parser()) for option in parser._option_string_actions}
+    unknown = []
+    for _, path in modules():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            match node:
+                case ast.Call(func=ast.Name("Field"), args=[ast.Constant(str(name))]) if option(name) not in known:
+                    unknown.append(f"{path.relative_to(ROOT)}, line {node.lineno}: {name}")
+    assert unknown == []
+
+
+def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for below in action.choices.values():
+                yield from parsers(below)

@@ -43,7 +43,7 @@ class BuildOptions:
                 raise InputError(
                     Field("resolution"),
                     f" {width}x{height} is outside of ",
-                    *(Field("width"), f" {ranges.width} and ", Field("height"), f" {ranges.height}"),
+                    (Field("width"), f" {ranges.width} and ", Field("height"), f" {ranges.height}"),
                 )
 
     def named(self) -> tuple[tuple[str, str], ...]:

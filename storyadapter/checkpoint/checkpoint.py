@@ -20,7 +20,7 @@ from storyadapter.checkpoint.loras import Lora, check_lora, fuse_loras, lora_fil
 from storyadapter.checkpoint.parts import base_parts, image_encoder_part
 from storyadapter.checkpoint.paths import CheckpointPaths
 from storyadapter.checkpoint.tokenizers import check_tokenizer, load_tokenizer, tokenizer_files
-from storyadapter.method.errors import CheckpointError
+from storyadapter.method.errors import CheckpointError, Field
 from storyadapter.model.contract import Geometry, LayerWidth
 
 if TYPE_CHECKING:
@@ -66,8 +66,8 @@ class Checkpoint:
         paths = paths or CheckpointPaths(**typed)
         components, config_folder = base_parts(paths)
         components["image_encoder"] = image_encoder_part(paths)
-        adapter = _file("--ip-adapter", paths.ip_adapter)
-        loras = tuple(Lora(lora_file(find("--lora", spec.path)), spec.scale) for spec in paths.loras)
+        adapter = _file("ip_adapter", paths.ip_adapter)
+        loras = tuple(Lora(lora_file(find("lora", spec.path)), spec.scale) for spec in paths.loras)
         empty = {name: component.check() for name, component in components.items()}
         for part, encoder in _TOKENIZERS.items():
             check_tokenizer(config_folder / part, empty[encoder].config.vocab_size)
@@ -139,10 +139,10 @@ class Checkpoint:
         return network
 
 
-def _file(option: str, name: Path | str) -> Path:
-    path = find(option, name)
+def _file(field: str, name: Path | str) -> Path:
+    path = find(field, name)
     if path.is_dir():
-        raise CheckpointError(f"{option} {path} is a folder; expected a .safetensors or .bin file")
+        raise CheckpointError(Field(field), f" {path} is a folder", expected="a .safetensors or .bin file")
     return path
 
 

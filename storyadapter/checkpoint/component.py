@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from storyadapter.checkpoint.tensor_files import first_line, read_headers, read_tensors
-from storyadapter.method.errors import CheckpointError
+from storyadapter.method.errors import CheckpointError, Text
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +29,7 @@ class Component:
         prefix: only tensors whose names start with it are read: a single file holds several networks.
     """
 
-    title: str
+    title: Text
     config_file: Path
     build: "Callable[[], nn.Module]"
     files: tuple[Path, ...]
@@ -52,7 +52,9 @@ class Component:
             with init_empty_weights(include_buffers=False):
                 return self.build().eval().requires_grad_(False)
         except Exception as error:  # anything a nonsensical configuration makes the constructors raise
-            raise CheckpointError(f"{self.config_file} doesn't describe {self.title}: {first_line(error)}") from error
+            raise CheckpointError(
+                f"{self.config_file} doesn't describe ", self.title, f": {first_line(error)}"
+            ) from error
 
     def check(self) -> "nn.Module":
         """Compare names and shapes in the files' headers with the network, and return the empty network.
@@ -84,15 +86,18 @@ class Component:
         return network.requires_grad_(False)
 
     @property
-    def where(self) -> str:
+    def where(self) -> Text:
+        """What messages call it, with its files."""
         first = self.tensor_files[0]
-        return f"{self.title} in {first.parent if len(self.tensor_files) > 1 else first}"
+        return self.title, f" in {first.parent if len(self.tensor_files) > 1 else first}"
 
     def _converted(self, network: "nn.Module", tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
         try:
             return self.convert(network, tensors)
         except KeyError as error:  # the conversions of diffusers look some names up
-            raise CheckpointError(f"{self.where} lacks the tensor {error}; expected a whole SDXL checkpoint") from error
+            raise CheckpointError(
+                self.where, f" lacks the tensor {error}", expected="a whole SDXL checkpoint"
+            ) from error
 
 
 def shapes(network: "nn.Module") -> dict[str, list[int]]:
@@ -100,7 +105,7 @@ def shapes(network: "nn.Module") -> dict[str, list[int]]:
     return {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
-def compare(where: str, target: str, expected: Mapping[str, list[int]], found: "Mapping[str, Tensor]") -> None:
+def compare(where: Text, target: str, expected: Mapping[str, list[int]], found: "Mapping[str, Tensor]") -> None:
     """Raises CheckpointError unless `found` has exactly the expected names and shapes and is all floating point."""
     missing = sorted(expected.keys() - found.keys())
     unexpected = sorted(found.keys() - expected.keys())
@@ -113,7 +118,7 @@ def compare(where: str, target: str, expected: Mapping[str, list[int]], found: "
         faults.append(_count(reshaped, "of another shape", f" is {list(found[name].shape)}, expected {expected[name]}"))
     faults.append(_count(quantized, "of whole numbers", ": a quantized checkpoint; expected fp32, fp16 or bf16"))
     if any(faults):
-        raise CheckpointError(f"{where} doesn't fit {target}: {'; '.join(filter(None, faults))}")
+        raise CheckpointError(where, f" doesn't fit {target}: {'; '.join(filter(None, faults))}")
 
 
 def _count(names: list[str], kind: str, note: str = "") -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from storyadapter.method import constants
-from storyadapter.method.errors import CheckpointError
+from storyadapter.method.errors import CheckpointError, Field
 
 Config = Mapping[str, Any]
 
@@ -39,8 +39,9 @@ def check_unet(path: Path, config: Config) -> None:
         )
     if config.get("time_cond_proj_dim") is not None:
         raise CheckpointError(
-            f"{path}: a guidance-distilled UNet (time_cond_proj_dim is {config['time_cond_proj_dim']}), such as LCM's; "
-            "expected an SDXL base model; use it with the LCM LoRA instead (--lora)"
+            f"{path}: a guidance-distilled UNet (time_cond_proj_dim is {config['time_cond_proj_dim']}), such as LCM's",
+            expected="an SDXL base model",
+            advice=("use it with the LCM LoRA instead (", Field("lora"), ")"),
         )
     for option in _UNSUPPORTED_UNET:
         if config.get(option) is not None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from storyadapter.checkpoint.component import compare
 from storyadapter.checkpoint.tensor_files import read_headers, read_tensors
 from storyadapter.method import constants
-from storyadapter.method.errors import CheckpointError
+from storyadapter.method.errors import CheckpointError, Field
 from storyadapter.model.ip_adapter import AdapterLayer, IPAdapterWeights
 
 if TYPE_CHECKING:
@@ -115,6 +115,10 @@ def _check_projection(path: Path, found: list[int], expected: list[int], width: 
         raise CheckpointError(f"{path} makes {found[0] // width} tokens per image; {_EXPECTED}")
     if len(found) == 2 and found[0] == expected[0] and found[1] != expected[1]:
         raise CheckpointError(
-            f"{path} takes image embeddings {found[1]} wide, the image encoder in {image_encoder} gives {expected[1]}; "
-            "give the one that belongs to the adapter with --image-encoder (1280: ViT-bigG, 1024: ViT-H)"
+            f"{path} takes image embeddings {found[1]} wide, the image encoder in {image_encoder} gives {expected[1]}",
+            advice=(
+                "give the one that belongs to the adapter with ",
+                Field("image_encoder"),
+                " (1280: ViT-bigG, 1024: ViT-H)",
+            ),
         )

@@ -6,13 +6,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from storyadapter.method.errors import CheckpointError
+from storyadapter.method.errors import CheckpointError, Field
 
 _HUB_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?P<inner>/.+)?", re.ASCII)
 
 
-def find(option: str, name: Path | str) -> Path:
+def find(field: str, name: Path | str) -> Path:
     """The file or folder that `name` stands for: a path, or "owner/name[/path inside]" in the Hugging Face cache.
+
+    Args:
+        field: of `CheckpointPaths`, for messages.
+        name: what was asked for.
 
     Raises:
         CheckpointError: neither is there.
@@ -22,18 +26,21 @@ def find(option: str, name: Path | str) -> Path:
         return path
     hub_name = _HUB_NAME.fullmatch(str(name))
     if hub_name is None:
-        raise CheckpointError(f"{option} {name}: there is no such file or folder")
+        raise CheckpointError(Field(field), f" {name}: there is no such file or folder")
     snapshot = _cached_snapshot(hub_name["repo"])
     if snapshot is None:
         raise CheckpointError(
-            f"{option} {name}: there is no such file or folder, and no model of that name in the local Hugging Face "
-            f"cache; give a path, or fetch it first: hf download {hub_name['repo']}"
+            Field(field),
+            f" {name}: there is no such file or folder, and no model of that name in the local Hugging Face cache",
+            advice=f"give a path, or fetch it first: hf download {hub_name['repo']}",
         )
     inner = snapshot / (hub_name["inner"] or "").lstrip("/")
     if not inner.exists():
         raise CheckpointError(
-            f"{option} {name}: {hub_name['repo']} is in the local Hugging Face cache, but without "
-            f"{hub_name['inner'].lstrip('/')}; fetch it first: hf download {hub_name['repo']}"
+            Field(field),
+            f" {name}: {hub_name['repo']} is in the local Hugging Face cache, but without "
+            f"{hub_name['inner'].lstrip('/')}",
+            advice=f"fetch it first: hf download {hub_name['repo']}",
         )
     return inner
 
@@ -89,7 +96,8 @@ def weight_files(folder: Path, stems: tuple[str, str], variant: str | None) -> t
         return _files_of_variant(folder, stems, variants[0])
     if variants:
         raise CheckpointError(
-            f"{folder} has weights of the variants {', '.join(variants)} only; say which one with --variant"
+            f"{folder} has weights of the variants {', '.join(variants)} only",
+            advice=("say which one with ", Field("variant")),
         )
     raise CheckpointError(f"{folder} has no weights; expected {stems[0]}.safetensors or {stems[1]}.bin")
 

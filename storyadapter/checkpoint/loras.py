@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from storyadapter.checkpoint.tensor_files import first_line, read_headers, read_metadata, read_tensors
-from storyadapter.method.errors import CheckpointError
+from storyadapter.method.errors import CheckpointError, Field
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -38,7 +38,7 @@ def lora_file(path: Path) -> Path:
     for name in _FILE_NAMES:
         if (path / name).exists():
             return path / name
-    raise CheckpointError(f"--lora {path} has no {_FILE_NAMES[0]}; give the file itself")
+    raise CheckpointError(Field("lora"), f" {path} has no {_FILE_NAMES[0]}", advice="give the file itself")
 
 
 def check_lora(path: Path, networks: "Mapping[str, nn.Module]") -> None:

@@ -10,7 +10,7 @@ from storyadapter.checkpoint.component import Component, Convert, folder_names
 from storyadapter.checkpoint.locate import DIFFUSERS_STEMS, TRANSFORMERS_STEMS, find, read_config, weight_files
 from storyadapter.checkpoint.paths import CheckpointPaths
 from storyadapter.checkpoint.tensor_files import is_safetensors
-from storyadapter.method.errors import CheckpointError
+from storyadapter.method.errors import CheckpointError, Field, Text
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -24,13 +24,16 @@ def base_parts(paths: CheckpointPaths) -> tuple[dict[str, Component], Path]:
     """
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-    base = find("--base-model", paths.base_model)
+    base = find("base_model", paths.base_model)
     file = None if base.is_dir() else base
     folder = base if file is None else _base_config(file, paths)
     if file is None and paths.base_config is not None:
         raise CheckpointError(
-            f"--base-config {paths.base_config} belongs to a single-file --base-model, but {base} is a folder; "
-            "leave it out"
+            Field("base_config"),
+            f" {paths.base_config} belongs to a single-file ",
+            Field("base_model"),
+            f", but {base} is a folder",
+            advice="leave it out",
         )
     configs.check_pipeline(folder)
     if file is not None:
@@ -53,9 +56,10 @@ def image_encoder_part(paths: CheckpointPaths) -> Component:
     """
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-    folder = find("--image-encoder", paths.image_encoder)
+    folder = find("image_encoder", paths.image_encoder)
     if not folder.is_dir():
-        raise CheckpointError(f"--image-encoder {folder} is a file; expected a folder with config.json and weights")
+        expected = "a folder with config.json and weights"
+        raise CheckpointError(Field("image_encoder"), f" {folder} is a file", expected=expected)
     config = configs.vision_config(folder / "config.json", _config(folder))
 
     def vision_half(network: "nn.Module", tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
@@ -81,7 +85,7 @@ class _Source:
 
     def part(
         self,
-        title: str,
+        title: Text,
         folder: Path,
         build: "Callable[[], nn.Module]",
         stems: tuple[str, str],
@@ -125,7 +129,7 @@ def _text_encoder(folder: Path, model_class: Any, source: _Source) -> Component:
     )
 
 
-def _vae(folder: Path, source: _Source, title: str = "the VAE") -> Component:
+def _vae(folder: Path, source: _Source, title: Text = "the VAE") -> Component:
     config = _config(folder)
     configs.check_vae(folder / "config.json", config)
     return source.part(
@@ -134,13 +138,14 @@ def _vae(folder: Path, source: _Source, title: str = "the VAE") -> Component:
 
 
 def _other_vae(paths: CheckpointPaths, base: Path) -> Component:
-    """`--vae`: a folder with a configuration, or a file in either layout that shares the base model's."""
-    path = find("--vae", paths.vae or "")
-    title = "the VAE given with --vae"
+    """Another VAE: a folder with a configuration, or a file in either layout that shares the base model's."""
+    path = find("vae", paths.vae or "")
+    title = ("the VAE given with ", Field("vae"))
     if path.is_dir():
         return _vae(path, _Source(None, paths.variant), title)
     if not is_safetensors(path):
-        raise CheckpointError(f"--vae {path} is neither a folder nor a .safetensors file; expected one of these")
+        found = f" {path} is neither a folder nor a .safetensors file"
+        raise CheckpointError(Field("vae"), found, expected="one of these")
     config = _config(base / "vae")
     configs.check_vae(base / "vae" / "config.json", config)
     return Component(title, base / "vae" / "config.json", _vae_builder(config), (path,), single_file.convert_vae)
@@ -155,18 +160,21 @@ def _vae_builder(config: dict[str, Any]) -> "Callable[[], nn.Module]":
 def _base_config(file: Path, paths: CheckpointPaths) -> Path:
     if not is_safetensors(file):
         raise CheckpointError(
-            f"--base-model {file} is neither a diffusers folder nor a .safetensors file; expected one of these"
+            Field("base_model"),
+            f" {file} is neither a diffusers folder nor a .safetensors file",
+            expected="one of these",
         )
     if paths.base_config is None:
         raise CheckpointError(
-            f"--base-model {file} is a single file, which has no tokenizers and no configurations; give --base-config "
-            "DIR with a diffusers SDXL folder (its weights aren't needed)"
+            Field("base_model"),
+            f" {file} is a single file, which has no tokenizers and no configurations",
+            advice=("give ", Field("base_config"), " DIR with a diffusers SDXL folder (its weights aren't needed)"),
         )
     if paths.variant is not None:
         raise CheckpointError(f"the variant {paths.variant} belongs to a diffusers folder, but {file} is a single file")
-    folder = find("--base-config", paths.base_config)
+    folder = find("base_config", paths.base_config)
     if not folder.is_dir():
-        raise CheckpointError(f"--base-config {folder} is a file; expected a diffusers SDXL folder")
+        raise CheckpointError(Field("base_config"), f" {folder} is a file", expected="a diffusers SDXL folder")
     return folder
 
 

@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from storyadapter.method.errors import InputError
+from storyadapter.method.errors import Field, InputError
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
@@ -34,10 +34,12 @@ class LoraSpec:
         if not colon or not _NUMBER.fullmatch(number):
             path, number = text, "1"
         if not path:
-            raise InputError(f"--lora {text!r} has no path; expected PATH or PATH:SCALE, such as style.safetensors:0.8")
+            expected = "PATH or PATH:SCALE, such as style.safetensors:0.8"
+            raise InputError(Field("lora"), f" {text!r} has no path", expected=expected)
         scale = float(number)
         if not math.isfinite(scale):
-            raise InputError(f"--lora {text!r}: the scale {number} is too large; expected a number such as 0.8")
+            found = f" {text!r}: the scale {number} is too large"
+            raise InputError(Field("lora"), found, expected="a number such as 0.8")
         return cls(Path(path), scale)
 
     def __str__(self) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from storyadapter.checkpoint.component import folder_names
 from storyadapter.checkpoint.tensor_files import read_headers
-from storyadapter.method.errors import CheckpointError
+from storyadapter.method.errors import CheckpointError, Field
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -42,7 +42,7 @@ def check_kind(path: Path, needs_vae: bool) -> None:
         if needed and not any(name.startswith(prefix) for name in headers)
     ]
     if len(missing) == 1 and missing[0].startswith("the VAE"):
-        raise CheckpointError(f"{path} holds no VAE ({VAE_PREFIX}*); give one with --vae")
+        raise CheckpointError(f"{path} holds no VAE ({VAE_PREFIX}*)", advice=("give one with ", Field("vae")))
     if missing:
         raise CheckpointError(
             f"{path} lacks {', '.join(missing)}: it looks like {_kind(headers)}; expected an SDXL base model in the "

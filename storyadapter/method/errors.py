@@ -3,7 +3,7 @@
 A setting is named as a `Field`, never by an option's spelling: each face spells it as its own users type it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -15,7 +15,7 @@ class Field:
     name: str
 
 
-Text: TypeAlias = str | Field | tuple[str | Field, ...]
+Text: TypeAlias = str | Field | tuple["Text", ...]
 
 
 def plain(name: str) -> str:
@@ -25,8 +25,15 @@ def plain(name: str) -> str:
 
 def spelled(text: Text, spelling: Callable[[str], str] = plain) -> str:
     """A text with its fields as `spelling` gives them for their names."""
-    parts = text if isinstance(text, tuple) else (text,)
-    return "".join(part if isinstance(part, str) else spelling(part.name) for part in parts)
+    return "".join(part if isinstance(part, str) else spelling(part.name) for part in _parts(text))
+
+
+def _parts(text: Text) -> Iterator[str | Field]:
+    if isinstance(text, tuple):
+        for part in text:
+            yield from _parts(part)
+    else:
+        yield text
 
 
 class StoryAdapterError(Exception):
@@ -41,10 +48,10 @@ class StoryAdapterError(Exception):
 
     exit_code = 1
 
-    def __init__(self, *found: str | Field, expected: Text = "", advice: Text = "", field: str | None = None) -> None:
+    def __init__(self, *found: Text, expected: Text = "", advice: Text = "", field: str | None = None) -> None:
         super().__init__(*found)  # these alone are `args`; a pickle holds the others as attributes
         self.expected, self.advice = expected, advice
-        self.field = field or next((part.name for part in found if isinstance(part, Field)), None)
+        self.field = field or next((part.name for part in _parts(found) if isinstance(part, Field)), None)
 
     def text(self, spelling: Callable[[str], str] = plain) -> str:
         """The whole line: found; expected …; advice."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from storyadapter.method.constants import STYLES
-from storyadapter.method.errors import InputError
+from storyadapter.method.errors import Field, InputError
 from storyadapter.method.story_file import STORY_SUFFIXES, kind, read_story_file
 
 _KEYS = ("title", "style", "characters", "prompts")
@@ -68,7 +68,7 @@ class Story:
 
     @classmethod
     def from_arguments(cls, arguments: Sequence[str]) -> Self:
-        """Read the published scripts' `--story`: one argument that is an existing path, whose name ends in .yaml, .yml,
+        """Read the published scripts' stories: one argument that is an existing path, whose name ends in .yaml, .yml,
         .json or .txt, or that is a path by its looks (tales/fox, tale.yml2), is a story file; anything else is the
         prompts.
 
@@ -140,8 +140,9 @@ def _checked(fields: Mapping[str, Any], where: Callable[..., str]) -> dict[str, 
         raise InputError(f"{where('prompts')}'prompts' is {kind(prompts)}, expected a list with one text per frame")
     if not prompts:
         raise InputError(
-            f"{where('prompts')}the story is empty, expected one prompt per frame; "
-            "type --prompt TEXT once per frame, or list them in the story file"
+            f"{where('prompts')}the story is empty,",
+            expected="one prompt per frame",
+            advice=("type ", Field("prompt"), " TEXT once per frame, or list them in the story file"),
         )
     title, style, characters = fields.get("title"), fields.get("style"), fields.get("characters")
     if title is not None:

@@ -8,10 +8,11 @@ from typing import Any
 
 import yaml
 
-from storyadapter.method.errors import InputError
+from storyadapter.method.errors import Field, InputError
 
 STORY_SUFFIXES = (".yaml", ".yml", ".json", ".txt")
 MAX_BYTES = 1 << 20  # far above any story; keeps a checkpoint named by mistake out of memory
+_MEANT_AS_PROMPT = ("if it is meant as a prompt, type ", Field("prompt"), " TEXT")
 
 Place = tuple[Any, ...]
 
@@ -81,13 +82,11 @@ def _read_text(path: Path) -> str:
             data = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
         raise InputError(
-            f"{path}: no such file, expected a story ({', '.join(STORY_SUFFIXES)}); "
-            "if it is meant as a prompt, type --prompt TEXT"
+            f"{path}: no such file,", expected=f"a story ({', '.join(STORY_SUFFIXES)})", advice=_MEANT_AS_PROMPT
         ) from None
     except IsADirectoryError:
         raise InputError(
-            f"{path} is a folder, expected a story file ({', '.join(STORY_SUFFIXES)}); "
-            "if it is meant as a prompt, type --prompt TEXT"
+            f"{path} is a folder,", expected=f"a story file ({', '.join(STORY_SUFFIXES)})", advice=_MEANT_AS_PROMPT
         ) from None
     except OSError as error:
         raise InputError(f"{path} can't be read: {error.strerror}") from error

@@ -77,7 +77,7 @@ def lock_folder(folder: Path) -> FileLock:
         lock.acquire()
     except Timeout:
         raise InputError(
-            f"{folder} is in use by another run", advice=("wait until that has ended, or ", *ANOTHER_FOLDER)
+            f"{folder} is in use by another run", advice=("wait until that has ended, or ", ANOTHER_FOLDER)
         ) from None
     except OSError as error:
         if is_full(error):

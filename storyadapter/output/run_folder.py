@@ -372,16 +372,16 @@ def _stored_or_new(path: Path, given: RunRecord, resume: bool) -> RunRecord:
         return given
     stored = RunRecord.read(path / RECORD_NAME)
     if difference := first_difference(stored.identity, given.identity):
-        raise InputError(f"{path} holds another run: ", *difference, advice=ANOTHER_FOLDER)
+        raise InputError(f"{path} holds another run: ", difference, advice=ANOTHER_FOLDER)
     if (stored.frames, stored.scales) != (given.frames, given.scales):
         raise ValueError("equal identities with other frames or scales: the identity must hold both")
     if resume:
         return stored
     if stored.finished:
-        raise InputError(f"{path} already holds this run, finished", advice=(*ANOTHER_FOLDER, " to make it again"))
+        raise InputError(f"{path} already holds this run, finished", advice=(ANOTHER_FOLDER, " to make it again"))
     raise InputError(
         f"{path} already holds this run, with {len(stored.iterations)} of {len(stored.scales)} iterations finished",
-        advice=("type ", Field("resume"), " to go on with it, or ", *ANOTHER_FOLDER),
+        advice=("type ", Field("resume"), " to go on with it, or ", ANOTHER_FOLDER),
     )
 
 

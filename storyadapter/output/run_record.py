@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
-from storyadapter.method.errors import Field, InputError
+from storyadapter.method.errors import Field, InputError, Text
 from storyadapter.output.files import ANOTHER_FOLDER
 
 FORMAT = "storyadapter-trt run"
@@ -140,7 +140,7 @@ def json_values(value: Any) -> Any:
     return json.loads(json.dumps(value, allow_nan=False))
 
 
-def first_difference(stored: Any, given: Any, place: tuple[str | int, ...] = ()) -> tuple[str | Field, ...] | None:
+def first_difference(stored: Any, given: Any, place: tuple[str | int, ...] = ()) -> Text | None:
     """The first place where two identities differ, in words and in the order of `given`; None if they are equal.
 
     The items of an identity's "plan" are told as the settings that they are.
@@ -152,7 +152,7 @@ def first_difference(stored: Any, given: Any, place: tuple[str | int, ...] = ())
         return None
     if isinstance(stored, list) and isinstance(given, list):
         if len(stored) != len(given):
-            return (*_named(place), f" has {len(stored)} items there, {len(given)} here")
+            return (_named(place), f" has {len(stored)} items there, {len(given)} here")
         for index, pair in enumerate(zip(stored, given, strict=True)):
             if found := first_difference(*pair, (*place, index)):
                 return found
@@ -165,19 +165,19 @@ def first_difference(stored: Any, given: Any, place: tuple[str | int, ...] = ())
             (i for i, (a, b) in enumerate(zip(stored, given, strict=False)) if a != b), min(len(stored), len(given))
         )
         start = max(0, same - _EXCERPT // 2)
-    return (*_named(place), f" is {_excerpt(stored, start)} there, {_excerpt(given, start)} here")
+    return (_named(place), f" is {_excerpt(stored, start)} there, {_excerpt(given, start)} here")
 
 
-def _named(place: Sequence[str | int]) -> tuple[str | Field, ...]:
-    """("story", "prompts", 1) → ("story.prompts[1]",); ("plan", "steps") → (Field("steps"), "")."""
-    named: tuple[str | Field, ...] = ()
+def _named(place: Sequence[str | int]) -> Text:
+    """("story", "prompts", 1) → "story.prompts[1]"; ("plan", "steps") → (Field("steps"), "")."""
+    named: Text = ()
     match place:
         case ("plan", "scales", *place):
             named = (Field("scales"), " (or ", Field("iterations"), ")")
         case ("plan", str(setting), *place):
-            named = (Field(setting),)
+            named = Field(setting)
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
-    return (*named, text) if named else (text.removeprefix("."),)
+    return (named, text) if named else text.removeprefix(".")
 
 
 def _excerpt(value: Any, start: int) -> str:

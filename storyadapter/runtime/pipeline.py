@@ -152,9 +152,9 @@ class StoryPipeline:
             ("width", plan.width, width),
         ):
             if asked not in built:
-                named = ("the story's frames (", Field(name), ")") if name == "max_references" else (Field(name),)
+                named = ("the story's frames (", Field(name), ")") if name == "max_references" else Field(name)
                 served = f"this engine was built for {built.minimum} to {built.maximum}"
-                raise InputError(*named, f": {asked} asked for", advice=served)
+                raise InputError(named, f": {asked} asked for", advice=served)
 
     def _events(
         self, prompts: Sequence[str], plan: RunPlan, table: SamplerTable, resume: FinishedIteration | None

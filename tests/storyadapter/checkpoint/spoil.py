@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from storyadapter.checkpoint import Checkpoint, CheckpointPaths
+from storyadapter.cli.options import typed
 from storyadapter.method.errors import CheckpointError
 
 
@@ -29,7 +30,7 @@ def refuses(pattern: str, paths: CheckpointPaths) -> None:
     """`Checkpoint.open` must raise one line in which every part of `pattern` (split at " … ") is found in order."""
     with pytest.raises(CheckpointError) as raised:
         Checkpoint.open(paths)
-    message = str(raised.value)
+    message = typed(raised.value)
     assert re.search(".*".join(re.escape(part) for part in pattern.split(" … ")), message), message
     assert "\n" not in message
     assert raised.value.exit_code == 2

@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storyadapter.checkpoint.locate import DIFFUSERS_STEMS, find, read_config, weight_files
+from storyadapter.cli.options import typed
 from storyadapter.method.errors import CheckpointError
+from tests.refusals import raises_typed
 
 STEM = DIFFUSERS_STEMS[0]
 
@@ -57,7 +59,7 @@ def test_shards(tmp_path: Path, infix: str, suffix: str) -> None:
 def test_several_variants(tmp_path: Path) -> None:
     make(tmp_path, f"{STEM}.ema.safetensors")
     shard(tmp_path, ".fp16")
-    with pytest.raises(CheckpointError, match="variants ema, fp16 only; say which one with --variant"):
+    with raises_typed(CheckpointError, match="variants ema, fp16 only; say which one with --variant"):
         weight_files(tmp_path, DIFFUSERS_STEMS, None)
 
 
@@ -137,14 +139,14 @@ def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_hub_name_in_the_cache(hub_cache: Path) -> None:
-    assert find("--base-model", "owner/name").resolve() == hub_cache.resolve()
-    assert find("--ip-adapter", "owner/name/sdxl/model.bin").resolve() == (hub_cache / "sdxl" / "model.bin").resolve()
+    assert find("base_model", "owner/name").resolve() == hub_cache.resolve()
+    assert find("ip_adapter", "owner/name/sdxl/model.bin").resolve() == (hub_cache / "sdxl" / "model.bin").resolve()
 
 
 def test_hub_name_that_is_not_in_the_cache(hub_cache: Path) -> None:
     with pytest.raises(CheckpointError) as raised:
-        find("--base-model", "owner/other")
-    assert str(raised.value) == (
+        find("base_model", "owner/other")
+    assert typed(raised.value) == (
         "--base-model owner/other: there is no such file or folder, and no model of that name in the local Hugging "
         "Face cache; give a path, or fetch it first: hf download owner/other"
     )
@@ -152,10 +154,10 @@ def test_hub_name_that_is_not_in_the_cache(hub_cache: Path) -> None:
 
 def test_file_that_is_not_in_the_cached_model(hub_cache: Path) -> None:
     with pytest.raises(CheckpointError, match="owner/name is in the local .* cache, but without sdxl/a.bin; fetch it"):
-        find("--ip-adapter", "owner/name/sdxl/a.bin")
+        find("ip_adapter", "owner/name/sdxl/a.bin")
 
 
 @pytest.mark.parametrize("name", ["nothing", "/no/such/path", "a b/c", "-/--"])
 def test_no_path_and_no_hub_name(hub_cache: Path, name: str) -> None:
     with pytest.raises(CheckpointError, match="there is no such file or folder"):
-        find("--base-model", name)
+        find("base_model", name)

@@ -8,6 +8,7 @@ import yaml
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from storyadapter.cli.options import typed
 from storyadapter.method.constants import STYLES
 from storyadapter.method.errors import InputError
 from storyadapter.method.story import Story, check_style
@@ -40,7 +41,7 @@ def message(function, *arguments) -> str:
     with pytest.raises(InputError) as caught:
         function(*arguments)
     assert caught.value.exit_code == 2
-    text = str(caught.value)
+    text = typed(caught.value)
     assert "\n" not in text
     return text
 
