@@ -2,7 +2,7 @@
 
 The exporter, the builders' profiles, every session, the tests and the benchmark read it; nothing else spells the name
 or the shape of a network's input. Letters are those of the design: B rows of one UNet call (2·F, unconditional rows
-first), P prompts bound to a call, F frames of a micro-batch, N reference images, G rows of the reference bank,
+first), P prompts bound to a call, F frames of a batch, N reference images, G rows of the reference bank,
 R reference tokens (4·N), T text tokens, h and w latent size, H·D = C width of a layer, L cross-attention layers of one
 width, E width of the UNet's time embedding. Imports nothing heavy.
 """
@@ -14,11 +14,10 @@ from typing import Any, Final, Literal
 from storyadapter.method import constants
 from storyadapter.method.errors import Field, InputError
 from storyadapter.method.plan import check_pixels
+from storyadapter.model.numerics import DTYPE_NAMES, Numerics, Precision
 
-CONTRACT_VERSION: Final = 1
+CONTRACT_VERSION: Final = 2
 
-Precision = Literal["fp32", "fp16", "bf16"]
-PRECISIONS: Final[tuple[Precision, ...]] = ("fp32", "fp16", "bf16")
 Dim = int | str  # a number, a letter, or a factor times a letter such as "4*N"
 
 
@@ -54,9 +53,9 @@ class Geometry:
     def default_pixels(self) -> int:
         return self.sample_size * self.pixels_per_latent
 
-    def default_vae_precision(self, precision: Precision) -> Precision:
-        """The precision of the VAE where none was asked for, in a model whose other networks run in `precision`."""
-        return "fp32" if self.vae_in_fp32 else precision
+    def numerics(self, precision: Precision, vae: Precision | None = None) -> Numerics:
+        """Everything in one precision but the VAE, where it has one of its own: `vae`, or what its model asks for."""
+        return Numerics.of(precision, vae_decoder=vae or ("fp32" if self.vae_in_fp32 else None))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for a manifest; `Geometry.from_dict` reads it back."""
@@ -109,11 +108,11 @@ class ShapeRanges:
         """The range of every dynamic letter."""
         return {
             "B": Range(1, 2 * self.max_frames),
-            "P": Range(1, self.max_frames + 1),
+            "P": Range(1, 2 * self.max_frames),
             "F": Range(1, self.max_frames),
             # one image more than there are references: the all-zero embedding of the unconditional row
             "N": Range(1, self.max_references + 1),
-            "G": Range(1, MAX_BANK_ROWS),
+            "G": Range(1, 2 * self.max_frames + 1),
             "R": Range(1, constants.TOKENS_PER_IMAGE * self.max_references),
             "h": Range(self.height.minimum // pixels_per_latent, self.height.maximum // pixels_per_latent),
             "w": Range(self.width.minimum // pixels_per_latent, self.width.maximum // pixels_per_latent),
@@ -139,29 +138,20 @@ class ShapeRanges:
         return cls(**{**data, "height": Range(**data["height"]), "width": Range(**data["width"])})
 
 
-MAX_BANK_ROWS: Final = 8
-
-
-DtypeRole = Literal["engine", "vae", "float32", "int32"]
+DtypeRole = Literal["network", "float32", "int32"]
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One input or output: name, shape in letters, and dtype or the role that decides it."""
+    """One input or output: name, shape in letters, and its dtype: the network's own, or a fixed one."""
 
     name: str
     shape: tuple[Dim, ...]
-    dtype: DtypeRole = "engine"
+    dtype: DtypeRole = "network"
 
-    def dtype_name(self, precision: Precision, vae_precision: Precision) -> str:
-        """The dtype as PyTorch names it: "float32", "float16", "bfloat16" or "int32"."""
-        match self.dtype:
-            case "engine":
-                return DTYPE_NAMES[precision]
-            case "vae":
-                return DTYPE_NAMES[vae_precision]
-            case fixed:
-                return fixed
+    def dtype_name(self, precision: Precision) -> str:
+        """The dtype in a network of this precision, as PyTorch names it: "float32", "float16", "bfloat16", "int32"."""
+        return DTYPE_NAMES[precision] if self.dtype == "network" else self.dtype
 
     def solve(self, sizes: tuple[int, ...], letters: dict[str, int], network: str) -> None:
         """Check `sizes` against the shape; letters met for the first time are added to `letters`.
@@ -181,9 +171,6 @@ class TensorSpec:
             known = letters.setdefault(letter, size // factor)
             if known * factor != size:
                 raise ValueError(f"{where} has {dim} = {size}; expected {known * factor}, as in an earlier input")
-
-
-DTYPE_NAMES: Final[dict[str, str]] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 def split_dim(dim: str) -> tuple[int, str]:
@@ -287,8 +274,8 @@ def network_specs(geometry: Geometry) -> dict[str, NetworkSpec]:
         ),
         NetworkSpec(
             "vae_decoder",
-            (TensorSpec("latents", ("F", latent, "h", "w"), "vae"),),
-            (TensorSpec("image", ("F", 3, f"{scale}*h", f"{scale}*w"), "vae"),),
+            (TensorSpec("latents", ("F", latent, "h", "w")),),
+            (TensorSpec("image", ("F", 3, f"{scale}*h", f"{scale}*w")),),
         ),
     )
     return {network.name: network for network in networks}

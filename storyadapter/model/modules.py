@@ -11,10 +11,11 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from storyadapter.model.contract import Geometry, Precision
+from storyadapter.model.contract import Geometry
 from storyadapter.model.grca import GrcaFunction
 from storyadapter.model.ip_adapter import IPAdapterWeights
 from storyadapter.model.networks import TORCH_DTYPES
+from storyadapter.model.numerics import Numerics
 from storyadapter.model.unet import split_unet
 
 _UNET_PARTS: Final = ("text_projection", "reference_projection", "denoiser")
@@ -99,8 +100,7 @@ class VaeDecoder(nn.Module):
 
 def iterate_modules(
     checkpoint: ModelParts,
-    precision: Precision,
-    vae_precision: Precision,
+    numerics: Numerics,
     grca: GrcaFunction,
     only: Collection[str] | None = None,
 ) -> Iterator[tuple[str, nn.Module]]:
@@ -111,28 +111,31 @@ def iterate_modules(
 
     Args:
         checkpoint: an opened (that is, validated) checkpoint.
-        precision: dtype of all weights but the VAE's.
-        vae_precision: dtype of the VAE's.
+        numerics: the dtype of every network's weights.
         grca: the attention function of the denoiser's cross-attention layers.
         only: names of the modules to be had; components that none of them needs aren't loaded. None for all.
     """
-    dtype = TORCH_DTYPES[precision]
 
     def wanted(name: str) -> bool:
         return only is None or name in only
 
+    def dtype(name: str) -> torch.dtype:
+        return TORCH_DTYPES[numerics[name]]
+
     if wanted("text_encoder"):
-        yield "text_encoder", TextEncoder(checkpoint.load_text_encoder(dtype)).eval()
+        yield "text_encoder", TextEncoder(checkpoint.load_text_encoder(dtype("text_encoder"))).eval()
     if wanted("text_encoder_2"):
-        yield "text_encoder_2", TextEncoder2(checkpoint.load_text_encoder_2(dtype)).eval()
+        yield "text_encoder_2", TextEncoder2(checkpoint.load_text_encoder_2(dtype("text_encoder_2"))).eval()
     if wanted("image_encoder"):
-        yield "image_encoder", ImageEncoder(checkpoint.load_image_encoder(dtype)).eval()
+        yield "image_encoder", ImageEncoder(checkpoint.load_image_encoder(dtype("image_encoder"))).eval()
     if any(map(wanted, _UNET_PARTS)):
-        parts = split_unet(checkpoint.load_unet(dtype), checkpoint.load_ip_adapter(dtype), grca)
+        unet, adapter = (load(dtype("denoiser")) for load in (checkpoint.load_unet, checkpoint.load_ip_adapter))
+        parts = split_unet(unet, adapter, grca)
+        del unet, adapter
         # taken out one by one: what a suspended generator still names would stay in memory
         modules = {name: getattr(parts, name) for name in _UNET_PARTS if wanted(name)}
         del parts
         for name in tuple(modules):
             yield name, modules.pop(name).eval()
     if wanted("vae_decoder"):
-        yield "vae_decoder", VaeDecoder(checkpoint.load_vae(TORCH_DTYPES[vae_precision])).eval()
+        yield "vae_decoder", VaeDecoder(checkpoint.load_vae(dtype("vae_decoder"))).eval()

@@ -1,4 +1,4 @@
-"""What a backend gives to the method: seven networks behind one protocol."""
+"""What a backend gives to the runtime: networks by name, behind one protocol."""
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
@@ -7,7 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from storyadapter.model.contract import Geometry, NetworkSpec, Precision, Range, size_of
+from storyadapter.model.contract import Geometry, NetworkSpec, Range, size_of
+from storyadapter.model.numerics import Numerics, Precision
 
 
 class Network(Protocol):
@@ -61,35 +62,37 @@ run_directly = DirectStepRunner()
 
 @dataclass(frozen=True)
 class Networks:
-    """The seven networks of one model on one backend, with what a run must know of them."""
+    """The networks of one model on one backend, by the contract's names, with what a run must know of them.
 
-    text_encoder: Network
-    text_encoder_2: Network
-    text_projection: Network
-    image_encoder: Network
-    reference_projection: Network
-    denoiser: Network
-    vae_decoder: Network
+    Attributes:
+        letters: the engine's ranges; None where shapes are free.
+        run_step: how a step of the denoising loop is run.
+        padding_is_free: whether reference tokens behind `ref_length` take no time, as the fused kernel reads only those
+            before it.
+    """
+
+    by_name: Mapping[str, Network]
     geometry: Geometry
     backend: str
     device: torch.device
-    precision: Precision
-    vae_precision: Precision
-    letters: Mapping[str, Range] | None  # the engine's ranges; None where shapes are free
+    numerics: Numerics
+    letters: Mapping[str, Range] | None
     run_step: StepRunner = run_directly
-    # whether reference tokens behind `ref_length` take no time, as the fused kernel reads only those before it
     padding_is_free: bool = False
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return TORCH_DTYPES[self.precision]
+    def __getitem__(self, name: str) -> Network:
+        return self.by_name[name]
 
-    @property
-    def vae_dtype(self) -> torch.dtype:
-        return TORCH_DTYPES[self.vae_precision]
+    def dtype(self, network: str) -> torch.dtype:
+        """In which the contract's "network" tensors of this network are."""
+        return TORCH_DTYPES[self.numerics[network]]
 
 
-TORCH_DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+TORCH_DTYPES: dict[Precision, torch.dtype] = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
 
 
 def check_inputs(
@@ -97,11 +100,13 @@ def check_inputs(
     inputs: Mapping[str, Tensor],
     *,
     precision: Precision,
-    vae_precision: Precision,
     device: torch.device,
     letters: Mapping[str, Range] | None,
 ) -> dict[str, int]:
     """The check that every backend makes before it runs a network; returns the value of every letter.
+
+    Args:
+        precision: of this network.
 
     Raises:
         ValueError: naming network, input, and what was expected.
@@ -109,7 +114,7 @@ def check_inputs(
     values = spec.check_shapes({name: tuple(tensor.shape) for name, tensor in inputs.items()}, letters)
     for tensor_spec in spec.inputs:
         tensor = inputs[tensor_spec.name]
-        expected = getattr(torch, tensor_spec.dtype_name(precision, vae_precision))
+        expected = getattr(torch, tensor_spec.dtype_name(precision))
         where = f"{spec.name}: input {tensor_spec.name}"
         if tensor.dtype != expected:
             raise ValueError(f"{where} is {tensor.dtype}; expected {expected}")
@@ -120,15 +125,15 @@ def check_inputs(
     return values
 
 
-def idle_inputs(networks: Networks, spec: NetworkSpec, letters: Mapping[str, int]) -> dict[str, Tensor]:
+def idle_inputs(networks: Networks, network: str, letters: Mapping[str, int]) -> dict[str, Tensor]:
     """Inputs of a network with valid but meaningless values (zeros, and full lengths), to warm it up or to time it.
 
     Args:
         letters: a value for every letter that the network's inputs have.
     """
     inputs = {}
-    for tensor in spec.inputs:
-        dtype = getattr(torch, tensor.dtype_name(networks.precision, networks.vae_precision))
+    for tensor in networks[network].spec.inputs:
+        dtype = getattr(torch, tensor.dtype_name(networks.numerics[network]))
         shape = [size_of(dim, letters) for dim in tensor.shape]
         value = letters["R"] if tensor.name == "ref_length" else 0
         inputs[tensor.name] = torch.full(shape, value, dtype=dtype, device=networks.device)

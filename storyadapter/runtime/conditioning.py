@@ -106,10 +106,10 @@ class StoryText:
         networks, first = self._networks, int(self._guided)
         chosen = slice(first + frames.start, first + frames.stop)
         ids, ids_2 = (torch.cat((ids[:first], ids[chosen])) for ids in self._ids)
-        inputs = networks.text_encoder({"input_ids": ids})
-        inputs |= networks.text_encoder_2({"input_ids": ids_2})
+        inputs = networks["text_encoder"]({"input_ids": ids})
+        inputs |= networks["text_encoder_2"]({"input_ids": ids_2})
         inputs["sizes"] = self._sizes.repeat(len(ids), 1)
-        outputs = networks.text_projection(inputs)
+        outputs = networks["text_projection"](inputs)
         row = text_rows(len(frames), self._guided, networks.device)
         kv = {width.channels: outputs[text_kv_name(width.channels)] for width in networks.geometry.widths}
         if self._keep:

@@ -208,7 +208,7 @@ class FrameDecoder:
             precision = Field("vae_precision" if latents else "precision")
             raise RunError(
                 f"iteration {iteration}, frame {frame}: the {'VAE' if latents else 'UNet'} gave values that are "
-                f"not finite in {networks.vae_precision if latents else networks.precision}",
+                f"not finite in {networks.numerics['vae_decoder' if latents else 'denoiser']}",
                 advice=("try ", precision, " bf16 or fp32, with another ", Field("out")),
             )
         drawn = to_picture(chunk.pixels[index])

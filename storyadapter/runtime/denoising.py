@@ -100,7 +100,7 @@ class DenoisingState:
     """
 
     def __init__(self, networks: Networks, shape: LoopShape) -> None:
-        geometry, device, dtype = networks.geometry, networks.device, networks.dtype
+        geometry, device, dtype = networks.geometry, networks.device, networks.dtype("denoiser")
         channels = geometry.latent_channels
         self.shape = shape
         self._networks = networks

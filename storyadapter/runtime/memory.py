@@ -28,7 +28,7 @@ import torch
 from storyadapter.method import constants
 from storyadapter.method.plan import FRAMES_AT_MOST, FRAMES_UNMEASURED, RunPlan, split_evenly
 from storyadapter.model.contract import Range
-from storyadapter.model.networks import Network, Networks, idle_inputs
+from storyadapter.model.networks import Networks, idle_inputs
 from storyadapter.runtime.conditioning import text_bytes
 from storyadapter.runtime.denoising import LoopBuffers
 from storyadapter.runtime.streams import decoding_stream
@@ -105,7 +105,7 @@ def choose_batching(networks: Networks, plan: RunPlan, frames: int) -> Batching:
         return Batching(plan.max_frames or most, None, True)
 
     def text(batches: int) -> int:
-        return text_bytes(networks.geometry, networks.dtype, frames + batches * int(plan.guided))
+        return text_bytes(networks.geometry, networks.dtype("denoiser"), frames + batches * int(plan.guided))
 
     needs = measure_needs(networks, plan, plan.references(frames), allowed)
     return share_memory(needs, allowed, frames=frames, max_frames=plan.max_frames, text=text)
@@ -119,27 +119,27 @@ def measure_needs(networks: Networks, plan: RunPlan, references: int, allowed: R
     """
     device = networks.device
 
-    def call(network: Network, frames: int = 1) -> None:
+    def call(network: str, frames: int = 1) -> None:
         letters = unet_letters(networks, plan, frames, references) | {"F": frames, "N": references + 1}
-        network(idle_inputs(networks, network.spec, letters))
+        networks[network](idle_inputs(networks, network, letters))
 
-    def peak(network: Network, frames: int = 1) -> int:
+    def peak(network: str, frames: int = 1) -> int:
         return _peak(device, lambda: call(network, frames))
 
     with torch.inference_mode():
         # libraries take scratch memory once for each stream, and keep it
-        peak(networks.denoiser)
-        networks.run_step("scratch memory", lambda: call(networks.denoiser))
+        peak("denoiser")
+        networks.run_step("scratch memory", lambda: call("denoiser"))
         networks.run_step.forget()
         with torch.cuda.stream(decoding_stream(device)):
-            call(networks.image_encoder)
-        one = per_frame = peak(networks.denoiser)
-        decode, encode = peak(networks.vae_decoder), peak(networks.image_encoder)
-        text = (networks.text_encoder, networks.text_encoder_2, networks.text_projection)
-        between = max(map(peak, (*text, networks.reference_projection)))
+            call("image_encoder")
+        one = per_frame = peak("denoiser")
+        decode, encode = peak("vae_decoder"), peak("image_encoder")
+        text = ("text_encoder", "text_encoder_2", "text_projection")
+        between = max(map(peak, (*text, "reference_projection")))
         if allowed.maximum >= _PROBED_FRAMES:
             try:
-                per_frame = (peak(networks.denoiser, _PROBED_FRAMES) - one) // (_PROBED_FRAMES - 1)
+                per_frame = (peak("denoiser", _PROBED_FRAMES) - one) // (_PROBED_FRAMES - 1)
             except torch.OutOfMemoryError:
                 per_frame = one
     torch.cuda.empty_cache()
@@ -147,7 +147,7 @@ def measure_needs(networks: Networks, plan: RunPlan, references: int, allowed: R
     return MemoryNeeds(
         free,
         fixed=max(0, one - per_frame) + max(0, encode - decode) + between,
-        per_frame=per_frame + 2 * text_bytes(networks.geometry, networks.dtype, 1),
+        per_frame=per_frame + 2 * text_bytes(networks.geometry, networks.dtype("denoiser"), 1),
         decode=decode,
     )
 

@@ -22,7 +22,7 @@ def decode_latents(networks: Networks, latents: Tensor) -> tuple[Tensor, Tensor]
         [F, 8h, 8w, 3] uint8, rounded as diffusers rounds; and [F, 2] bool: whether a frame's latents are finite, and
         whether its picture is.
     """
-    image = networks.vae_decoder({"latents": latents.to(networks.vae_dtype)})["image"].float()
+    image = networks["vae_decoder"]({"latents": latents.to(networks.dtype("vae_decoder"))})["image"].float()
     finite = torch.stack([values.isfinite().flatten(1).all(1) for values in (latents, image)], dim=1)
     return ((image / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous(), finite
 
@@ -44,8 +44,8 @@ def clip_pixels(picture: Image.Image) -> Tensor:
 
 def embed_pixels(networks: Networks, pixels: Tensor) -> Tensor:
     """[F, 3, 224, 224] fp32, on the CPU or already on the device → CLIP embeddings [F, width] in the engine's dtype."""
-    pixels = pixels.to(networks.device, non_blocking=True).to(networks.dtype)
-    return networks.image_encoder({"pixels": pixels})["image_embedding"].clone()
+    pixels = pixels.to(networks.device, non_blocking=True).to(networks.dtype("denoiser"))
+    return networks["image_encoder"]({"pixels": pixels})["image_embedding"].clone()
 
 
 def embed_pictures(

@@ -126,11 +126,11 @@ class StoryPipeline:
     def _timed_call(self, plan: RunPlan, frames: int, references: int) -> float:
         networks = self.networks
         letters = unet_letters(networks, plan, frames, references)
-        inputs = idle_inputs(networks, networks.denoiser.spec, letters)
+        inputs = idle_inputs(networks, "denoiser", letters)
         seconds = 0.0
         for _ in ("warm-up", "call"):
             start = time.perf_counter()
-            networks.denoiser(inputs)
+            networks["denoiser"](inputs)
             if networks.device.type == "cuda":
                 torch.cuda.synchronize(networks.device)
             seconds = time.perf_counter() - start

@@ -28,7 +28,7 @@ class ReferenceBank:
     def empty(cls, networks: Networks, references: int = 1) -> "ReferenceBank":
         """A bank with room for so many references that holds none; see `clear`."""
         tokens = constants.TOKENS_PER_IMAGE * references
-        options = {"dtype": networks.dtype, "device": networks.device}
+        options = {"dtype": networks.dtype("denoiser"), "device": networks.device}
         return cls(
             ref_kv={
                 w.channels: torch.zeros(w.layers, 2, 2, tokens, w.channels, **options) for w in networks.geometry.widths
@@ -61,7 +61,7 @@ class ReferenceBank:
             scale: λ.
         """
         embeddings = torch.cat((image_embedding, torch.zeros_like(image_embedding[:1])))
-        outputs = networks.reference_projection(
+        outputs = networks["reference_projection"](
             {"image_embedding": embeddings, "scale": torch.full((1,), scale, device=networks.device)}
         )
         tokens = constants.TOKENS_PER_IMAGE * len(image_embedding)

@@ -1,0 +1,49 @@
+"""In which arithmetic every network of a model runs: one value. Imports nothing heavy."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Literal, Self
+
+Precision = Literal["fp32", "fp16", "bf16"]
+PRECISIONS: Final[tuple[Precision, ...]] = ("fp32", "fp16", "bf16")
+# as PyTorch names them
+DTYPE_NAMES: Final[dict[Precision, str]] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """The arithmetic of each network, by the contract's names: `numerics["vae_decoder"]`.
+
+    Attributes:
+        precision: of weights and activations of every network that `exceptions` doesn't name.
+        exceptions: network and precision, where that is another; sorted, so that equal numerics are equal values.
+    """
+
+    precision: Precision
+    exceptions: tuple[tuple[str, Precision], ...] = ()
+
+    def __post_init__(self) -> None:
+        others = sorted((name, own) for name, own in self.exceptions if own != self.precision)
+        object.__setattr__(self, "exceptions", tuple(others))
+
+    @classmethod
+    def of(cls, precision: Precision, **exceptions: Precision | None) -> Self:
+        """`Numerics.of("fp16", vae_decoder="fp32")`; a network whose precision is None has that of the others."""
+        return cls(precision, tuple((name, own) for name, own in exceptions.items() if own is not None))
+
+    def __getitem__(self, network: str) -> Precision:
+        return dict(self.exceptions).get(network, self.precision)
+
+    def __str__(self) -> str:
+        """ "fp16", or "fp16 (VAE fp32)"."""
+        words = {"vae_decoder": "VAE"}
+        others = ", ".join(f"{words.get(name, name)} {own}" for name, own in self.exceptions)
+        return f"{self.precision} ({others})" if others else self.precision
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data; `Numerics.from_dict` reads it back."""
+        return {"precision": self.precision, **dict(self.exceptions)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        return cls.of(**data)
