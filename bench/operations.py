@@ -49,11 +49,11 @@ def count_operations(networks: Networks, frames: int, references: int, height: i
         _, queries, heads, head_size = q_shape
         return 4 * queries * heads * head_size * keys
 
-    inputs = idle_inputs(networks, networks.denoiser.spec, letters)
+    inputs = idle_inputs(networks, "denoiser", letters)
     mapping = {
         torch.ops.storyadapter.grca: grca_operations,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_operations,  # unknown to it
     }
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
-        networks.denoiser(inputs)
+        networks["denoiser"](inputs)
     return counter.get_total_flops()

@@ -6,7 +6,7 @@ from pathlib import Path
 from storyadapter.cli.options import given_checkpoint_options
 from storyadapter.engine.backends import AUTO, BACKENDS
 from storyadapter.method.errors import InputError
-from storyadapter.model.contract import PRECISIONS
+from storyadapter.model.numerics import PRECISIONS
 
 
 def add_backend_options(parser: argparse.ArgumentParser, purpose: str) -> None:

@@ -29,8 +29,8 @@ from storyadapter.method.errors import InputError
 from storyadapter.method.events import FrameFinished, IterationFinished, IterationStarted
 from storyadapter.method.plan import RunPlan
 from storyadapter.method.story import Story
-from storyadapter.model.contract import Precision
 from storyadapter.model.networks import Networks
+from storyadapter.model.numerics import Precision
 from storyadapter.runtime.pipeline import FinishedIteration, StoryPipeline
 
 KIND: Final = "parity"
@@ -129,12 +129,11 @@ def compare(args: argparse.Namespace) -> ParityReport:
     )
     story = Story(tuple(held_out_stories(1, args.frames)[0].prompts), style="none")
     progress = Progress(3 * args.iterations + 3)
-    vae_precision = geometry.default_vae_precision(precision)
-    name = f"{backend} {precision}"
-    progress.tell(f"{subject.label}: {name} (VAE {vae_precision}) against eager fp32, on {device}")
+    name, vae = f"{backend} {precision}", geometry.numerics(precision)["vae_decoder"]
+    progress.tell(f"{subject.label}: {name} (VAE {vae}) against eager fp32, on {device}")
     ranges = usual_ranges(geometry, args.max_frames, args.frames)
     # opened first: what can't be had or built is told before anything is drawn
-    networks = subject.open(backend, ranges, vae_precision, progress.tell).networks
+    networks = subject.open(backend, ranges, vae, progress.tell).networks
     expected = _draw_reference(subject, plan, story, progress)
     iterations, control = measure(Drawer(name, _pipeline(networks, subject), story, progress), plan, expected)
     return ParityReport(
@@ -142,7 +141,7 @@ def compare(args: argparse.Namespace) -> ParityReport:
         model=subject.label,
         backend=backend,
         precision=precision,
-        vae_precision=vae_precision,
+        vae_precision=vae,
         device=str(networks.device),
         plan=plan,
         iterations=iterations,

@@ -14,7 +14,7 @@ from storyadapter.demo.shipped import MODEL
 from storyadapter.engine.backends import AUTO, BACKENDS
 from storyadapter.method import constants
 from storyadapter.method.errors import InputError
-from storyadapter.model.contract import PRECISIONS
+from storyadapter.model.numerics import PRECISIONS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -165,9 +165,7 @@ def _draw_by_pipeline(stories: list[HeldOutStory], args: argparse.Namespace) -> 
     side = geometry.default_pixels
     # for frames of one micro-batch
     ranges = usual_ranges(geometry, max(args.frames, FRAMES_UNMEASURED), args.frames)
-    opened = subject.open(
-        backend, ranges, geometry.default_vae_precision(precision), lambda line: print(line, flush=True)
-    )
+    opened = subject.open(backend, ranges, None, lambda line: print(line, flush=True))
     pipeline = StoryPipeline(opened.networks, subject.checkpoint.load_tokenizers())
     scales = constants.reference_scales(args.iterations)
 

@@ -29,7 +29,8 @@ from storyadapter.method import constants
 from storyadapter.method.events import FrameFinished
 from storyadapter.method.plan import RunPlan
 from storyadapter.method.story import Story
-from storyadapter.model.contract import Precision, Range, ShapeRanges
+from storyadapter.model.contract import Range, ShapeRanges
+from storyadapter.model.numerics import Precision
 from storyadapter.runtime.pipeline import StoryPipeline
 
 KIND: Final = "soak"
@@ -149,10 +150,10 @@ def soak(args: argparse.Namespace, limit: int | None) -> SoakReport:
     pixels = Range(sizes[0], sizes[-1])
     # as many references as `build` and the other benchmarks expect, so that one engine serves them all
     ranges = ShapeRanges(args.max_frames, max(MAX_REFERENCES, args.max_references), pixels, pixels)
-    vae_precision = geometry.default_vae_precision(precision)
+    vae: Precision | None = None
     if args.synthetic_weights and precision != "fp32" and "bf16" in BACKENDS[backend].vae_precisions:
-        vae_precision = "bf16"  # as bench throughput: one engine serves both
-    networks = subject.open(backend, ranges, vae_precision, lambda line: print(line, flush=True)).networks
+        vae = "bf16"  # as bench throughput: one engine serves both
+    networks = subject.open(backend, ranges, vae, lambda line: print(line, flush=True)).networks
     device = networks.device  # onnxruntime runs on the CPU beside a GPU, too
     tokenizers = subject.tokenizers()
     pipeline = StoryPipeline(networks, (tokenizers.first, tokenizers.second))

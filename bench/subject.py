@@ -16,8 +16,9 @@ from storyadapter.engine.opening import build_engine, identify, open_networks
 from storyadapter.engine.store import EngineStore
 from storyadapter.engine.tensorrt.library import gpu_target, why_it_cant_run
 from storyadapter.method.errors import UnavailableError
-from storyadapter.model.contract import Geometry, Precision, Range, ShapeRanges
+from storyadapter.model.contract import Geometry, Range, ShapeRanges
 from storyadapter.model.networks import Networks
+from storyadapter.model.numerics import Precision
 from storyadapter.runtime.conditioning import Tokenizers
 
 Tell = Callable[[str], None]
@@ -78,15 +79,19 @@ class Subject:
     def tokenizers(self) -> Tokenizers:
         return Tokenizers(*self.checkpoint.load_tokenizers())
 
-    def open(self, backend: str, ranges: ShapeRanges, vae_precision: Precision, tell: Tell) -> Opened:
+    def open(self, backend: str, ranges: ShapeRanges, vae: Precision | None, tell: Tell) -> Opened:
         """Networks on a backend; its engine is built first where the store has none for exactly these ranges: what is
         measured shall not depend on what else the store holds.
+
+        Args:
+            vae: the VAE's precision; None for what the model asks for.
 
         Raises:
             UnavailableError: the backend can't serve here.
             EngineBuildError: the engine can't be built.
         """
-        check_available(backend, self.precision, vae_precision, to_build=BACKENDS[backend].builds)
+        numerics = self.checkpoint.geometry.numerics(self.precision, vae)
+        check_available(backend, numerics, to_build=BACKENDS[backend].builds)
         if backend == "tensorrt" and (reason := why_it_cant_run(gpu_target())):
             raise UnavailableError(f"backend tensorrt: {reason}")
         build_seconds = 0.0
@@ -99,7 +104,7 @@ class Subject:
                 if network:
                     tell(f"    building {backend}: {network}: {what}")
 
-            identity = identify(self.checkpoint, backend, self.precision, vae_precision)
+            identity = identify(self.checkpoint, backend, numerics)
             if EngineStore(self.engine_dir).get(identity, ranges) is None:
                 tell(f"    the store has no engine of {backend} for exactly this: it is built first, for minutes")
             _, seconds = measure_run(
@@ -117,8 +122,7 @@ class Subject:
         networks = open_networks(
             self.checkpoint,
             backend=backend,
-            precision=self.precision,
-            vae_precision=vae_precision,
+            numerics=numerics,
             device=self.device if backend == "eager" else None,
             ranges=ranges,
             engine_dir=self.engine_dir,

@@ -27,9 +27,10 @@ from storyadapter.engine.tensorrt.library import AUTO, Library, choose_library, 
 from storyadapter.engine.tensorrt.options import BuildOptions
 from storyadapter.engine.tensorrt.worker import BuildReport, peak_memory
 from storyadapter.export.compared import export_compared
-from storyadapter.model.contract import PRECISIONS, Range, ShapeRanges, network_specs
+from storyadapter.model.contract import Range, ShapeRanges, network_specs
 from storyadapter.model.grca import grca
 from storyadapter.model.networks import TORCH_DTYPES
+from storyadapter.model.numerics import PRECISIONS
 from storyadapter.model.unet import split_unet
 
 # Where the attentions of one transformer block come from, by the names of their ONNX nodes.
@@ -85,12 +86,10 @@ def measure(args: argparse.Namespace) -> Measured:
         print(f"{time.perf_counter() - started:.0f} s: {what}", file=sys.stderr)
 
     exporting = time.perf_counter()
-    path, error = export_compared(spec, module, letters, args.precision, args.precision, args.folder, tell)
+    path, error = export_compared(spec, module, letters, args.precision, args.folder, tell)
     export_seconds, export_peak = time.perf_counter() - exporting, peak_memory()
     tell("building")
-    request = build_request(
-        spec, path, args.folder, letters, args.precision, args.precision, library, targets, BuildOptions()
-    )
+    request = build_request(spec, path, args.folder, letters, args.precision, library, targets, BuildOptions())
     report = run_worker(spec.name, request, lambda fraction: None)
     layers = parse_layers(Path(request.layers).read_text(encoding="utf-8")).layers
     return Measured(

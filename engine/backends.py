@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from storyadapter.method.errors import Field, UnavailableError
-from storyadapter.model.contract import PRECISIONS, Precision
+from storyadapter.model.numerics import PRECISIONS, Numerics, Precision
 
 if TYPE_CHECKING:
     import torch
@@ -100,19 +100,17 @@ def why_unavailable(name: str, *, to_build: bool = False) -> str | None:
     return None
 
 
-def check_available(
-    name: str, precision: Precision, vae_precision: Precision | None = None, *, to_build: bool = False
-) -> None:
-    """Raises UnavailableError, with the reason, if a backend can't serve here at these precisions."""
+def check_available(name: str, numerics: Numerics, *, to_build: bool = False) -> None:
+    """Raises UnavailableError, with the reason, if a backend can't serve here in these numerics."""
     refused = f"backend {name} can't serve here: "
     if reason := why_unavailable(name, to_build=to_build):
         raise UnavailableError(refused + reason)
     backend = BACKENDS[name]
     for field, what, asked, served in (
-        ("precision", "", precision, backend.precisions),
-        ("vae_precision", " the VAE", vae_precision, backend.vae_precisions),
+        ("precision", "", numerics.precision, backend.precisions),
+        ("vae_precision", " the VAE", numerics["vae_decoder"], backend.vae_precisions),
     ):
-        if asked is not None and asked not in served:
+        if asked not in served:
             expected = (Field(field), f" {' or '.join(served)}")
             raise UnavailableError(f"{refused}it can't run{what} in {asked}", expected=expected, field=field)
 

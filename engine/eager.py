@@ -6,32 +6,25 @@ import torch
 from torch import Tensor, nn
 
 from storyadapter.checkpoint import Checkpoint
-from storyadapter.model.contract import NetworkSpec, Precision, network_specs
+from storyadapter.model.contract import NetworkSpec, network_specs
 from storyadapter.model.grca import grca
 from storyadapter.model.modules import iterate_modules
 from storyadapter.model.networks import Networks, check_inputs
+from storyadapter.model.numerics import Numerics, Precision
 
 
 class EagerNetwork:
     """One module of the contract, called by names."""
 
-    def __init__(self, spec: NetworkSpec, module: nn.Module, *, precision: Precision, vae_precision: Precision) -> None:
+    def __init__(self, spec: NetworkSpec, module: nn.Module, precision: Precision) -> None:
         self.spec = spec
         self.module = module
         self.precision: Precision = precision
-        self.vae_precision: Precision = vae_precision
         self.device = next(module.parameters()).device
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `storyadapter.model.networks.Network`."""
-        check_inputs(
-            self.spec,
-            inputs,
-            precision=self.precision,
-            vae_precision=self.vae_precision,
-            device=self.device,
-            letters=None,
-        )
+        check_inputs(self.spec, inputs, precision=self.precision, device=self.device, letters=None)
         with torch.inference_mode():
             outputs = self.module(*(inputs[spec.name] for spec in self.spec.inputs))
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -40,8 +33,7 @@ class EagerNetwork:
 
 def open_eager(
     checkpoint: Checkpoint,
-    precision: Precision,
-    vae_precision: Precision,
+    numerics: Numerics,
     device: torch.device,
     on_progress: Callable[[str], None],
 ) -> Networks:
@@ -49,15 +41,14 @@ def open_eager(
     geometry = checkpoint.geometry
     specs = network_specs(geometry)
     networks = {}
-    for name, module in iterate_modules(checkpoint, precision, vae_precision, grca):
+    for name, module in iterate_modules(checkpoint, numerics, grca):
         on_progress(name)
-        networks[name] = EagerNetwork(specs[name], module.to(device), precision=precision, vae_precision=vae_precision)
+        networks[name] = EagerNetwork(specs[name], module.to(device), numerics[name])
     return Networks(
-        **networks,
+        networks,
         geometry=geometry,
         backend="eager",
         device=device,
-        precision=precision,
-        vae_precision=vae_precision,
+        numerics=numerics,
         letters=None,
     )

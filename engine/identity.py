@@ -6,17 +6,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final
 
-from storyadapter.model.contract import CONTRACT_VERSION, MAX_BANK_ROWS, Geometry, ShapeRanges, network_specs
+from storyadapter.model.contract import CONTRACT_VERSION, Geometry, ShapeRanges, network_specs
+from storyadapter.model.numerics import Numerics
 
-STORE_VERSION: Final = 3  # of the manifest and the key; raised, it makes every engine built before unknown
+STORE_VERSION: Final = 4  # of the manifest and the key; raised, it makes every engine built before unknown
 _KEY_DIGITS: Final = 32
-_SIMPLE_FIELDS: Final = {  # of an identity, as messages name them
-    "backend": "backend",
-    "backend_version": "backend version",
-    "precision": "precision",
-    "vae_precision": "VAE precision",
-    "architecture": "architecture",
-}
 
 
 @dataclass(frozen=True)
@@ -32,7 +26,7 @@ class WeightFile:
 
 
 @dataclass(frozen=True)
-class Lora:
+class FusedLora:
     """A LoRA fused at export. As with weights, the name is for messages only."""
 
     name: str = field(compare=False)
@@ -53,8 +47,6 @@ class EngineIdentity:
     Attributes:
         backend: "onnxruntime", "tensorrt", …
         backend_version: of the library that reads the engine.
-        precision: "fp32", "fp16" or "bf16".
-        vae_precision: "fp32", "fp16" or "bf16".
         architecture: what the engine runs on: "cpu-x86_64-avx2", "sm90-x86_64-avx512", "sm89+sm120", or "any".
         contract: `contract_digest` of the model's geometry.
         weights: every file the engine is made from, configuration files included; kept sorted and
@@ -70,12 +62,11 @@ class EngineIdentity:
 
     backend: str
     backend_version: str
-    precision: str
-    vae_precision: str
+    numerics: Numerics
     architecture: str
     contract: str
     weights: tuple[WeightFile, ...]
-    loras: tuple[Lora, ...] = ()
+    loras: tuple[FusedLora, ...] = ()
     build_options: tuple[tuple[str, str], ...] = ()
     tuning: tuple[tuple[str, str], ...] = ()
 
@@ -89,15 +80,21 @@ class EngineIdentity:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for a manifest; `EngineIdentity.from_dict` reads it back."""
-        return {**asdict(self), "build_options": dict(self.build_options), "tuning": dict(self.tuning)}
+        return {
+            **asdict(self),
+            "numerics": self.numerics.as_dict(),
+            "build_options": dict(self.build_options),
+            "tuning": dict(self.tuning),
+        }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "EngineIdentity":
         return cls(
             **{
                 **data,
+                "numerics": Numerics.from_dict(data["numerics"]),
                 "weights": tuple(WeightFile(**weight) for weight in data["weights"]),
-                "loras": tuple(Lora(**lora) for lora in data["loras"]),
+                "loras": tuple(FusedLora(**lora) for lora in data["loras"]),
                 "build_options": tuple(data["build_options"].items()),
                 "tuning": tuple(data["tuning"].items()),
             }
@@ -115,12 +112,17 @@ class EngineIdentity:
         The version and the options of a backend are compared only where the backend is the same.
         """
         same_backend = self.backend == asked.backend
+        simple = [("backend", self.backend, asked.backend)]
+        if same_backend:
+            simple.append(("backend version", self.backend_version, asked.backend_version))
+        simple.append(("precision", self.numerics.precision, asked.numerics.precision))
+        for network in sorted(dict(self.numerics.exceptions).keys() | dict(asked.numerics.exceptions).keys()):
+            words = "VAE precision" if network == "vae_decoder" else f"{network} precision"
+            simple.append((words, self.numerics[network], asked.numerics[network]))
+        if asked.architecture not in self.architecture.split("+"):
+            simple.append(("architecture", self.architecture, asked.architecture))
         found = [
-            f"{words} is {mine} in the store, {theirs} asked for"
-            for name, words in _SIMPLE_FIELDS.items()
-            if (same_backend or name != "backend_version")
-            and (mine := getattr(self, name)) != (theirs := getattr(asked, name))
-            and not (name == "architecture" and theirs in mine.split("+"))
+            f"{words} is {mine} in the store, {theirs} asked for" for words, mine, theirs in simple if mine != theirs
         ]
         if self.contract != asked.contract:
             found.append(
@@ -159,7 +161,7 @@ def contract_digest(geometry: Geometry) -> str:
     """A hash of every input and output of the networks of such a model."""
     networks = {name: spec.as_dict() for name, spec in network_specs(geometry).items()}
     # The geometry beside them: the number of heads, for one, is in no shape.
-    return _digest([CONTRACT_VERSION, MAX_BANK_ROWS, geometry.as_dict(), networks])
+    return _digest([CONTRACT_VERSION, geometry.as_dict(), networks])
 
 
 def engine_key(identity: EngineIdentity, ranges: ShapeRanges) -> str:

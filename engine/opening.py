@@ -3,21 +3,24 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from storyadapter.checkpoint import Checkpoint
 from storyadapter.engine.backends import check_available, default_device, installed_version
 from storyadapter.engine.fingerprint import fingerprint_files
-from storyadapter.engine.identity import EngineIdentity, Lora, WeightFile, contract_digest
+from storyadapter.engine.identity import EngineIdentity, FusedLora, WeightFile, contract_digest
 from storyadapter.engine.store import EngineStore, StoredEngine
 from storyadapter.engine.tensorrt.library import Library, choose_library, gpu_target
 from storyadapter.engine.tensorrt.options import BuildOptions
 from storyadapter.export import EXPORT_VERSION, OPSET
 from storyadapter.method.errors import Field, InputError, UnavailableError
-from storyadapter.model.contract import Geometry, Precision, Range, ShapeRanges
+from storyadapter.model.contract import Geometry, Range, ShapeRanges
 from storyadapter.model.networks import Networks
+from storyadapter.model.numerics import Numerics
+
+_FP32: Final = Numerics("fp32")
 
 ReportStage = Callable[[str, str], None]  # network ("" for none in particular), what is being done
 ReportBytes = Callable[[int, int], None]  # bytes read, bytes to be read
@@ -27,8 +30,7 @@ ReportFraction = Callable[[str, float], None]  # network, how much of its engine
 def identify(
     checkpoint: Checkpoint,
     backend: str,
-    precision: Precision,
-    vae_precision: Precision | None = None,
+    numerics: Numerics,
     on_bytes: ReportBytes | None = None,
     *,
     targets: tuple[str, ...] = (),
@@ -37,7 +39,6 @@ def identify(
     """Everything that what a backend computes with this checkpoint depends on.
 
     Args:
-        vae_precision: of the VAE; by default `Geometry.default_vae_precision`.
         on_bytes: called while weight files are read that were never hashed before.
         targets: architectures that `tensorrt` builds for, such as "sm89"; by default that of the GPU here.
         options: how `tensorrt` builds.
@@ -60,14 +61,13 @@ def identify(
     return EngineIdentity(
         backend=backend,
         backend_version=version,
-        precision=precision,
-        vae_precision=vae_precision or checkpoint.geometry.default_vae_precision(precision),
+        numerics=numerics,
         architecture=architecture,
         contract=contract_digest(checkpoint.geometry),
         weights=tuple(
             WeightFile(component, path.name, digests[path]) for component, paths in components.items() for path in paths
         ),
-        loras=tuple(Lora(lora.path.name, digests[lora.path], lora.scale) for lora in checkpoint.loras),
+        loras=tuple(FusedLora(lora.path.name, digests[lora.path], lora.scale) for lora in checkpoint.loras),
         build_options=_build_options(backend, default_device()),
         tuning=options.named() if options else (),
     )
@@ -99,14 +99,14 @@ def why_outdated(engine: StoredEngine) -> list[str]:
     return stored.differences(asked)
 
 
-def check_build(backend: str, precision: Precision, vae_precision: Precision, ranges: ShapeRanges) -> None:
+def check_build(backend: str, numerics: Numerics, ranges: ShapeRanges) -> None:
     """What can be told of a build before the weights are read.
 
     Raises:
         UnavailableError: the backend can't serve on this machine.
         InputError: it can't be built for these ranges.
     """
-    check_available(backend, precision, vae_precision, to_build=True)
+    check_available(backend, numerics, to_build=True)
     if backend == "inductor":
         from storyadapter.engine.inductor.builder import check_ranges
 
@@ -136,7 +136,7 @@ def build_engine(
         EngineBuildError: a compiler or TensorRT refused a network.
         RunError: no space is left.
     """
-    check_build(identity.backend, identity.precision, identity.vae_precision, ranges)
+    check_build(identity.backend, identity.numerics, ranges)
     store = EngineStore(engine_dir)
     if identity.backend == "tensorrt":
         options = options or BuildOptions()
@@ -147,8 +147,7 @@ def build_engine(
         def write(folder: Path) -> dict[str, Any]:
             return build_tensorrt(
                 checkpoint,
-                identity.precision,
-                identity.vae_precision,
+                identity.numerics,
                 ranges,
                 library,
                 targets,
@@ -163,16 +162,14 @@ def build_engine(
         from storyadapter.engine.onnxruntime.builder import build_onnx
 
         def write(folder: Path) -> dict[str, Any]:
-            errors = build_onnx(checkpoint, identity.precision, identity.vae_precision, ranges, folder, on_stage)
+            errors = build_onnx(checkpoint, identity.numerics, ranges, folder, on_stage)
             return {"relative_error_against_eager": errors}
 
     elif identity.backend == "inductor":
         from storyadapter.engine.inductor.builder import build_inductor
 
         def write(folder: Path) -> dict[str, Any]:
-            errors = build_inductor(
-                checkpoint, identity.precision, identity.vae_precision, ranges, folder, default_device(), on_stage
-            )
+            errors = build_inductor(checkpoint, identity.numerics, ranges, folder, default_device(), on_stage)
             return {"relative_error_against_eager": errors}
 
     else:
@@ -193,8 +190,7 @@ def open_networks(
     checkpoint: Checkpoint,
     *,
     backend: str = "eager",
-    precision: Precision = "fp32",
-    vae_precision: Precision | None = None,
+    numerics: Numerics = _FP32,
     device: torch.device | str | None = None,
     ranges: ShapeRanges | None = None,
     engine_dir: Path | None = None,
@@ -207,8 +203,7 @@ def open_networks(
     Args:
         checkpoint: opened model files.
         backend: a name of `storyadapter.engine.backends.BACKENDS`.
-        precision: dtype of weights and activations.
-        vae_precision: the same of the VAE; by default fp32 where the checkpoint asks for it, else `precision`.
+        numerics: such as `checkpoint.geometry.numerics("fp16")`; fp32 throughout by default.
         device: of `eager`; a CUDA GPU if there is one, unless said otherwise. Others have their own: the current GPU,
             or the CPU; no other may be asked for.
         ranges: what the networks are to be used for; a backend with engines takes one that covers them. By default
@@ -217,19 +212,16 @@ def open_networks(
         build_command: told to the user when there is no such engine.
 
     Raises:
-        UnavailableError: the backend can't serve here, or not at these precisions, or not on this device.
+        UnavailableError: the backend can't serve here, or not in these numerics, or not on this device.
         EngineMismatchError: no engine in the store fits.
     """
     geometry = checkpoint.geometry
-    vae_precision = vae_precision or geometry.default_vae_precision(precision)
-    check_available(backend, precision, vae_precision)
+    check_available(backend, numerics)
     if backend == "eager":
         from storyadapter.engine.eager import open_eager
 
         chosen = torch.device(device) if device else default_device()
-        return open_eager(
-            checkpoint, precision, vae_precision, chosen, lambda network: on_stage(network, "loading weights")
-        )
+        return open_eager(checkpoint, numerics, chosen, lambda network: on_stage(network, "loading weights"))
     if backend == "tensorrt" and gpu_target() is None:
         raise UnavailableError(
             "backend tensorrt builds here but can't run here: there is no GPU that PyTorch can use",
@@ -242,13 +234,13 @@ def open_networks(
         )
     own = Range(geometry.default_pixels, geometry.default_pixels)
     wanted = ranges or ShapeRanges(1, 1, own, own)
-    identity = identify(checkpoint, backend, precision, vae_precision, on_bytes)
+    identity = identify(checkpoint, backend, numerics, on_bytes)
     engine = EngineStore(engine_dir).find(identity, wanted, build_command)
     letters = engine.ranges.letters(geometry.pixels_per_latent)
     if backend == "inductor":
         from storyadapter.engine.inductor.session import open_inductor
 
-        return open_inductor(engine.folder, geometry, precision, vae_precision, letters, default_device(), on_stage)
+        return open_inductor(engine.folder, geometry, numerics, letters, default_device(), on_stage)
     if backend == "tensorrt":
         from storyadapter.engine.tensorrt.session import open_tensorrt as open_engines
     else:
@@ -256,8 +248,7 @@ def open_networks(
     return open_engines(
         engine.folder,
         geometry,
-        precision,
-        vae_precision,
+        numerics,
         letters,
         lambda network: on_stage(network, "loading engine"),
     )

@@ -11,7 +11,8 @@ from storyadapter.export.onnx_export import export_network
 from storyadapter.export.probe import probe_module
 from storyadapter.export.verify import verify_export
 from storyadapter.export.widen import write_widened
-from storyadapter.model.contract import NetworkSpec, Precision, Range, size_of, split_dim
+from storyadapter.model.contract import NetworkSpec, Range, size_of, split_dim
+from storyadapter.model.numerics import Precision
 
 # Latents that every file is exported for besides its own: a full-size UNet at full size takes a CPU half an hour.
 _COMPARED_LATENTS = Range(8, 16)
@@ -22,7 +23,6 @@ def export_compared(
     module: nn.Module,
     letters: Mapping[str, Range],
     precision: Precision,
-    vae_precision: Precision,
     folder: Path,
     on_stage: Callable[[str], None] = lambda what: None,
 ) -> tuple[Path, float]:
@@ -32,7 +32,7 @@ def export_compared(
     24 GB side by side.
 
     Args:
-        spec, module, precision, vae_precision: see `export_network`.
+        spec, module, precision: see `export_network`.
         letters: ranges that the file is for; a letter of one value is a constant in it.
         on_stage: called with what is being done.
 
@@ -45,12 +45,11 @@ def export_compared(
     module = module.cpu()  # random weights may have been made on a GPU; files are the same from anywhere
     wide = {name: _with_small_latents(value) if name in ("h", "w") else value for name, value in letters.items()}
     on_stage("exporting to ONNX")
-    path = export_network(spec, module, wide, precision, vae_precision, folder)
+    path = export_network(spec, module, wide, precision, folder)
     on_stage("comparing with eager")
-    own = vae_precision if spec.name == "vae_decoder" else precision
-    twin = own == "bf16"
-    probed: Precision = "fp32" if twin else own
-    probes = probe_module(spec, module.float() if twin else module, wide, probed, probed)
+    twin = precision == "bf16"
+    probed: Precision = "fp32" if twin else precision
+    probes = probe_module(spec, module.float() if twin else module, wide, probed)
     for weight in (*module.parameters(), *module.buffers()):
         weight.data = weight.data.new_empty(0)  # not deleted: the exporter keeps the parameters themselves for good
     if twin:

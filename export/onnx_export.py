@@ -15,7 +15,8 @@ from storyadapter.export import OPSET, onnx_name
 from storyadapter.export.dynamic_shapes import dynamic_shapes
 from storyadapter.export.grca_node import attach_function, grca_node
 from storyadapter.export.probe import example_letters, probe_inputs
-from storyadapter.model.contract import NetworkSpec, Precision, Range
+from storyadapter.model.contract import NetworkSpec, Range
+from storyadapter.model.numerics import Precision
 from storyadapter.model.unet import GlobalReferenceCrossAttention
 
 
@@ -24,21 +25,20 @@ def export_network(
     module: nn.Module,
     ranges: Mapping[str, Range],
     precision: Precision,
-    vae_precision: Precision,
     folder: Path,
 ) -> Path:
     """Write `<network>.onnx` and its weights into `folder`.
 
     Args:
         spec: the network's inputs and outputs.
-        module: takes the inputs in the contract's order; on the CPU, in the precision's dtype, the VAE in its own.
+        module: takes the inputs in the contract's order; on the CPU, in the precision's dtype.
         ranges: of every dynamic letter; a letter whose range is one value is exported as a constant.
 
     Returns:
         The file's path.
     """
     letters = example_letters(dict(ranges))
-    inputs = probe_inputs(spec, letters, precision, vae_precision)
+    inputs = probe_inputs(spec, letters, precision)
     path = folder / onnx_name(spec.name)
     attentions = [part for part in module.modules() if isinstance(part, GlobalReferenceCrossAttention)]
     eager = [attention.grca for attention in attentions]

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from storyadapter.model.contract import NetworkSpec, Precision, Range, TensorSpec, size_of
+from storyadapter.model.contract import NetworkSpec, Range, TensorSpec, size_of
+from storyadapter.model.numerics import Precision
 
 
 @dataclass(frozen=True)
@@ -28,15 +29,13 @@ def example_letters(ranges: dict[str, Range], *, largest: bool = False) -> dict[
     return {name: min(max(value, ranges[name].minimum), ranges[name].maximum) for name, value in wanted.items()}
 
 
-def probe_inputs(
-    spec: NetworkSpec, letters: dict[str, int], precision: Precision, vae_precision: Precision, seed: int = 0
-) -> dict[str, Tensor]:
+def probe_inputs(spec: NetworkSpec, letters: dict[str, int], precision: Precision, seed: int = 0) -> dict[str, Tensor]:
     """Random inputs by name, on the CPU, with the contract's shapes and dtypes and with values in their real ranges."""
     generator = torch.Generator().manual_seed(seed)
     inputs = {}
     for tensor in spec.inputs:
         shape = [size_of(dim, letters) for dim in tensor.shape]
-        dtype = getattr(torch, tensor.dtype_name(precision, vae_precision))
+        dtype = getattr(torch, tensor.dtype_name(precision))
         inputs[tensor.name] = _values(tensor, shape, letters, generator).to(dtype)
     return inputs
 
@@ -46,14 +45,13 @@ def probe_module(
     module: nn.Module,
     ranges: Mapping[str, Range],
     precision: Precision,
-    vae_precision: Precision,
 ) -> tuple[Probe, ...]:
     """Run a module eagerly, where its weights lie, at two points of its ranges, to compare an export with."""
     device = next(module.parameters()).device
     probes = []
     for seed, larger in enumerate((False, True)):
         letters = example_letters(dict(ranges), largest=larger)
-        inputs = probe_inputs(spec, letters, precision, vae_precision, seed)
+        inputs = probe_inputs(spec, letters, precision, seed)
         inputs = {name: value.to(device) for name, value in inputs.items()}
         with torch.inference_mode():
             outputs = module(*inputs.values())

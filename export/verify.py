@@ -9,7 +9,7 @@ from torch import Tensor
 from storyadapter.export.ort_session import open_session
 from storyadapter.export.probe import Probe
 from storyadapter.method.errors import StoryAdapterError
-from storyadapter.model.contract import Precision
+from storyadapter.model.numerics import Precision
 
 # ‖ONNX Runtime − eager‖ / ‖eager‖; two orders of summation in half precision differ by a few 1e-3. A bf16 file is run
 # as its fp32 twin (`widen`), and what differs then is the constants that the exporter folded in bf16.

@@ -7,7 +7,7 @@ from storyadapter.bench.report_files import check_out
 from storyadapter.cli.options import add_checkpoint_options
 from storyadapter.engine.backends import AUTO
 from storyadapter.method.errors import InputError
-from storyadapter.model.contract import PRECISIONS
+from storyadapter.model.numerics import PRECISIONS
 
 HELP = "from the published method to this project, one step at a time; and whole stories"
 DESCRIPTION = """\

@@ -46,9 +46,9 @@ from storyadapter.bench.throughput.workbench import Workbench, with_compiled_vae
 from storyadapter.cli.options import model_choice, typed
 from storyadapter.engine.backends import AUTO, default_device
 from storyadapter.method.errors import InputError, RunError, UnavailableError
-from storyadapter.model.contract import Precision
 from storyadapter.model.grca import grca
 from storyadapter.model.networks import TORCH_DTYPES, Networks
+from storyadapter.model.numerics import Precision
 from storyadapter.runtime.conditioning import Tokenizers
 
 OVERLAPPED = "overlapped"
@@ -155,7 +155,7 @@ def _climb(
     eager = workbench.eager(grca)
     inputs = make_inputs(eager, subject.tokenizers(), cases, subject.prediction_type)
     operations = {c.name: count_operations(eager, c.frames, c.references, c.height, c.width) for c in cases}
-    pictures = Pictures(with_eager_vae(eager, subject, "fp32").vae_decoder, subject.device)
+    pictures = Pictures(with_eager_vae(eager, subject, "fp32")["vae_decoder"], subject.device)
     del eager
     results = Ladder(workbench, inputs, pictures, workbench.progress).run(rungs, rivals)
     profiled = _profile(workbench, inputs, results, rungs) if subject.device.type == "cuda" else None

@@ -47,7 +47,7 @@ def image_embeddings(networks: Networks, count: int) -> Tensor:
     comparison in which all references are the same would not miss one."""
     generator = torch.Generator().manual_seed(SEED)
     drawn = torch.randn(count, networks.geometry.image_embedding_width, generator=generator)
-    return drawn.to(networks.device, networks.dtype)
+    return drawn.to(networks.device, networks.dtype("denoiser"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,10 +68,10 @@ def encode_prompts(
 ) -> TextInputs:
     """Run the two text encoders."""
     ids, ids_2 = (ids.to(networks.device) for ids in tokenizers.input_ids(texts))
-    second = networks.text_encoder_2({"input_ids": ids_2})
+    second = networks["text_encoder_2"]({"input_ids": ids_2})
     size = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32, device=networks.device)
     return TextInputs(
-        networks.text_encoder({"input_ids": ids})["text_embedding"].clone(),
+        networks["text_encoder"]({"input_ids": ids})["text_embedding"].clone(),
         second["text_embedding_2"].clone(),
         second["pooled_text"].clone(),
         size.repeat(len(texts), 1),
@@ -124,7 +124,7 @@ def make_inputs(
 
 def bind_text(networks: Networks, text: TextInputs) -> BoundText:
     """The text inputs of the contract's UNet calls, by these networks' own projection."""
-    outputs = networks.text_projection(
+    outputs = networks["text_projection"](
         {
             "text_embedding": text.text_embedding,
             "text_embedding_2": text.text_embedding_2,

@@ -116,7 +116,7 @@ def overlapped(networks: Networks, tokenizers: Tokenizers) -> Draw:
                     pictures[event.frame] = event.picture
                 case RunFinished():
                     stages = dict(event.seconds)
-        return Drawn([pictures[frame] for frame in range(frames)], stages, networks.vae_precision, at_once)
+        return Drawn([pictures[frame] for frame in range(frames)], stages, networks.numerics["vae_decoder"], at_once)
 
     return draw
 
@@ -170,7 +170,7 @@ def in_sequence(networks: Networks, tokenizers: Tokenizers) -> Draw:
                 latents = stage("denoise", partial(latents_of, batch, text))
                 pictures += stage("decode", partial(_decode, networks, latents))
         buffers.give_bank(frames, bank)
-        return Drawn(pictures, dict(stages), networks.vae_precision, max(map(len, batches)))
+        return Drawn(pictures, dict(stages), networks.numerics["vae_decoder"], max(map(len, batches)))
 
     return draw
 
@@ -216,7 +216,7 @@ def measure_story(
     result = StoryResult(
         case=case.name,
         way=way,
-        vae_precision=networks.vae_precision,
+        vae_precision=networks.numerics["vae_decoder"],
         seconds=seconds,
         stages=drawn.stages,
         frames=case.frames,

@@ -17,10 +17,11 @@ from storyadapter.checkpoint import IPAdapterWeights
 from storyadapter.engine.eager import EagerNetwork
 from storyadapter.engine.inductor import weights_name
 from storyadapter.method.errors import EngineBuildError
-from storyadapter.model.contract import Precision, ShapeRanges
+from storyadapter.model.contract import ShapeRanges
 from storyadapter.model.grca import GrcaFunction
 from storyadapter.model.modules import VaeDecoder
 from storyadapter.model.networks import TORCH_DTYPES, Network, Networks, run_directly
+from storyadapter.model.numerics import Numerics, Precision
 from storyadapter.model.unet import GlobalReferenceCrossAttention
 
 
@@ -87,8 +88,9 @@ class Workbench:
     def eager(self, attention: GrcaFunction) -> Networks:
         """Eager networks whose denoiser attends by this implementation of the operator."""
         networks = self.networks("eager")
-        assert isinstance(networks.denoiser, EagerNetwork)
-        for module in networks.denoiser.module.modules():
+        denoiser = networks["denoiser"]
+        assert isinstance(denoiser, EagerNetwork)
+        for module in denoiser.module.modules():
             if isinstance(module, GlobalReferenceCrossAttention):
                 module.grca = attention
         return networks
@@ -124,9 +126,7 @@ def with_eager_vae(networks: Networks, subject: Subject, precision: Precision) -
     """The same networks with a VAE in plain PyTorch, channels last; in fp32 on a GPU, its convolutions use TF32."""
     decoder = VaeDecoder(subject.checkpoint.load_vae(TORCH_DTYPES[precision])).to(subject.device).eval()
     decoder.to(memory_format=torch.channels_last)
-    spec = networks.vae_decoder.spec
-    network = EagerNetwork(spec, decoder, precision=networks.precision, vae_precision=precision)
-    return dataclasses.replace(networks, vae_decoder=FrameByFrame(network), vae_precision=precision)
+    return _with_vae(networks, FrameByFrame(EagerNetwork(networks["vae_decoder"].spec, decoder, precision)), precision)
 
 
 def with_compiled_vae(
@@ -140,7 +140,7 @@ def with_compiled_vae(
     from storyadapter.engine.inductor.builder import build_inductor
     from storyadapter.engine.inductor.session import InductorNetwork, read_weights
 
-    spec, device, letters = networks.vae_decoder.spec, subject.device, networks.letters
+    spec, device, letters = networks["vae_decoder"].spec, subject.device, networks.letters
     assert letters is not None
 
     def on_stage(network: str, what: str) -> None:
@@ -150,12 +150,16 @@ def with_compiled_vae(
     tell(f"    the store keeps no VAE in {precision} beside an engine: it is built first, for minutes")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        build_inductor(
-            subject.checkpoint, networks.precision, precision, ranges, folder, device, on_stage, only=(spec.name,)
-        )
+        numerics = Numerics(precision)
+        build_inductor(subject.checkpoint, numerics, ranges, folder, device, on_stage, only=(spec.name,))
         weights = read_weights(folder / weights_name(spec.name), device)
-        network = InductorNetwork(spec, folder, networks.precision, precision, device, letters, weights)
-    return dataclasses.replace(networks, vae_decoder=network, vae_precision=precision)
+        network = InductorNetwork(spec, folder, precision, device, letters, weights)
+    return _with_vae(networks, network, precision)
+
+
+def _with_vae(networks: Networks, vae: Network, precision: Precision) -> Networks:
+    numerics = Numerics.of(networks.numerics.precision, vae_decoder=precision)
+    return dataclasses.replace(networks, by_name={**networks.by_name, "vae_decoder": vae}, numerics=numerics)
 
 
 def _on(adapter: IPAdapterWeights, device: torch.device) -> IPAdapterWeights:

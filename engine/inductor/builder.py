@@ -21,8 +21,9 @@ from storyadapter.engine.inductor.compilation import BuildRequest
 from storyadapter.engine.inductor.complaints import last_complaint
 from storyadapter.engine.inductor.target import check_compilers
 from storyadapter.method.errors import EngineBuildError, Field, InputError
-from storyadapter.model.contract import Precision, ShapeRanges
+from storyadapter.model.contract import ShapeRanges
 from storyadapter.model.modules import ModelParts
+from storyadapter.model.numerics import Numerics
 
 # A compiler works on one core most of the time, and the denoiser takes as long as all others together.
 _GROUPS: Final = (
@@ -49,8 +50,7 @@ def check_ranges(ranges: ShapeRanges) -> None:
 
 def build_inductor(
     checkpoint: ModelParts,
-    precision: Precision,
-    vae_precision: Precision,
+    numerics: Numerics,
     ranges: ShapeRanges,
     folder: Path,
     device: torch.device,
@@ -62,7 +62,6 @@ def build_inductor(
 
     Args:
         checkpoint: an opened checkpoint, or anything else that gives the model's parts and can be pickled.
-        precision, vae_precision: of the networks, and of the VAE's decoder.
         ranges: shapes to be served; one package serves them all.
         on_stage: called with a network's name ("" for none in particular) and what is done to it; from several
             threads, one at a time.
@@ -81,9 +80,7 @@ def build_inductor(
     check_compilers(device)
     letters = ranges.letters(checkpoint.geometry.pixels_per_latent)
     groups = [tuple(name for name in group if only is None or name in only) for group in _GROUPS]
-    requests = [
-        BuildRequest(checkpoint, names, precision, vae_precision, letters, device, folder) for names in groups if names
-    ]
+    requests = [BuildRequest(checkpoint, names, numerics, letters, device, folder) for names in groups if names]
     workers = _Workers(on_stage)
     with ThreadPoolExecutor(min(len(requests), os.cpu_count() or 1)) as pool:
         try:

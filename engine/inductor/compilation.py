@@ -25,8 +25,9 @@ from storyadapter.export.dynamic_shapes import dynamic_shapes
 from storyadapter.export.probe import Probe, probe_inputs, probe_module
 from storyadapter.export.verify import ExportError, relative_error
 from storyadapter.method.errors import EngineBuildError
-from storyadapter.model.contract import NetworkSpec, Precision, Range, network_specs
+from storyadapter.model.contract import NetworkSpec, Range, network_specs
 from storyadapter.model.modules import ModelParts, iterate_modules
+from storyadapter.model.numerics import Numerics, Precision
 from storyadapter.model.unet import Denoiser
 
 # Measured on an H100 at S = 4096 and 10 heads: cuDNN 480 TFLOP/s, FlashAttention-2 304.
@@ -55,7 +56,6 @@ class BuildRequest:
     Attributes:
         checkpoint: an opened checkpoint, or anything else that gives the model's parts and can be pickled.
         networks: their names.
-        precision, vae_precision: of all networks, and of the VAE's decoder.
         letters: the range of every dynamic letter, as `ShapeRanges.letters` gives them.
         device: to compile for.
         folder: gets packages and weights.
@@ -63,8 +63,7 @@ class BuildRequest:
 
     checkpoint: ModelParts
     networks: tuple[str, ...]
-    precision: Precision
-    vae_precision: Precision
+    numerics: Numerics
     letters: Mapping[str, Range]
     device: torch.device
     folder: Path
@@ -83,11 +82,8 @@ def build_networks(request: BuildRequest, on_stage: Callable[[str, str], None]) 
         EngineBuildError: a network can't be compiled, or computes something else than eager.
     """
     specs, operators = network_specs(request.checkpoint.geometry), operators_for(request.device)
-    options = NetworkOptions(request.precision, request.vae_precision, request.letters, operators)
     errors = {}
-    modules = iterate_modules(
-        request.checkpoint, request.precision, request.vae_precision, operators.grca, request.networks
-    )
+    modules = iterate_modules(request.checkpoint, request.numerics, operators.grca, request.networks)
     while True:
         on_stage("", "loading weights")
         name, module = next(modules, ("", None))
@@ -95,6 +91,7 @@ def build_networks(request: BuildRequest, on_stage: Callable[[str, str], None]) 
             return errors
         # the module is handed over: nothing here keeps its weights
         taken, module = [module.to(request.device)], None
+        options = NetworkOptions(request.numerics[name], request.letters, operators)
         errors[name] = build_network(specs[name], taken, options, request.folder, functools.partial(on_stage, name))
 
 
@@ -103,7 +100,6 @@ class NetworkOptions:
     """What a network is compiled with; `letters` as in `ShapeRanges.letters`."""
 
     precision: Precision
-    vae_precision: Precision
     letters: Mapping[str, Range]
     operators: Operators
 
@@ -131,16 +127,15 @@ def build_network(
     device = next(module.parameters()).device
     for tensor in (*module.parameters(), *module.buffers()):
         tensor.data = tensor.data.contiguous()  # the only layout that a file keeps
-    precision, vae_precision = options.precision, options.vae_precision
     ranges = compiled_ranges(spec, options.letters)
     # before the module is rewritten: the comparison shall see the rewriting, too
     on_stage("running eager")
-    probes = probe_module(spec, module, options.letters, precision, vae_precision)
+    probes = probe_module(spec, module, options.letters, options.precision)
     if isinstance(module, Denoiser):
         fuse_denoiser(module, options.operators)
     channels_last_names = channels_last(module) if device.type == "cuda" else []
     on_stage("exporting")
-    inputs = probe_inputs(spec, example_sizes(ranges, device), precision, vae_precision)
+    inputs = probe_inputs(spec, example_sizes(ranges, device), options.precision)
     arguments = tuple(value.to(device) for value in inputs.values())
     with _compiling(spec.name):
         program = torch.export.export(
@@ -159,8 +154,8 @@ def build_network(
     del constants
     on_stage("comparing with eager")
     weights = read_weights(stored, device)
-    network = InductorNetwork(spec, folder, precision, vae_precision, device, options.letters, weights)
-    return _compare(network, probes, vae_precision if spec.name == "vae_decoder" else precision)
+    network = InductorNetwork(spec, folder, options.precision, device, options.letters, weights)
+    return _compare(network, probes, options.precision)
 
 
 @contextlib.contextmanager

@@ -15,9 +15,10 @@ from storyadapter.engine.inductor import package_name, weights_name
 from storyadapter.engine.inductor.shapes import compiled_ranges, cut, doubled
 from storyadapter.engine.loading import load_each
 from storyadapter.engine.out_of_memory import told_as_out_of_memory
-from storyadapter.model.contract import Geometry, NetworkSpec, Precision, Range, network_specs
+from storyadapter.model.contract import Geometry, NetworkSpec, Range, network_specs
 from storyadapter.model.grca import grca
 from storyadapter.model.networks import Networks, check_inputs, run_directly
+from storyadapter.model.numerics import Numerics, Precision
 
 if TYPE_CHECKING:
     from torch.export.pt2_archive._package import AOTICompiledModel
@@ -36,7 +37,6 @@ class InductorNetwork:
         spec: NetworkSpec,
         folder: Path,
         precision: Precision,
-        vae_precision: Precision,
         device: torch.device,
         letters: Mapping[str, Range],
         weights: Mapping[str, Tensor],
@@ -45,7 +45,7 @@ class InductorNetwork:
     ) -> None:
         """
         Args:
-            spec, precision, vae_precision, letters: what the package was compiled for.
+            spec, precision, letters: what the package was compiled for.
             folder: holds the package.
             device: what it was compiled for.
             weights: by name, at least those that the package reads; on `device`, or on the host if `offloaded`.
@@ -55,7 +55,6 @@ class InductorNetwork:
         """
         self.spec = spec
         self.precision: Precision = precision
-        self.vae_precision: Precision = vae_precision
         self.device = device
         self.letters = letters
         self.offloaded = offloaded
@@ -73,14 +72,7 @@ class InductorNetwork:
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `storyadapter.model.networks.Network`."""
         # a package doesn't look at strides: a view would give wrong numbers without an error
-        sizes = check_inputs(
-            self.spec,
-            inputs,
-            precision=self.precision,
-            vae_precision=self.vae_precision,
-            device=self.device,
-            letters=self.letters,
-        )
+        sizes = check_inputs(self.spec, inputs, precision=self.precision, device=self.device, letters=self.letters)
         tensors = [inputs[tensor.name] for tensor in self.spec.inputs]
         if not self.offloaded:
             outputs = self._run(tensors, sizes)
@@ -163,8 +155,7 @@ def read_weights(path: Path, device: torch.device) -> dict[str, Tensor]:
 def open_inductor(
     folder: Path,
     geometry: Geometry,
-    precision: Precision,
-    vae_precision: Precision,
+    numerics: Numerics,
     letters: Mapping[str, Range],
     device: torch.device,
     on_progress: Callable[[str, str], None] = lambda network, what: None,
@@ -190,15 +181,15 @@ def open_inductor(
     def load(spec: NetworkSpec) -> InductorNetwork:
         offloaded = stays_on_host(spec.name)
         weights = read_weights(folder / weights_name(spec.name), torch.device("cpu") if offloaded else device)
-        return InductorNetwork(spec, folder, precision, vae_precision, device, letters, weights, offloaded=offloaded)
+        precision = numerics[spec.name]
+        return InductorNetwork(spec, folder, precision, device, letters, weights, offloaded=offloaded)
 
     return Networks(
-        **load_each(geometry, load, tell),
+        load_each(geometry, load, tell),
         geometry=geometry,
         backend="inductor",
         device=device,
-        precision=precision,
-        vae_precision=vae_precision,
+        numerics=numerics,
         letters=letters,
         run_step=GraphStepRunner() if on_gpu else run_directly,
         padding_is_free=on_gpu,

@@ -5,15 +5,15 @@ from pathlib import Path
 
 from storyadapter.checkpoint import Checkpoint
 from storyadapter.export.compared import export_compared
-from storyadapter.model.contract import Precision, ShapeRanges, network_specs
+from storyadapter.model.contract import ShapeRanges, network_specs
 from storyadapter.model.grca import grca
 from storyadapter.model.modules import iterate_modules
+from storyadapter.model.numerics import Numerics
 
 
 def build_onnx(
     checkpoint: Checkpoint,
-    precision: Precision,
-    vae_precision: Precision,
+    numerics: Numerics,
     ranges: ShapeRanges,
     folder: Path,
     on_progress: Callable[[str, str], None],
@@ -33,7 +33,7 @@ def build_onnx(
     letters = ranges.letters(geometry.pixels_per_latent)
     specs = network_specs(geometry)
     errors = {}
-    modules = iterate_modules(checkpoint, precision, vae_precision, grca)
+    modules = iterate_modules(checkpoint, numerics, grca)
     while True:
         on_progress("", "loading weights")
         name, module = next(modules, ("", None))
@@ -43,8 +43,7 @@ def build_onnx(
             specs[name],
             module,
             letters,
-            precision,
-            vae_precision,
+            numerics[name],
             folder,
             lambda what, name=name: on_progress(name, what),
         )

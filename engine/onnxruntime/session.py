@@ -11,8 +11,9 @@ from torch import Tensor
 from storyadapter.engine.loading import load_each
 from storyadapter.export import onnx_name
 from storyadapter.export.ort_session import open_session
-from storyadapter.model.contract import Geometry, NetworkSpec, Precision, Range
+from storyadapter.model.contract import Geometry, NetworkSpec, Range
 from storyadapter.model.networks import Networks, check_inputs
+from storyadapter.model.numerics import Numerics, Precision
 
 DEVICE = torch.device("cpu")
 
@@ -26,12 +27,10 @@ class OnnxRuntimeNetwork:
         path: Path,
         *,
         precision: Precision,
-        vae_precision: Precision,
         letters: Mapping[str, Range],
     ) -> None:
         self.spec = spec
         self.precision: Precision = precision
-        self.vae_precision: Precision = vae_precision
         self.letters = letters
         self.session = open_session(path)
 
@@ -41,7 +40,6 @@ class OnnxRuntimeNetwork:
             self.spec,
             inputs,
             precision=self.precision,
-            vae_precision=self.vae_precision,
             device=DEVICE,
             letters=self.letters,
         )
@@ -65,8 +63,7 @@ def told_as_memory_error() -> Iterator[None]:
 def open_onnxruntime(
     folder: Path,
     geometry: Geometry,
-    precision: Precision,
-    vae_precision: Precision,
+    numerics: Numerics,
     letters: Mapping[str, Range],
     on_progress: Callable[[str], None],
 ) -> Networks:
@@ -74,14 +71,13 @@ def open_onnxruntime(
 
     def load(spec: NetworkSpec) -> OnnxRuntimeNetwork:
         path = folder / onnx_name(spec.name)
-        return OnnxRuntimeNetwork(spec, path, precision=precision, vae_precision=vae_precision, letters=letters)
+        return OnnxRuntimeNetwork(spec, path, precision=numerics[spec.name], letters=letters)
 
     return Networks(
-        **load_each(geometry, load, on_progress),
+        load_each(geometry, load, on_progress),
         geometry=geometry,
         backend="onnxruntime",
         device=DEVICE,
-        precision=precision,
-        vae_precision=vae_precision,
+        numerics=numerics,
         letters=letters,
     )

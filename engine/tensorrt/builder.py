@@ -18,18 +18,10 @@ from storyadapter.engine.tensorrt.options import BuildOptions
 from storyadapter.engine.tensorrt.worker import BuildReport, BuildRequest, TensorBounds, peak_memory
 from storyadapter.export.compared import export_compared
 from storyadapter.method.errors import EngineBuildError, Field, Text, UnavailableError
-from storyadapter.model.contract import (
-    NetworkSpec,
-    Precision,
-    Range,
-    ShapeRanges,
-    TensorSpec,
-    network_specs,
-    size_of,
-    split_dim,
-)
+from storyadapter.model.contract import NetworkSpec, Range, ShapeRanges, TensorSpec, network_specs, size_of, split_dim
 from storyadapter.model.grca import grca
 from storyadapter.model.modules import iterate_modules
+from storyadapter.model.numerics import Numerics, Precision
 
 _KILLED: Final = -9
 
@@ -39,8 +31,7 @@ ReportFraction = Callable[[str, float], None]  # network, how much of its engine
 
 def build_tensorrt(
     checkpoint: Checkpoint,
-    precision: Precision,
-    vae_precision: Precision,
+    numerics: Numerics,
     ranges: ShapeRanges,
     library: Library,
     targets: tuple[str, ...],
@@ -76,7 +67,7 @@ def build_tensorrt(
     reports: dict[str, Any] = {}
     plugin = embeds_kernel(library, targets)
     onnx_folder = folder / "onnx"
-    modules = iterate_modules(checkpoint, precision, vae_precision, grca)
+    modules = iterate_modules(checkpoint, numerics, grca)
     while True:
         on_stage("", "loading weights")
         name, module = next(modules, ("", None))
@@ -85,7 +76,7 @@ def build_tensorrt(
         spec = specs[name]
         onnx_folder.mkdir()
         path, errors[name] = export_compared(
-            spec, module, letters, precision, vae_precision, onnx_folder, lambda what, name=name: on_stage(name, what)
+            spec, module, letters, numerics[name], onnx_folder, lambda what, name=name: on_stage(name, what)
         )
         on_stage(name, f"building the engine for {', '.join(targets)} with {library}")
         request = build_request(
@@ -93,8 +84,7 @@ def build_tensorrt(
             path,
             folder,
             letters,
-            precision,
-            vae_precision,
+            numerics[name],
             library,
             targets,
             options,
@@ -146,7 +136,6 @@ def build_request(
     folder: Path,
     letters: Mapping[str, Range],
     precision: Precision,
-    vae_precision: Precision,
     library: Library,
     targets: tuple[str, ...],
     options: BuildOptions,
@@ -161,7 +150,7 @@ def build_request(
         return TensorBounds(
             name=tensor.name,
             shape=tuple(_parsed_size(dim, letters) for dim in tensor.shape),
-            dtype=TENSORRT_NAMES[tensor.dtype_name(precision, vae_precision)],
+            dtype=TENSORRT_NAMES[tensor.dtype_name(precision)],
             profiles=tuple(profile_shapes(tensor, profile) for profile in profiles) if is_input else (),
         )
 

@@ -20,8 +20,9 @@ from storyadapter.engine.graphs import GraphStepRunner
 from storyadapter.engine.loading import load_each
 from storyadapter.engine.tensorrt.engine_folder import TENSORRT_NAMES, EngineFolder, engine_name
 from storyadapter.method.errors import EngineMismatchError, RunError
-from storyadapter.model.contract import Geometry, NetworkSpec, Precision, Range, size_of
+from storyadapter.model.contract import Geometry, NetworkSpec, Range, size_of
 from storyadapter.model.networks import Networks, check_inputs
+from storyadapter.model.numerics import Numerics, Precision
 
 SHAPES_AT_MOST: Final = 8  # contexts of one network that are kept, one per (B, P, R, h, w) that occurred
 GRAPHS_AT_MOST: Final = 8  # CUDA graphs of one context
@@ -61,12 +62,10 @@ class TensorRTNetwork:
         shared: Device,
         *,
         precision: Precision,
-        vae_precision: Precision,
         runtime_cache: Path | None,
     ) -> None:
         self.spec = spec
         self.precision: Precision = precision
-        self.vae_precision: Precision = vae_precision
         self._engine = engine
         self._trt = trt
         self._described = described
@@ -99,7 +98,6 @@ class TensorRTNetwork:
             self.spec,
             inputs,
             precision=self.precision,
-            vae_precision=self.vae_precision,
             device=shared.device,
             letters=self._letters,
         )
@@ -158,7 +156,7 @@ class TensorRTNetwork:
 
     def _dtype(self, name: str) -> torch.dtype:
         tensor = next(t for t in (*self.spec.inputs, *self.spec.outputs) if t.name == name)
-        return getattr(torch, tensor.dtype_name(self.precision, self.vae_precision))
+        return getattr(torch, tensor.dtype_name(self.precision))
 
     def _open_runtime_cache(self, path: Path) -> None:
         """TensorRT-RTX compiles its kernels when a context is made; what it compiled is kept beside the engine."""
@@ -186,8 +184,7 @@ class TensorRTNetwork:
 def open_tensorrt(
     folder: Path,
     geometry: Geometry,
-    precision: Precision,
-    vae_precision: Precision,
+    numerics: Numerics,
     letters: Mapping[str, Range],
     on_progress: Callable[[str], None],
 ) -> Networks:
@@ -208,7 +205,7 @@ def open_tensorrt(
         if engine is None:
             reason = logger.last_error or "no reason told"
             raise RunError(f"{spec.name}: {described.module} can't load the engine: {reason}")
-        check_engine(engine, spec, precision, vae_precision)
+        check_engine(engine, spec, numerics[spec.name])
         return spec, engine
 
     engines = load_each(geometry, load, on_progress)
@@ -222,24 +219,22 @@ def open_tensorrt(
             trt,
             described,
             shared,
-            precision=precision,
-            vae_precision=vae_precision,
+            precision=numerics[name],
             runtime_cache=folder / f"{name}.runtime-cache" if keeps_cache else None,
         )
         for name, (spec, engine) in engines.items()
     }
     return Networks(
-        **networks,
+        networks,
         geometry=geometry,
         backend="tensorrt",
         device=device,
-        precision=precision,
-        vae_precision=vae_precision,
+        numerics=numerics,
         letters=letters,
     )
 
 
-def check_engine(engine: Any, spec: NetworkSpec, precision: Precision, vae_precision: Precision) -> None:
+def check_engine(engine: Any, spec: NetworkSpec, precision: Precision) -> None:
     """Raises EngineMismatchError unless an engine's inputs and outputs are the contract's, by name and dtype."""
     found = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
     expected = {tensor.name for tensor in (*spec.inputs, *spec.outputs)}
@@ -247,7 +242,7 @@ def check_engine(engine: Any, spec: NetworkSpec, precision: Precision, vae_preci
         raise EngineMismatchError(f"{spec.name}: the engine has {sorted(found)}; the contract has {sorted(expected)}")
     for tensor in (*spec.inputs, *spec.outputs):
         dtype = engine.get_tensor_dtype(tensor.name).name
-        wanted = TENSORRT_NAMES[tensor.dtype_name(precision, vae_precision)]
+        wanted = TENSORRT_NAMES[tensor.dtype_name(precision)]
         if dtype != wanted:
             raise EngineMismatchError(f"{spec.name}: {tensor.name} is {dtype} in the engine; expected {wanted}")
 

@@ -49,12 +49,11 @@ def _build(
     from storyadapter.engine.opening import build_engine, check_build, identify
 
     started = time.perf_counter()
-    check_build(session.backend, session.precision, session.vae_precision, ranges)
+    check_build(session.backend, session.numerics, ranges)
     identity = identify(
         session.checkpoint,
         session.backend,
-        session.precision,
-        session.vae_precision,
+        session.numerics,
         reporter.bytes_read,
         targets=targets,
         options=options,

@@ -80,16 +80,14 @@ def draw(
 
 def _identity(story: Story, style: str, plan: RunPlan, session: Session, reporter: Reporter) -> dict[str, Any]:
     """Everything that decides the pictures. The split into micro-batches doesn't: it may change in a resumed run."""
-    engine = identify(
-        session.checkpoint, session.backend, session.precision, session.vae_precision, reporter.bytes_read
-    )
+    engine = identify(session.checkpoint, session.backend, session.numerics, reporter.bytes_read)
     return {
         "story": story.to_dict(),
         "style": style,
         "plan": {name: value for name, value in plan.as_dict().items() if name != "max_frames"},
         "backend": session.backend,
-        "precision": session.precision,
-        "vae_precision": session.vae_precision,
+        "precision": session.numerics.precision,
+        "vae_precision": session.numerics["vae_decoder"],
         "weights": {f"{weight.component}/{weight.name}": weight.sha256 for weight in engine.weights},
         "loras": [{"name": lora.name, "sha256": lora.sha256, "scale": lora.scale} for lora in engine.loras],
     }
@@ -107,15 +105,13 @@ def _open_pipeline(
         return open_networks(
             session.checkpoint,
             backend=session.backend,
-            precision=session.precision,
-            vae_precision=session.vae_precision,
+            numerics=session.numerics,
             ranges=ShapeRanges(together, references, height, width),
             engine_dir=args.engine_dir,
             build_command=build_command(
                 args,
                 session.backend,
-                session.precision,
-                session.vae_precision,
+                session.numerics,
                 ShapeRanges(asked, references, height, width),
             ),
             on_stage=reporter.stage,

@@ -14,7 +14,8 @@ from storyadapter.engine.tensorrt.options import BuildOptions, parse_resolution
 from storyadapter.method import constants
 from storyadapter.method.errors import InputError, StoryAdapterError
 from storyadapter.method.plan import FRAMES_UNMEASURED, RunPlan
-from storyadapter.model.contract import PRECISIONS, Range, ShapeRanges
+from storyadapter.model.contract import Range, ShapeRanges
+from storyadapter.model.numerics import PRECISIONS, Numerics
 
 MAX_REFERENCES = 100
 
@@ -267,15 +268,13 @@ def run_plan(args: argparse.Namespace, default_pixels: int, seed: int) -> RunPla
     )
 
 
-def build_command(
-    args: argparse.Namespace, backend: str, precision: str, vae_precision: str, ranges: ShapeRanges
-) -> str:
+def build_command(args: argparse.Namespace, backend: str, numerics: Numerics, ranges: ShapeRanges) -> str:
     """The `build` command whose engine serves these ranges, as it would be typed."""
     words: list[Any] = ["storyadapter-trt", "build"]
     for option, values in given_checkpoint_options(args).items():
         for value in values:
             words += [option, value]
-    words += ["--backend", backend, "--precision", precision, "--vae-precision", vae_precision]
+    words += ["--backend", backend, "--precision", numerics.precision, "--vae-precision", numerics["vae_decoder"]]
     words += ["--height", str(ranges.height).replace("..", ":"), "--width", str(ranges.width).replace("..", ":")]
     words += ["--max-frames", ranges.max_frames, "--max-references", max(MAX_REFERENCES, ranges.max_references)]
     if args.engine_dir:

@@ -1,4 +1,4 @@
-"""What `build` and `run` do first: the model's files, the backend, the precisions."""
+"""What `build` and `run` do first: the model's files, the backend, the numerics."""
 
 import argparse
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from storyadapter.checkpoint import Checkpoint
 from storyadapter.cli.options import ModelChoice
 from storyadapter.engine.backends import AUTO, check_available, choose_backend, choose_precision
-from storyadapter.model.contract import Precision
+from storyadapter.model.numerics import Numerics, Precision
 
 
 @dataclass(frozen=True)
@@ -16,14 +16,12 @@ class Session:
     model: ModelChoice
     checkpoint: Checkpoint
     backend: str
-    precision: Precision
-    vae_precision: Precision
+    numerics: Numerics
 
     @property
     def how(self) -> str:
-        """Backend and precisions, for a message."""
-        vae = "" if self.vae_precision == self.precision else f" (VAE {self.vae_precision})"
-        return f"{self.backend} {self.precision}{vae}"
+        """Backend and numerics, for a message."""
+        return f"{self.backend} {self.numerics}"
 
 
 def open_session(args: argparse.Namespace, model: ModelChoice) -> Session:
@@ -36,7 +34,6 @@ def open_session(args: argparse.Namespace, model: ModelChoice) -> Session:
     backend = choose_backend() if args.backend == AUTO else args.backend
     precision: Precision = choose_precision(backend) if args.precision == AUTO else args.precision
     asked: Precision | None = None if args.vae_precision == AUTO else args.vae_precision
-    check_available(backend, precision, asked)
+    check_available(backend, Numerics.of(precision, vae_decoder=asked))
     checkpoint = Checkpoint.open(model.paths)
-    vae_precision = asked or checkpoint.geometry.default_vae_precision(precision)
-    return Session(model, checkpoint, backend, precision, vae_precision)
+    return Session(model, checkpoint, backend, checkpoint.geometry.numerics(precision, asked))

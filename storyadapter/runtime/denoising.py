@@ -154,7 +154,7 @@ class DenoisingState:
         scaled = scale_input(self._coefficients, self._counter, self.x)
         self.inputs["latents"].unflatten(0, (-1, self.shape.frames)).copy_(scaled)
         self.inputs["timestep"].copy_(timestep_at(self._coefficients, self._counter))
-        output = self._networks.denoiser(self.inputs)["noise"].float()
+        output = self._networks["denoiser"](self.inputs)["noise"].float()
         if self.shape.guided:
             unconditional, conditional = output.chunk(2)
             output = unconditional + self._guidance * (conditional - unconditional)

@@ -8,11 +8,12 @@ from storyadapter.bench.synthetic import SyntheticCheckpoint
 from storyadapter.bench.synthetic_models import SDXL, TOY, SyntheticModel
 from storyadapter.engine.eager import open_eager
 from storyadapter.model.networks import Networks
+from storyadapter.model.numerics import Numerics
 
 
 def _networks(model: SyntheticModel, device: str) -> Networks:
     checkpoint = SyntheticCheckpoint(model, torch.device(device))
-    return open_eager(checkpoint, "fp32", "fp32", torch.device(device), lambda name: None)
+    return open_eager(checkpoint, Numerics("fp32"), torch.device(device), lambda name: None)
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ PLAN = RunPlan(height=64, width=64, seed=3, steps=2, scales=(0.3, 0.5), max_fram
 
 @pytest.fixture(scope="module")
 def drawer(checkpoint: Checkpoint) -> Drawer:
-    networks = open_networks(checkpoint, backend="eager", precision="fp32", device="cpu")
+    networks = open_networks(checkpoint, backend="eager", device="cpu")
     return Drawer("eager", StoryPipeline(networks, checkpoint.load_tokenizers()), STORY, Progress(9))
 
 

@@ -14,6 +14,7 @@ from storyadapter.engine.onnxruntime import builder
 from storyadapter.engine.opening import identify
 from storyadapter.method.errors import EngineBuildError
 from storyadapter.model.contract import Range, ShapeRanges
+from storyadapter.model.numerics import Numerics
 
 PIXELS = Range(64, 64)
 RANGES = ShapeRanges(2, 3, PIXELS, PIXELS)
@@ -37,7 +38,7 @@ def test_a_build_is_told_before_it_begins(tmp_path: Path, monkeypatch: pytest.Mo
     open_it()
     assert told == [FIRST, "it begins"]
     told.clear()
-    key = engine_key(identify(subject.checkpoint, "onnxruntime", "fp32", "fp32"), RANGES)
+    key = engine_key(identify(subject.checkpoint, "onnxruntime", Numerics("fp32")), RANGES)
     opening = Thread(target=open_it, daemon=True)
     with FileLock(tmp_path / f".{key}.lock"):  # as another process that builds the same
         opening.start()

@@ -19,6 +19,7 @@ from storyadapter.method.events import FrameFinished
 from storyadapter.method.plan import RunPlan
 from storyadapter.model.contract import LayerWidth
 from storyadapter.model.networks import Networks
+from storyadapter.model.numerics import Numerics
 
 CPU = torch.device("cpu")
 
@@ -75,14 +76,14 @@ def test_a_seed_gives_the_same_weights_in_every_precision() -> None:
 
 def test_an_engines_identity_knows_model_and_seed() -> None:
     first, again, other = (
-        identify(SyntheticCheckpoint(TOY, CPU, seed), "onnxruntime", "fp32", "fp32") for seed in (0, 0, 1)
+        identify(SyntheticCheckpoint(TOY, CPU, seed), "onnxruntime", Numerics("fp32")) for seed in (0, 0, 1)
     )
     assert first == again != other
 
 
 @pytest.fixture(scope="module")
 def networks() -> Networks:
-    return open_eager(SyntheticCheckpoint(TOY, CPU), "fp32", "fp32", CPU, lambda name: None)
+    return open_eager(SyntheticCheckpoint(TOY, CPU), Numerics("fp32"), CPU, lambda name: None)
 
 
 def _draw(networks: Networks, **changes: object) -> Tensor:

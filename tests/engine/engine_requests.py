@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from storyadapter.engine.identity import EngineIdentity, Lora, WeightFile
+from storyadapter.engine.identity import EngineIdentity, FusedLora, WeightFile
 from storyadapter.model.contract import Range, ShapeRanges
+from storyadapter.model.numerics import Numerics, Precision
 
 
 def digest(letter: str) -> str:
@@ -16,16 +17,15 @@ VAE = WeightFile("vae", "vae.safetensors", digest("b"))
 TEXT = WeightFile("text_encoder", "model.safetensors", digest("c"))
 
 
-def identity(**changes: Any) -> EngineIdentity:
+def identity(*, precision: Precision = "fp16", vae_precision: Precision = "fp32", **changes: Any) -> EngineIdentity:
     settings: dict[str, Any] = {
         "backend": "onnxruntime",
         "backend_version": "1.24.1",
-        "precision": "fp16",
-        "vae_precision": "fp32",
+        "numerics": Numerics.of(precision, vae_decoder=vae_precision),
         "architecture": "cpu-x86_64",
         "contract": digest("e"),
         "weights": (UNET, VAE, TEXT),
-        "loras": (Lora("style.safetensors", digest("d"), 0.8),),
+        "loras": (FusedLora("style.safetensors", digest("d"), 0.8),),
         "build_options": (("opset", "23"), ("export version", "1")),
     }
     return EngineIdentity(**(settings | changes))

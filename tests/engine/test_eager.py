@@ -14,8 +14,8 @@ from storyadapter.demo.shipped import MODEL
 from storyadapter.demo.training.dataset import mixed_scenes
 from storyadapter.demo.training.scenes import draw
 from storyadapter.engine import open_networks
-from storyadapter.model.contract import Precision
 from storyadapter.model.networks import Networks
+from storyadapter.model.numerics import Numerics, Precision
 from storyadapter.runtime.pictures import decode_latents
 
 
@@ -36,7 +36,7 @@ def decoded(demo_checkpoint: Checkpoint, latents: Tensor):
     @cache
     def decode(precision: Precision) -> list[np.ndarray]:
         networks = open_networks(
-            demo_checkpoint, backend="eager", precision="fp32", vae_precision=precision, device="cpu"
+            demo_checkpoint, backend="eager", numerics=Numerics.of("fp32", vae_decoder=precision), device="cpu"
         )
         pictures, finite = decode_latents(networks, latents)
         assert finite.all()
@@ -61,16 +61,19 @@ def test_a_vae_in_half_precision_decodes_nearly_the_same(
 
 def test_the_vaes_precision_is_its_own(demo_checkpoint: Checkpoint, latents: Tensor) -> None:
     def dtypes(networks: Networks) -> tuple[torch.dtype, ...]:
-        loaded = (networks.denoiser, networks.image_encoder, networks.vae_decoder)
+        loaded = (networks["denoiser"], networks["image_encoder"], networks["vae_decoder"])
         return tuple(next(network.module.parameters()).dtype for network in loaded)
 
-    networks = open_networks(demo_checkpoint, backend="eager", precision="fp16", vae_precision="bf16", device="cpu")
+    numerics = Numerics.of("fp16", vae_decoder="bf16")
+    networks = open_networks(demo_checkpoint, backend="eager", numerics=numerics, device="cpu")
     assert dtypes(networks) == (torch.float16, torch.float16, torch.bfloat16)
-    assert (networks.precision, networks.vae_precision, networks.vae_dtype) == ("fp16", "bf16", torch.bfloat16)
+    assert (networks.numerics, networks.dtype("vae_decoder")) == (numerics, torch.bfloat16)
     with pytest.raises(ValueError, match=r"^vae_decoder: input latents is torch.float16; expected torch.bfloat16$"):
-        networks.vae_decoder({"latents": latents.half()})
+        networks["vae_decoder"]({"latents": latents.half()})
     assert demo_checkpoint.geometry.vae_in_fp32 is False
-    by_default = open_networks(demo_checkpoint, backend="eager", precision="bf16", device="cpu")
+    by_default = open_networks(
+        demo_checkpoint, backend="eager", numerics=demo_checkpoint.geometry.numerics("bf16"), device="cpu"
+    )
     assert dtypes(by_default) == (torch.bfloat16,) * 3
 
 
@@ -87,5 +90,5 @@ def test_a_vae_that_asks_for_fp32_gets_it_by_default(demo_checkpoint: Checkpoint
     (tmp_path / "vae" / weights).symlink_to(MODEL / "vae" / weights)
     own = Checkpoint.open(CheckpointPaths(tmp_path, tmp_path / "image_encoder", tmp_path / "ip-adapter.safetensors"))
     for asked, given in ((None, "fp32"), ("bf16", "bf16")):
-        networks = open_networks(own, backend="eager", precision="fp16", vae_precision=asked, device="cpu")
-        assert networks.vae_precision == given
+        networks = open_networks(own, backend="eager", numerics=own.geometry.numerics("fp16", asked), device="cpu")
+        assert networks.numerics["vae_decoder"] == given

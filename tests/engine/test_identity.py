@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storyadapter.engine.identity import EngineIdentity, Lora, WeightFile, contract_digest, engine_key
+from storyadapter.engine.identity import EngineIdentity, FusedLora, WeightFile, contract_digest, engine_key
 from storyadapter.model.contract import Geometry, LayerWidth, Range, ShapeRanges
+from storyadapter.model.numerics import PRECISIONS, Numerics
 from tests.engine.engine_requests import TEXT, UNET, VAE, digest, identity, ranges
 
 texts = st.text(max_size=8)
@@ -17,13 +18,12 @@ digests = st.text("0123456789abcdef", min_size=64, max_size=64)
 weight_files = st.builds(
     WeightFile, component=st.sampled_from(["unet", "vae", "ip_adapter"]), name=texts, sha256=digests
 )
-lora_files = st.builds(Lora, name=texts, sha256=digests, scale=st.floats(-2, 2))
+lora_files = st.builds(FusedLora, name=texts, sha256=digests, scale=st.floats(-2, 2))
 identities = st.builds(
     EngineIdentity,
     backend=texts,
     backend_version=texts,
-    precision=texts,
-    vae_precision=texts,
+    numerics=st.builds(Numerics.of, st.sampled_from(PRECISIONS), vae_decoder=st.sampled_from(PRECISIONS)),
     architecture=texts,
     contract=digests,
     weights=st.lists(weight_files, max_size=4).map(tuple),
@@ -76,9 +76,9 @@ def test_a_manifest_gives_back_the_identity_and_the_key(stored: EngineIdentity, 
 
 def test_the_key_is_the_same_in_every_process_and_release() -> None:
     """A changed constant here means that every engine ever built is built again: raise STORE_VERSION with it."""
-    assert engine_key(identity(), ranges()) == "93b193cea53cdc9a51e7a5fc6e46c8a4"
-    assert engine_key(identity(loras=(Lora("a", digest("d"), 1),)), ranges()) == engine_key(
-        identity(loras=(Lora("a", digest("d"), 1.0),)), ranges()
+    assert engine_key(identity(), ranges()) == "c0b82052453b3e03f4103dcd78516494"
+    assert engine_key(identity(loras=(FusedLora("a", digest("d"), 1),)), ranges()) == engine_key(
+        identity(loras=(FusedLora("a", digest("d"), 1.0),)), ranges()
     )
 
 
@@ -94,7 +94,7 @@ def test_every_field_that_differs_is_told_by_name() -> None:
 
 
 def test_loras_in_another_order_are_another_engine() -> None:
-    first, second = Lora("a", digest("1"), 1.0), Lora("b", digest("2"), 1.0)
+    first, second = FusedLora("a", digest("1"), 1.0), FusedLora("b", digest("2"), 1.0)
     assert engine_key(identity(loras=(first, second)), ranges()) != engine_key(
         identity(loras=(second, first)), ranges()
     )

@@ -15,6 +15,7 @@ from storyadapter.engine.opening import identify, why_outdated
 from storyadapter.engine.store import EngineStore
 from storyadapter.method.errors import EngineMismatchError, UnavailableError
 from storyadapter.model.contract import CONTRACT_VERSION
+from storyadapter.model.numerics import Numerics
 from tests.engine.engine_requests import never_waits, ranges
 
 
@@ -32,7 +33,7 @@ def test_an_engine_is_outdated_by_versions_of_this_program(
     backend: str, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is built now isn't outdated, whatever is installed later; after a change of the program it is."""
-    asked = identify(checkpoint, backend, "fp32")
+    asked = identify(checkpoint, backend, Numerics("fp32"))
     store = EngineStore(tmp_path)
 
     def built(details: dict[str, Any], **changes: Any) -> list[str]:
@@ -44,14 +45,14 @@ def test_an_engine_is_outdated_by_versions_of_this_program(
     option, value = asked.build_options[0]
     older = (option, "0"), *asked.build_options[1:]
     assert built(details, build_options=older) == [f"{option} is 0 in the store, {value} asked for"]
-    assert "is described otherwise" in built({"geometry": {"width": 3}}, precision="fp16")[0]
+    assert "is described otherwise" in built({"geometry": {"width": 3}}, numerics=Numerics("fp16"))[0]
     monkeypatch.setattr(identity_module, "CONTRACT_VERSION", CONTRACT_VERSION + 1)
     (reason,) = built(details)
     assert reason.startswith("contract is ") and reason.endswith(", or another version of this program)")
 
 
 def test_an_engine_for_a_gpu_is_judged_where_there_is_none(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    asked = identify(checkpoint, "inductor", "fp16")
+    asked = identify(checkpoint, "inductor", Numerics("fp16"))
     gpu = replace(asked, architecture="sm90", build_options=target.build_options(torch.device("cuda")))
     details = {"geometry": checkpoint.geometry.as_dict()}
     engine = EngineStore(tmp_path).build(gpu, ranges(), lambda folder: details, never_waits)

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from storyadapter.cli.options import typed
-from storyadapter.engine.identity import EngineIdentity, Lora, WeightFile, engine_key
+from storyadapter.engine.identity import EngineIdentity, FusedLora, WeightFile, engine_key
 from storyadapter.engine.store import EngineStore, StoredEngine
 from storyadapter.method.errors import EngineMismatchError, InputError, RunError
 from storyadapter.model.contract import Range, ShapeRanges
@@ -88,7 +88,7 @@ def test_what_was_built_is_found_with_all_it_holds(store: EngineStore) -> None:
 def test_the_manifest_can_be_read_by_a_person(store: EngineStore) -> None:
     built = add(store, identity(), ranges(height=Range(512, 1024)))
     manifest = json.loads((built.folder / "manifest.json").read_text())
-    assert manifest["identity"]["precision"] == "fp16"
+    assert manifest["identity"]["numerics"]["precision"] == "fp16"
     assert {"component": "unet", "name": "unet.safetensors", "sha256": digest("a")} in manifest["identity"]["weights"]
     assert manifest["identity"]["loras"] == [{"name": "style.safetensors", "sha256": digest("d"), "scale": 0.8}]
     assert manifest["identity"]["build_options"] == {"opset": "23", "export version": "1"}
@@ -154,7 +154,7 @@ NEW_UNET = WeightFile("unet", "juggernaut.safetensors", digest("9"))
             "LoRA is style.safetensors:0.8 (sha256 dddddddd) in the store, none asked for",
         ),
         (
-            identity(loras=(Lora("style.safetensors", digest("d"), 0.5),)),
+            identity(loras=(FusedLora("style.safetensors", digest("d"), 0.5),)),
             "LoRA is style.safetensors:0.8 (sha256 dddddddd) in the store, "
             "style.safetensors:0.5 (sha256 dddddddd) asked for",
         ),
@@ -314,7 +314,7 @@ def _remove_weights(folder: Path) -> None:
     [
         (_remove_manifest, "manifest.json can't be read (No such file or directory)"),
         (_cut_manifest, "manifest.json is not valid JSON"),
-        (_edit('"store_version": 3', '"store_version": 99'), "its store version is 99, expected 3"),
+        (_edit('"store_version": 4', '"store_version": 99'), "its store version is 99, expected 4"),
         (_edit('"identity"', '"identify"'), "manifest.json is no manifest of an engine (KeyError('identity'))"),
         (_edit('"max_frames": 4', '"max_frames": "x"'), "manifest.json is no manifest of an engine (TypeError"),
         (_edit('"max_frames": 4', '"max_frames": 0'), "manifest.json is no manifest of an engine (InputError"),
@@ -343,15 +343,15 @@ def test_a_damaged_engine_is_passed_over_told_and_built_anew(
 
 def test_engines_of_older_store_versions_are_told_once_with_what_removes_them(tmp_path: Path) -> None:
     store = EngineStore(tmp_path / "my engines")
-    for version, precision in ((1, "fp32"), (2, "bf16")):
-        _edit('"store_version": 3', f'"store_version": {version}')(
+    for version, precision in ((1, "fp32"), (3, "bf16")):
+        _edit('"store_version": 4', f'"store_version": {version}')(
             add(store, identity(precision=precision), ranges()).folder
         )
     good = add(store, identity(), ranges())
     engines, (warning,) = store.scan()
     assert engines == [good]
     told, _, command = warning.partition("; to remove what is outdated: ")
-    assert told == "2 outdated engines (store version below 3): build again what is still wanted"
+    assert told == "2 outdated engines (store version below 4): build again what is still wanted"
     assert warning in mismatch(store, identity(precision="fp32"), ranges())
     subprocess.run(command, shell=True, check=True)
     assert store.scan() == ([good], [])
@@ -444,7 +444,7 @@ def test_a_killed_build_leaves_a_usable_store(store: EngineStore, next_precision
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     assert unfinished.exists()
-    assert [engine.identity.precision for engine in store.scan()[0]] == ["bf16"]
+    assert [engine.identity.numerics.precision for engine in store.scan()[0]] == ["bf16"]
     assert store.scan()[1] == []
     assert store.get(identity(), ranges()) is None
     add(store, identity(precision=next_precision), ranges())

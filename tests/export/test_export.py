@@ -19,6 +19,7 @@ from storyadapter.export.widen import write_widened
 from storyadapter.model.contract import NetworkSpec, Range, ShapeRanges, TensorSpec, network_specs, size_of
 from storyadapter.model.grca import grca
 from storyadapter.model.modules import iterate_modules
+from storyadapter.model.numerics import Numerics
 
 RANGES = ShapeRanges(4, 6, Range(64, 96), Range(64, 64))
 LETTERS = RANGES.letters()
@@ -32,9 +33,9 @@ def exported(demo_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFacto
     The builds of `tests/engine/tensorrt` compare those in fp16 and bf16.
     """
     folder, errors = tmp_path_factory.mktemp("onnx"), {}
-    for name, module in iterate_modules(demo_checkpoint, "fp32", "fp32", grca):
+    for name, module in iterate_modules(demo_checkpoint, Numerics("fp32"), grca):
         spec = network_specs(demo_checkpoint.geometry)[name]
-        path, errors[name] = export_compared(spec, module, LETTERS, "fp32", "fp32", folder)
+        path, errors[name] = export_compared(spec, module, LETTERS, "fp32", folder)
         assert path.name == f"{name}.onnx"
         assert not any(weight.numel() for weight in module.parameters())
     return folder, errors
@@ -83,7 +84,7 @@ class Linear(nn.Module):
 
 
 def test_a_file_that_computes_something_else_is_refused(tmp_path: Path) -> None:
-    path, _ = export_compared(LINEAR, Linear(), LETTERS, "fp32", "fp32", tmp_path)
+    path, _ = export_compared(LINEAR, Linear(), LETTERS, "fp32", tmp_path)
     torch.manual_seed(0)
     x = torch.randn(2, 8)
     right = Linear()(x).detach()
@@ -98,7 +99,7 @@ def test_a_file_that_computes_something_else_is_refused(tmp_path: Path) -> None:
 def test_the_fp32_twin_of_a_bf16_file_has_its_weights_to_the_last_bit(tmp_path: Path) -> None:
     module = Linear().bfloat16()
     weights = {name: weight.detach().float().clone() for name, weight in module.named_parameters()}
-    path, error = export_compared(LINEAR, module, LETTERS, "bf16", "bf16", tmp_path)
+    path, error = export_compared(LINEAR, module, LETTERS, "bf16", tmp_path)
     assert error < 1e-6
     assert not (tmp_path / "widened").exists()
     model = onnx.load(str(path))

@@ -10,7 +10,7 @@ from PIL import Image
 from storyadapter import Checkpoint, RunPlan, Story, StoryPipeline
 from storyadapter.engine import open_networks
 from storyadapter.method.events import FrameFinished
-from storyadapter.model.contract import Precision
+from storyadapter.model.numerics import Precision
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -20,7 +20,9 @@ PROMPTS = ("a red fox runs in the snow", "a small owl sleeps in a tree at night"
 def draw(folder: Path, device: str, precision: Precision) -> list[Image.Image]:
     paths = {"image_encoder": folder / "image_encoder", "ip_adapter": folder / "ip-adapter.safetensors"}
     checkpoint = Checkpoint.open(base_model=folder, **paths)
-    networks = open_networks(checkpoint, backend="eager", precision=precision, device=device)
+    networks = open_networks(
+        checkpoint, backend="eager", numerics=checkpoint.geometry.numerics(precision), device=device
+    )
     plan = RunPlan(height=64, width=64, seed=3, steps=4, scales=(0.3, 0.5), max_frames=2)
     events = StoryPipeline(networks, checkpoint.load_tokenizers()).run(Story(PROMPTS), plan)
     return [event.picture for event in events if isinstance(event, FrameFinished)]

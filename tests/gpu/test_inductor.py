@@ -28,7 +28,7 @@ PLAN = RunPlan(height=64, width=64, seed=3, steps=4, scales=(0.3, 0.5), max_fram
 @pytest.fixture(scope="module")
 def networks(checkpoint: Checkpoint, tiny_inductor_dir: Path) -> Networks:
     # the fixture's engine is built for the device that is here
-    return open_networks(checkpoint, backend="inductor", precision="fp32", ranges=RANGES, engine_dir=tiny_inductor_dir)
+    return open_networks(checkpoint, backend="inductor", ranges=RANGES, engine_dir=tiny_inductor_dir)
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def decibels(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def test_draws_what_eager_draws(networks: Networks, checkpoint: Checkpoint) -> None:
-    expected = draw(open_networks(checkpoint, precision="fp32", device="cpu"), checkpoint)
+    expected = draw(open_networks(checkpoint, device="cpu"), checkpoint)
     drawn = draw(networks, checkpoint)
     assert len(drawn) == 9
     # a GPU's convolutions take their factors in TF32

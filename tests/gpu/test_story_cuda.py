@@ -22,7 +22,7 @@ PLAN = RunPlan(height=64, width=64, seed=3, steps=4, scales=(0.3, 0.5), max_fram
 
 
 def opened(checkpoint: Checkpoint, runner: GraphStepRunner | None = None, **options: bool) -> StoryPipeline:
-    networks = open_networks(checkpoint, backend="eager", precision="fp32", device="cuda")
+    networks = open_networks(checkpoint, backend="eager", device="cuda")
     # eager reads padding too, which is masked; here iteration 0 is only to have the shape of the later ones
     networks = replace(networks, run_step=runner or run_directly, padding_is_free=True)
     return StoryPipeline(networks, checkpoint.load_tokenizers(), **options)

@@ -51,11 +51,11 @@ def test_a_vae_is_compiled_for_another_precision(subject: Subject) -> None:
     compiled = with_compiled_vae(with_letters, subject, ranges, "bf16", told.append)
     assert "VAE in bf16" in told[0] and "built first" in told[0]
     assert told[1:] and all(line.startswith("    building inductor: vae_decoder in bf16: ") for line in told[1:])
-    assert compiled.vae_precision == "bf16" and compiled.denoiser is networks.denoiser
+    assert compiled.numerics["vae_decoder"] == "bf16" and compiled["denoiser"] is networks["denoiser"]
     latents = torch.randn(2, 4, 8, 8) * 0.1
     with torch.inference_mode():
-        expected = networks.vae_decoder({"latents": latents})["image"]
-        found = compiled.vae_decoder({"latents": latents.bfloat16()})["image"].float()
+        expected = networks["vae_decoder"]({"latents": latents})["image"]
+        found = compiled["vae_decoder"]({"latents": latents.bfloat16()})["image"].float()
     assert 1e-4 < float((found - expected).norm() / expected.norm()) < 6e-2
 
 

@@ -13,6 +13,7 @@ from storyadapter.checkpoint import Checkpoint
 from storyadapter.engine.inductor.builder import build_inductor
 from storyadapter.method.errors import CheckpointError, EngineBuildError, InputError, UnavailableError
 from storyadapter.model.contract import Range, ShapeRanges
+from storyadapter.model.numerics import Numerics
 from tests.engine.worker_processes import worker_processes
 from tests.refusals import raises_typed
 
@@ -33,7 +34,7 @@ def test_a_killed_compiler_is_told_by_network(checkpoint: Checkpoint, tmp_path: 
 
     # a compiler that has told of none of its networks yet goes by all of them
     with pytest.raises(EngineBuildError, match=r"^\w+( and \w+)*: the compiler was killed, most likely for want of"):
-        build_inductor(checkpoint, "fp32", "fp32", RANGES, tmp_path, CPU, kill)
+        build_inductor(checkpoint, Numerics("fp32"), RANGES, tmp_path, CPU, kill)
     assert not workers()
 
 
@@ -58,7 +59,7 @@ def test_whatever_ends_the_program_ends_its_compilers(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build_inductor(checkpoint, "fp32", "fp32", RANGES, tmp_path, CPU, stop)
+        build_inductor(checkpoint, Numerics("fp32"), RANGES, tmp_path, CPU, stop)
     assert not workers()
     assert any("cc1plus" in str(process) for process in seen)
     _, alive = psutil.wait_procs(seen, timeout=1)
@@ -74,7 +75,7 @@ def test_what_fails_first_is_told_at_once(checkpoint: Checkpoint, tmp_path: Path
         stages.append(what)
 
     with pytest.raises(EngineBuildError, match="the compiler was killed"):
-        build_inductor(checkpoint, "fp32", "fp32", RANGES, tmp_path, CPU, kill)
+        build_inductor(checkpoint, Numerics("fp32"), RANGES, tmp_path, CPU, kill)
     assert "storing weights" not in stages and not workers()
 
 
@@ -84,7 +85,7 @@ def test_what_a_compiler_process_raises_is_raised(checkpoint: Checkpoint, tmp_pa
     config.rename(hidden)  # after the checkpoint was opened: the other process can't open it
     try:
         with pytest.raises(CheckpointError, match="unet"):
-            build_inductor(checkpoint, "fp32", "fp32", RANGES, tmp_path, CPU)
+            build_inductor(checkpoint, Numerics("fp32"), RANGES, tmp_path, CPU)
     finally:
         hidden.rename(config)
 
@@ -100,11 +101,11 @@ def test_a_compiler_that_would_crash_packages_is_refused_before_anything_is_load
         torch._inductor.config.patch({"cpp.cxx": (str(compiler),)}),
         pytest.raises(UnavailableError, match="finds no shared libstdc"),
     ):
-        build_inductor(checkpoint, "fp32", "fp32", RANGES, tmp_path, CPU, lambda network, what: stages.append(what))
+        build_inductor(checkpoint, Numerics("fp32"), RANGES, tmp_path, CPU, lambda network, what: stages.append(what))
     assert not stages
 
 
 def test_a_range_that_begins_too_low_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
     ranges = ShapeRanges(2, 8, Range(32, 64), SIZES)
     with raises_typed(InputError, match=r"^--height is 32\.\.64; backend inductor expects a range from 64 on: "):
-        build_inductor(checkpoint, "fp32", "fp32", ranges, tmp_path, CPU)
+        build_inductor(checkpoint, Numerics("fp32"), ranges, tmp_path, CPU)

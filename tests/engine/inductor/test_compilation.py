@@ -12,6 +12,7 @@ from storyadapter.engine.inductor.session import InductorNetwork, read_weights
 from storyadapter.export.probe import probe_module
 from storyadapter.model.contract import Range, ShapeRanges, network_specs
 from storyadapter.model.modules import iterate_modules
+from storyadapter.model.numerics import Numerics
 
 CPU = torch.device("cpu")
 NAME = "reference_projection"
@@ -23,16 +24,16 @@ def test_weights_that_lie_transposed_are_stored_as_they_are_read(checkpoint: Che
     letters = ShapeRanges(2, 8, size, size).letters()
     operators = operators_for(CPU)
     spec = network_specs(checkpoint.geometry)[NAME]
-    ((_, module),) = iterate_modules(checkpoint, "fp32", "fp32", operators.grca, (NAME,))
+    ((_, module),) = iterate_modules(checkpoint, Numerics("fp32"), operators.grca, (NAME,))
     for weight in module.parameters():
         if weight.ndim == 2:
             weight.data = weight.data.T.contiguous().T
     assert any(not weight.is_contiguous() for weight in module.parameters())
-    probes = probe_module(spec, module, letters, "fp32", "fp32")
-    options = NetworkOptions("fp32", "fp32", letters, operators)
+    probes = probe_module(spec, module, letters, "fp32")
+    options = NetworkOptions("fp32", letters, operators)
     build_network(spec, [module], options, tmp_path, lambda stage: None)
     weights = read_weights(tmp_path / weights_name(NAME), CPU)
-    network = InductorNetwork(spec, tmp_path, "fp32", "fp32", CPU, letters, weights)
+    network = InductorNetwork(spec, tmp_path, "fp32", CPU, letters, weights)
     for probe in probes:
         drawn = network(probe.inputs)
         for name, expected in probe.outputs.items():

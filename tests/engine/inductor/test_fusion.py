@@ -25,7 +25,7 @@ def denoiser(checkpoint: Checkpoint) -> Denoiser:
 def test_a_fused_denoiser_computes_the_same(checkpoint: Checkpoint, denoiser: Denoiser) -> None:
     spec = network_specs(checkpoint.geometry)["denoiser"]
     sizes = {"B": 3, "P": 2, "G": 2, "R": 7, "h": 8, "w": 12}
-    inputs = tuple(probe_inputs(spec, sizes, "fp32", "fp32").values())
+    inputs = tuple(probe_inputs(spec, sizes, "fp32").values())
     expected = denoiser(*inputs)
     count = sum(isinstance(part, Transformer2DModel) for part in denoiser.modules())
     fuse_denoiser(denoiser, PLAIN)

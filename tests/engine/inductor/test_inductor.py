@@ -21,6 +21,7 @@ from storyadapter.method.errors import EngineMismatchError
 from storyadapter.method.events import FrameFinished
 from storyadapter.model.contract import Range, ShapeRanges
 from storyadapter.model.networks import Networks
+from storyadapter.model.numerics import Numerics
 
 PROMPTS = ("a red fox runs in the snow", "a small owl sleeps in a tree at night", "the fox and the owl share soup")
 SIZES = Range(64, 64)
@@ -29,7 +30,7 @@ RANGES = ShapeRanges(2, 8, SIZES, SIZES)
 
 @pytest.fixture(scope="module")
 def networks(checkpoint: Checkpoint, tiny_inductor_dir: Path) -> Networks:
-    return open_networks(checkpoint, backend="inductor", precision="fp32", ranges=RANGES, engine_dir=tiny_inductor_dir)
+    return open_networks(checkpoint, backend="inductor", ranges=RANGES, engine_dir=tiny_inductor_dir)
 
 
 def engine_folder(store: Path) -> Path:
@@ -51,7 +52,7 @@ def psnr(one: Image.Image, other: Image.Image) -> float:
 # without guidance a single frame is one row, one prompt, one reference: all that is compiled for 2 and more
 @pytest.mark.parametrize(("guidance", "prompts"), [(5.0, PROMPTS), (1.0, PROMPTS[:1])])
 def test_draws_what_eager_draws(networks: Networks, checkpoint: Checkpoint, guidance: float, prompts) -> None:
-    expected = pictures(open_networks(checkpoint, precision="fp32", device="cpu"), checkpoint, guidance, prompts)
+    expected = pictures(open_networks(checkpoint, device="cpu"), checkpoint, guidance, prompts)
     drawn = pictures(networks, checkpoint, guidance, prompts)
     assert len(drawn) == 3 * len(prompts)
     assert min(psnr(one, other) for one, other in zip(drawn, expected, strict=True)) >= 50
@@ -86,7 +87,7 @@ def test_the_engine_holds_each_weight_once(tiny_inductor_dir: Path, networks: Ne
     assert max(manifest["details"]["relative_error_against_eager"].values()) < 1e-4
     for name in manifest["details"]["relative_error_against_eager"]:
         weights = read_weights(folder / weights_name(name), torch.device("cpu"))
-        addresses = [value.data_ptr() for value in getattr(networks, name).weights.values()]
+        addresses = [value.data_ptr() for value in networks[name].weights.values()]
         assert len(set(addresses)) == len(weights)
         # the package itself holds none: it is a few MB of code
         assert (folder / package_name(name)).stat().st_size < 6e6
@@ -95,30 +96,30 @@ def test_the_engine_holds_each_weight_once(tiny_inductor_dir: Path, networks: Ne
 def test_a_view_is_refused_because_a_package_would_misread_it(networks: Networks) -> None:
     inputs = {"latents": torch.randn(2, 4, 8, 16)[..., ::2]}
     with pytest.raises(ValueError, match=r"^vae_decoder: input latents has strides \[512, 128, 16, 2\]; "):
-        networks.vae_decoder(inputs)
+        networks["vae_decoder"](inputs)
 
 
 def test_a_size_out_of_range_is_told_by_its_letter(networks: Networks) -> None:
     letters = {"B": 5, "P": 2, "G": 2, "R": 4, "h": 8, "w": 8}
-    inputs = probe_inputs(networks.denoiser.spec, letters, "fp32", "fp32")
+    inputs = probe_inputs(networks["denoiser"].spec, letters, "fp32")
     with pytest.raises(ValueError, match=r"^denoiser: B = 5 is outside the engine's range 1..4$"):
-        networks.denoiser(inputs)
+        networks["denoiser"](inputs)
 
 
 def test_more_frames_than_the_decoder_takes_at_once_come_one_by_one(networks: Networks) -> None:
     latents = torch.randn(2, 4, 8, 8)
-    both = networks.vae_decoder({"latents": latents})["image"]
-    one = networks.vae_decoder({"latents": latents[1:].clone()})["image"]
+    both = networks["vae_decoder"]({"latents": latents})["image"]
+    one = networks["vae_decoder"]({"latents": latents[1:].clone()})["image"]
     assert torch.equal(both[1:], one)
 
 
 def test_weights_on_the_host_give_the_same(networks: Networks, tiny_inductor_dir: Path, checkpoint: Checkpoint) -> None:
-    folder, spec = engine_folder(tiny_inductor_dir), networks.text_projection.spec
+    folder, spec = engine_folder(tiny_inductor_dir), networks["text_projection"].spec
     weights = read_weights(folder / weights_name(spec.name), torch.device("cpu"))
     letters = RANGES.letters(checkpoint.geometry.pixels_per_latent)
-    network = InductorNetwork(spec, folder, "fp32", "fp32", torch.device("cpu"), letters, weights, offloaded=True)
-    inputs = probe_inputs(spec, {"P": 3}, "fp32", "fp32")
-    expected = networks.text_projection(inputs)
+    network = InductorNetwork(spec, folder, "fp32", torch.device("cpu"), letters, weights, offloaded=True)
+    inputs = probe_inputs(spec, {"P": 3}, "fp32")
+    expected = networks["text_projection"](inputs)
     others = []
     for _ in range(3):
         assert all(torch.equal(value, expected[name]) for name, value in network(inputs).items())
@@ -130,7 +131,7 @@ def test_weights_on_the_host_give_the_same(networks: Networks, tiny_inductor_dir
 def test_other_frames_at_once_need_another_engine(checkpoint: Checkpoint, tiny_inductor_dir: Path) -> None:
     wanted = ShapeRanges(3, 8, SIZES, SIZES)
     with pytest.raises(EngineMismatchError, match="max frames is 2, 3 asked for"):
-        open_networks(checkpoint, backend="inductor", precision="fp32", ranges=wanted, engine_dir=tiny_inductor_dir)
+        open_networks(checkpoint, backend="inductor", ranges=wanted, engine_dir=tiny_inductor_dir)
 
 
 def test_a_weight_that_is_not_there_is_an_error(
@@ -141,4 +142,4 @@ def test_a_weight_that_is_not_there_is_an_error(
     (folder / weights_name("text_encoder")).write_bytes((folder / weights_name("vae_decoder")).read_bytes())
     letters = RANGES.letters(checkpoint.geometry.pixels_per_latent)
     with pytest.raises(KeyError):
-        open_inductor(folder, checkpoint.geometry, "fp32", "fp32", letters, torch.device("cpu"))
+        open_inductor(folder, checkpoint.geometry, Numerics("fp32"), letters, torch.device("cpu"))

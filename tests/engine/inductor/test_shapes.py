@@ -66,9 +66,9 @@ def test_all_rows_of_a_denoiser_call_are_doubled_together() -> None:
     letters = {"B": 1, "P": 1, "G": 2, "R": 1, "h": 4, "w": 4}
     sizes = [
         tuple(value.shape)
-        for value in doubled(spec, list(probe_inputs(spec, letters, "fp32", "fp32").values()), ["B", "P", "R"])
+        for value in doubled(spec, list(probe_inputs(spec, letters, "fp32").values()), ["B", "P", "R"])
     ]
-    expected = probe_inputs(spec, {**letters, "B": 2, "P": 2, "R": 2}, "fp32", "fp32")
+    expected = probe_inputs(spec, {**letters, "B": 2, "P": 2, "R": 2}, "fp32")
     assert sizes == [tuple(value.shape) for value in expected.values()]
 
 

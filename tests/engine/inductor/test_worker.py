@@ -11,11 +11,12 @@ import torch
 from storyadapter import Checkpoint
 from storyadapter.engine.inductor.compilation import BuildRequest
 from storyadapter.model.contract import Range
+from storyadapter.model.numerics import Numerics
 
 
 def test_a_process_that_has_done_its_work_ends_in_order(checkpoint: Checkpoint, tmp_path: Path) -> None:
     letters = {"F": Range(1, 2)}
-    request = BuildRequest(checkpoint, (), "fp32", "fp32", letters, torch.device("cpu"), tmp_path)
+    request = BuildRequest(checkpoint, (), Numerics("fp32"), letters, torch.device("cpu"), tmp_path)
     command = [sys.executable, "-m", "storyadapter.engine.inductor.worker"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True) as worker:
         assert worker.stdin and worker.stdout

@@ -15,8 +15,8 @@ from storyadapter.engine.opening import build_engine, identify
 from storyadapter.engine.store import EngineStore
 from storyadapter.engine.tensorrt.library import Library, choose_library
 from storyadapter.export.onnx_export import export_network
-from storyadapter.model.contract import Precision
 from storyadapter.model.grca import grca
+from storyadapter.model.numerics import Precision
 from storyadapter.model.unet import GlobalReferenceCrossAttention
 from tests.engine.tensorrt.building import LETTERS, OPTIONS, RANGES, TARGETS, Built, LayerBlock, layer_block_spec
 
@@ -36,7 +36,9 @@ def built(demo_checkpoint: Checkpoint, session_folder: Path) -> Callable[[Precis
     def build(precision: Precision) -> Built:
         folder = session_folder / f"tensorrt-{precision}"
         store, told = EngineStore(folder / "engines"), folder / "told.json"
-        identity = identify(demo_checkpoint, "tensorrt", precision, targets=TARGETS, options=OPTIONS)
+        identity = identify(
+            demo_checkpoint, "tensorrt", demo_checkpoint.geometry.numerics(precision), targets=TARGETS, options=OPTIONS
+        )
         stages: list[tuple[str, str]] = []
         fractions: list[tuple[str, float]] = []
         with FileLock(f"{folder}.lock"):
@@ -79,6 +81,6 @@ def layer_block_onnx(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int]
         transformer.attn2 = attention = GlobalReferenceCrossAttention(transformer.attn2, 0, grca)
         module = LayerBlock(block, attention).half().eval()
         folder = tmp_path_factory.mktemp(f"block-{channels}")
-        return export_network(layer_block_spec(channels), module, LETTERS, "fp16", "fp16", folder)
+        return export_network(layer_block_spec(channels), module, LETTERS, "fp16", folder)
 
     return export

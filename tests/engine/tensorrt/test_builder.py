@@ -30,8 +30,9 @@ from storyadapter.engine.tensorrt.worker import BuildRequest
 from storyadapter.export.onnx_export import export_network
 from storyadapter.export.verify import TOLERANCE
 from storyadapter.method.errors import EngineBuildError, InputError
-from storyadapter.model.contract import NetworkSpec, Precision, ShapeRanges, TensorSpec, network_specs, size_of
+from storyadapter.model.contract import NetworkSpec, ShapeRanges, TensorSpec, network_specs, size_of
 from storyadapter.model.modules import VaeDecoder
+from storyadapter.model.numerics import Numerics, Precision
 from tests.engine.tensorrt.building import (
     LETTERS,
     OPTIONS,
@@ -65,7 +66,7 @@ def test_every_network_is_built_with_the_contracts_inputs_and_outputs(
             seen = found[tensor.name]
             own = {"float32": "Float", "int32": "Int32"} | {name: DTYPES[precision] for name in ("float16", "bfloat16")}
             assert seen.is_input == (tensor in spec.inputs)
-            assert seen.dtype == own[tensor.dtype_name(precision, precision)]
+            assert seen.dtype == own[tensor.dtype_name(precision)]
             assert seen.shape == tuple(dim if isinstance(dim, int) else -1 for dim in tensor.shape)
             if not seen.is_input:
                 continue
@@ -157,12 +158,12 @@ def test_a_run_finds_the_engine_by_its_own_architecture(built: Callable[[Precisi
     [
         ({"architecture": "sm90"}, "architecture is sm89+sm120 in the store, sm90 asked for"),
         ({"backend_version": "tensorrt 10.14.1"}, "backend version is tensorrt-rtx"),
-        ({"precision": "bf16"}, "precision is fp16 in the store, bf16 asked for"),
-        ({"vae_precision": "fp32"}, "VAE precision is fp16 in the store, fp32 asked for"),
+        ({"numerics": Numerics("bf16")}, "precision is fp16 in the store, bf16 asked for"),
+        ({"numerics": Numerics.of("fp16", vae_decoder="fp32")}, "VAE precision is fp16 in the store, fp32 asked for"),
     ],
 )
 def test_what_doesnt_fit_is_told_by_name_with_the_command(
-    built: Callable[[Precision], Built], changes: dict[str, str], told: str
+    built: Callable[[Precision], Built], changes: dict[str, Any], told: str
 ) -> None:
     build = built("fp16")
     with pytest.raises(InputError) as caught:
@@ -204,9 +205,7 @@ def test_a_full_size_layer_block_is_built_with_every_attention_fused(
 
 
 def block_request(channels: int, onnx: Path, folder: Path, library: Library) -> BuildRequest:
-    return build_request(
-        layer_block_spec(channels), onnx, folder, LETTERS, "fp16", "fp16", library, TARGETS, BuildOptions()
-    )
+    return build_request(layer_block_spec(channels), onnx, folder, LETTERS, "fp16", library, TARGETS, BuildOptions())
 
 
 def test_ctrl_c_ends_the_build_at_once(layer_block_onnx: Callable[[int], Path], rtx: Library, tmp_path: Path) -> None:
@@ -339,7 +338,7 @@ def test_a_missing_library_is_the_builders_early_end(rtx: Library, tmp_path: Pat
 
 def small_request(op_type: str, library: Library, folder: Path, other: np.ndarray | None = None) -> BuildRequest:
     return build_request(
-        SMALL, small_onnx(folder, op_type, other), folder, LETTERS, "fp16", "fp16", library, ("sm89",), BuildOptions()
+        SMALL, small_onnx(folder, op_type, other), folder, LETTERS, "fp16", library, ("sm89",), BuildOptions()
     )
 
 
@@ -363,7 +362,7 @@ def test_options_reach_the_builder(layer_block_onnx: Callable[[int], Path], rtx:
 
     def configured(options: BuildOptions) -> list[list[Any]]:
         request = build_request(
-            layer_block_spec(640), layer_block_onnx(640), tmp_path, LETTERS, "fp16", "fp16", rtx, TARGETS, options
+            layer_block_spec(640), layer_block_onnx(640), tmp_path, LETTERS, "fp16", rtx, TARGETS, options
         )
         command = [sys.executable, "-c", code]
         done = subprocess.run(command, input=request.to_json(), capture_output=True, text=True, check=True)
@@ -397,8 +396,8 @@ def test_a_vae_that_asks_for_fp32_is_built_in_fp32(demo_checkpoint: Checkpoint, 
     """Its attention has no fp32 kernel: it is taken apart instead of ending the build."""
     spec = network_specs(demo_checkpoint.geometry)["vae_decoder"]
     module = VaeDecoder(demo_checkpoint.load_vae(torch.float32)).eval()
-    path = export_network(spec, module, LETTERS, "fp16", "fp32", tmp_path)
-    request = build_request(spec, path, tmp_path, LETTERS, "fp16", "fp32", rtx, ("sm89",), BuildOptions())
+    path = export_network(spec, module, LETTERS, "fp32", tmp_path)
+    request = build_request(spec, path, tmp_path, LETTERS, "fp32", rtx, ("sm89",), BuildOptions())
     report = run_worker(spec.name, request, lambda fraction: None)
     assert report.fused_attentions == 0
     tensors = parse_layers(Path(request.layers).read_text()).tensors

@@ -20,9 +20,10 @@ from storyadapter.export import onnx_name
 from storyadapter.export.ort_session import open_session
 from storyadapter.export.probe import probe_module
 from storyadapter.method.errors import EngineMismatchError
-from storyadapter.model.contract import Precision, network_specs
+from storyadapter.model.contract import network_specs
 from storyadapter.model.grca import grca
 from storyadapter.model.modules import TextEncoder
+from storyadapter.model.numerics import Numerics, Precision
 from storyadapter.model.unet import split_unet
 from tests.engine.tensorrt.building import LETTERS, RANGES, TARGETS, Built
 
@@ -89,7 +90,8 @@ def test_files_scales_and_order_are_in_the_key(
     ink, wash = files
     chosen = [(), ((ink, 1.0),), ((ink, 0.5),), ((wash, 0.5),), ((ink, 0.5), (wash, -0.8)), ((wash, -0.8), (ink, 0.5))]
     identities = [
-        identify(with_loras(build.checkpoint, *loras), "tensorrt", "fp16", targets=TARGETS) for loras in chosen
+        identify(with_loras(build.checkpoint, *loras), "tensorrt", Numerics("fp16"), targets=TARGETS)
+        for loras in chosen
     ]
     assert [[(lora.name, lora.scale) for lora in identity.loras] for identity in identities] == [
         [(path.name, scale) for path, scale in loras] for loras in chosen
@@ -97,7 +99,7 @@ def test_files_scales_and_order_are_in_the_key(
     assert len({engine_key(identity, RANGES) for identity in identities}) == len(chosen)
     assert not any(one.serves(other) or other.serves(one) for one, other in combinations(identities, 2))
     renamed = Path(shutil.copy(ink, tmp_path / "renamed.safetensors"))
-    same = identify(with_loras(build.checkpoint, (renamed, 0.5)), "tensorrt", "fp16", targets=TARGETS)
+    same = identify(with_loras(build.checkpoint, (renamed, 0.5)), "tensorrt", Numerics("fp16"), targets=TARGETS)
     assert engine_key(same, RANGES) == engine_key(identities[2], RANGES)
 
 
@@ -106,7 +108,7 @@ def test_an_engine_without_the_loras_is_told_by_name(
 ) -> None:
     build = built("fp16")
     checkpoint = with_loras(build.checkpoint, *zip(files, SCALES, strict=True))
-    asked = replace(identify(checkpoint, "tensorrt", "fp16", targets=TARGETS), architecture="sm89")
+    asked = replace(identify(checkpoint, "tensorrt", Numerics("fp16"), targets=TARGETS), architecture="sm89")
     told = (
         r" differs: LoRA is none in the store, ink.safetensors:0.5 \(sha256 [0-9a-f]{8}\), "
         r"wash.safetensors:-0.8 \(sha256 [0-9a-f]{8}\) asked for; build it: storyadapter-trt build --it$"
@@ -124,7 +126,7 @@ def test_several_loras_with_scales_are_fused_in_what_is_built(
 ) -> None:
     """The ONNX files that a build hands to TensorRT compute what the formula gives, and nothing near it."""
     checkpoint = with_loras(demo_checkpoint, *zip(files, SCALES, strict=True))
-    identity = identify(checkpoint, "tensorrt", "fp16", targets=("sm89",))
+    identity = identify(checkpoint, "tensorrt", Numerics("fp16"), targets=("sm89",))
     store, kept = EngineStore(tmp_path / "engines"), tmp_path / "onnx"
 
     def keep(network: str, what: str) -> None:
@@ -161,9 +163,9 @@ def deviation(
     else:
         module = split_unet(model, plain.load_ip_adapter(torch.float32), grca).text_projection.eval()
     spec = network_specs(plain.geometry)[network]
-    (probe, *_) = probe_module(spec, module, LETTERS, "fp32", "fp32")
+    (probe, *_) = probe_module(spec, module, LETTERS, "fp32")
     halves = {
-        tensor.name: probe.inputs[tensor.name].to(getattr(torch, tensor.dtype_name("fp16", "fp16"))).numpy()
+        tensor.name: probe.inputs[tensor.name].to(getattr(torch, tensor.dtype_name("fp16"))).numpy()
         for tensor in spec.inputs
     }
     outputs = open_session(folder / onnx_name(network)).run(list(probe.outputs), halves)

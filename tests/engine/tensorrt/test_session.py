@@ -13,8 +13,9 @@ from storyadapter.engine.opening import open_networks
 from storyadapter.engine.tensorrt.engine_folder import EngineFolder
 from storyadapter.export.probe import example_letters, probe_inputs
 from storyadapter.method.errors import EngineMismatchError, UnavailableError
-from storyadapter.model.contract import Precision, network_specs
+from storyadapter.model.contract import network_specs
 from storyadapter.model.networks import check_inputs
+from storyadapter.model.numerics import Numerics, Precision
 from tests.engine.tensorrt.building import LETTERS, RANGES, Built
 from tests.refusals import raises_typed
 
@@ -81,11 +82,11 @@ def test_a_letter_out_of_its_range_is_told_before_the_enqueue(
     ranges = EngineFolder.read(build.engine.folder).profiles["denoiser"][0]
     spec = network_specs(build.checkpoint.geometry)["denoiser"]
     usual = example_letters({**LETTERS, **ranges})
-    options = {"precision": "fp16", "vae_precision": "fp16", "device": torch.device("cpu"), "letters": ranges}
-    good = probe_inputs(spec, usual, "fp16", "fp16")
+    options = {"precision": "fp16", "device": torch.device("cpu"), "letters": ranges}
+    good = probe_inputs(spec, usual, "fp16")
     assert check_inputs(spec, good, **options)["R"] == usual["R"]
     with pytest.raises(ValueError, match=f"^{told}$"):
-        check_inputs(spec, probe_inputs(spec, usual | letters, "fp16", "fp16"), **options)
+        check_inputs(spec, probe_inputs(spec, usual | letters, "fp16"), **options)
 
 
 def test_running_without_a_gpu_is_one_line(built: Callable[[Precision], Built]) -> None:
@@ -94,11 +95,11 @@ def test_running_without_a_gpu_is_one_line(built: Callable[[Precision], Built]) 
     build = built("fp16")
     with pytest.raises(UnavailableError, match="^backend tensorrt builds here but can't run here: there is no GPU .*$"):
         open_networks(
-            build.checkpoint, backend="tensorrt", precision="fp16", ranges=RANGES, engine_dir=build.store.root
+            build.checkpoint, backend="tensorrt", numerics=Numerics("fp16"), ranges=RANGES, engine_dir=build.store.root
         )
 
 
 def test_fp32_is_refused(built: Callable[[Precision], Built]) -> None:
     told = "^backend tensorrt can't serve here: it can't run in fp32; expected --precision fp16 or bf16$"
     with raises_typed(UnavailableError, match=told):
-        open_networks(built("fp16").checkpoint, backend="tensorrt", precision="fp32")
+        open_networks(built("fp16").checkpoint, backend="tensorrt")

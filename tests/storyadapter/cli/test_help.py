@@ -15,6 +15,7 @@ from storyadapter.checkpoint import Checkpoint
 from storyadapter.engine.opening import identify
 from storyadapter.engine.store import EngineStore
 from storyadapter.export import OPSET
+from storyadapter.model.numerics import Numerics
 from tests.engine.engine_requests import never_waits, ranges
 from tests.storyadapter.cli.running import Type
 
@@ -120,7 +121,7 @@ def test_doctor_tells_which_engines_are_outdated(
     type_in: Type, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a cache"))
-    asked, details = identify(checkpoint, "onnxruntime", "fp32"), {"geometry": checkpoint.geometry.as_dict()}
+    asked, details = identify(checkpoint, "onnxruntime", Numerics("fp32")), {"geometry": checkpoint.geometry.as_dict()}
     older = replace(asked, build_options=(("opset", "18"), ("export", "1")))
     new, old = (EngineStore().build(e, ranges(), lambda folder: details, never_waits) for e in (asked, older))
     told = type_in("doctor").out

@@ -8,17 +8,8 @@ from hypothesis import strategies as st
 
 from storyadapter.bench.synthetic_models import SDXL as FULL_SIZE
 from storyadapter.method.errors import InputError
-from storyadapter.model.contract import (
-    DTYPE_NAMES,
-    PRECISIONS,
-    Geometry,
-    NetworkSpec,
-    Precision,
-    Range,
-    ShapeRanges,
-    network_specs,
-    size_of,
-)
+from storyadapter.model.contract import Geometry, NetworkSpec, Range, ShapeRanges, network_specs, size_of
+from storyadapter.model.numerics import DTYPE_NAMES, PRECISIONS, Numerics, Precision
 from tests.refusals import raises_typed
 
 SDXL = FULL_SIZE.geometry
@@ -32,14 +23,14 @@ def shapes_of(spec: NetworkSpec, letters: dict[str, int]) -> dict[str, tuple[int
 def test_denoiser_inputs_are_those_of_the_design() -> None:
     inputs = {tensor.name: (tensor.shape, tensor.dtype) for tensor in network_specs(SDXL)["denoiser"].inputs}
     assert list(inputs.items()) == [
-        ("latents", (("B", 4, "h", "w"), "engine")),
+        ("latents", (("B", 4, "h", "w"), "network")),
         ("timestep", (("B",), "float32")),
-        ("added_embedding", (("B", 1280), "engine")),
-        ("text_kv_640", ((10, "P", 2, 77, 640), "engine")),
-        ("text_kv_1280", ((60, "P", 2, 77, 1280), "engine")),
+        ("added_embedding", (("B", 1280), "network")),
+        ("text_kv_640", ((10, "P", 2, 77, 640), "network")),
+        ("text_kv_1280", ((60, "P", 2, 77, 1280), "network")),
         ("text_row", (("B",), "int32")),
-        ("ref_kv_640", ((10, "G", 2, "R", 640), "engine")),
-        ("ref_kv_1280", ((60, "G", 2, "R", 1280), "engine")),
+        ("ref_kv_640", ((10, "G", 2, "R", 640), "network")),
+        ("ref_kv_1280", ((60, "G", 2, "R", 1280), "network")),
         ("ref_row", (("B",), "int32")),
         ("ref_length", (("G",), "int32")),
     ]
@@ -58,17 +49,18 @@ def test_network_outputs_feed_the_inputs_of_the_next() -> None:
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("vae_precision", PRECISIONS)
 def test_only_the_vae_has_the_vaes_precision(precision: Precision, vae_precision: Precision) -> None:
+    numerics = SDXL.numerics(precision, vae_precision)
     for name, spec in network_specs(SDXL).items():
         own = DTYPE_NAMES[vae_precision if name == "vae_decoder" else precision]
-        dtypes = {tensor.dtype_name(precision, vae_precision) for tensor in (*spec.inputs, *spec.outputs)}
+        dtypes = {tensor.dtype_name(numerics[name]) for tensor in (*spec.inputs, *spec.outputs)}
         assert own in dtypes and dtypes <= {own, "float32", "int32"}
         assert name != "vae_decoder" or dtypes == {own}
 
 
 def test_the_vae_has_the_engines_precision_unless_the_checkpoint_asks_for_fp32() -> None:
     for precision in PRECISIONS:
-        assert replace(SDXL, vae_in_fp32=False).default_vae_precision(precision) == precision
-        assert replace(SDXL, vae_in_fp32=True).default_vae_precision(precision) == "fp32"
+        assert replace(SDXL, vae_in_fp32=False).numerics(precision) == Numerics(precision)
+        assert replace(SDXL, vae_in_fp32=True).numerics(precision)["vae_decoder"] == "fp32"
 
 
 LETTERS = {"B": 4, "P": 3, "G": 2, "R": 64, "h": 128, "w": 96}
@@ -103,7 +95,7 @@ def test_a_missing_and_an_unknown_input_are_named() -> None:
         spec.check_shapes({"latent": (1, 4, 8, 8)}, None)
 
 
-@pytest.mark.parametrize(("letter", "value"), [("B", 18), ("P", 10), ("R", 404), ("h", 132)])
+@pytest.mark.parametrize(("letter", "value"), [("B", 18), ("P", 17), ("R", 404), ("h", 132)])
 def test_a_letter_outside_the_engine_is_named_with_its_range(letter: str, value: int) -> None:
     spec = network_specs(SDXL)["denoiser"]
     ranges = ShapeRanges(8, 100, PIXELS, PIXELS).letters()

@@ -61,7 +61,7 @@ def test_a_picture_is_rounded_as_diffusers_rounds(networks: Networks, latents: t
     decoder = FrameDecoder(networks, chunk=None, overlapped=False)
     decoder.submit(0, range(5), latents, StageClock(networks.device), embed=False)
     with torch.inference_mode():
-        image = networks.vae_decoder({"latents": latents})["image"]
+        image = networks["vae_decoder"]({"latents": latents})["image"]
     expected = ((image / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy() * 255).round().astype("uint8")
     for frame, picture in told(decoder):
         assert picture.tobytes() == expected[frame].tobytes()

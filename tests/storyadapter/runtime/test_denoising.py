@@ -56,7 +56,7 @@ def plainly(
         latents = scale_input(coefficients, index, x)
         latents = torch.cat((latents, latents)) if guidance > 1 else latents
         timestep = timestep_at(coefficients, index).repeat(len(latents))
-        output = networks.denoiser({"latents": latents, "timestep": timestep, **fixed})["noise"]
+        output = networks["denoiser"]({"latents": latents, "timestep": timestep, **fixed})["noise"]
         if guidance > 1:
             unconditional, conditional = output.chunk(2)
             output = unconditional + guidance * (conditional - unconditional)

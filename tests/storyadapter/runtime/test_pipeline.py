@@ -131,8 +131,8 @@ def counting(networks: Networks) -> tuple[Networks, Counter]:
         "denoiser": "latents",
         "vae_decoder": "latents",
     }
-    wrapped = {name: CountingNetwork(getattr(networks, name), counts, value) for name, value in counted.items()}
-    return replace(networks, **wrapped), counts
+    wrapped = {name: CountingNetwork(networks[name], counts, value) for name, value in counted.items()}
+    return replace(networks, by_name={**networks.by_name, **wrapped}), counts
 
 
 @pytest.mark.parametrize(("guidance", "prompts", "rows"), [(5.0, 4, 6), (1.0, 3, 3)])

@@ -24,6 +24,10 @@ def pipeline(checkpoint: Checkpoint) -> StoryPipeline:
     return StoryPipeline(open_networks(checkpoint), checkpoint.load_tokenizers())
 
 
+def with_network(networks: Networks, name: str, network: Network) -> Networks:
+    return replace(networks, by_name={**networks.by_name, name: network})
+
+
 def other(pipeline: StoryPipeline, networks: Networks, overlapped: bool = False) -> StoryPipeline:
     tokenizers = (pipeline.tokenizers.first, pipeline.tokenizers.second)
     return StoryPipeline(networks, tokenizers, overlapped=overlapped)
@@ -109,8 +113,8 @@ class SmallMemory:
 
 @pytest.mark.parametrize("overlapped", [False, True])
 def test_a_micro_batch_that_does_not_fit_is_halved(pipeline: StoryPipeline, overlapped: bool) -> None:
-    small = SmallMemory(pipeline.networks.denoiser, rows=2 * 2)
-    networks = replace(pipeline.networks, denoiser=small)
+    small = SmallMemory(pipeline.networks["denoiser"], rows=2 * 2)
+    networks = with_network(pipeline.networks, "denoiser", small)
     events = run(other(pipeline, networks, overlapped), replace(PLAN, max_frames=7))
     halvings = [event for event in events if isinstance(event, MicroBatchHalved)]
     assert halvings == [MicroBatchHalved(0, range(7), 4), MicroBatchHalved(0, range(4), 2)]
@@ -131,7 +135,7 @@ def test_a_story_that_runs_out_in_its_middle_goes_on(pipeline: StoryPipeline, ex
             self.rows = 6 if len(self.asked) < 3 else 2
             return super().__call__(inputs)
 
-    networks = replace(pipeline.networks, denoiser=Shrinking(pipeline.networks.denoiser, 6))
+    networks = with_network(pipeline.networks, "denoiser", Shrinking(pipeline.networks["denoiser"], 6))
     events = run(other(pipeline, networks))
     drawn = [[len(batch) for batch in e.batches] for e in events if isinstance(e, IterationFinished)]
     assert drawn == [[3, 1, 1, 1, 1], [1] * 7, [1] * 7]
@@ -141,8 +145,8 @@ def test_a_story_that_runs_out_in_its_middle_goes_on(pipeline: StoryPipeline, ex
 
 @pytest.mark.parametrize("overlapped", [False, True])
 def test_frames_are_decoded_in_parts_that_fit(pipeline: StoryPipeline, expected: list[Event], overlapped: bool) -> None:
-    small = SmallMemory(pipeline.networks.vae_decoder, rows=1)
-    events = run(other(pipeline, replace(pipeline.networks, vae_decoder=small), overlapped))
+    small = SmallMemory(pipeline.networks["vae_decoder"], rows=1)
+    events = run(other(pipeline, with_network(pipeline.networks, "vae_decoder", small), overlapped))
     assert small.asked == [3, 2] + [1] * 21
     assert not [event for event in events if isinstance(event, MicroBatchHalved)]
     assert difference(events, expected) <= 1
@@ -168,7 +172,9 @@ def test_a_frame_that_cannot_be_decoded_beside_other_work_is_decoded_alone(
             self.forgotten += 1
 
     runner = Forgetful()
-    networks = replace(pipeline.networks, vae_decoder=Crowded(pipeline.networks.vae_decoder, 0), run_step=runner)
+    networks = with_network(
+        replace(pipeline.networks, run_step=runner), "vae_decoder", Crowded(pipeline.networks["vae_decoder"], 0)
+    )
     events = run(other(pipeline, networks))
     assert [e for e in events if isinstance(e, MicroBatchHalved)] == [MicroBatchHalved(0, range(3), 2)]
     assert runner.forgotten == 2
@@ -185,10 +191,10 @@ def test_frames_that_cannot_be_decoded_alone_are_an_error_and_no_frame_is_told_t
             self.rows = 0 if len(self.asked) in (3, 4) else 1
             return super().__call__(inputs)
 
-    gone = Gone(pipeline.networks.vae_decoder, 0)
+    gone = Gone(pipeline.networks["vae_decoder"], 0)
     told = []
     with pytest.raises(torch.OutOfMemoryError, match="a single frame can't be decoded"):
-        for event in other(pipeline, replace(pipeline.networks, vae_decoder=gone)).run(STORY, PLAN):
+        for event in other(pipeline, with_network(pipeline.networks, "vae_decoder", gone)).run(STORY, PLAN):
             if isinstance(event, FrameFinished):
                 told.append((event.iteration, event.frame))
     assert gone.asked == [3, 2, 1, 1, 1] and told == [(0, 0)]
@@ -225,8 +231,8 @@ class ShortOfMemory:
 def test_references_that_do_not_fit_at_first_are_made_again(
     pipeline: StoryPipeline, expected: list[Event], network: str, times: int, overlapped: bool
 ) -> None:
-    short = ShortOfMemory(getattr(pipeline.networks, network), times)
-    events = run(other(pipeline, replace(pipeline.networks, **{network: short}), overlapped))
+    short = ShortOfMemory(pipeline.networks[network], times)
+    events = run(other(pipeline, with_network(pipeline.networks, network, short), overlapped))
     assert short.times == 0
     told = [(event.iteration, event.frame) for event in events if isinstance(event, FrameFinished)]
     assert sorted(told) == told and len(set(told)) == len(told)
@@ -235,9 +241,9 @@ def test_references_that_do_not_fit_at_first_are_made_again(
 
 @pytest.mark.parametrize("network", ["denoiser", "vae_decoder"])
 def test_a_frame_that_does_not_fit_alone_is_an_error(pipeline: StoryPipeline, network: str) -> None:
-    small = SmallMemory(getattr(pipeline.networks, network), rows=0)
+    small = SmallMemory(pipeline.networks[network], rows=0)
     with pytest.raises(torch.OutOfMemoryError):
-        run(other(pipeline, replace(pipeline.networks, **{network: small})))
+        run(other(pipeline, with_network(pipeline.networks, network, small)))
     assert small.asked[-2:] == ([2, 2] if network == "denoiser" else [1, 1])
 
 
@@ -249,8 +255,8 @@ def test_a_frame_that_fits_alone_once_memory_is_given_back_is_drawn(pipeline: St
             self.rows = 0 if len(self.asked) == PLAN.steps else 2
             return super().__call__(inputs)
 
-    full = Full(pipeline.networks.denoiser, 0)
+    full = Full(pipeline.networks["denoiser"], 0)
     plan = replace(PLAN, max_frames=1)
-    events = run(other(pipeline, replace(pipeline.networks, denoiser=full)), plan)
+    events = run(other(pipeline, with_network(pipeline.networks, "denoiser", full)), plan)
     assert not [event for event in events if isinstance(event, MicroBatchHalved)]
     assert frames(events) == frames(run(other(pipeline, pipeline.networks), plan))
