@@ -84,5 +84,5 @@ def test_only_convolutions_change_their_layout() -> None:
 def test_an_engine_for_one_frame_is_compiled_for_two_rows(frames: int) -> None:
     letters = ShapeRanges(frames, 1, FIXED, FIXED).letters()
     compiled = compiled_ranges(SPECS["denoiser"], letters)
-    assert compiled["B"] == Range(2, 2 * frames) and compiled["P"] == Range(2, frames + 1)
+    assert compiled["B"] == Range(2, 2 * frames) and compiled["P"] == Range(2, 2 * frames)
     assert compiled_ranges(SPECS["image_encoder"], letters)["F"] == Range(frames, frames)

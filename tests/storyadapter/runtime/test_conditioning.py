@@ -50,13 +50,13 @@ def test_text_that_is_not_kept_is_computed_again_and_the_same(model: tuple[Netwo
     calls: list[int] = []
 
     class Counting:
-        spec = model[0].text_projection.spec
+        spec = model[0]["text_projection"].spec
 
         def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
             calls.append(len(inputs["sizes"]))
-            return model[0].text_projection(inputs)
+            return model[0]["text_projection"](inputs)
 
-    counted = (replace(model[0], text_projection=Counting()), model[1])
+    counted = (replace(model[0], by_name={**model[0].by_name, "text_projection": Counting()}), model[1])
     kept, computed = encode(counted, "bad"), encode(counted, "bad", keep=False)
     for _ in range(2):
         for frames in (range(2), range(2, 3)):
