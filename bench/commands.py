@@ -1,6 +1,7 @@
 """`storyadapter-trt bench`: the benchmarks by name. Imports nothing heavy."""
 
-from storyadapter.bench import compare, kernel, parity, quality, soak
+from storyadapter.bench import compare, parity, quality, soak
+from storyadapter.bench.kernels import command as kernel
 from storyadapter.bench.throughput import command as throughput
 from storyadapter.cli.main import Commands
 

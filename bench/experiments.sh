@@ -49,6 +49,6 @@ run soak-sizes storyadapter-trt bench soak --backend inductor --sizes 64,96,128 
 # the kernels alone
 run kernel storyadapter-trt bench kernel --out "$out/kernel"
 run kernel-bf16 storyadapter-trt bench kernel --dtype bfloat16 --out "$out/kernel-bf16"
-run mlp python -m storyadapter.bench.tune_mlp
+run tiles python -m storyadapter.bench.tune grca grca_embedded geglu layer_norm
 
 [ -z "$failed" ] || { echo "failed:$failed; see $out/NAME.log" >&2; exit 1; }

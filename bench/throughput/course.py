@@ -142,7 +142,7 @@ def _subject(args: argparse.Namespace, precision: Precision, device: torch.devic
 def _matrix_rate(subject: Subject) -> float | None:
     if subject.device.type != "cuda":
         return None
-    from storyadapter.bench.roofline import measure_rates  # imports Triton
+    from storyadapter.bench.kernels.roofline import measure_rates  # imports Triton
 
     return measure_rates(subject.device, TORCH_DTYPES[subject.precision]).matrix_flops
 

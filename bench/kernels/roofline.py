@@ -1,4 +1,4 @@
-"""The device's measured limits and the time below which a case can't go on it."""
+"""The device's measured limits and the time below which a kernel can't go on it."""
 
 import functools
 from collections.abc import Callable
@@ -8,7 +8,6 @@ import torch
 import triton
 import triton.language as tl
 
-from storyadapter.bench.kernel_cases import KernelCase
 from storyadapter.bench.timing import measure
 
 _MATRIX_SIZE = 8192
@@ -41,12 +40,12 @@ class Rates:
     exp2_per_second: float
     copy_bytes: float
 
-    def floor_ms(self, case: KernelCase, element_bytes: int) -> dict[str, float]:
-        """The three times of a case in milliseconds; the largest is its roofline."""
+    def floor_ms(self, operations: int, exponentials: int, bytes_moved: int) -> dict[str, float]:
+        """The least milliseconds for each; the largest of the three is the roofline."""
         return {
-            "matrix": case.operations / self.matrix_flops * 1e3,
-            "exp2": case.scores / self.exp2_per_second * 1e3,
-            "bytes": case.bytes_moved(element_bytes) / self.copy_bytes * 1e3,
+            "matrix": operations / self.matrix_flops * 1e3,
+            "exp2": exponentials / self.exp2_per_second * 1e3,
+            "bytes": bytes_moved / self.copy_bytes * 1e3,
         }
 
 

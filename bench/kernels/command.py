@@ -1,25 +1,28 @@
-"""`storyadapter-trt bench kernel`: the fused GRCA kernel against the other ways to compute the same function."""
+"""`storyadapter-trt bench kernel`: the fused kernels against the other ways to compute the same functions."""
 
 import argparse
 
 from storyadapter.bench.options import add_report_options
 from storyadapter.bench.report_files import check_out, write_report
 
-HELP = "the fused attention kernel against its rivals"
+HELP = "the fused kernels against their baselines"
 DESCRIPTION = """\
-Times the fused kernel of text and reference attention (grca_triton) on the layers of SDXL, beside PyTorch's ways to
-compute the same, and says what share of the device's measured limits it reaches. Results are compared with fp32 first.
+Times the fused kernels on the layers of SDXL, beside PyTorch's ways to compute the same: text and reference attention
+(grca), product and activation of the feed-forward layer (geglu), residual addition and layer norm (layer_norm). Says
+what share of the device's measured limits they reach. Results are compared with fp32 first.
 """
+KERNELS = ("grca", "geglu", "layer_norm")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options; imports neither PyTorch nor Triton."""
+    parser.add_argument("--kernel", choices=KERNELS, help="only this one (default: all)")
     parser.add_argument(
         "--dtype", choices=("float16", "bfloat16"), default="float16", help="element type (%(default)s)"
     )
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, … or cpu with --smoke (%(default)s)")
     parser.add_argument("--repeats", type=int, default=30, metavar="N", help="timed repeats, at least 30 (%(default)s)")
-    parser.add_argument("--smoke", action="store_true", help="two tiny cases: does the benchmark itself work?")
+    parser.add_argument("--smoke", action="store_true", help="tiny cases: does the benchmark itself work?")
     add_report_options(parser, "FILE.md and FILE.json besides the table")
 
 
@@ -51,15 +54,17 @@ def run(args: argparse.Namespace) -> int:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UnavailableError(f"--device {args.device}: no CUDA device here; try --device cpu --smoke")
     try:
-        from storyadapter.bench.kernel_report import as_data, markdown
-        from storyadapter.bench.kernel_run import compare
+        from storyadapter.bench.kernels.cases import ALL_CASES, SMOKE_CASES
+        from storyadapter.bench.kernels.report import as_data, markdown
+        from storyadapter.bench.kernels.run import compare
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise
         raise UnavailableError("triton is not installed; expected Triton 3.6 or later: pip install triton") from None
 
     check_out(args.out)
-    report = compare(device, getattr(torch, args.dtype), args.repeats, smoke=args.smoke, source_commit=args.commit)
+    cases = [case for case in (SMOKE_CASES if args.smoke else ALL_CASES) if args.kernel in (None, case.kernel)]
+    report = compare(cases, device, getattr(torch, args.dtype), args.repeats, args.commit)
     page = markdown(report)
     print(page)
     write_report(args.out, page, as_data(report), indent=None)

@@ -1,0 +1,124 @@
+"""What the kernels are compared with: the ways to compute the same functions that PyTorch users have."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A way to compute a case from the inputs that the case has for baselines.
+
+    Attributes:
+        name: as in the report.
+        run: the call that is timed.
+        cuda_only: can't run on a CPU, or takes longer to compile there than the benchmark.
+        built_per_shape: compiles for seconds at every new shape; measured at one batch size only.
+        expected: what it has to give, from the case's inputs, in fp32, if it is only a part of the case's function: a
+            bound, and no alternative.
+    """
+
+    name: str
+    run: Callable[..., Any]
+    cuda_only: bool = False
+    built_per_shape: bool = False
+    expected: Callable[..., Any] | None = None
+
+
+def grca_baselines() -> list[Baseline]:
+    """All of them, from q [B, S, H, D], text_k, text_v, ref_k and ref_v [B, H, keys, D]; result as q.
+
+    xformers only where it is installed. FlexAttention has one softmax per call and can't express two, so it is called
+    twice like the others.
+    """
+    from torch.nn.attention.flex_attention import flex_attention
+
+    torch.compiler.reset()  # else the shapes of earlier cases use up the recompile limit, and it runs unfused
+    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    found = [
+        _two(f"SDPA {name}", functools.partial(_sdpa, backend))
+        for name, backend in (
+            ("flash", SDPBackend.FLASH_ATTENTION),
+            ("memory-efficient", SDPBackend.EFFICIENT_ATTENTION),
+            ("cuDNN", SDPBackend.CUDNN_ATTENTION),
+        )
+    ]
+    found.append(Baseline("published (materialized scores)", functools.partial(_two_and_add, _materialized)))
+    found.append(_two("FlexAttention", lambda q, k, v: compiled(q, k, v), built_per_shape=True))
+    if find_spec("xformers") is not None:
+        found.append(_two("xformers", _xformers))
+    return found
+
+
+def _two(name: str, attention: Attention, built_per_shape: bool = False) -> Baseline:
+    return Baseline(f"{name} ×2 + add", functools.partial(_two_and_add, attention), True, built_per_shape)
+
+
+def _two_and_add(
+    attention: Attention, q: Tensor, text_k: Tensor, text_v: Tensor, ref_k: Tensor, ref_v: Tensor
+) -> Tensor:
+    q = q.transpose(1, 2)
+    return (attention(q, text_k, text_v) + attention(q, ref_k, ref_v)).transpose(1, 2)
+
+
+def _sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel(backend):
+        return sdpa(q, k, v)
+
+
+def _materialized(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The published processor: heads folded into the batch, scores written to memory, softmax, second product."""
+    batch, heads, tokens, size = q.shape
+    q, k, v = (tensor.reshape(batch * heads, -1, size) for tensor in (q, k, v))
+    scores = torch.empty(batch * heads, tokens, k.shape[1], dtype=q.dtype, device=q.device)
+    scores = torch.baddbmm(scores, q, k.transpose(1, 2), beta=0, alpha=size**-0.5)
+    return torch.bmm(scores.softmax(-1).to(q.dtype), v).view(batch, heads, tokens, size)
+
+
+def _xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from xformers.ops import memory_efficient_attention
+
+    out = memory_efficient_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    return out.transpose(1, 2)
+
+
+def geglu_baselines() -> list[Baseline]:
+    """The product alone, a bound that leaves the activation out, and with compiled activation."""
+    compiled_gate = torch.compile(gate, dynamic=False)
+
+    def linear_and_gate(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return compiled_gate(functional.linear(x, weight, bias))
+
+    def product(*inputs: Tensor) -> Tensor:
+        return functional.linear(*(tensor.float() for tensor in inputs))
+
+    return [
+        Baseline("F.linear alone", functional.linear, expected=product),
+        Baseline("F.linear + compiled elementwise GEGLU", linear_and_gate, cuda_only=True),
+    ]
+
+
+def gate(product: Tensor) -> Tensor:
+    """value · gelu(gate): [M, N] from [M, 2·N], all values before all gates."""
+    value, gates = product.chunk(2, -1)
+    return value * functional.gelu(gates)
+
+
+def layer_norm_baselines(eps: float) -> list[Baseline]:
+    """Eager PyTorch: two kernels; sum and norm, both [M, C]."""
+
+    def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        total = x + residual
+        return total, functional.layer_norm(total, total.shape[-1:], weight, bias, eps)
+
+    return [Baseline("eager add + layer_norm", add_layer_norm)]

@@ -1,0 +1,205 @@
+"""Compiles, checks and times candidates for tiles; the fastest go into the table.
+
+The winner of a table's entry has the least geometric mean of its times relative to the best time of each case.
+"""
+
+import functools
+import json
+import math
+import multiprocessing
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import torch
+
+from storyadapter.bench.environment import describe
+from storyadapter.bench.kernels.candidates import SEARCHES, Search
+from storyadapter.bench.kernels.cases import GrcaCase, KernelCase
+from storyadapter.bench.kernels.run import TOLERANCE, Measured, WrongResult, measure_contender
+from storyadapter.bench.markdown import table
+from storyadapter.bench.timing import buffer_sets
+from storyadapter.kernels.grca.aot import compile_kernel
+from storyadapter.kernels.launching import capability
+from storyadapter.kernels.tiles import GRCA_EMBEDDED, Tiles, TileTable
+from storyadapter.method.constants import TEXT_TOKENS
+from storyadapter.method.errors import RunError
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+DTYPE: Final = torch.float16
+REPEATS: Final = 60
+TILES_FILE: Final = Path(str(resources.files("storyadapter.kernels").joinpath("tiles.json")))
+# Each compiling process holds a CUDA context of its own, about half a gigabyte of the GPU's memory.
+MAX_PROCESSES: Final = 14
+
+
+@dataclass(frozen=True)
+class Found:
+    """The candidates for one entry of a table: one measurement per case, or a single one that says what is wrong."""
+
+    table: TileTable[Any]
+    key: str
+    cases: tuple[KernelCase, ...]
+    measured: dict[Tiles, list[Measured]]
+
+    @functools.cached_property
+    def scores(self) -> dict[Tiles, float]:
+        """Geometric mean of the times relative to the best of each case, from the best candidate on."""
+        times = {
+            tiles: [item.timing.median for item in items if item.timing is not None]
+            for tiles, items in self.measured.items()
+        }
+        whole = {tiles: row for tiles, row in times.items() if len(row) == len(self.cases)}
+        best = [min(column) for column in zip(*whole.values(), strict=True)]
+        found = {
+            tiles: math.exp(sum(math.log(ms / least) for ms, least in zip(row, best, strict=True)) / len(best))
+            for tiles, row in whole.items()
+        }
+        return dict(sorted(found.items(), key=lambda item: item[1]))
+
+    @property
+    def winner(self) -> Tiles | None:
+        """The best candidate; None where all were refused."""
+        return next(iter(self.scores), None)
+
+
+def compile_all(compile_one: Callable[[Job], Result], jobs: Sequence[Job]) -> dict[Job, Result]:
+    """What `compile_one`, a function of a module, gives for each job; each process takes some of them.
+
+    The kernels lie in Triton's cache on disk afterwards, where the process that measures finds them.
+    """
+    workers = min(MAX_PROCESSES, os.cpu_count() or 1)
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return dict(zip(jobs, pool.map(compile_one, jobs), strict=True))
+
+
+def compile_one(job: tuple[TileTable[Any], KernelCase, Tiles]) -> str | None:
+    """Compiles a candidate for a case in this process, and says why if it can't be built: a finding, not a failure."""
+    tile_table, case, tiles = job
+    device = torch.device("cuda", 0)
+    try:
+        if tile_table == GRCA_EMBEDDED and isinstance(case, GrcaCase):  # refused if a plain launch can't run it
+            layer = case.layer
+            compile_kernel(capability(device), layer.heads, layer.head_size, "fp16", TEXT_TOKENS, tiles=tiles)
+        case.launch(tiles, *case.kernel_inputs(*case.inputs(DTYPE, device, 0)))
+        torch.cuda.synchronize()
+    except Exception as error:
+        return (str(error).splitlines() or [type(error).__name__])[0][:200]
+    return None
+
+
+def tune(kernels: Sequence[str], device: torch.device, *, write: bool) -> None:
+    """Finds the fastest tiles for tables by name, prints the report, and stores them if asked.
+
+    Raises:
+        RunError: nothing can be stored; the report was printed.
+    """
+    found: list[Found] = []
+    for wanted in SEARCHES:
+        if wanted.table.kernel in kernels:
+            found += search(wanted, device)
+    print(markdown(describe(device), found))
+    if write:
+        store(TILES_FILE, capability(device), found)
+
+
+def search(wanted: Search, device: torch.device) -> list[Found]:
+    """Compiles and measures the candidates of a table, an entry after the other."""
+    tell = functools.partial(print, file=sys.stderr, flush=True)
+    jobs = [(wanted.table, case.smallest(), tiles) for case in wanted.cases for tiles in wanted.candidates]
+    jobs = list(dict.fromkeys(jobs))
+    tell(f"{wanted.table.kernel}: compiling {len(jobs)} candidates")
+    refusals = compile_all(compile_one, jobs)
+    by_key: dict[str, list[KernelCase]] = {}
+    for case in wanted.cases:
+        by_key.setdefault(wanted.table.key(DTYPE.itemsize, case.as_data()[wanted.table.letter]), []).append(case)
+    found = []
+    for key, cases in by_key.items():
+        measured: dict[Tiles, list[Measured]] = {tiles: [] for tiles in wanted.candidates}
+        for case in cases:
+            tell(f"{wanted.table.kernel}, {key}: {', '.join(case.cells)}")
+            refused = {tiles: refusals[wanted.table, case.smallest(), tiles] for tiles in wanted.candidates}
+            _measure(case, refused, measured, device)
+        found.append(Found(wanted.table, key, tuple(cases), measured))
+    return found
+
+
+@torch.no_grad()
+def _measure(
+    case: KernelCase, refused: dict[Tiles, str | None], measured: dict[Tiles, list[Measured]], device: torch.device
+) -> None:
+    """Adds a case's measurement to each candidate that wasn't refused before; each is checked against fp32 first."""
+    sets = buffer_sets(case.bytes_moved(DTYPE.itemsize), device)
+    inputs = [case.inputs(DTYPE, device, seed) for seed in range(sets)]
+    expected = case.expected(*inputs[0])
+    kernel_inputs = [case.kernel_inputs(*tensors) for tensors in inputs]
+    for tiles, items in measured.items():
+        if items and items[-1].timing is None:
+            continue
+        calls = [functools.partial(case.launch, tiles, *tensors) for tensors in kernel_inputs]
+        try:
+            if refused[tiles] is not None:
+                raise WrongResult(refused[tiles])
+            items.append(measure_contender(calls, expected, TOLERANCE[DTYPE], device, REPEATS, case.warmup_seconds))
+        except WrongResult as error:
+            items.append(Measured(None, None, str(error)))
+
+
+def markdown(environment: dict[str, str], found: Iterable[Found]) -> str:
+    """The report: a table of candidates per entry, the best first."""
+    lines = ["# Tiles in float16", "", *table(("what", "value"), list(environment.items())), ""]
+    lines += [
+        "Median milliseconds of one layer's call over cold buffers. Everything was checked against fp32 before it was",
+        "timed. The score is the geometric mean of the times relative to the best of each case.",
+        "",
+    ]
+    for item in found:
+        cases = [" ".join(case.cells) for case in item.cases]
+        rows = [
+            [_words(tiles), f"{score:.3f}", *(f"{one.timing.median:.4f}" for one in item.measured[tiles] if one.timing)]
+            for tiles, score in item.scores.items()
+        ]
+        lines += [f"## {item.table.kernel}, {item.key}", "", *table(("tiles", "score", *cases), rows), ""]
+        refusals = {tiles: one.refusal for tiles, items in item.measured.items() for one in items if one.refusal}
+        lines += [f"- could not run: {_words(tiles)}: {refusal}" for tiles, refusal in refusals.items()]
+        chosen = (
+            "none: no candidate could be measured" if item.winner is None else f"`{json.dumps(asdict(item.winner))}`"
+        )
+        lines += ["", f"Fastest: {chosen}", ""]
+    return "\n".join(lines)
+
+
+def _words(tiles: Tiles) -> str:
+    return ", ".join(f"{name} {value}" for name, value in asdict(tiles).items())
+
+
+def store(path: Path, capability: int, found: Iterable[Found]) -> None:
+    """Puts winners into the table of tiles, among those of one architecture; everything else stays as it is.
+
+    Args:
+        path: of `tiles.json`.
+        capability: compute capability, 10·major + minor.
+        found: from `search`.
+
+    Raises:
+        RunError: there are no winners, or the file can't be written.
+    """
+    winners = [(item, item.winner) for item in found if item.winner is not None]
+    if not winners:
+        raise RunError("no candidate could be measured here, so nothing is stored; the report says why")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        for item, tiles in winners:
+            data[item.table.kernel].setdefault(f"sm_{capability}", {})[item.key] = asdict(tiles)
+        text = re.sub(r"\{[^{}]*\}", lambda entry: " ".join(entry.group().split()), json.dumps(data, indent=2))
+        path.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise RunError(f"{path} can't be written: {error.strerror}; the fastest tiles stand in the report") from error
