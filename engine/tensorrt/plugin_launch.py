@@ -1,9 +1,8 @@
-"""How the embedded kernel is launched from inside an engine: its expressions over the shapes, in TensorRT's symbols.
+"""How the embedded kernel is launched from inside an engine: its grid and integers over the shapes, in symbols.
 
 Knows no TensorRT: whatever offers `+`, `*` and `//` with integers on the right serves as a symbol.
 """
 
-import ast
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -48,42 +47,8 @@ def plan_launch(capability: int, dtype: str, letters: Mapping[str, Any]) -> Laun
     kernel = compile_kernel(capability, letters["H"], letters["D"], ELEMENT_TYPES[dtype], letters["T"])
     return Launch(
         kernel=kernel,
-        grid=tuple(substitute(expression, letters) for expression in kernel.grid),
+        grid=kernel.grid(letters["B"], letters["S"]),
         block=kernel.block,
         shared_bytes=kernel.shared_bytes,
-        integers=tuple(
-            substitute(argument.expression or "", letters)
-            for argument in kernel.arguments
-            if argument.kind == "integer"
-        ),
+        integers=tuple(kernel.integers(letters["S"], letters["R"]).values()),
     )
-
-
-def substitute(expression: str, letters: Mapping[str, Any]) -> Any:
-    """The value of an integer expression of +, * and // where the letters are symbols or numbers.
-
-    TensorRT's symbols take a number on their right only, so `2 * R` is computed as `R * 2`.
-
-    Raises:
-        PluginError: another operation or letter.
-    """
-    return _value(ast.parse(expression, mode="eval").body, expression, letters)
-
-
-def _value(node: ast.expr, expression: str, letters: Mapping[str, Any]) -> Any:
-    match node:
-        case ast.Constant(value=int(number)):
-            return number
-        case ast.Name(id=name) if name in letters:
-            return letters[name]
-        case ast.BinOp(left=first, op=operation, right=second):
-            left, right = _value(first, expression, letters), _value(second, expression, letters)
-            turned = isinstance(left, int) and not isinstance(right, int)
-            match operation:
-                case ast.Add():
-                    return right + left if turned else left + right
-                case ast.Mult():
-                    return right * left if turned else left * right
-                case ast.FloorDiv() if not turned:
-                    return left // right
-    raise PluginError(f"{expression!r} is no sum, product or floor division of {', '.join(letters)} and numbers")

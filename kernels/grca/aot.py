@@ -20,12 +20,12 @@ from triton.compiler import ASTSource
 from storyadapter.kernels.grca.arguments import (
     ALIGNED_STRIDE,
     ELEMENT_BYTES,
-    PACKED_INTEGERS,
     TokenStrides,
     constants,
-    grid_expressions,
+    grid_shape,
+    packed_integers,
 )
-from storyadapter.kernels.grca.kernel import grca_kernel
+from storyadapter.kernels.grca.kernel import RUN_TIME_INTEGERS, grca_kernel
 from storyadapter.kernels.tiles import GRCA, GRCA_EMBEDDED, GrcaTiles
 
 # Shared memory that one program may use, bytes (CUDA C++ Programming Guide, compute capabilities).
@@ -50,13 +50,11 @@ class KernelArgument:
         name: as in `grca_kernel`.
         kind: input pointer, int32, or output pointer.
         type: `*fp16`, `*bf16`, `*fp32`, `*i32` or `i32`.
-        expression: of an integer: over the letters B, S, H, D, P, T, G, R, for contiguous tensors.
     """
 
     name: str
     kind: Literal["input", "integer", "output"]
     type: str
-    expression: str | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,6 @@ class EmbeddedKernel:
         cubin: machine code assembled from `ptx`.
         capability: compute capability, 10·major + minor.
         heads, head_size, text_tokens, element_type: what it was compiled for.
-        grid: integer expressions over B, S, H.
         block: threads.
         shared_bytes: dynamic shared memory of a launch; over 48 KB only if asked for by attribute.
         arguments: in order.
@@ -85,17 +82,19 @@ class EmbeddedKernel:
     head_size: int
     text_tokens: int
     element_type: str
-    grid: tuple[str, str, str]
     block: tuple[int, int, int]
     shared_bytes: int
     arguments: tuple[KernelArgument, ...]
     tiles: GrcaTiles
     tuned: bool
 
+    def grid(self, rows: Any, query_tokens: Any) -> tuple[Any, Any, Any]:
+        """Programs of a launch, from B and S, numbers or symbols: see `grid_shape`."""
+        return grid_shape(rows, query_tokens, self.heads, self.tiles)
 
-def evaluate(expression: str, letters: dict[str, int]) -> int:
-    """Value of an expression of `EmbeddedKernel` for given shapes, e.g. letters {"B": 16, "S": 4096, "H": 10, …}."""
-    return int(eval(compile(expression, "<kernel expression>", "eval"), {"__builtins__": {}}, letters))
+    def integers(self, query_tokens: Any, ref_tokens: Any) -> dict[str, Any]:
+        """The integer arguments of a launch, by name, from S and R, numbers or symbols: see `packed_integers`."""
+        return packed_integers(query_tokens, ref_tokens, self.text_tokens, self.heads, self.head_size)
 
 
 def compile_kernel(
@@ -152,7 +151,6 @@ def compile_kernel(
         head_size=head_size,
         text_tokens=text_tokens,
         element_type=element_type,
-        grid=grid_expressions(chosen),
         block=(WARP_THREADS * chosen.num_warps, 1, 1),
         shared_bytes=compiled.metadata.shared,
         arguments=arguments,
@@ -169,7 +167,7 @@ def _compile(
     for name in names:
         if name in fixed:
             signature[name] = "constexpr"
-        elif name in PACKED_INTEGERS:
+        elif name in RUN_TIME_INTEGERS:
             signature[name] = "i32"
         else:
             signature[name] = "*i32" if name in _INDEX_INPUTS else f"*{element_type}"
@@ -207,7 +205,7 @@ def _arguments(element_type: str) -> tuple[KernelArgument, ...]:
         KernelArgument(name, "input", "*i32" if name in _INDEX_INPUTS else f"*{element_type}")
         for name in _TENSOR_INPUTS
     )
-    integers = (KernelArgument(name, "integer", "i32", expression) for name, expression in PACKED_INTEGERS.items())
+    integers = (KernelArgument(name, "integer", "i32") for name in RUN_TIME_INTEGERS)
     return (*inputs, *integers, KernelArgument("out", "output", f"*{element_type}"))
 
 

@@ -1,7 +1,7 @@
 """What `grca_kernel` is launched with, without PyTorch: compile-time arguments, grid, integers of packed tensors.
 
 The launcher fills the run-time integers from the tensors' strides; a TensorRT plugin, whose tensors are always
-contiguous, computes them from the shapes by the expressions below.
+contiguous, computes them from the shapes by the functions below.
 """
 
 import math
@@ -68,30 +68,25 @@ def constants(
     }
 
 
-def grid_shape(rows: int, query_tokens: int, heads: int, tiles: GrcaTiles) -> tuple[int, int, int]:
-    """Programs of one launch, (x, y, z); B, S and H may be symbolic."""
+def grid_shape(rows: Any, query_tokens: Any, heads: int, tiles: GrcaTiles) -> tuple[Any, Any, Any]:
+    """Programs of one launch, (x, y, z); B and S may be symbols that take other numbers on their right only."""
     queries = tiles.block_m * tiles.tiles
-    chunks = (query_tokens + queries - 1) // queries
+    chunks = (query_tokens + (queries - 1)) // queries
     return (heads, chunks, rows) if tiles.heads_first else (chunks, heads, rows)
 
 
-def grid_expressions(tiles: GrcaTiles) -> tuple[str, str, str]:
-    """The same as integer expressions over the letters B, S and H."""
-    queries = tiles.block_m * tiles.tiles
-    chunks = f"(S + {queries - 1}) // {queries}"
-    return ("H", chunks, "B") if tiles.heads_first else (chunks, "H", "B")
-
-
-# Run-time integers of `grca_kernel` in its order, for contiguous tensors, over the letters S, R, T, H and D.
-PACKED_INTEGERS = {
-    "query_tokens": "S",
-    "ref_tokens": "R",
-    "q_stride_b": f"S * H * D // {ALIGNED_STRIDE}",
-    "q_stride_h": f"D // {ALIGNED_STRIDE}",
-    "text_stride_p": f"2 * T * H * D // {ALIGNED_STRIDE}",
-    "text_stride_kv": f"T * H * D // {ALIGNED_STRIDE}",
-    "ref_stride_g": f"2 * R * H * D // {ALIGNED_STRIDE}",
-    "ref_stride_kv": f"R * H * D // {ALIGNED_STRIDE}",
-    "out_stride_b": f"S * H * D // {ALIGNED_STRIDE}",
-    "out_stride_h": f"D // {ALIGNED_STRIDE}",
-}
+def packed_integers(query_tokens: Any, ref_tokens: Any, text_tokens: int, heads: int, head_size: int) -> dict[str, Any]:
+    """Run-time integers of `grca_kernel` in its order, for contiguous tensors; S and R may be symbols as above."""
+    width = heads * head_size
+    return {
+        "query_tokens": query_tokens,
+        "ref_tokens": ref_tokens,
+        "q_stride_b": query_tokens * width // ALIGNED_STRIDE,
+        "q_stride_h": head_size // ALIGNED_STRIDE,
+        "text_stride_p": 2 * text_tokens * width // ALIGNED_STRIDE,
+        "text_stride_kv": text_tokens * width // ALIGNED_STRIDE,
+        "ref_stride_g": ref_tokens * (2 * width) // ALIGNED_STRIDE,
+        "ref_stride_kv": ref_tokens * width // ALIGNED_STRIDE,
+        "out_stride_b": query_tokens * width // ALIGNED_STRIDE,
+        "out_stride_h": head_size // ALIGNED_STRIDE,
+    }

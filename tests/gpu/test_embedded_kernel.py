@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="needs Triton")
 driver = pytest.importorskip("cuda.bindings.driver", reason="needs cuda-bindings")
 
 if torch.cuda.is_available():
-    from storyadapter.kernels.grca.aot import EmbeddedKernel, compile_kernel, evaluate
+    from storyadapter.kernels.grca.aot import EmbeddedKernel, compile_kernel
 
 
 def _checked(result):
@@ -22,17 +22,14 @@ def _checked(result):
 
 def launch(kernel: "EmbeddedKernel", function, arguments: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
     """One launch with exactly the arguments, grid and block that the plugin declares."""
-    q, text_kv, _, ref_kv, _, _ = arguments
-    letters = {"B": q.shape[0], "S": q.shape[1], "H": q.shape[2], "D": q.shape[3]}
-    letters |= {"P": text_kv.shape[0], "T": text_kv.shape[2], "G": ref_kv.shape[0], "R": ref_kv.shape[2]}
+    q, _, _, ref_kv, _, _ = arguments
     tensors = dict(zip(("q", "text_kv", "text_row", "ref_kv", "ref_row", "ref_length"), arguments, strict=True))
     tensors["out"] = out
-    values = tuple(
-        evaluate(argument.expression, letters) if argument.expression else tensors[argument.name].data_ptr()
-        for argument in kernel.arguments
-    )
-    types = tuple(ctypes.c_int32 if argument.expression else ctypes.c_void_p for argument in kernel.arguments)
-    grid = [evaluate(expression, letters) for expression in kernel.grid]
+    of_name = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+    of_name |= kernel.integers(q.shape[1], ref_kv.shape[2])
+    values = tuple(of_name[argument.name] for argument in kernel.arguments)
+    types = tuple(ctypes.c_int32 if argument.type == "i32" else ctypes.c_void_p for argument in kernel.arguments)
+    grid = kernel.grid(q.shape[0], q.shape[1])
     stream = torch.cuda.current_stream().cuda_stream
     _checked(driver.cuLaunchKernel(function, *grid, *kernel.block, kernel.shared_bytes, stream, (values, types), 0))
 

@@ -15,10 +15,10 @@ from storyadapter.kernels.grca.aot import (  # noqa: E402
     assemble,
     check_resources,
     compile_kernel,
-    evaluate,
     strip_hidden_parameters,
 )
-from storyadapter.kernels.grca.arguments import PACKED_INTEGERS, grid_expressions, grid_shape  # noqa: E402
+from storyadapter.kernels.grca.arguments import grid_shape, packed_integers  # noqa: E402
+from storyadapter.kernels.grca.kernel import RUN_TIME_INTEGERS  # noqa: E402
 from storyadapter.kernels.tiles import GRCA, GRCA_EMBEDDED  # noqa: E402
 
 TARGETS = (80, 89, 90, 100, 120)
@@ -59,25 +59,20 @@ def test_launched_tiles_fit_shared_memory(capability: int, head_size: int, eleme
     assert 0 < kernel.shared_bytes <= SHARED_MEMORY_LIMIT[capability]
 
 
-def test_expressions_give_the_integers_of_contiguous_tensors() -> None:
+def test_shapes_give_the_integers_of_contiguous_tensors() -> None:
     torch = pytest.importorskip("torch")
     from storyadapter.kernels.grca.launch import launch_arguments
     from tests.kernels.grca_cases import Case, inputs
 
     arguments = tuple(tensor.contiguous() for tensor in inputs(Case(4, 300, 3, 64, 20, 13, (13, 4)), torch.float16))
-    letters = {"B": 4, "S": 300, "H": 3, "D": 64, "P": 3, "T": 20, "G": 2, "R": 13}
-    for table in (GRCA, GRCA_EMBEDDED):
+    for table, expected in ((GRCA, (3, 5, 4)), (GRCA_EMBEDDED, (2, 3, 4))):
         tiles, _ = table.choose(90, 2, 64)
         grid, positional, keywords = launch_arguments(*arguments, torch.empty_like(arguments[0]), tiles)
-        assert tuple(evaluate(expression, letters) for expression in grid_expressions(tiles)) == grid
-        assert grid == grid_shape(4, 300, 3, tiles)
+        assert grid == grid_shape(4, 300, 3, tiles) == expected
         integers = [value for value in positional if isinstance(value, int)]
-        assert [evaluate(expression, letters) for expression in PACKED_INTEGERS.values()] == integers
+        packed = packed_integers(300, 13, text_tokens=20, heads=3, head_size=64)
+        assert tuple(packed) == RUN_TIME_INTEGERS and list(packed.values()) == integers
         assert keywords["STRIDE_UNIT"] == 8
-
-
-def test_integers_do_not_ask_for_the_batch_or_the_banks() -> None:
-    assert not {"B", "P", "G"} & set(re.findall(r"[A-Z]", " ".join(PACKED_INTEGERS.values())))
 
 
 PTX = ".visible .entry f(\n\t.param .u64 f_param_0,\n\t.param .u64 f_param_1,\n\t.param .u64 f_param_2\n)\n{{{body}}}\n"

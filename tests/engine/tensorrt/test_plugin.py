@@ -13,8 +13,7 @@ import pytest
 pytest.importorskip("triton")
 
 from storyadapter.engine.tensorrt import plugin_launch  # noqa: E402
-from storyadapter.engine.tensorrt.plugin_launch import PluginError, plan_launch, substitute  # noqa: E402
-from storyadapter.kernels.grca.aot import evaluate  # noqa: E402
+from storyadapter.engine.tensorrt.plugin_launch import PluginError, plan_launch  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -48,29 +47,16 @@ def test_the_launch_in_symbols_is_the_kernels(dtype: str, sizes: tuple[int, int,
     letters = {"B": Symbol(rows), "S": Symbol(queries), "R": Symbol(references), **fixed}
     launch = plan_launch(90, dtype, letters)
     kernel = launch.kernel
-    numbers = {"B": rows, "S": queries, "R": references, **fixed}
-    assert tuple(map(plain, launch.grid)) == tuple(evaluate(expression, numbers) for expression in kernel.grid)
-    expected = [evaluate(str(a.expression), numbers) for a in kernel.arguments if a.kind == "integer"]
-    assert [plain(value) for value in launch.integers] == expected
+    assert tuple(map(plain, launch.grid)) == kernel.grid(rows, queries)
+    expected = kernel.integers(queries, references)
+    assert [plain(value) for value in launch.integers] == list(expected.values())
+    assert list(expected) == [argument.name for argument in kernel.arguments if argument.kind == "integer"]
     assert launch.block == kernel.block
     assert launch.shared_bytes == kernel.shared_bytes <= 48 * 1024
     assert kernel.element_type == {"HALF": "fp16", "BF16": "bf16"}[dtype]
     kinds = [argument.kind for argument in kernel.arguments]
     assert kinds == ["input"] * 6 + ["integer"] * len(expected) + ["output"]
     assert f".entry {kernel.entry}(" in kernel.ptx
-
-
-def test_a_number_on_the_left_is_turned() -> None:
-    letters = {"R": Symbol(7), "H": 2}
-    assert substitute("2 * R * H // 4", letters) == Symbol(7)
-    assert substitute("1 + R", letters) == Symbol(8)
-    assert substitute("H * 3 // 2", letters) == 3
-
-
-@pytest.mark.parametrize("expression", ["R - 1", "8 // R", "Q", "R ** 2", "f(R)", "R if R else 1"])
-def test_other_expressions_are_refused(expression: str) -> None:
-    with pytest.raises(PluginError, match="is no sum, product or floor division of R and numbers$"):
-        substitute(expression, {"R": Symbol(7)})
 
 
 def test_other_types_and_unknown_widths_are_refused() -> None:
