@@ -1,26 +1,66 @@
 """Options that several benchmarks have. Imports nothing heavy."""
 
 import argparse
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 from storyadapter.cli.options import given_checkpoint_options
+from storyadapter.cli.session import choose_engine
 from storyadapter.engine.backends import AUTO, BACKENDS
 from storyadapter.method.errors import InputError
-from storyadapter.model.numerics import PRECISIONS
+from storyadapter.model.numerics import PRECISIONS, Precision
 
 
-def add_backend_options(parser: argparse.ArgumentParser, purpose: str) -> None:
-    """Backend, precision and engine store; `purpose` says in the help what the backend is for."""
-    parser.add_argument("--backend", default=AUTO, choices=(AUTO, *BACKENDS), help=f"{purpose} (default: auto, as run)")
+def add_engine_options(
+    parser: argparse.ArgumentParser, *, backend: str = "", default: str = AUTO, precision: str = "of all networks"
+) -> None:
+    """Precision, engine store and, with a help for it, backend.
+
+    Args:
+        backend, precision: what they are for, in the help; without the first, the benchmark runs several backends.
+        default: backend.
+    """
+    if backend:
+        auto = "auto, as run" if default == AUTO else default
+        parser.add_argument(
+            "--backend", default=default, choices=(AUTO, *BACKENDS), help=f"{backend} (default: {auto})"
+        )
     parser.add_argument(
-        "--precision", default=AUTO, choices=(AUTO, *PRECISIONS), help="(default: auto, fp16 on a GPU, fp32 on a CPU)"
+        "--precision",
+        default=AUTO,
+        choices=(AUTO, *PRECISIONS),
+        help=f"{precision} (default: auto, fp16 on a GPU, fp32 on a CPU)",
     )
-    add_engine_dir_option(parser)
-
-
-def add_engine_dir_option(parser: argparse.ArgumentParser) -> None:
-    """Where engines are looked for and built."""
     parser.add_argument("--engine-dir", type=Path, metavar="D", help="engine store (default: in the user's cache)")
+
+
+@dataclass(frozen=True)
+class EngineChoice:
+    """What runs a model: see `add_engine_options`.
+
+    Attributes:
+        backend: that is measured.
+        precision: of all networks but the VAE.
+        vae: the VAE's; None for what the model asks for.
+        engine_dir: of the engine store; the user's cache folder if None.
+    """
+
+    backend: str
+    precision: Precision
+    vae: Precision | None = None
+    engine_dir: Path | None = None
+
+    @classmethod
+    def typed(cls, args: argparse.Namespace, backend: str | None = None) -> Self:
+        """From the options; with `backend`, where there is no option for it."""
+        name, precision = choose_engine(backend or args.backend, args.precision)
+        return cls(name, precision, engine_dir=args.engine_dir)
+
+    def with_fast_vae(self) -> Self:
+        """The VAE in bf16, if all else is in half precision and the backend has it so."""
+        fast = self.precision != "fp32" and "bf16" in BACKENDS[self.backend].vae_precisions
+        return replace(self, vae="bf16") if fast else self
 
 
 def add_report_options(parser: argparse.ArgumentParser, files: str = "FILE.md and FILE.json") -> None:

@@ -2,7 +2,7 @@
 
 import argparse
 
-from storyadapter.bench.options import add_backend_options, add_report_options
+from storyadapter.bench.options import add_engine_options, add_report_options
 from storyadapter.bench.report_files import check_out, write_report
 from storyadapter.cli.options import add_checkpoint_options
 from storyadapter.method import constants
@@ -38,9 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help="frames of a micro-batch at the most (default: %(default)s)",
     )
-    add_backend_options(
-        parser, "what is compared; the engine that build makes by default is built first where the store has none"
-    )
+    text = "what is compared; the engine that build makes by default is built first where the store has none"
+    add_engine_options(parser, backend=text)
     add_report_options(parser)
     add_checkpoint_options(parser)
 

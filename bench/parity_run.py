@@ -18,19 +18,20 @@ from PIL import Image
 
 from storyadapter.bench import markdown as md
 from storyadapter.bench.environment import describe
+from storyadapter.bench.model import BenchmarkModel, usual_ranges
+from storyadapter.bench.options import EngineChoice
 from storyadapter.bench.progress import Progress
 from storyadapter.bench.psnr import EQUAL, MIN_MEDIAN_PSNR, MIN_PSNR, psnr_of_each
-from storyadapter.bench.subject import Subject, usual_ranges
 from storyadapter.cli.options import model_choice
 from storyadapter.demo.held_out import held_out_stories
-from storyadapter.engine.backends import AUTO, choose_backend, choose_precision, default_device
+from storyadapter.engine.backends import default_device
 from storyadapter.method import constants
 from storyadapter.method.errors import InputError
 from storyadapter.method.events import FrameFinished, IterationFinished, IterationStarted
 from storyadapter.method.plan import RunPlan
 from storyadapter.method.story import Story
 from storyadapter.model.networks import Networks
-from storyadapter.model.numerics import Precision
+from storyadapter.model.numerics import Numerics
 from storyadapter.runtime.pipeline import FinishedIteration, StoryPipeline
 
 KIND: Final = "parity"
@@ -111,36 +112,34 @@ class Drawer:
 
 def compare(args: argparse.Namespace) -> ParityReport:
     """Draw the story by eager, and by the backend in both ways; see `parity.run`."""
-    device = default_device()
-    backend = choose_backend() if args.backend == AUTO else args.backend
-    precision: Precision = choose_precision(backend) if args.precision == AUTO else args.precision
-    if (backend, precision) == ("eager", "fp32"):
+    engine = EngineChoice.typed(args)
+    if (engine.backend, engine.precision) == ("eager", "fp32"):
         raise InputError("eager in fp32 is what others are compared with; expected another --backend or --precision")
-    subject = Subject.from_files(model_choice(args), precision, device, args.engine_dir)
-    geometry = subject.checkpoint.geometry
+    model = BenchmarkModel.from_files(model_choice(args), engine, default_device())
+    geometry = model.checkpoint.geometry
     plan = RunPlan(
         height=geometry.default_pixels,
         width=geometry.default_pixels,
         seed=args.seed,
         scales=constants.reference_scales(args.iterations),
         steps=args.steps,
-        prediction_type=subject.prediction_type,
+        prediction_type=model.prediction_type,
         max_frames=args.max_frames,
     )
     story = Story(tuple(held_out_stories(1, args.frames)[0].prompts), style="none")
     progress = Progress(3 * args.iterations + 3)
-    name, vae = f"{backend} {precision}", geometry.numerics(precision)["vae_decoder"]
-    progress.tell(f"{subject.label}: {name} (VAE {vae}) against eager fp32, on {device}")
+    name, vae = f"{engine.backend} {engine.precision}", model.numerics["vae_decoder"]
+    progress.tell(f"{model.label}: {name} (VAE {vae}) against eager fp32, on {model.device}")
     ranges = usual_ranges(geometry, args.max_frames, args.frames)
     # opened first: what can't be had or built is told before anything is drawn
-    networks = subject.open(backend, ranges, vae, progress.tell).networks
-    expected = _draw_reference(subject, plan, story, progress)
-    iterations, control = measure(Drawer(name, _pipeline(networks, subject), story, progress), plan, expected)
+    networks = model.open(ranges, progress.tell).networks
+    expected = _draw_reference(model, plan, story, progress)
+    iterations, control = measure(Drawer(name, _pipeline(networks, model), story, progress), plan, expected)
     return ParityReport(
-        environment=describe(device, args.commit),
-        model=subject.label,
-        backend=backend,
-        precision=precision,
+        environment=describe(model.device, args.commit),
+        model=model.label,
+        backend=engine.backend,
+        precision=engine.precision,
         vae_precision=vae,
         device=str(networks.device),
         plan=plan,
@@ -173,19 +172,18 @@ def measure(drawer: Drawer, plan: RunPlan, expected: Pictures) -> tuple[list[Ite
     return iterations, psnr_of_each(control, expected[last])
 
 
-def _draw_reference(subject: Subject, plan: RunPlan, story: Story, progress: Progress) -> Pictures:
-    reference = dataclasses.replace(subject, precision="fp32")
-    ranges = usual_ranges(subject.checkpoint.geometry, 1, len(story.prompts))
-    networks = reference.open("eager", ranges, "fp32", progress.tell).networks
+def _draw_reference(model: BenchmarkModel, plan: RunPlan, story: Story, progress: Progress) -> Pictures:
+    ranges = usual_ranges(model.checkpoint.geometry, 1, len(story.prompts))
+    networks = model.open(ranges, progress.tell, "eager", Numerics("fp32")).networks
     # by default PyTorch rounds the factors of a GPU's convolutions to TF32, which has fp16's ten bits
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        drawn = Drawer("eager fp32", _pipeline(networks, subject), story, progress).draw(plan)
+        drawn = Drawer("eager fp32", _pipeline(networks, model), story, progress).draw(plan)
     gc.collect()
     return drawn
 
 
-def _pipeline(networks: Networks, subject: Subject) -> StoryPipeline:
-    tokenizers = subject.tokenizers()
+def _pipeline(networks: Networks, model: BenchmarkModel) -> StoryPipeline:
+    tokenizers = model.tokenizers()
     return StoryPipeline(networks, (tokenizers.first, tokenizers.second))
 
 

@@ -9,12 +9,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from storyadapter.bench.options import add_engine_dir_option
+from storyadapter.bench.options import add_engine_options
 from storyadapter.demo.shipped import MODEL
-from storyadapter.engine.backends import AUTO, BACKENDS
+from storyadapter.engine.backends import AUTO
 from storyadapter.method import constants
 from storyadapter.method.errors import InputError
-from storyadapter.model.numerics import PRECISIONS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -61,16 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="pipeline: what run uses, story by story; batched: a plain second implementation of the method in PyTorch "
         "that draws all stories at once (default: %(default)s)",
     )
-    parser.add_argument(
-        "--backend",
-        choices=(AUTO, *BACKENDS),
-        default="eager",
-        help="of the pipeline; its engine is built first where the store has none (default: eager)",
-    )
-    parser.add_argument(
-        "--precision", choices=(AUTO, *PRECISIONS), default=AUTO, help="of the pipeline (default: auto)"
-    )
-    add_engine_dir_option(parser)
+    text = "of the pipeline; its engine is built first where the store has none"
+    add_engine_options(parser, backend=text, default="eager", precision="of the pipeline")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write quality.json and a sheet per story here")
 
 
@@ -149,24 +140,23 @@ def _draw_by_pipeline(stories: list[HeldOutStory], args: argparse.Namespace) -> 
     import torch
 
     from storyadapter import Story, StoryPipeline
-    from storyadapter.bench.subject import Subject, usual_ranges
+    from storyadapter.bench.model import BenchmarkModel, usual_ranges
+    from storyadapter.bench.options import EngineChoice
     from storyadapter.checkpoint.paths import CheckpointPaths
     from storyadapter.cli.options import ModelChoice
-    from storyadapter.engine.backends import choose_backend, choose_precision, default_device
+    from storyadapter.engine.backends import default_device
     from storyadapter.method.events import FrameFinished
     from storyadapter.method.plan import FRAMES_UNMEASURED, RunPlan
     from storyadapter.runtime.pipeline import FinishedIteration
 
-    backend = choose_backend() if args.backend == AUTO else args.backend
-    precision = choose_precision(backend) if args.precision == AUTO else args.precision
     paths = CheckpointPaths(args.model, args.model / "image_encoder", args.model / "ip-adapter.safetensors")
-    subject = Subject.from_files(ModelChoice(paths, str(args.model)), precision, default_device(), args.engine_dir)
-    geometry = subject.checkpoint.geometry
+    model = BenchmarkModel.from_files(ModelChoice(paths, str(args.model)), EngineChoice.typed(args), default_device())
+    geometry = model.checkpoint.geometry
     side = geometry.default_pixels
     # for frames of one micro-batch
     ranges = usual_ranges(geometry, max(args.frames, FRAMES_UNMEASURED), args.frames)
-    opened = subject.open(backend, ranges, None, lambda line: print(line, flush=True))
-    pipeline = StoryPipeline(opened.networks, subject.checkpoint.load_tokenizers())
+    networks = model.open(ranges, lambda line: print(line, flush=True)).networks
+    pipeline = StoryPipeline(networks, model.checkpoint.load_tokenizers())
     scales = constants.reference_scales(args.iterations)
 
     def draw(number: int, repeat: int, resume: FinishedIteration | None = None) -> Iterator[list]:

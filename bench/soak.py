@@ -2,7 +2,7 @@
 
 import argparse
 
-from storyadapter.bench.options import add_backend_options, add_report_options, refuse_checkpoint_options
+from storyadapter.bench.options import add_engine_options, add_report_options, refuse_checkpoint_options
 from storyadapter.bench.report_files import check_out, write_report
 from storyadapter.cli.options import add_checkpoint_options
 from storyadapter.method.errors import InputError
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="random weights instead of the demo model: sdxl (full size) or toy",
     )
-    add_backend_options(parser, "what runs the networks; its engine is built first where the store has none")
+    add_engine_options(parser, backend="what runs the networks; its engine is built first where the store has none")
     add_report_options(parser)
     add_checkpoint_options(parser)
 

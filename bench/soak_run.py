@@ -20,17 +20,17 @@ import torch
 
 from storyadapter.bench.environment import describe
 from storyadapter.bench.markdown import table
-from storyadapter.bench.subject import Subject
+from storyadapter.bench.model import BenchmarkModel
+from storyadapter.bench.options import EngineChoice
 from storyadapter.bench.throughput.inputs import prompts
 from storyadapter.bench.timing import measure_run
 from storyadapter.cli.options import MAX_REFERENCES, model_choice
-from storyadapter.engine.backends import AUTO, BACKENDS, choose_backend, choose_precision, default_device
+from storyadapter.engine.backends import default_device
 from storyadapter.method import constants
 from storyadapter.method.events import FrameFinished
 from storyadapter.method.plan import RunPlan
 from storyadapter.method.story import Story
 from storyadapter.model.contract import Range, ShapeRanges
-from storyadapter.model.numerics import Precision
 from storyadapter.runtime.pipeline import StoryPipeline
 
 KIND: Final = "soak"
@@ -139,28 +139,23 @@ def picture_sizes(default: int) -> list[int]:
 
 def soak(args: argparse.Namespace, limit: int | None) -> SoakReport:
     """Draw up to `limit` stories, or until `args.minutes` are over; see `soak.run`."""
-    backend = choose_backend() if args.backend == AUTO else args.backend
-    precision: Precision = choose_precision(backend) if args.precision == AUTO else args.precision
-    if args.synthetic_weights:
-        subject = Subject.synthetic(args.synthetic_weights, precision, default_device(), args.engine_dir)
+    engine = EngineChoice.typed(args)
+    if args.synthetic_weights:  # in the numerics of bench throughput: one engine serves both
+        model = BenchmarkModel.synthetic(args.synthetic_weights, engine.with_fast_vae(), default_device())
     else:
-        subject = Subject.from_files(model_choice(args), precision, default_device(), args.engine_dir)
-    geometry = subject.checkpoint.geometry
-    sizes = args.sizes or picture_sizes(geometry.default_pixels)
+        model = BenchmarkModel.from_files(model_choice(args), engine, default_device())
+    sizes = args.sizes or picture_sizes(model.checkpoint.geometry.default_pixels)
     pixels = Range(sizes[0], sizes[-1])
     # as many references as `build` and the other benchmarks expect, so that one engine serves them all
     ranges = ShapeRanges(args.max_frames, max(MAX_REFERENCES, args.max_references), pixels, pixels)
-    vae: Precision | None = None
-    if args.synthetic_weights and precision != "fp32" and "bf16" in BACKENDS[backend].vae_precisions:
-        vae = "bf16"  # as bench throughput: one engine serves both
-    networks = subject.open(backend, ranges, vae, lambda line: print(line, flush=True)).networks
+    networks = model.open(ranges, lambda line: print(line, flush=True)).networks
     device = networks.device  # onnxruntime runs on the CPU beside a GPU, too
-    tokenizers = subject.tokenizers()
+    tokenizers = model.tokenizers()
     pipeline = StoryPipeline(networks, (tokenizers.first, tokenizers.second))
     drawn: list[StoryRecord] = []
     started = time.monotonic()
     for story in islice(stories(args.seed, sizes, args.max_references), limit):
-        drawn.append(_draw(pipeline, subject.prediction_type, story, args.steps, args.max_frames, len(drawn)))
+        drawn.append(_draw(pipeline, model.prediction_type, story, args.steps, args.max_frames, len(drawn)))
         if args.minutes is not None and time.monotonic() - started > args.minutes * 60:
             break
     memory = [item.memory for item in drawn if item.repeated]
@@ -168,9 +163,9 @@ def soak(args: argparse.Namespace, limit: int | None) -> SoakReport:
     growth, allowed = growth_of(memory), max(floor, int(share * memory[0]))
     return SoakReport(
         environment=describe(device, args.commit),
-        model=subject.label,
-        backend=backend,
-        precision=precision,
+        model=model.label,
+        backend=engine.backend,
+        precision=engine.precision,
         device=str(device),
         stories=drawn,
         growth=growth,

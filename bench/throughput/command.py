@@ -2,12 +2,10 @@
 
 import argparse
 
-from storyadapter.bench.options import add_engine_dir_option, add_report_options, refuse_checkpoint_options
+from storyadapter.bench.options import add_engine_options, add_report_options, refuse_checkpoint_options
 from storyadapter.bench.report_files import check_out
 from storyadapter.cli.options import add_checkpoint_options
-from storyadapter.engine.backends import AUTO
 from storyadapter.method.errors import InputError
-from storyadapter.model.numerics import PRECISIONS
 
 HELP = "from the published method to this project, one step at a time; and whole stories"
 DESCRIPTION = """\
@@ -56,12 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"only these rungs ({', '.join(RUNGS)}) and rivals ({', '.join(RIVALS)}); a rung is then compared with "
         "the next lower one that is there",
     )
-    parser.add_argument(
-        "--precision",
-        default=AUTO,
-        choices=(AUTO, *PRECISIONS),
-        help="of all networks but the VAE (default: auto, fp16 on a GPU, fp32 on a CPU)",
-    )
+    add_engine_options(parser, precision="of all networks but the VAE")
     parser.add_argument(
         "--gpu-price", type=_price, metavar="X", help="price of the device per hour: adds the money per frame"
     )
@@ -72,7 +65,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="as on a smaller GPU: a second process holds all memory but so much; whole stories are then drawn in one "
         "way, in micro-batches of as many frames as fit",
     )
-    add_engine_dir_option(parser)
     add_report_options(parser, "FILE.md, FILE.json (for bench compare) and FILE.png")
     parser.add_argument(
         "--smoke",

@@ -10,11 +10,12 @@ import torch
 
 from storyadapter.bench.environment import describe
 from storyadapter.bench.kernel_classes import KernelTimes, profile_call
+from storyadapter.bench.model import BenchmarkModel
 from storyadapter.bench.operations import count_operations
+from storyadapter.bench.options import EngineChoice
 from storyadapter.bench.progress import Progress
 from storyadapter.bench.psnr import MIN_PSNR
 from storyadapter.bench.report_files import report_file, write_report, writing
-from storyadapter.bench.subject import Subject
 from storyadapter.bench.throughput import cases as tables
 from storyadapter.bench.throughput.cases import Case, StoryCase, chosen, ranges
 from storyadapter.bench.throughput.chart import chart
@@ -44,7 +45,7 @@ from storyadapter.bench.throughput.story import (
 )
 from storyadapter.bench.throughput.workbench import Workbench, with_compiled_vae, with_eager_vae
 from storyadapter.cli.options import model_choice, typed
-from storyadapter.engine.backends import AUTO, default_device
+from storyadapter.engine.backends import default_device
 from storyadapter.method.errors import InputError, RunError, UnavailableError
 from storyadapter.model.grca import grca
 from storyadapter.model.networks import TORCH_DTYPES, Networks
@@ -59,11 +60,10 @@ _SMALL = 128  # pixels: the demo model and the toy are measured on tiny cases
 def measure(args: argparse.Namespace) -> int:
     """See `command.run`."""
     device = default_device()
-    precision: Precision = args.precision if args.precision != AUTO else "fp16" if device.type == "cuda" else "fp32"
     if args.smoke and device.type == "cpu":
         torch.set_num_threads(1)  # on tensors as small as the toy's, threads that wait for each other take longer
-    subject = _subject(args, precision, device)
-    small = subject.checkpoint.geometry.default_pixels <= _SMALL
+    model = _model(args, device)
+    small = model.checkpoint.geometry.default_pixels <= _SMALL
     all_cases = tables.SMOKE_CASES if small else tables.CASES
     all_stories = tables.SMOKE_STORIES if small else tables.STORIES
     picked = chosen(args.cases, (*all_cases, *all_stories), "--cases")
@@ -75,29 +75,28 @@ def measure(args: argparse.Namespace) -> int:
     if names is not None and OVERLAPPED not in names:
         stories = ()
 
-    vae_precision: Precision = "fp32" if precision == "fp32" else "bf16"
     parts = sum(runs(rung, case) for rung in (*rungs, *rivals) for case in cases)
     if not parts and not stories:
         raise InputError("none of these --rungs runs any of these --cases; a story needs the rung overlapped")
-    ways = _ways(vae_precision, args.device_memory)
+    ways = _ways(model.numerics["vae_decoder"], args.device_memory)
     engine_ranges = ranges(all_cases, all_stories)
     if args.device_memory is not None:
         stories = tuple(dataclasses.replace(story, max_frames=None) for story in stories)  # as many as fit
     parts += len(stories) * len(ways)
     progress = Progress(parts)
     # for all cases, so that an engine built for some of them serves a later run of the others
-    workbench = Workbench(subject, engine_ranges, vae_precision, progress)
-    progress.tell(f"{subject.label}, {subject.precision}, on {device}")
+    workbench = Workbench(model, engine_ranges, progress)
+    progress.tell(f"{model.label}, {model.engine.precision}, on {device}")
     environment = describe(device, args.commit)
     if args.device_memory is not None:
         environment["device memory"] = f"{args.device_memory:g} GiB; a second process holds the rest"
     found = ThroughputReport(
         environment=environment,
-        model=subject.label,
-        precision=subject.precision,
+        model=model.label,
+        precision=model.engine.precision,
         cases=cases,
         stories=stories,
-        matrix_flops=_matrix_rate(subject),
+        matrix_flops=_matrix_rate(model),
         gpu_price=args.gpu_price,
         build_seconds=workbench.build_seconds,
     )
@@ -130,35 +129,36 @@ def _write(out: Path | None, found: ThroughputReport) -> None:
         chart(data).save(picture)
 
 
-def _subject(args: argparse.Namespace, precision: Precision, device: torch.device) -> Subject:
+def _model(args: argparse.Namespace, device: torch.device) -> BenchmarkModel:
     name = "toy" if args.smoke else args.synthetic_weights
     if name == "sdxl" and device.type == "cpu":
         raise UnavailableError("--synthetic-weights sdxl takes hours on a CPU; expected a CUDA GPU, or --smoke")
+    engine = EngineChoice.typed(args, "inductor").with_fast_vae()
     if name:
-        return Subject.synthetic(name, precision, device, args.engine_dir)
-    return Subject.from_files(model_choice(args), precision, device, args.engine_dir)
+        return BenchmarkModel.synthetic(name, engine, device)
+    return BenchmarkModel.from_files(model_choice(args), engine, device)
 
 
-def _matrix_rate(subject: Subject) -> float | None:
-    if subject.device.type != "cuda":
+def _matrix_rate(model: BenchmarkModel) -> float | None:
+    if model.device.type != "cuda":
         return None
     from storyadapter.bench.kernels.roofline import measure_rates  # imports Triton
 
-    return measure_rates(subject.device, TORCH_DTYPES[subject.precision]).matrix_flops
+    return measure_rates(model.device, TORCH_DTYPES[model.engine.precision]).matrix_flops
 
 
 def _climb(
     found: ThroughputReport, workbench: Workbench, rungs: Sequence[Rung], rivals: Sequence[Rung]
 ) -> ThroughputReport:
     """The ladder, and the kernels of its fastest rung."""
-    subject, cases = workbench.subject, found.cases
+    model, cases = workbench.model, found.cases
     eager = workbench.eager(grca)
-    inputs = make_inputs(eager, subject.tokenizers(), cases, subject.prediction_type)
+    inputs = make_inputs(eager, model.tokenizers(), cases, model.prediction_type)
     operations = {c.name: count_operations(eager, c.frames, c.references, c.height, c.width) for c in cases}
-    pictures = Pictures(with_eager_vae(eager, subject, "fp32")["vae_decoder"], subject.device)
+    pictures = Pictures(with_eager_vae(eager, model, "fp32")["vae_decoder"], model.device)
     del eager
     results = Ladder(workbench, inputs, pictures, workbench.progress).run(rungs, rivals)
-    profiled = _profile(workbench, inputs, results, rungs) if subject.device.type == "cuda" else None
+    profiled = _profile(workbench, inputs, results, rungs) if model.device.type == "cuda" else None
     return dataclasses.replace(found, rungs=results, operations=operations, profiled=profiled)
 
 
@@ -177,7 +177,7 @@ def _profile(
         step = endless(rung, rung.prepare(workbench), inputs[case])
         for _ in range(3):  # the second may be recorded, the third is a replay
             step()
-        times = profile_call(step, workbench.subject.device)
+        times = profile_call(step, workbench.model.device)
     except Exception as error:  # a profiler that may not look: what was measured is still worth reporting
         workbench.progress.tell(f"    {FAILED}: {failure(error)}")
         return None
@@ -198,20 +198,18 @@ def _ways(own: Precision, device_memory: float | None) -> list[Way]:
 
 def _draw_story(found: ThroughputReport, workbench: Workbench, case: StoryCase, ways: Sequence[Way]) -> None:
     """The story in all ways; added to what was found."""
-    subject, progress, own = workbench.subject, workbench.progress, workbench.vae_precision
+    model, progress = workbench.model, workbench.progress
     first: Drawn | None = None
     for way, draw, vae_precision in ways:
         name = f"{case.name}: {way}, VAE in {vae_precision}"
         progress.begin(name)
         try:
             networks = workbench.networks("inductor")
-            if vae_precision != own:
+            if vae_precision != model.numerics["vae_decoder"]:
                 started = time.perf_counter()
-                networks = with_compiled_vae(networks, subject, workbench.ranges, vae_precision, progress.tell)
+                networks = with_compiled_vae(networks, model, workbench.ranges, vae_precision, progress.tell)
                 progress.leave_out(time.perf_counter() - started)
-            result, drawn = measure_story(
-                draw, way, networks, subject.tokenizers(), case, subject.prediction_type, first
-            )
+            result, drawn = measure_story(draw, way, networks, model.tokenizers(), case, model.prediction_type, first)
         except InputError as error:
             found.undrawn.append(Undrawn(name, NOT_RUN, typed(error)))
         except Exception as error:  # as in the ladder: what else was measured is still worth reporting

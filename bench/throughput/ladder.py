@@ -171,7 +171,7 @@ class Ladder:
         self, rung: Rung, inputs: CaseInputs, below: tuple[str, Drawing] | None
     ) -> tuple[RungResult, Drawing | None]:
         blank = functools.partial(RungResult, inputs.case.name, rung.name, rung.adds, rung.rival)
-        device = self.workbench.subject.device
+        device = self.workbench.model.device
         found: dict[str, Any] = {}
         try:
             steps = rung.prepare(self.workbench)

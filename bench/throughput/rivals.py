@@ -67,7 +67,7 @@ def _diffusers(workbench: Workbench) -> Steps:
 
 
 def _diffusers_compiled(workbench: Workbench) -> Steps:
-    if workbench.subject.device.type != "cuda":
+    if workbench.model.device.type != "cuda":
         raise UnavailableError("this rival is for CUDA GPUs: on a CPU its compilation takes longer than the benchmark")
     unet, adapter = workbench.unet("diffusers, compiled")
     _load_ip_adapter(unet, adapter, SCALE)
@@ -77,7 +77,7 @@ def _diffusers_compiled(workbench: Workbench) -> Steps:
 def _diffusers_xformers(workbench: Workbench) -> Steps:
     if find_spec("xformers") is None:
         raise UnavailableError("xformers is not installed; type: pip install 'storyadapter-trt[xformers]'")
-    if workbench.subject.device.type != "cuda":
+    if workbench.model.device.type != "cuda":
         raise UnavailableError("xformers needs a CUDA GPU")
     unet, adapter = workbench.unet("diffusers, xformers")
     unet.enable_xformers_memory_efficient_attention()

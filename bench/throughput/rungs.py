@@ -75,7 +75,7 @@ def _cached(workbench: Workbench) -> Steps:
 
 
 def _fused(workbench: Workbench) -> Steps:
-    if workbench.subject.device.type != "cuda":
+    if workbench.model.device.type != "cuda":
         raise UnavailableError("the fused kernel needs a CUDA GPU")
     try:
         from storyadapter.kernels.grca.launch import grca_triton
@@ -91,7 +91,7 @@ def _compiled(workbench: Workbench) -> Steps:
 
 
 def _graphs(workbench: Workbench) -> Steps:
-    if workbench.subject.device.type != "cuda":
+    if workbench.model.device.type != "cuda":
         raise UnavailableError("CUDA graphs need a CUDA GPU")
     return functools.partial(contract_steps, workbench.networks("inductor"))
 

@@ -11,8 +11,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
+from storyadapter.bench.model import BenchmarkModel, Tell
 from storyadapter.bench.progress import Progress
-from storyadapter.bench.subject import Subject, Tell
 from storyadapter.checkpoint import IPAdapterWeights
 from storyadapter.engine.eager import EagerNetwork
 from storyadapter.engine.inductor import weights_name
@@ -26,22 +26,20 @@ from storyadapter.model.unet import GlobalReferenceCrossAttention
 
 
 class Workbench:
-    """Loads forms of one subject and lets go of the one before.
+    """Loads forms of one model and lets go of the one before.
 
     Args:
-        subject: the model.
+        model: the model.
         ranges: what engines are built for.
-        vae_precision: of the engines' VAE.
         progress: told of what is slow.
 
     Attributes:
         build_seconds: by backend, of the engines that were built.
     """
 
-    def __init__(self, subject: Subject, ranges: ShapeRanges, vae_precision: Precision, progress: Progress) -> None:
-        self.subject = subject
+    def __init__(self, model: BenchmarkModel, ranges: ShapeRanges, progress: Progress) -> None:
+        self.model = model
         self.ranges = ranges
-        self.vae_precision: Precision = vae_precision
         self.progress = progress
         self.build_seconds: dict[str, float] = {}
         self._name = ""
@@ -52,11 +50,8 @@ class Workbench:
         """diffusers' UNet and the adapter, on the device; who changes the UNet for good asks by another `user` name."""
         if self._name != user:
             self.clear()
-            checkpoint, dtype, device = (
-                self.subject.checkpoint,
-                TORCH_DTYPES[self.subject.precision],
-                self.subject.device,
-            )
+            checkpoint, device = self.model.checkpoint, self.model.device
+            dtype = TORCH_DTYPES[self.model.engine.precision]
             unet = checkpoint.load_unet(dtype)
             self._form = torch.nn.Module.to(unet, device), _on(checkpoint.load_ip_adapter(dtype), device)
             self._name = user
@@ -66,15 +61,15 @@ class Workbench:
         """The contract's networks on a backend.
 
         Raises:
-            UnavailableError: see `Subject.open`.
-            EngineBuildError: see `Subject.open`.
+            UnavailableError: see `BenchmarkModel.open`.
+            EngineBuildError: see `BenchmarkModel.open`.
         """
         if self._name != backend:
             self.clear()
             if backend in self._refused:
                 raise self._refused[backend]
             try:
-                opened = self.subject.open(backend, self.ranges, self.vae_precision, self.progress.tell)
+                opened = self.model.open(self.ranges, self.progress.tell, backend)
             except EngineBuildError as error:
                 self._refused[backend] = error  # told of every rung and case, but not built for minutes again
                 raise
@@ -99,7 +94,7 @@ class Workbench:
         """Let go of what is in memory."""
         self._name, self._form = "", None
         gc.collect()
-        if self.subject.device.type == "cuda":
+        if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
 
 
@@ -122,15 +117,15 @@ class FrameByFrame:
         return {name: torch.cat([output[name] for output in outputs]) for name in outputs[0]}
 
 
-def with_eager_vae(networks: Networks, subject: Subject, precision: Precision) -> Networks:
+def with_eager_vae(networks: Networks, model: BenchmarkModel, precision: Precision) -> Networks:
     """The same networks with a VAE in plain PyTorch, channels last; in fp32 on a GPU, its convolutions use TF32."""
-    decoder = VaeDecoder(subject.checkpoint.load_vae(TORCH_DTYPES[precision])).to(subject.device).eval()
+    decoder = VaeDecoder(model.checkpoint.load_vae(TORCH_DTYPES[precision])).to(model.device).eval()
     decoder.to(memory_format=torch.channels_last)
     return _with_vae(networks, FrameByFrame(EagerNetwork(networks["vae_decoder"].spec, decoder, precision)), precision)
 
 
 def with_compiled_vae(
-    networks: Networks, subject: Subject, ranges: ShapeRanges, precision: Precision, tell: Tell
+    networks: Networks, model: BenchmarkModel, ranges: ShapeRanges, precision: Precision, tell: Tell
 ) -> Networks:
     """The same networks of the backend `inductor`, whose VAE is compiled for another precision, as `build` does it.
 
@@ -140,7 +135,7 @@ def with_compiled_vae(
     from storyadapter.engine.inductor.builder import build_inductor
     from storyadapter.engine.inductor.session import InductorNetwork, read_weights
 
-    spec, device, letters = networks["vae_decoder"].spec, subject.device, networks.letters
+    spec, device, letters = networks["vae_decoder"].spec, model.device, networks.letters
     assert letters is not None
 
     def on_stage(network: str, what: str) -> None:
@@ -151,7 +146,7 @@ def with_compiled_vae(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         numerics = Numerics(precision)
-        build_inductor(subject.checkpoint, numerics, ranges, folder, device, on_stage, only=(spec.name,))
+        build_inductor(model.checkpoint, numerics, ranges, folder, device, on_stage, only=(spec.name,))
         weights = read_weights(folder / weights_name(spec.name), device)
         network = InductorNetwork(spec, folder, precision, device, letters, weights)
     return _with_vae(networks, network, precision)

@@ -2,6 +2,7 @@
 
 import argparse
 from dataclasses import dataclass
+from typing import cast
 
 from storyadapter.checkpoint import Checkpoint
 from storyadapter.cli.options import ModelChoice
@@ -24,6 +25,12 @@ class Session:
         return f"{self.backend} {self.numerics}"
 
 
+def choose_engine(backend: str, precision: str) -> tuple[str, Precision]:
+    """What was typed; for `auto`, what serves best on this machine."""
+    backend = choose_backend() if backend == AUTO else backend
+    return backend, choose_precision(backend) if precision == AUTO else cast(Precision, precision)
+
+
 def open_session(args: argparse.Namespace, model: ModelChoice) -> Session:
     """Check the backend and open the model's files; reads no weights.
 
@@ -31,8 +38,7 @@ def open_session(args: argparse.Namespace, model: ModelChoice) -> Session:
         UnavailableError: see `check_available`.
         CheckpointError: see `Checkpoint.open`.
     """
-    backend = choose_backend() if args.backend == AUTO else args.backend
-    precision: Precision = choose_precision(backend) if args.precision == AUTO else args.precision
+    backend, precision = choose_engine(args.backend, args.precision)
     asked: Precision | None = None if args.vae_precision == AUTO else args.vae_precision
     check_available(backend, Numerics.of(precision, vae_decoder=asked))
     checkpoint = Checkpoint.open(model.paths)

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from storyadapter.bench.model import BenchmarkModel
+from storyadapter.bench.options import EngineChoice
 from storyadapter.bench.progress import Progress
 from storyadapter.bench.psnr import EQUAL, MIN_PSNR
-from storyadapter.bench.subject import Subject
 from storyadapter.bench.throughput import ladder, published, rungs
 from storyadapter.bench.throughput.cases import SMOKE_CASES, SMOKE_STORIES, Case, ranges
 from storyadapter.bench.throughput.command import RIVALS as RIVAL_NAMES
@@ -48,11 +49,11 @@ def told() -> StringIO:
 
 @pytest.fixture(scope="module")
 def climb(told: StringIO) -> Ladder:
-    subject = Subject.synthetic("toy", "fp32", torch.device("cpu"), None)
-    workbench = Workbench(subject, ranges((CASE, OTHER), ()), "fp32", Progress(9, told))
+    model = BenchmarkModel.synthetic("toy", EngineChoice("eager", "fp32"), torch.device("cpu"))
+    workbench = Workbench(model, ranges((CASE, OTHER), ()), Progress(9, told))
     eager = workbench.eager(grca)
-    inputs = make_inputs(eager, subject.tokenizers(), (CASE, OTHER), subject.prediction_type)
-    pictures = Pictures(with_eager_vae(eager, subject, "fp32").vae_decoder, subject.device)
+    inputs = make_inputs(eager, model.tokenizers(), (CASE, OTHER), model.prediction_type)
+    pictures = Pictures(with_eager_vae(eager, model, "fp32").vae_decoder, model.device)
     return Ladder(workbench, inputs, pictures, workbench.progress)
 
 

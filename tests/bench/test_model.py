@@ -8,7 +8,8 @@ import pytest
 import torch
 from filelock import FileLock
 
-from storyadapter.bench.subject import Subject
+from storyadapter.bench.model import BenchmarkModel
+from storyadapter.bench.options import EngineChoice
 from storyadapter.engine.identity import engine_key
 from storyadapter.engine.onnxruntime import builder
 from storyadapter.engine.opening import identify
@@ -29,16 +30,18 @@ def test_a_build_is_told_before_it_begins(tmp_path: Path, monkeypatch: pytest.Mo
         raise EngineBuildError("refused")
 
     monkeypatch.setattr(builder, "build_onnx", refuse)
-    subject = Subject.synthetic("toy", "fp32", torch.device("cpu"), tmp_path)
+    model = BenchmarkModel.synthetic(
+        "toy", EngineChoice("onnxruntime", "fp32", engine_dir=tmp_path), torch.device("cpu")
+    )
 
     def open_it() -> None:
         with pytest.raises(EngineBuildError, match="refused"):
-            subject.open("onnxruntime", RANGES, "fp32", told.append)
+            model.open(RANGES, told.append)
 
     open_it()
     assert told == [FIRST, "it begins"]
     told.clear()
-    key = engine_key(identify(subject.checkpoint, "onnxruntime", Numerics("fp32")), RANGES)
+    key = engine_key(identify(model.checkpoint, "onnxruntime", Numerics("fp32")), RANGES)
     opening = Thread(target=open_it, daemon=True)
     with FileLock(tmp_path / f".{key}.lock"):  # as another process that builds the same
         opening.start()

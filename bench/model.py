@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Self
 
 import torch
 
+from storyadapter.bench.options import EngineChoice
 from storyadapter.bench.synthetic import PREDICTION_TYPE, SyntheticCheckpoint
 from storyadapter.bench.synthetic_models import MODELS
 from storyadapter.bench.timing import measure_run
@@ -18,7 +19,7 @@ from storyadapter.engine.tensorrt.library import gpu_target, why_it_cant_run
 from storyadapter.method.errors import UnavailableError
 from storyadapter.model.contract import Geometry, Range, ShapeRanges
 from storyadapter.model.networks import Networks
-from storyadapter.model.numerics import Precision
+from storyadapter.model.numerics import Numerics
 from storyadapter.runtime.conditioning import Tokenizers
 
 Tell = Callable[[str], None]
@@ -39,58 +40,61 @@ class Opened:
 
 
 @dataclass(frozen=True)
-class Subject:
+class BenchmarkModel:
     """A model to be measured.
 
     Attributes:
         label: for people.
         checkpoint: its files, or its random weights.
         prediction_type: what its UNet predicts.
-        precision: of all networks but the VAE.
+        engine: what runs it.
         device: where everything runs.
-        engine_dir: of the engine store; the user's cache folder if None.
     """
 
     label: str
     checkpoint: Checkpoint | SyntheticCheckpoint
     prediction_type: str
-    precision: Precision
+    engine: EngineChoice
     device: torch.device
-    engine_dir: Path | None
 
     @classmethod
-    def synthetic(cls, name: str, precision: Precision, device: torch.device, engine_dir: Path | None) -> "Subject":
+    def synthetic(cls, name: str, engine: EngineChoice, device: torch.device) -> Self:
         """A model of random weights, by the name of its sizes."""
         checkpoint = SyntheticCheckpoint(MODELS[name], device)
         label = f"{name} with random weights (seed {checkpoint.seed})"
-        return cls(label, checkpoint, PREDICTION_TYPE, precision, device, engine_dir)
+        return cls(label, checkpoint, PREDICTION_TYPE, engine, device)
 
     @classmethod
-    def from_files(
-        cls, model: ModelChoice, precision: Precision, device: torch.device, engine_dir: Path | None
-    ) -> "Subject":
+    def from_files(cls, model: ModelChoice, engine: EngineChoice, device: torch.device) -> Self:
         """A model's files.
 
         Raises:
             CheckpointError: see `Checkpoint.open`.
         """
-        return cls(model.label, Checkpoint.open(model.paths), "epsilon", precision, device, engine_dir)
+        return cls(model.label, Checkpoint.open(model.paths), "epsilon", engine, device)
+
+    @property
+    def numerics(self) -> Numerics:
+        return self.checkpoint.geometry.numerics(self.engine.precision, self.engine.vae)
 
     def tokenizers(self) -> Tokenizers:
         return Tokenizers(*self.checkpoint.load_tokenizers())
 
-    def open(self, backend: str, ranges: ShapeRanges, vae: Precision | None, tell: Tell) -> Opened:
+    def open(
+        self, ranges: ShapeRanges, tell: Tell, backend: str | None = None, numerics: Numerics | None = None
+    ) -> Opened:
         """Networks on a backend; its engine is built first where the store has none for exactly these ranges: what is
         measured shall not depend on what else the store holds.
 
         Args:
-            vae: the VAE's precision; None for what the model asks for.
+            backend, numerics: others than those of the model's own engine.
 
         Raises:
             UnavailableError: the backend can't serve here.
             EngineBuildError: the engine can't be built.
         """
-        numerics = self.checkpoint.geometry.numerics(self.precision, vae)
+        backend, numerics = backend or self.engine.backend, numerics or self.numerics
+        engine_dir = self.engine.engine_dir
         check_available(backend, numerics, to_build=BACKENDS[backend].builds)
         if backend == "tensorrt" and (reason := why_it_cant_run(gpu_target())):
             raise UnavailableError(f"backend tensorrt: {reason}")
@@ -105,14 +109,14 @@ class Subject:
                     tell(f"    building {backend}: {network}: {what}")
 
             identity = identify(self.checkpoint, backend, numerics)
-            if EngineStore(self.engine_dir).get(identity, ranges) is None:
+            if EngineStore(engine_dir).get(identity, ranges) is None:
                 tell(f"    the store has no engine of {backend} for exactly this: it is built first, for minutes")
             _, seconds = measure_run(
                 lambda: build_engine(
                     self.checkpoint,
                     identity,
                     ranges,
-                    engine_dir=self.engine_dir,
+                    engine_dir=engine_dir,
                     on_stage=on_stage,
                     on_wait=lambda message: tell(f"    {message}"),
                 ),
@@ -125,6 +129,6 @@ class Subject:
             numerics=numerics,
             device=self.device if backend == "eager" else None,
             ranges=ranges,
-            engine_dir=self.engine_dir,
+            engine_dir=engine_dir,
         )
         return Opened(networks, build_seconds)
