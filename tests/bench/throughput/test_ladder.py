@@ -53,7 +53,7 @@ def climb(told: StringIO) -> Ladder:
     workbench = Workbench(model, ranges((CASE, OTHER), ()), Progress(9, told))
     eager = workbench.eager(grca)
     inputs = make_inputs(eager, model.tokenizers(), (CASE, OTHER), model.prediction_type)
-    pictures = Pictures(with_eager_vae(eager, model, "fp32").vae_decoder, model.device)
+    pictures = Pictures(with_eager_vae(eager, model, "fp32")["vae_decoder"], model.device)
     return Ladder(workbench, inputs, pictures, workbench.progress)
 
 
