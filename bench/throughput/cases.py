@@ -18,7 +18,7 @@ class Case:
         frames: F; a UNet call has B = 2·F rows.
         height, width: in pixels.
         check_steps: steps of the drawings by which a rung is compared with the one below.
-        rungs: names of those that run it; None for all of them and the rivals.
+        rungs: names of those that run it; None for all of them and the baselines.
     """
 
     name: str

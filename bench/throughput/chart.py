@@ -15,11 +15,11 @@ _TITLE_SIZE, _TEXT_SIZE = 26, 18
 _INK: Final = (32, 33, 36)
 _FAINT: Final = (112, 116, 122)
 _OWN: Final = (38, 98, 186)
-_RIVAL: Final = (170, 174, 180)
+_BASELINE: Final = (170, 174, 180)
 
 
 def chart(data: dict[str, Any]) -> Image.Image:
-    """A bar per rung that was measured, a group of bars per case; rivals are grey.
+    """A bar per rung that was measured, a group of bars per case; baselines are grey.
 
     Args:
         data: the report's JSON data.
@@ -46,8 +46,8 @@ def chart(data: dict[str, Any]) -> Image.Image:
         for rung in rungs:
             length = max(1, round(room * rung["rows_per_second"] / most))
             left = _MARGIN + _LABELS
-            drawing.text((_MARGIN + 12, y), rung["rung"], _FAINT if rung["rival"] else _INK, font)
-            drawing.rectangle((left, y, left + length, y + _BAR), fill=_RIVAL if rung["rival"] else _OWN)
+            drawing.text((_MARGIN + 12, y), rung["rung"], _FAINT if rung["baseline"] else _INK, font)
+            drawing.rectangle((left, y, left + length, y + _BAR), fill=_BASELINE if rung["baseline"] else _OWN)
             drawing.text((left + length + 10, y), f"{rung['rows_per_second']:.1f}", _INK, font)
             y += _LINE
     return image

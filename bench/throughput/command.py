@@ -1,4 +1,4 @@
-"""The options of `bench throughput` and its course."""
+"""`storyadapter-trt bench throughput`: from the published method to this project, step by step; whole stories."""
 
 import argparse
 
@@ -13,7 +13,7 @@ Measures UNet rows per second (a row is one latent picture in one UNet call; a f
 which each rung adds one thing: the published method frame by frame, batched, fused attention (sdpa), keys and values
 cached with one bank of references (cached), the fused kernel (fused), compiled networks (compiled), CUDA graphs
 (graphs). A rung is compared with the one below and timed only if it draws the same. Then whole stories: one thing after
-the other, and overlapped as run draws them. Beside them stand diffusers' own IP-Adapter and other rivals.
+the other, and overlapped as run draws them. Beside them stand diffusers' own IP-Adapter and other baselines.
 """
 _EPILOG = """\
 examples:
@@ -26,7 +26,7 @@ The full table takes about 8 minutes on an H100; the engine is built first where
 """
 
 RUNGS = ("published", "batched", "sdpa", "cached", "fused", "compiled", "graphs", "overlapped")
-RIVALS = ("diffusers", "diffusers-compile", "diffusers-xformers", "tensorrt")
+BASELINES = ("diffusers", "diffusers-compile", "diffusers-xformers", "tensorrt")
 MODELS = ("sdxl", "toy")
 
 
@@ -44,15 +44,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cases",
         type=_names,
         metavar="NAME,…",
-        help="only these: n16 (all rungs and rivals), n8 and n100 (the cost over the number of references), story (16 "
-        "frames, from prompts to pictures); of a model for small pictures: n3, n5, story",
+        help="only these: n16 (all rungs and baselines), n8 and n100 (the cost over the number of references), story "
+        "(16 frames, from prompts to pictures); of a model for small pictures: n3, n5, story",
     )
     parser.add_argument(
         "--rungs",
         type=_names,
         metavar="NAME,…",
-        help=f"only these rungs ({', '.join(RUNGS)}) and rivals ({', '.join(RIVALS)}); a rung is then compared with "
-        "the next lower one that is there",
+        help=f"only these rungs ({', '.join(RUNGS)}) and baselines ({', '.join(BASELINES)}); a rung is then compared "
+        "with the next lower one that is there",
     )
     add_engine_options(parser, precision="of all networks but the VAE")
     parser.add_argument(
@@ -88,11 +88,11 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     check_out(args.out)
     if args.device_memory is None:
-        from storyadapter.bench.throughput.course import measure
+        from storyadapter.bench.throughput.run import measure
 
         return measure(args)
     from storyadapter.bench.device_memory import only_device_memory
-    from storyadapter.bench.throughput.course import measure
+    from storyadapter.bench.throughput.run import measure
     from storyadapter.engine.backends import default_device
 
     with only_device_memory(int(args.device_memory * 2**30), default_device()):
@@ -104,9 +104,9 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError("--smoke is for the toy model; expected no --synthetic-weights sdxl with it")
     if args.smoke or args.synthetic_weights:
         refuse_checkpoint_options(args, "--synthetic-weights", "--smoke")
-    unknown = [name for name in args.rungs or () if name not in (*RUNGS, *RIVALS)]
+    unknown = [name for name in args.rungs or () if name not in (*RUNGS, *BASELINES)]
     if unknown:
-        raise InputError(f"--rungs {unknown[0]}: expected some of {','.join((*RUNGS, *RIVALS))}")
+        raise InputError(f"--rungs {unknown[0]}: expected some of {','.join((*RUNGS, *BASELINES))}")
 
 
 def _names(text: str) -> list[str]:

@@ -50,7 +50,7 @@ class RungResult:
     """What was found of one rung on one case.
 
     Attributes:
-        case, rung, adds, rival: what it is.
+        case, rung, adds, baseline: what it is.
         status: "measured", "wrong" (its pictures differ: not timed), "failed" or "not run".
         reason: why it isn't measured.
         comparison: with the rung below; None for the lowest.
@@ -63,7 +63,7 @@ class RungResult:
     case: str
     rung: str
     adds: str
-    rival: bool
+    baseline: bool
     status: str
     reason: str = ""
     comparison: Comparison | None = None
@@ -151,17 +151,17 @@ class Ladder:
     pictures: Pictures
     progress: Progress
 
-    def run(self, rungs: Sequence[Rung], rivals: Sequence[Rung]) -> list[RungResult]:
-        """All rungs over their cases, then the rivals, which are compared with the highest rung that draws alike."""
+    def run(self, rungs: Sequence[Rung], baselines: Sequence[Rung]) -> list[RungResult]:
+        """All rungs over their cases, then the baselines, which are compared with the highest rung that draws alike."""
         results: list[RungResult] = []
         drawn: dict[str, tuple[str, Drawing]] = {}  # by case: the highest right rung so far, and what it drew
-        for rung in (*rungs, *rivals):
+        for rung in (*rungs, *baselines):
             for inputs in self.inputs.values():
                 if not runs(rung, inputs.case):
                     continue
                 self.progress.begin(f"{inputs.case.name}: {rung.name}")
                 result, drawing = self._measure(rung, inputs, drawn.get(inputs.case.name))
-                if drawing is not None and not rung.rival:
+                if drawing is not None and not rung.baseline:
                     drawn[inputs.case.name] = rung.name, drawing
                 results.append(result)
                 self.progress.done(describe(result))
@@ -170,7 +170,7 @@ class Ladder:
     def _measure(
         self, rung: Rung, inputs: CaseInputs, below: tuple[str, Drawing] | None
     ) -> tuple[RungResult, Drawing | None]:
-        blank = functools.partial(RungResult, inputs.case.name, rung.name, rung.adds, rung.rival)
+        blank = functools.partial(RungResult, inputs.case.name, rung.name, rung.adds, rung.baseline)
         device = self.workbench.model.device
         found: dict[str, Any] = {}
         try:
@@ -231,8 +231,8 @@ def check_drawing(drawing: Drawing, comparison: Comparison | None) -> None:
 
 
 def runs(rung: Rung, case: Case) -> bool:
-    """Whether a case is for this rung: rivals run those that have all rungs."""
-    return case.rungs is None or (not rung.rival and rung.name in case.rungs)
+    """Whether a case is for this rung: baselines run those that have all rungs."""
+    return case.rungs is None or (not rung.baseline and rung.name in case.rungs)
 
 
 def describe(result: RungResult) -> str:

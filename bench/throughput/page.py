@@ -27,7 +27,7 @@ def _introduction(data: dict[str, Any]) -> list[str]:
         return []
     rate = data["matrix_flops"]
     measured = "" if rate is None else f" Matrix products reach {rate / 1e12:.0f} TFLOP/s on this device."
-    adds = dict.fromkeys((rung["rung"], rung["adds"], rung["rival"]) for rung in data["rungs"])
+    adds = dict.fromkeys((rung["rung"], rung["adds"], rung["baseline"]) for rung in data["rungs"])
     return [
         "A step is a UNet call with guidance and sampler; times are medians of single steps, the spread lies between",
         "the 10th and the 90th percentile. Every rung has the same weights, inputs and noise. It is timed only if the",
@@ -40,7 +40,7 @@ def _introduction(data: dict[str, Any]) -> list[str]:
         "iterations after the first. Peak memory is that of all tensors on the device; from `cached` on, the text",
         "encoders, the image encoder and the VAE are there beside the UNet.",
         "",
-        *(f"- **{name}**{' (rival)' if rival else ''}: {text}" for name, text, rival in adds),
+        *(f"- **{name}**{' (baseline)' if baseline else ''}: {text}" for name, text, baseline in adds),
         "",
     ]
 
@@ -65,7 +65,7 @@ def _case(data: dict[str, Any], case: dict[str, Any]) -> list[str]:
 
 
 def _rung(rung: dict[str, Any]) -> list[str]:
-    name = f"{rung['rung']} (rival)" if rung["rival"] else rung["rung"]
+    name = f"{rung['rung']} (baseline)" if rung["baseline"] else rung["rung"]
     compared = rung.get("compared_with")
     psnr = _NONE if compared is None else f"{compared['psnr']:.1f} dB ({compared['other']})"
     if "rows_per_second" not in rung:

@@ -10,7 +10,7 @@ from storyadapter.bench.throughput.cases import PUBLISHED, Case, StoryCase
 from storyadapter.bench.throughput.ladder import MEASURED, RungResult
 from storyadapter.bench.throughput.story import StoryResult
 
-VERSION: Final = 1
+VERSION: Final = 2  # 1 called a baseline a rival
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class ThroughputReport:
 
     def highest(self, case: str) -> RungResult | None:
         """The highest rung of the ladder that was measured on a case: what whole stories are drawn by."""
-        measured = [r for r in self.rungs if r.case == case and r.status == MEASURED and not r.rival]
+        measured = [r for r in self.rungs if r.case == case and r.status == MEASURED and not r.baseline]
         return measured[-1] if measured else None
 
     def money(self, seconds: float) -> float | None:
@@ -103,7 +103,7 @@ def _rung(found: ThroughputReport, result: RungResult) -> dict[str, Any]:
         "case": result.case,
         "rung": result.rung,
         "adds": result.adds,
-        "rival": result.rival,
+        "baseline": result.baseline,
         "status": result.status,
     }
     if result.reason:
@@ -155,7 +155,7 @@ def unet_case(found: ThroughputReport, result: StoryResult) -> str:
 
 def cost_over_references(found: ThroughputReport) -> dict[str, Any] | None:
     """Rows per second of the highest rung that was measured on several cases, by number of references."""
-    order = [result.rung for result in found.rungs if not result.rival]
+    order = [result.rung for result in found.rungs if not result.baseline]
     references = {case.name: case.references for case in found.cases}
     for rung in reversed(list(dict.fromkeys(order))):
         measured = [r for r in found.rungs if r.rung == rung and r.status == MEASURED]

@@ -30,17 +30,17 @@ class Rung:
 
     Attributes:
         name: as typed after `--rungs`.
-        adds: what it has that the rung below has not; or what a rival is.
+        adds: what it has that the rung below has not; or what a baseline is.
         prepare: makes the steps; raises UnavailableError where it can't run, with the reason.
         frame_by_frame: draws one frame at a time.
-        rival: not a rung of the ladder, but what others offer.
+        baseline: not a rung of the ladder, but what others offer.
     """
 
     name: str
     adds: str
     prepare: Callable[[Workbench], Steps]
     frame_by_frame: bool = False
-    rival: bool = False
+    baseline: bool = False
 
     def at_once(self, frames: int) -> int:
         """Frames of one UNet call."""

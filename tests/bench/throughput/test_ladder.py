@@ -14,8 +14,9 @@ from storyadapter.bench.options import EngineChoice
 from storyadapter.bench.progress import Progress
 from storyadapter.bench.psnr import EQUAL, MIN_PSNR
 from storyadapter.bench.throughput import ladder, published, rungs
+from storyadapter.bench.throughput.baselines import BASELINES
 from storyadapter.bench.throughput.cases import SMOKE_CASES, SMOKE_STORIES, Case, ranges
-from storyadapter.bench.throughput.command import RIVALS as RIVAL_NAMES
+from storyadapter.bench.throughput.command import BASELINES as BASELINE_NAMES
 from storyadapter.bench.throughput.command import RUNGS as RUNG_NAMES
 from storyadapter.bench.throughput.inputs import SCALE, CaseInputs, make_inputs
 from storyadapter.bench.throughput.ladder import (
@@ -31,7 +32,6 @@ from storyadapter.bench.throughput.ladder import (
     check_drawing,
     compare,
 )
-from storyadapter.bench.throughput.rivals import RIVALS
 from storyadapter.bench.throughput.rungs import LADDER, Rung, Steps
 from storyadapter.bench.throughput.workbench import Workbench, with_eager_vae
 from storyadapter.method.errors import EngineBuildError, UnavailableError
@@ -39,7 +39,7 @@ from storyadapter.model.grca import grca
 
 CASE = Case("both", 3, 2, 64, 96)
 OTHER = Case("other", 2, 1, 64, 64, rungs=("published", "cached"))
-BY_NAME = {rung.name: rung for rung in (*LADDER, *RIVALS)}
+BY_NAME = {rung.name: rung for rung in (*LADDER, *BASELINES)}
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +168,7 @@ def test_rungs_for_gpus_say_so_without_one(climb: Ladder) -> None:
     assert all(result.reason for result in results)
 
 
-def test_rivals_and_rungs_run_their_cases() -> None:
+def test_baselines_and_rungs_run_their_cases() -> None:
     everything, some = CASE, OTHER
     assert ladder.runs(BY_NAME["diffusers"], everything) and not ladder.runs(BY_NAME["diffusers"], some)
     assert ladder.runs(BY_NAME["cached"], some) and not ladder.runs(BY_NAME["sdpa"], some)
@@ -176,8 +176,8 @@ def test_rivals_and_rungs_run_their_cases() -> None:
 
 def test_names_of_the_options_are_those_of_the_rungs() -> None:
     assert (*(rung.name for rung in LADDER), "overlapped") == RUNG_NAMES
-    assert tuple(rung.name for rung in RIVALS) == RIVAL_NAMES
-    assert all(rung.rival for rung in RIVALS) and not any(rung.rival for rung in LADDER)
+    assert tuple(rung.name for rung in BASELINES) == BASELINE_NAMES
+    assert all(rung.baseline for rung in BASELINES) and not any(rung.baseline for rung in LADDER)
     for case in SMOKE_CASES:
         assert set(case.rungs or ()) <= set(RUNG_NAMES)
 

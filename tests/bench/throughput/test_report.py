@@ -34,7 +34,7 @@ def _rung(
     case: str, name: str, milliseconds: float, rows: int = 16, psnr: float | None = 50.0, **more: Any
 ) -> RungResult:
     compared = None if psnr is None else Comparison("below", psnr, 0.01)
-    options = {"rival": False, "peak_bytes": 2**34, "load": {"sm_clock_mhz": 1500.0, "watts": 650.0}, **more}
+    options = {"baseline": False, "peak_bytes": 2**34, "load": {"sm_clock_mhz": 1500.0, "watts": 650.0}, **more}
     return RungResult(
         case,
         name,
@@ -62,7 +62,7 @@ FOUND = ThroughputReport(
         RungResult("n16", "compiled", "compiled", False, WRONG, "12.0 dB", Comparison("published", 12.0, 0.5)),
         _rung("n16", "graphs", 200.0),
         _rung("n100", "graphs", 250.0),
-        _rung("n16", "diffusers", 100.0, rival=True),
+        _rung("n16", "diffusers", 100.0, baseline=True),
     ),
     drawn=[
         StoryResult(
@@ -137,12 +137,12 @@ def test_the_page_says_what_was_found() -> None:
         "with the fewest.",
     ):
         assert line in page.splitlines()
-    assert "| diffusers (rival) | 160.00 |" in page
+    assert "| diffusers (baseline) | 160.00 |" in page
 
 
 def test_the_chart_has_a_bar_per_measured_rung_as_long_as_its_rate() -> None:
     picture = chart(as_data(FOUND))
-    own, rival = (38, 98, 186), (170, 174, 180)
+    own, baseline = (38, 98, 186), (170, 174, 180)
 
     def lengths(color: tuple[int, int, int]) -> list[int]:
         rows = [sum(picture.getpixel((x, y)) == color for x in range(picture.width)) for y in range(picture.height)]
@@ -150,7 +150,7 @@ def test_the_chart_has_a_bar_per_measured_rung_as_long_as_its_rate() -> None:
         return [rows[y] for y in starts]
 
     published, graphs, graphs_100 = lengths(own)
-    (diffusers,) = lengths(rival)
+    (diffusers,) = lengths(baseline)
     assert published / diffusers == pytest.approx(16 / 160, rel=0.02)
     assert graphs / diffusers == pytest.approx(80 / 160, rel=0.02)
     assert graphs_100 / diffusers == pytest.approx(64 / 160, rel=0.02)

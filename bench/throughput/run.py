@@ -1,4 +1,4 @@
-"""The course of `bench throughput`, once its options are checked."""
+"""What `bench throughput` does, once its options are checked."""
 
 import argparse
 import dataclasses
@@ -17,6 +17,7 @@ from storyadapter.bench.progress import Progress
 from storyadapter.bench.psnr import MIN_PSNR
 from storyadapter.bench.report_files import report_file, write_report, writing
 from storyadapter.bench.throughput import cases as tables
+from storyadapter.bench.throughput.baselines import BASELINES
 from storyadapter.bench.throughput.cases import Case, StoryCase, chosen, ranges
 from storyadapter.bench.throughput.chart import chart
 from storyadapter.bench.throughput.inputs import CaseInputs, make_inputs
@@ -34,7 +35,6 @@ from storyadapter.bench.throughput.ladder import (
 )
 from storyadapter.bench.throughput.page import markdown
 from storyadapter.bench.throughput.report_data import ThroughputReport, Undrawn, as_data
-from storyadapter.bench.throughput.rivals import RIVALS
 from storyadapter.bench.throughput.rungs import LADDER, Rung
 from storyadapter.bench.throughput.story import (
     Draw,
@@ -71,11 +71,11 @@ def measure(args: argparse.Namespace) -> int:
     stories = tuple(case for case in picked if isinstance(case, StoryCase))
     names = args.rungs
     rungs = tuple(rung for rung in LADDER if names is None or rung.name in names)
-    rivals = tuple(rung for rung in RIVALS if names is None or rung.name in names)
+    baselines = tuple(rung for rung in BASELINES if names is None or rung.name in names)
     if names is not None and OVERLAPPED not in names:
         stories = ()
 
-    parts = sum(runs(rung, case) for rung in (*rungs, *rivals) for case in cases)
+    parts = sum(runs(rung, case) for rung in (*rungs, *baselines) for case in cases)
     if not parts and not stories:
         raise InputError("none of these --rungs runs any of these --cases; a story needs the rung overlapped")
     ways = _ways(model.numerics["vae_decoder"], args.device_memory)
@@ -101,7 +101,7 @@ def measure(args: argparse.Namespace) -> int:
         build_seconds=workbench.build_seconds,
     )
     if cases:
-        found = _climb(found, workbench, rungs, rivals)
+        found = _climb(found, workbench, rungs, baselines)
         try:
             _write(args.out, found)
         except RunError as error:  # tried again at the end, when all of it was printed
@@ -110,7 +110,7 @@ def measure(args: argparse.Namespace) -> int:
         _draw_story(found, workbench, story, ways)
     print(markdown(as_data(found)))
     _write(args.out, found)
-    bad = [result.rung for result in found.rungs if result.status in (WRONG, FAILED) and not result.rival]
+    bad = [result.rung for result in found.rungs if result.status in (WRONG, FAILED) and not result.baseline]
     bad += [story.way for story in found.drawn if story.psnr is not None and story.psnr < MIN_PSNR and story.same_vae]
     bad += [str(story) for story in found.undrawn if story.status == FAILED]
     if bad:
@@ -148,7 +148,7 @@ def _matrix_rate(model: BenchmarkModel) -> float | None:
 
 
 def _climb(
-    found: ThroughputReport, workbench: Workbench, rungs: Sequence[Rung], rivals: Sequence[Rung]
+    found: ThroughputReport, workbench: Workbench, rungs: Sequence[Rung], baselines: Sequence[Rung]
 ) -> ThroughputReport:
     """The ladder, and the kernels of its fastest rung."""
     model, cases = workbench.model, found.cases
@@ -157,7 +157,7 @@ def _climb(
     operations = {c.name: count_operations(eager, c.frames, c.references, c.height, c.width) for c in cases}
     pictures = Pictures(with_eager_vae(eager, model, "fp32")["vae_decoder"], model.device)
     del eager
-    results = Ladder(workbench, inputs, pictures, workbench.progress).run(rungs, rivals)
+    results = Ladder(workbench, inputs, pictures, workbench.progress).run(rungs, baselines)
     profiled = _profile(workbench, inputs, results, rungs) if model.device.type == "cuda" else None
     return dataclasses.replace(found, rungs=results, operations=operations, profiled=profiled)
 
@@ -167,7 +167,7 @@ def _profile(
 ) -> tuple[str, str, KernelTimes] | None:
     """The kernels of a step of the fastest rung on the case that all rungs ran; None where they can't be had."""
     case = next(iter(inputs))
-    measured = [r for r in results if r.case == case and r.status == MEASURED and not r.rival]
+    measured = [r for r in results if r.case == case and r.status == MEASURED and not r.baseline]
     fastest = max(measured, key=lambda result: result.rows_per_second or 0.0, default=None)
     if fastest is None:
         return None

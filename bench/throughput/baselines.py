@@ -68,7 +68,9 @@ def _diffusers(workbench: Workbench) -> Steps:
 
 def _diffusers_compiled(workbench: Workbench) -> Steps:
     if workbench.model.device.type != "cuda":
-        raise UnavailableError("this rival is for CUDA GPUs: on a CPU its compilation takes longer than the benchmark")
+        raise UnavailableError(
+            "this baseline is for CUDA GPUs: on a CPU its compilation takes longer than the benchmark"
+        )
     unet, adapter = workbench.unet("diffusers, compiled")
     _load_ip_adapter(unet, adapter, SCALE)
     return functools.partial(_steps, unet, torch.compile(unet, dynamic=False))
@@ -89,9 +91,11 @@ def _tensorrt(workbench: Workbench) -> Steps:
     return functools.partial(contract_steps, workbench.networks("tensorrt"))
 
 
-RIVALS: Final = (
-    Rung("diffusers", "diffusers' own IP-Adapter, N pictures in one list, frames in one batch", _diffusers, rival=True),
-    Rung("diffusers-compile", "the same with torch.compile", _diffusers_compiled, rival=True),
-    Rung("diffusers-xformers", "the same with xformers' attention", _diffusers_xformers, rival=True),
-    Rung("tensorrt", "this project's backend tensorrt, step by step", _tensorrt, rival=True),
+BASELINES: Final = (
+    Rung(
+        "diffusers", "diffusers' own IP-Adapter, N pictures in one list, frames in one batch", _diffusers, baseline=True
+    ),
+    Rung("diffusers-compile", "the same with torch.compile", _diffusers_compiled, baseline=True),
+    Rung("diffusers-xformers", "the same with xformers' attention", _diffusers_xformers, baseline=True),
+    Rung("tensorrt", "this project's backend tensorrt, step by step", _tensorrt, baseline=True),
 )
