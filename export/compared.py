@@ -7,10 +7,10 @@ from pathlib import Path
 import onnx
 from torch import nn
 
+from storyadapter.export.as_fp32 import write_as_fp32
+from storyadapter.export.examples import run_examples
 from storyadapter.export.onnx_export import export_network
-from storyadapter.export.probe import probe_module
 from storyadapter.export.verify import verify_export
-from storyadapter.export.widen import write_widened
 from storyadapter.model.contract import NetworkSpec, Range, size_of, split_dim
 from storyadapter.model.numerics import Precision
 
@@ -48,17 +48,17 @@ def export_compared(
     path = export_network(spec, module, wide, precision, folder)
     on_stage("comparing with eager")
     twin = precision == "bf16"
-    probed: Precision = "fp32" if twin else precision
-    probes = probe_module(spec, module.float() if twin else module, wide, probed)
+    compared_in: Precision = "fp32" if twin else precision
+    examples = run_examples(spec, module.float() if twin else module, wide, compared_in)
     for weight in (*module.parameters(), *module.buffers()):
         weight.data = weight.data.new_empty(0)  # not deleted: the exporter keeps the parameters themselves for good
     if twin:
-        twin_folder = folder / "widened"
+        twin_folder = folder / "fp32"
         twin_folder.mkdir()
-        error = verify_export(write_widened(path, twin_folder), probes, "bf16")
+        error = verify_export(write_as_fp32(path, twin_folder), examples, "bf16")
         shutil.rmtree(twin_folder)
     else:
-        error = verify_export(path, probes, probed)
+        error = verify_export(path, examples, compared_in)
     _pin(path, spec, letters)
     return path, error
 

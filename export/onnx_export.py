@@ -13,8 +13,8 @@ from torch import nn
 
 from storyadapter.export import OPSET, onnx_name
 from storyadapter.export.dynamic_shapes import dynamic_shapes
+from storyadapter.export.examples import example_inputs, example_letters
 from storyadapter.export.grca_node import attach_function, grca_node
-from storyadapter.export.probe import example_letters, probe_inputs
 from storyadapter.model.contract import NetworkSpec, Range
 from storyadapter.model.numerics import Precision
 from storyadapter.model.unet import GlobalReferenceCrossAttention
@@ -38,7 +38,7 @@ def export_network(
         The file's path.
     """
     letters = example_letters(dict(ranges))
-    inputs = probe_inputs(spec, letters, precision)
+    inputs = example_inputs(spec, letters, precision)
     path = folder / onnx_name(spec.name)
     attentions = [part for part in module.modules() if isinstance(part, GlobalReferenceCrossAttention)]
     eager = [attention.grca for attention in attentions]

@@ -6,13 +6,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from storyadapter.export.examples import Example
 from storyadapter.export.ort_session import open_session
-from storyadapter.export.probe import Probe
 from storyadapter.method.errors import StoryAdapterError
 from storyadapter.model.numerics import Precision
 
 # ‖ONNX Runtime − eager‖ / ‖eager‖; two orders of summation in half precision differ by a few 1e-3. A bf16 file is run
-# as its fp32 twin (`widen`), and what differs then is the constants that the exporter folded in bf16.
+# as its fp32 twin (`as_fp32`), and what differs then is the constants that the exporter folded in bf16.
 TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 2e-3}
 
 
@@ -20,8 +20,8 @@ class ExportError(StoryAdapterError):
     """An exported network doesn't compute what eager computes."""
 
 
-def verify_export(path: Path, probes: Sequence[Probe], precision: Precision) -> float:
-    """Run an exported network on its probes.
+def verify_export(path: Path, examples: Sequence[Example], precision: Precision) -> float:
+    """Run an exported network on its examples.
 
     Returns:
         The largest relative error of any output.
@@ -31,14 +31,14 @@ def verify_export(path: Path, probes: Sequence[Probe], precision: Precision) -> 
     """
     session = open_session(path)
     worst = 0.0
-    for probe in probes:
-        feed = {name: tensor.numpy() for name, tensor in probe.inputs.items()}
-        names = list(probe.outputs)
+    for example in examples:
+        feed = {name: tensor.numpy() for name, tensor in example.inputs.items()}
+        names = list(example.outputs)
         for name, got in zip(names, session.run(names, feed), strict=True):
             where = f"{path.name}: output {name}"
             worst = max(
                 worst,
-                relative_error(where, torch.from_numpy(got), probe.outputs[name], precision, TOLERANCE[precision]),
+                relative_error(where, torch.from_numpy(got), example.outputs[name], precision, TOLERANCE[precision]),
             )
     return worst
 

@@ -22,7 +22,7 @@ from storyadapter.engine.inductor.operators import Operators, operators_for
 from storyadapter.engine.inductor.session import InductorNetwork, names_of_weights, read_weights
 from storyadapter.engine.inductor.shapes import channels_last, compiled_ranges, example_sizes
 from storyadapter.export.dynamic_shapes import dynamic_shapes
-from storyadapter.export.probe import Probe, probe_inputs, probe_module
+from storyadapter.export.examples import Example, example_inputs, run_examples
 from storyadapter.export.verify import ExportError, relative_error
 from storyadapter.method.errors import EngineBuildError
 from storyadapter.model.contract import NetworkSpec, Range, network_specs
@@ -130,12 +130,12 @@ def build_network(
     ranges = compiled_ranges(spec, options.letters)
     # before the module is rewritten: the comparison shall see the rewriting, too
     on_stage("running eager")
-    probes = probe_module(spec, module, options.letters, options.precision)
+    examples = run_examples(spec, module, options.letters, options.precision)
     if isinstance(module, Denoiser):
         fuse_denoiser(module, options.operators)
     channels_last_names = channels_last(module) if device.type == "cuda" else []
     on_stage("exporting")
-    inputs = probe_inputs(spec, example_sizes(ranges, device), options.precision)
+    inputs = example_inputs(spec, example_sizes(ranges, device), options.precision)
     arguments = tuple(value.to(device) for value in inputs.values())
     with _compiling(spec.name):
         program = torch.export.export(
@@ -155,7 +155,7 @@ def build_network(
     on_stage("comparing with eager")
     weights = read_weights(stored, device)
     network = InductorNetwork(spec, folder, options.precision, device, options.letters, weights)
-    return _compare(network, probes, options.precision)
+    return _compare(network, examples, options.precision)
 
 
 @contextlib.contextmanager
@@ -168,11 +168,11 @@ def _compiling(name: str) -> Iterator[None]:
         raise EngineBuildError(f"{name}: {type(error).__name__}: {first_complaint(str(error))}") from error
 
 
-def _compare(network: InductorNetwork, probes: Sequence[Probe], precision: Precision) -> float:
+def _compare(network: InductorNetwork, examples: Sequence[Example], precision: Precision) -> float:
     worst = 0.0
-    for probe in probes:
-        got = network(probe.inputs)
-        for name, expected in probe.outputs.items():
+    for example in examples:
+        got = network(example.inputs)
+        for name, expected in example.outputs.items():
             where = f"{network.spec.name}: output {name}"
             try:
                 error = relative_error(where, got[name], expected, precision, _TOLERANCE[precision])

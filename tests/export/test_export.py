@@ -11,11 +11,11 @@ from torch import nn
 
 from storyadapter.checkpoint import Checkpoint
 from storyadapter.export import OPSET
+from storyadapter.export.as_fp32 import write_as_fp32
 from storyadapter.export.compared import export_compared
+from storyadapter.export.examples import Example
 from storyadapter.export.ort_session import open_session
-from storyadapter.export.probe import Probe
 from storyadapter.export.verify import ExportError, verify_export
-from storyadapter.export.widen import write_widened
 from storyadapter.model.contract import NetworkSpec, Range, ShapeRanges, TensorSpec, network_specs, size_of
 from storyadapter.model.grca import grca
 from storyadapter.model.modules import iterate_modules
@@ -88,12 +88,12 @@ def test_a_file_that_computes_something_else_is_refused(tmp_path: Path) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 8)
     right = Linear()(x).detach()
-    assert verify_export(path, [Probe({"x": x}, {"y": right})], "fp32") < 1e-6
+    assert verify_export(path, [Example({"x": x}, {"y": right})], "fp32") < 1e-6
     for wrong in (1.01 * right, right.roll(1, 0), torch.full_like(right, torch.nan)):
         with pytest.raises(ExportError, match="^linear.onnx: output y differs from eager by .* in fp32; expected at"):
-            verify_export(path, [Probe({"x": x}, {"y": wrong})], "fp32")
+            verify_export(path, [Example({"x": x}, {"y": wrong})], "fp32")
     with pytest.raises(ExportError, match=r"^linear.onnx: output y has shape \(2, 8\); eager gives \(1, 8\)$"):
-        verify_export(path, [Probe({"x": x}, {"y": right[:1]})], "fp32")
+        verify_export(path, [Example({"x": x}, {"y": right[:1]})], "fp32")
 
 
 def test_the_fp32_twin_of_a_bf16_file_has_its_weights_to_the_last_bit(tmp_path: Path) -> None:
@@ -101,13 +101,13 @@ def test_the_fp32_twin_of_a_bf16_file_has_its_weights_to_the_last_bit(tmp_path: 
     weights = {name: weight.detach().float().clone() for name, weight in module.named_parameters()}
     path, error = export_compared(LINEAR, module, LETTERS, "bf16", tmp_path)
     assert error < 1e-6
-    assert not (tmp_path / "widened").exists()
+    assert not (tmp_path / "fp32").exists()
     model = onnx.load(str(path))
     assert model.graph.input[0].type.tensor_type.elem_type == TensorProto.BFLOAT16
     (tmp_path / "twin").mkdir()
-    twin = write_widened(path, tmp_path / "twin")
-    widened = onnx.load(str(twin))
-    assert not any(tensor.data_type == TensorProto.BFLOAT16 for tensor in widened.graph.initializer)
+    twin = write_as_fp32(path, tmp_path / "twin")
+    as_fp32 = onnx.load(str(twin))
+    assert not any(tensor.data_type == TensorProto.BFLOAT16 for tensor in as_fp32.graph.initializer)
     x = np.random.default_rng(0).normal(size=(3, 8)).astype(np.float32)
     (y,) = open_session(twin).run(["y"], {"x": x})
     expected = torch.from_numpy(x) @ weights["linear.weight"].T + weights["linear.bias"]

@@ -9,7 +9,7 @@ from storyadapter.engine.inductor import weights_name
 from storyadapter.engine.inductor.compilation import NetworkOptions, build_network
 from storyadapter.engine.inductor.operators import operators_for
 from storyadapter.engine.inductor.session import InductorNetwork, read_weights
-from storyadapter.export.probe import probe_module
+from storyadapter.export.examples import run_examples
 from storyadapter.model.contract import Range, ShapeRanges, network_specs
 from storyadapter.model.modules import iterate_modules
 from storyadapter.model.numerics import Numerics
@@ -29,12 +29,12 @@ def test_weights_that_lie_transposed_are_stored_as_they_are_read(checkpoint: Che
         if weight.ndim == 2:
             weight.data = weight.data.T.contiguous().T
     assert any(not weight.is_contiguous() for weight in module.parameters())
-    probes = probe_module(spec, module, letters, "fp32")
+    examples = run_examples(spec, module, letters, "fp32")
     options = NetworkOptions("fp32", letters, operators)
     build_network(spec, [module], options, tmp_path, lambda stage: None)
     weights = read_weights(tmp_path / weights_name(NAME), CPU)
     network = InductorNetwork(spec, tmp_path, "fp32", CPU, letters, weights)
-    for probe in probes:
-        drawn = network(probe.inputs)
-        for name, expected in probe.outputs.items():
+    for example in examples:
+        drawn = network(example.inputs)
+        for name, expected in example.outputs.items():
             torch.testing.assert_close(drawn[name], expected)

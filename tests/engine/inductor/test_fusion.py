@@ -8,7 +8,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from storyadapter.checkpoint import Checkpoint
 from storyadapter.engine.inductor.fusion import GegluFeedForward, Transformer, fuse_denoiser
 from storyadapter.engine.inductor.operators import PLAIN
-from storyadapter.export.probe import probe_inputs
+from storyadapter.export.examples import example_inputs
 from storyadapter.model.contract import network_specs
 from storyadapter.model.grca import grca
 from storyadapter.model.unet import Denoiser, split_unet
@@ -25,7 +25,7 @@ def denoiser(checkpoint: Checkpoint) -> Denoiser:
 def test_a_fused_denoiser_computes_the_same(checkpoint: Checkpoint, denoiser: Denoiser) -> None:
     spec = network_specs(checkpoint.geometry)["denoiser"]
     sizes = {"B": 3, "P": 2, "G": 2, "R": 7, "h": 8, "w": 12}
-    inputs = tuple(probe_inputs(spec, sizes, "fp32").values())
+    inputs = tuple(example_inputs(spec, sizes, "fp32").values())
     expected = denoiser(*inputs)
     count = sum(isinstance(part, Transformer2DModel) for part in denoiser.modules())
     fuse_denoiser(denoiser, PLAIN)

@@ -16,7 +16,7 @@ from storyadapter import Checkpoint, RunPlan, Story, StoryPipeline
 from storyadapter.engine import open_networks
 from storyadapter.engine.inductor import package_name, weights_name
 from storyadapter.engine.inductor.session import InductorNetwork, open_inductor, read_weights
-from storyadapter.export.probe import probe_inputs
+from storyadapter.export.examples import example_inputs
 from storyadapter.method.errors import EngineMismatchError
 from storyadapter.method.events import FrameFinished
 from storyadapter.model.contract import Range, ShapeRanges
@@ -101,7 +101,7 @@ def test_a_view_is_refused_because_a_package_would_misread_it(networks: Networks
 
 def test_a_size_out_of_range_is_told_by_its_letter(networks: Networks) -> None:
     letters = {"B": 5, "P": 2, "G": 2, "R": 4, "h": 8, "w": 8}
-    inputs = probe_inputs(networks["denoiser"].spec, letters, "fp32")
+    inputs = example_inputs(networks["denoiser"].spec, letters, "fp32")
     with pytest.raises(ValueError, match=r"^denoiser: B = 5 is outside the engine's range 1..4$"):
         networks["denoiser"](inputs)
 
@@ -118,7 +118,7 @@ def test_weights_on_the_host_give_the_same(networks: Networks, tiny_inductor_dir
     weights = read_weights(folder / weights_name(spec.name), torch.device("cpu"))
     letters = RANGES.letters(checkpoint.geometry.pixels_per_latent)
     network = InductorNetwork(spec, folder, "fp32", torch.device("cpu"), letters, weights, offloaded=True)
-    inputs = probe_inputs(spec, {"P": 3}, "fp32")
+    inputs = example_inputs(spec, {"P": 3}, "fp32")
     expected = networks["text_projection"](inputs)
     others = []
     for _ in range(3):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from storyadapter.bench.synthetic_models import SDXL
 from storyadapter.engine.inductor.shapes import channels_last, compiled_ranges, cut, doubled, example_sizes
-from storyadapter.export.probe import probe_inputs
+from storyadapter.export.examples import example_inputs
 from storyadapter.model.contract import Range, ShapeRanges, network_specs
 
 SPECS = network_specs(SDXL.geometry)
@@ -66,9 +66,9 @@ def test_all_rows_of_a_denoiser_call_are_doubled_together() -> None:
     letters = {"B": 1, "P": 1, "G": 2, "R": 1, "h": 4, "w": 4}
     sizes = [
         tuple(value.shape)
-        for value in doubled(spec, list(probe_inputs(spec, letters, "fp32").values()), ["B", "P", "R"])
+        for value in doubled(spec, list(example_inputs(spec, letters, "fp32").values()), ["B", "P", "R"])
     ]
-    expected = probe_inputs(spec, {**letters, "B": 2, "P": 2, "R": 2}, "fp32")
+    expected = example_inputs(spec, {**letters, "B": 2, "P": 2, "R": 2}, "fp32")
     assert sizes == [tuple(value.shape) for value in expected.values()]
 
 

@@ -17,8 +17,8 @@ from storyadapter.engine.identity import engine_key
 from storyadapter.engine.opening import build_engine, identify
 from storyadapter.engine.store import EngineStore
 from storyadapter.export import onnx_name
+from storyadapter.export.examples import run_examples
 from storyadapter.export.ort_session import open_session
-from storyadapter.export.probe import probe_module
 from storyadapter.method.errors import EngineMismatchError
 from storyadapter.model.contract import network_specs
 from storyadapter.model.grca import grca
@@ -163,14 +163,14 @@ def deviation(
     else:
         module = split_unet(model, plain.load_ip_adapter(torch.float32), grca).text_projection.eval()
     spec = network_specs(plain.geometry)[network]
-    (probe, *_) = probe_module(spec, module, LETTERS, "fp32")
+    (example, *_) = run_examples(spec, module, LETTERS, "fp32")
     halves = {
-        tensor.name: probe.inputs[tensor.name].to(getattr(torch, tensor.dtype_name("fp16"))).numpy()
+        tensor.name: example.inputs[tensor.name].to(getattr(torch, tensor.dtype_name("fp16"))).numpy()
         for tensor in spec.inputs
     }
-    outputs = open_session(folder / onnx_name(network)).run(list(probe.outputs), halves)
+    outputs = open_session(folder / onnx_name(network)).run(list(example.outputs), halves)
     errors = [
         float((torch.from_numpy(got).float() - expected).norm() / expected.norm())
-        for got, expected in zip(outputs, probe.outputs.values(), strict=True)
+        for got, expected in zip(outputs, example.outputs.values(), strict=True)
     ]
     return max(errors)

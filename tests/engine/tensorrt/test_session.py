@@ -11,7 +11,7 @@ import torch
 
 from storyadapter.engine.opening import open_networks
 from storyadapter.engine.tensorrt.engine_folder import EngineFolder
-from storyadapter.export.probe import example_letters, probe_inputs
+from storyadapter.export.examples import example_inputs, example_letters
 from storyadapter.method.errors import EngineMismatchError, UnavailableError
 from storyadapter.model.contract import network_specs
 from storyadapter.model.networks import check_inputs
@@ -83,10 +83,10 @@ def test_a_letter_out_of_its_range_is_told_before_the_enqueue(
     spec = network_specs(build.checkpoint.geometry)["denoiser"]
     usual = example_letters({**LETTERS, **ranges})
     options = {"precision": "fp16", "device": torch.device("cpu"), "letters": ranges}
-    good = probe_inputs(spec, usual, "fp16")
+    good = example_inputs(spec, usual, "fp16")
     assert check_inputs(spec, good, **options)["R"] == usual["R"]
     with pytest.raises(ValueError, match=f"^{told}$"):
-        check_inputs(spec, probe_inputs(spec, usual | letters, "fp16"), **options)
+        check_inputs(spec, example_inputs(spec, usual | letters, "fp16"), **options)
 
 
 def test_running_without_a_gpu_is_one_line(built: Callable[[Precision], Built]) -> None:

@@ -16,7 +16,7 @@ from onnx.external_data_helper import uses_external_data
 _ALIGNMENT = 4096  # so that a runtime may map a tensor into memory
 
 
-def write_widened(source: Path, folder: Path) -> Path:
+def write_as_fp32(source: Path, folder: Path) -> Path:
     """Write the fp32 twin of a bf16 network, weights beside it; one tensor at a time is in memory.
 
     Args:
@@ -30,7 +30,7 @@ def write_widened(source: Path, folder: Path) -> Path:
     path = folder / source.name
     with open(folder / f"{source.name}.data", "wb") as weights:
         for tensor in _tensors(model):
-            _widen_tensor(tensor, source.parent, weights)
+            _as_fp32(tensor, source.parent, weights)
     for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
         if value.type.tensor_type.elem_type == TensorProto.BFLOAT16:
             value.type.tensor_type.elem_type = TensorProto.FLOAT
@@ -66,7 +66,7 @@ def _tensors(model: ModelProto) -> Iterator[TensorProto]:
                 yield from attribute.g.initializer
 
 
-def _widen_tensor(tensor: TensorProto, folder: Path, weights: object) -> None:
+def _as_fp32(tensor: TensorProto, folder: Path, weights: object) -> None:
     """Copy a tensor's external data into `weights`; bf16 becomes fp32, inside or outside of the file."""
     external = uses_external_data(tensor)
     if external:

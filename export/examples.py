@@ -11,7 +11,7 @@ from storyadapter.model.numerics import Precision
 
 
 @dataclass(frozen=True)
-class Probe:
+class Example:
     """Inputs of a network and what eager gives for them."""
 
     inputs: dict[str, Tensor]
@@ -29,7 +29,9 @@ def example_letters(ranges: dict[str, Range], *, largest: bool = False) -> dict[
     return {name: min(max(value, ranges[name].minimum), ranges[name].maximum) for name, value in wanted.items()}
 
 
-def probe_inputs(spec: NetworkSpec, letters: dict[str, int], precision: Precision, seed: int = 0) -> dict[str, Tensor]:
+def example_inputs(
+    spec: NetworkSpec, letters: dict[str, int], precision: Precision, seed: int = 0
+) -> dict[str, Tensor]:
     """Random inputs by name, on the CPU, with the contract's shapes and dtypes and with values in their real ranges."""
     generator = torch.Generator().manual_seed(seed)
     inputs = {}
@@ -40,25 +42,25 @@ def probe_inputs(spec: NetworkSpec, letters: dict[str, int], precision: Precisio
     return inputs
 
 
-def probe_module(
+def run_examples(
     spec: NetworkSpec,
     module: nn.Module,
     ranges: Mapping[str, Range],
     precision: Precision,
-) -> tuple[Probe, ...]:
+) -> tuple[Example, ...]:
     """Run a module eagerly, where its weights lie, at two points of its ranges, to compare an export with."""
     device = next(module.parameters()).device
-    probes = []
+    examples = []
     for seed, larger in enumerate((False, True)):
         letters = example_letters(dict(ranges), largest=larger)
-        inputs = probe_inputs(spec, letters, precision, seed)
+        inputs = example_inputs(spec, letters, precision, seed)
         inputs = {name: value.to(device) for name, value in inputs.items()}
         with torch.inference_mode():
             outputs = module(*inputs.values())
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         named = {tensor.name: value for tensor, value in zip(spec.outputs, outputs, strict=True)}
-        probes.append(Probe(inputs, named))
-    return tuple(probes)
+        examples.append(Example(inputs, named))
+    return tuple(examples)
 
 
 def _values(tensor: TensorSpec, shape: list[int], letters: dict[str, int], generator: torch.Generator) -> Tensor:
