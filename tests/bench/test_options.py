@@ -6,7 +6,7 @@ import sys
 import pytest
 
 
-@pytest.mark.parametrize("module", ["kernel", "quality", "parity", "throughput.command", "compare", "soak"])
+@pytest.mark.parametrize("module", ["kernels.command", "quality", "parity", "throughput.command", "compare", "soak"])
 def test_adding_the_options_imports_nothing_heavy(module: str) -> None:
     code = (
         f"import argparse, sys; from storyadapter.bench.{module} import add_arguments;"
