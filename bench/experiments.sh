@@ -41,7 +41,7 @@ run parity storyadapter-trt bench parity --backend inductor --precision fp16 $de
 run quality storyadapter-trt bench quality --backend inductor --precision fp16 --stories 20 --seeds 3 --steps 20 $demo --out "$out/quality"
 # how fast? from the published method up, a rung at a time; then whole stories
 run throughput storyadapter-trt bench throughput $full --rungs published,batched,sdpa,cached,fused,compiled,graphs,overlapped,diffusers --out "$out/throughput"
-run compiled-rivals storyadapter-trt bench throughput $full --cases n16 --rungs sdpa,graphs,diffusers,diffusers-compile,diffusers-xformers,tensorrt --out "$out/compiled-rivals"
+run compiled-baselines storyadapter-trt bench throughput $full --cases n16 --rungs sdpa,graphs,diffusers,diffusers-compile,diffusers-xformers,tensorrt --out "$out/compiled-baselines"
 run small-gpu storyadapter-trt bench throughput $full --cases story --rungs overlapped --device-memory 15.5 --out "$out/small-gpu"
 # does it last?
 run soak storyadapter-trt bench soak --synthetic-weights sdxl --backend inductor --engine-dir "$out/engines" $range --stories 12 --out "$out/soak"

@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
 from storyadapter.bench.compare import KIND
-from storyadapter.bench.kernel_classes import KernelTimes
 from storyadapter.bench.throughput.cases import PUBLISHED, Case, StoryCase
+from storyadapter.bench.throughput.kernel_classes import KernelTimes
 from storyadapter.bench.throughput.ladder import MEASURED, RungResult
 from storyadapter.bench.throughput.story import StoryResult
 

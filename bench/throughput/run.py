@@ -9,9 +9,7 @@ from pathlib import Path
 import torch
 
 from storyadapter.bench.environment import describe
-from storyadapter.bench.kernel_classes import KernelTimes, profile_call
 from storyadapter.bench.model import BenchmarkModel
-from storyadapter.bench.operations import count_operations
 from storyadapter.bench.options import EngineChoice
 from storyadapter.bench.progress import Progress
 from storyadapter.bench.psnr import MIN_PSNR
@@ -21,6 +19,7 @@ from storyadapter.bench.throughput.baselines import BASELINES
 from storyadapter.bench.throughput.cases import Case, StoryCase, chosen, ranges
 from storyadapter.bench.throughput.chart import chart
 from storyadapter.bench.throughput.inputs import CaseInputs, make_inputs
+from storyadapter.bench.throughput.kernel_classes import KernelTimes, profile_call
 from storyadapter.bench.throughput.ladder import (
     FAILED,
     MEASURED,
@@ -33,6 +32,7 @@ from storyadapter.bench.throughput.ladder import (
     failure,
     runs,
 )
+from storyadapter.bench.throughput.operations import count_operations
 from storyadapter.bench.throughput.page import markdown
 from storyadapter.bench.throughput.report_data import ThroughputReport, Undrawn, as_data
 from storyadapter.bench.throughput.rungs import LADDER, Rung

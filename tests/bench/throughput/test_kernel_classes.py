@@ -2,7 +2,7 @@
 
 import pytest
 
-from storyadapter.bench.kernel_classes import NAMES, class_of, summarize
+from storyadapter.bench.throughput.kernel_classes import NAMES, class_of, summarize
 
 
 @pytest.mark.parametrize(
