@@ -3,23 +3,95 @@
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import field, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
+
+import pydantic
+from pydantic import AfterValidator, BeforeValidator, ModelWrapValidatorHandler, ValidationInfo
+from pydantic_core import ErrorDetails
 
 from storyadapter.method.constants import STYLES
-from storyadapter.method.errors import Field, InputError
-from storyadapter.method.story_file import STORY_SUFFIXES, kind, read_story_file
+from storyadapter.method.errors import Field, InputError, spelled
+from storyadapter.method.story_file import STORY_SUFFIXES, StoryFile, kind, read_story_file
 
-_KEYS = ("title", "style", "characters", "prompts")
 _PATH = re.compile(r"\S*/\S*|\S+\.[A-Za-z]\w{0,4}")
 
 
-@dataclass(frozen=True)
+class StoryError(InputError, ValueError):
+    """A value that no story can have. One from a validator says nothing of its place, which pydantic knows.
+
+    Attributes:
+        inside: where in the validated value, if not all of it.
+    """
+
+    inside: tuple[Any, ...] = ()
+
+
+def check_style(style: str) -> str:
+    """Return `style` if it is one of `storyadapter.method.constants.STYLES`.
+
+    Raises:
+        InputError: it isn't; the text names the closest one and lists all.
+    """
+    if style not in STYLES:
+        raise _unknown("style", style, STYLES)
+    return style
+
+
+def _unknown(what: str, found: Any, known: Iterable[str]) -> StoryError:
+    known, text = tuple(known), str(found).lower()
+    close = get_close_matches(text, known)
+    close.sort(key=lambda name: name[:1] != text[:1])  # the first letter is seldom mistyped
+    expected = f"{', '.join(known[:-1])} or {known[-1]}"
+    return StoryError(
+        f"unknown {what} {found!r},", expected=expected, advice=f"did you mean {close[0]!r}?" if close else ""
+    )
+
+
+def _words(value: Any) -> str:
+    if not isinstance(value, str | None):
+        raise StoryError(f" is {kind(value)},", expected="text", advice="put it in quotes")
+    for char in value or "":
+        # Control characters and halves of surrogate pairs: neither a tokenizer nor a picture's text can hold them.
+        if unicodedata.category(char) in ("Cc", "Cs") and char not in "\t\n\r":
+            raise StoryError(f" holds U+{ord(char):04X}, which is no printable character", advice="take it out")
+    if not value or not value.strip():
+        found = " is only white space," if value else " is empty,"
+        raise StoryError(found, expected="words", advice="write some, or take it out")
+    return value.strip()
+
+
+def _prompts(value: Any) -> Any:
+    if not isinstance(value, list | tuple | None):
+        raise StoryError(f" is {kind(value)},", expected="a list with one text per frame")
+    if not value:
+        advice = ("type ", Field("prompt"), " TEXT once per frame, or list them in the story file")
+        raise StoryError("the story is empty,", expected="one prompt per frame", advice=advice)
+    return value
+
+
+def _characters(value: Any) -> Any:
+    if not isinstance(value, Mapping | None):
+        raise StoryError(f" is {kind(value)},", expected="a mapping of names to definitions")
+    seen = set()
+    for name in value or ():
+        if (stripped := str(name).strip()) in seen:
+            error = StoryError(f"the character {stripped!r} is defined twice,", expected="once")
+            error.inside = (name,)
+            raise error
+        seen.add(stripped)
+    return value or {}
+
+
+Words = Annotated[str, BeforeValidator(_words)]
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config={"extra": "forbid"})
 class Story:
-    """One picture per prompt, in story order.
+    """One picture per prompt, in story order; also the schema of a story file.
 
     White space at the ends of prompts, names, definitions and the title is dropped.
 
@@ -34,20 +106,24 @@ class Story:
             style.
     """
 
-    prompts: tuple[str, ...]
-    title: str | None = None
-    style: str | None = None
+    prompts: Annotated[tuple[Words, ...], BeforeValidator(_prompts), pydantic.Field(validate_default=True)] = ()
+    title: Words | None = None
+    style: Annotated[Words, AfterValidator(check_style)] | None = None
     # A dict has no hash; equal stories have equal hashes without it too.
-    characters: Mapping[str, str] = field(default_factory=dict, hash=False)
+    characters: Annotated[dict[Words, Words], BeforeValidator(_characters)] = field(default_factory=dict, hash=False)
 
-    def __post_init__(self) -> None:
-        for name, value in _checked(vars(self), lambda *place: "").items():
-            object.__setattr__(self, name, value)
+    @pydantic.model_validator(mode="wrap")
+    @classmethod
+    def _told(cls, value: Any, handler: ModelWrapValidatorHandler[Self], info: ValidationInfo) -> Self:
+        try:
+            return handler(value)
+        except pydantic.ValidationError as error:
+            raise _refusal(error.errors(include_url=False), info.context) from None
 
     @classmethod
     def from_prompts(cls, prompts: Iterable[str]) -> Self:
         """A story of bare prompts. Raises: InputError, as for the class."""
-        return cls(prompts if isinstance(prompts, str) else tuple(prompts))
+        return cls(prompts if isinstance(prompts, str) else tuple(prompts))  # type: ignore[arg-type]  # text is refused
 
     @classmethod
     def from_file(cls, path: str | Path) -> Self:
@@ -61,10 +137,7 @@ class Story:
                 JSON the key.
         """
         file = read_story_file(Path(path))
-        for key in file.fields:
-            if key not in _KEYS:
-                raise InputError(f"{file.where(key)}unknown key {_unknown(key, _KEYS)}")
-        return cls(**_checked(file.fields, file.where))
+        return pydantic.TypeAdapter(cls).validate_python(file.fields, context=file)
 
     @classmethod
     def from_arguments(cls, arguments: Sequence[str]) -> Self:
@@ -114,72 +187,25 @@ class Story:
         return re.sub(pattern, lambda match: self.characters[match[0]], prompt)
 
 
-def check_style(style: str) -> str:
-    """Return `style` if it is one of `storyadapter.method.constants.STYLES`.
-
-    Raises:
-        InputError: it isn't; the text names the closest one and lists all.
-    """
-    if style not in STYLES:
-        raise InputError(f"unknown style {_unknown(style, STYLES)}")
-    return style
-
-
-def _unknown(found: Any, known: Iterable[str]) -> str:
-    known, text = tuple(known), str(found).lower()
-    close = get_close_matches(text, known)
-    close.sort(key=lambda name: name[:1] != text[:1])  # the first letter is seldom mistyped
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    return f"{found!r}, expected {', '.join(known[:-1])} or {known[-1]}{hint}"
-
-
-def _checked(fields: Mapping[str, Any], where: Callable[..., str]) -> dict[str, Any]:
-    """The story's fields with every type checked and normalized; `where(key, item)` starts a message."""
-    prompts = fields.get("prompts")
-    if not isinstance(prompts, list | tuple | None):
-        raise InputError(f"{where('prompts')}'prompts' is {kind(prompts)}, expected a list with one text per frame")
-    if not prompts:
-        raise InputError(
-            f"{where('prompts')}the story is empty,",
-            expected="one prompt per frame",
-            advice=("type ", Field("prompt"), " TEXT once per frame, or list them in the story file"),
-        )
-    title, style, characters = fields.get("title"), fields.get("style"), fields.get("characters")
-    if title is not None:
-        title = _text(title, "the title", where("title"))
-    if style is not None:
-        style = _text(style, "the style", where("style"))
-        try:
-            check_style(style)
-        except InputError as error:
-            raise InputError(f"{where('style')}{error}") from None
-    if not isinstance(characters, Mapping | None):
-        raise InputError(
-            f"{where('characters')}'characters' is {kind(characters)}, expected a mapping of names to definitions"
-        )
-    definitions: dict[str, str] = {}
-    for found, definition in (characters or {}).items():
-        place = where("characters", found)
-        name = _text(found, "a character's name", place)
-        if name in definitions:
-            raise InputError(f"{place}the character {name!r} is defined twice, expected once")
-        definitions[name] = _text(definition, f"the definition of the character {name!r}", place)
-    return {
-        "prompts": tuple(_text(text, f"prompt {i}", where("prompts", i - 1)) for i, text in enumerate(prompts, 1)),
-        "title": title,
-        "style": style,
-        "characters": definitions,
-    }
-
-
-def _text(value: Any, what: str, where: str) -> str:
-    if not isinstance(value, str | None):
-        raise InputError(f"{where}{what} is {kind(value)}, expected text; put it in quotes")
-    for char in value or "":
-        # Control characters and halves of surrogate pairs: neither a tokenizer nor a picture's text can hold them.
-        if unicodedata.category(char) in ("Cc", "Cs") and char not in "\t\n\r":
-            raise InputError(f"{where}{what} holds U+{ord(char):04X}, which is no printable character; take it out")
-    if not value or not value.strip():
-        found = "only white space" if value else "empty"
-        raise InputError(f"{where}{what} is {found}, expected words; write some, or take it out")
-    return value.strip()
+def _refusal(wrong: list[ErrorDetails], file: StoryFile | None) -> InputError:
+    """The first of the things that pydantic found wrong, but an unknown key first, in words and with its line."""
+    unknown = "unexpected_keyword_argument"
+    first = min(wrong, key=lambda details: details["type"] != unknown)
+    names, (top, *below) = [field.name for field in fields(Story)], first["loc"]
+    is_key = below[-1:] == ["[key]"]
+    # An argument is told by its position, a bad key by its repr.
+    place = (names[top] if isinstance(top, int) else top, *([first["input"]] if is_key else below))
+    match place:
+        case "prompts", int(index):
+            what = f"prompt {index + 1}"
+        case "characters", name:
+            what = "a character's name" if is_key else f"the definition of the character {str(name).strip()!r}"
+        case "title" | "style" as name, *_:
+            what = f"the {name}"
+        case _:
+            what = f"'{place[0]}'"
+    is_unknown = first["type"] == unknown
+    error = _unknown("key", place[0], (*names[1:], names[0])) if is_unknown else first["ctx"]["error"]
+    found = (what if error.text().startswith(" ") else "") + spelled(error.args)
+    where = file.where(*place, *error.inside) if file else ""
+    return InputError(where + found, expected=error.expected, advice=error.advice, field=".".join(map(str, place)))
