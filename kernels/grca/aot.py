@@ -130,15 +130,25 @@ def compile_kernel(
         raise ValueError(f"element_type is {element_type!r}; expected one of {sorted(ELEMENT_BYTES)}")
     table = GRCA_EMBEDDED if embedded else GRCA
     chosen, tuned = (tiles, False) if tiles else table.choose(capability, ELEMENT_BYTES[element_type], head_size)
-    width = heads * head_size
-    compiled = _compile(
-        capability,
-        element_type,
-        constants(text_tokens, head_size, element_type, ALIGNED_STRIDE, TokenStrides(*[width] * 4), chosen),
-        chosen,
-        ptx_version,
-    )
+    strides = TokenStrides(*[heads * head_size] * 4)
+    fixed = constants(text_tokens, head_size, element_type, ALIGNED_STRIDE, strides, chosen)
     arguments = _arguments(element_type)
+    types = {argument.name: argument.type for argument in arguments}
+    names = grca_kernel.arg_names
+    # Tensors of a plugin, as of PyTorch, start at multiples of 16 bytes; row tables need no such promise.
+    wide = [index for index, name in enumerate(names) if types.get(name) == f"*{element_type}"]
+    source = ASTSource(
+        grca_kernel,
+        {name: types.get(name, "constexpr") for name in names},
+        {(names.index(name),): value for name, value in fixed.items()},
+        {(index,): [["tt.divisibility", 16]] for index in wide},
+    )
+    options = {**chosen.options(), "enable_fp_fusion": True}
+    if ptx_version is not None:
+        options["ptx_version"] = ptx_version
+    with triton.knobs.compilation.scope():
+        triton.knobs.compilation.disable_line_info = True  # no paths of this machine in the PTX
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, WARP_THREADS), options=options)
     entry = compiled.metadata.name
     check_resources(compiled.metadata, DEFAULT_SHARED_MEMORY if embedded else SHARED_MEMORY_LIMIT[capability])
     ptx = strip_hidden_parameters(compiled.asm["ptx"], entry, len(arguments))
@@ -157,34 +167,6 @@ def compile_kernel(
         tiles=chosen,
         tuned=tuned,
     )
-
-
-def _compile(
-    capability: int, element_type: str, fixed: dict[str, Any], tiles: GrcaTiles, ptx_version: int | None
-) -> Any:
-    names = grca_kernel.arg_names
-    signature = {}
-    for name in names:
-        if name in fixed:
-            signature[name] = "constexpr"
-        elif name in RUN_TIME_INTEGERS:
-            signature[name] = "i32"
-        else:
-            signature[name] = "*i32" if name in _INDEX_INPUTS else f"*{element_type}"
-    # Tensors of a plugin, as of PyTorch, start at multiples of 16 bytes; row tables need no such promise.
-    wide = [index for index, name in enumerate(names) if signature[name] == f"*{element_type}"]
-    source = ASTSource(
-        grca_kernel,
-        signature,
-        {(names.index(name),): value for name, value in fixed.items()},
-        {(index,): [["tt.divisibility", 16]] for index in wide},
-    )
-    options = {**tiles.options(), "enable_fp_fusion": True}
-    if ptx_version is not None:
-        options["ptx_version"] = ptx_version
-    with triton.knobs.compilation.scope():
-        triton.knobs.compilation.disable_line_info = True  # no paths of this machine in the PTX
-        return triton.compile(source, target=GPUTarget("cuda", capability, WARP_THREADS), options=options)
 
 
 def check_resources(metadata: Any, shared_limit: int) -> None:
