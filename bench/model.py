@@ -12,10 +12,9 @@ from storyadapter.bench.synthetic_models import MODELS
 from storyadapter.bench.timing import measure_run
 from storyadapter.checkpoint import Checkpoint
 from storyadapter.cli.options import MAX_REFERENCES, ModelChoice
-from storyadapter.engine.backends import BACKENDS, check_available
-from storyadapter.engine.opening import build_engine, identify, open_networks
+from storyadapter.engine.backends import find_backend
+from storyadapter.engine.opening import build_engine, open_networks
 from storyadapter.engine.store import EngineStore
-from storyadapter.engine.tensorrt.library import gpu_target, why_it_cant_run
 from storyadapter.method.errors import UnavailableError
 from storyadapter.model.contract import Geometry, Range, ShapeRanges
 from storyadapter.model.networks import Networks
@@ -93,24 +92,25 @@ class BenchmarkModel:
             UnavailableError: the backend can't serve here.
             EngineBuildError: the engine can't be built.
         """
-        backend, numerics = backend or self.engine.backend, numerics or self.numerics
-        engine_dir = self.engine.engine_dir
-        check_available(backend, numerics, to_build=BACKENDS[backend].builds)
-        if backend == "tensorrt" and (reason := why_it_cant_run(gpu_target())):
-            raise UnavailableError(f"backend tensorrt: {reason}")
+        numerics, engine_dir = numerics or self.numerics, self.engine.engine_dir
+        name = backend or self.engine.backend
+        chosen = find_backend(name)
+        chosen.check(numerics, ranges if chosen.builds else None)
+        if reason := chosen.why_it_cant_run():
+            raise UnavailableError(f"backend {name}: {reason}")
         build_seconds = 0.0
-        if BACKENDS[backend].builds:
+        if chosen.builds:
             built = False
 
             def on_stage(network: str, what: str) -> None:
                 nonlocal built
                 built = True
                 if network:
-                    tell(f"    building {backend}: {network}: {what}")
+                    tell(f"    building {name}: {network}: {what}")
 
-            identity = identify(self.checkpoint, backend, numerics)
+            identity = chosen.identity(self.checkpoint, numerics, None, None)
             if EngineStore(engine_dir).get(identity, ranges) is None:
-                tell(f"    the store has no engine of {backend} for exactly this: it is built first, for minutes")
+                tell(f"    the store has no engine of {name} for exactly this: it is built first, for minutes")
             _, seconds = measure_run(
                 lambda: build_engine(
                     self.checkpoint,
@@ -125,9 +125,9 @@ class BenchmarkModel:
             build_seconds = seconds if built else 0.0
         networks = open_networks(
             self.checkpoint,
-            backend=backend,
+            backend=name,
             numerics=numerics,
-            device=self.device if backend == "eager" else None,
+            device=self.device if chosen.any_device else None,
             ranges=ranges,
             engine_dir=engine_dir,
         )

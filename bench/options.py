@@ -54,8 +54,8 @@ class EngineChoice:
     @classmethod
     def typed(cls, args: argparse.Namespace, backend: str | None = None) -> Self:
         """From the options; with `backend`, where there is no option for it."""
-        name, precision = choose_engine(backend or args.backend, args.precision)
-        return cls(name, precision, engine_dir=args.engine_dir)
+        found, precision = choose_engine(backend or args.backend, args.precision)
+        return cls(found.name, precision, engine_dir=args.engine_dir)
 
     def with_fast_vae(self) -> Self:
         """The VAE in bf16, if all else is in half precision and the backend has it so."""

@@ -24,7 +24,8 @@ from storyadapter.bench.progress import Progress
 from storyadapter.bench.psnr import EQUAL, MIN_MEDIAN_PSNR, MIN_PSNR, psnr_of_each
 from storyadapter.cli.options import model_choice
 from storyadapter.demo.held_out import held_out_stories
-from storyadapter.engine.backends import default_device
+from storyadapter.engine.backend import default_device
+from storyadapter.engine.backends import BACKENDS
 from storyadapter.method import constants
 from storyadapter.method.errors import InputError
 from storyadapter.method.events import FrameFinished, IterationFinished, IterationStarted
@@ -113,7 +114,7 @@ class Drawer:
 def compare(args: argparse.Namespace) -> ParityReport:
     """Draw the story by eager, and by the backend in both ways; see `parity.run`."""
     engine = EngineChoice.typed(args)
-    if (engine.backend, engine.precision) == ("eager", "fp32"):
+    if not BACKENDS[engine.backend].builds and engine.precision == "fp32":
         raise InputError("eager in fp32 is what others are compared with; expected another --backend or --precision")
     model = BenchmarkModel.from_files(model_choice(args), engine, default_device())
     geometry = model.checkpoint.geometry

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from storyadapter.bench.options import add_engine_options
 from storyadapter.demo.shipped import MODEL
-from storyadapter.engine.backends import AUTO
+from storyadapter.engine.backends import AUTO, BACKENDS
 from storyadapter.method import constants
 from storyadapter.method.errors import InputError
 
@@ -83,7 +83,8 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(
             f"--model {args.model}: no model_index.json there; expected the folder of a trained demo model"
         )
-    if args.sampler == "batched" and (args.backend != "eager" or args.precision not in (AUTO, "fp32")):
+    other = args.backend == AUTO or BACKENDS[args.backend].builds or args.precision not in (AUTO, "fp32")
+    if args.sampler == "batched" and other:
         raise InputError(
             "--sampler batched is plain PyTorch in fp32; expected no other --backend or --precision with it"
         )
@@ -144,7 +145,7 @@ def _draw_by_pipeline(stories: list[HeldOutStory], args: argparse.Namespace) -> 
     from storyadapter.bench.options import EngineChoice
     from storyadapter.checkpoint.paths import CheckpointPaths
     from storyadapter.cli.options import ModelChoice
-    from storyadapter.engine.backends import default_device
+    from storyadapter.engine.backend import default_device
     from storyadapter.method.events import FrameFinished
     from storyadapter.method.plan import FRAMES_UNMEASURED, RunPlan
     from storyadapter.runtime.pipeline import FinishedIteration

@@ -25,7 +25,7 @@ from storyadapter.bench.options import EngineChoice
 from storyadapter.bench.throughput.inputs import prompts
 from storyadapter.bench.timing import measure_run
 from storyadapter.cli.options import MAX_REFERENCES, model_choice
-from storyadapter.engine.backends import default_device
+from storyadapter.engine.backend import default_device
 from storyadapter.method import constants
 from storyadapter.method.events import FrameFinished
 from storyadapter.method.plan import RunPlan

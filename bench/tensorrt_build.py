@@ -20,7 +20,7 @@ import torch
 
 from storyadapter.bench.synthetic import SyntheticCheckpoint
 from storyadapter.bench.synthetic_models import SDXL
-from storyadapter.engine.backends import installed_version
+from storyadapter.engine.backend import installed_version
 from storyadapter.engine.tensorrt.builder import build_request, run_worker
 from storyadapter.engine.tensorrt.layers import Layer, parse_layers
 from storyadapter.engine.tensorrt.library import AUTO, Library, choose_library, gpu_target, parse_targets

@@ -2,12 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from storyadapter.model.contract import CONTRACT_VERSION, Geometry, ShapeRanges, network_specs
 from storyadapter.model.numerics import Numerics
+
+if TYPE_CHECKING:
+    from storyadapter.checkpoint import Checkpoint
 
 STORE_VERSION: Final = 4  # of the manifest and the key; raised, it makes every engine built before unknown
 _KEY_DIGITS: Final = 32
@@ -155,6 +158,44 @@ class EngineIdentity:
         if len(by_words) > 1:
             return [f"the weights of {components} are others in the store than asked for"]
         return [f"{components} weights are {mine} in the store, {theirs} asked for" for mine, theirs in by_words]
+
+
+def identity_of(
+    backend: str,
+    version: str,
+    architecture: str,
+    checkpoint: "Checkpoint",
+    numerics: Numerics,
+    on_bytes: Callable[[int, int], None] | None,
+    build_options: tuple[tuple[str, str], ...] = (),
+    tuning: tuple[tuple[str, str], ...] = (),
+) -> EngineIdentity:
+    """The identity of an engine that holds a checkpoint's weights; see `EngineIdentity`.
+
+    Args:
+        on_bytes: called with (bytes read, bytes to be read) while files are read that were never hashed before.
+
+    Raises:
+        CheckpointError: a file can't be read.
+    """
+    from storyadapter.engine.fingerprint import fingerprint_files
+
+    components = checkpoint.files_by_component
+    loras = [lora.path for lora in checkpoint.loras]
+    digests = fingerprint_files([*(path for paths in components.values() for path in paths), *loras], on_bytes)
+    return EngineIdentity(
+        backend=backend,
+        backend_version=version,
+        numerics=numerics,
+        architecture=architecture,
+        contract=contract_digest(checkpoint.geometry),
+        weights=tuple(
+            WeightFile(component, path.name, digests[path]) for component, paths in components.items() for path in paths
+        ),
+        loras=tuple(FusedLora(lora.path.name, digests[lora.path], lora.scale) for lora in checkpoint.loras),
+        build_options=build_options,
+        tuning=tuning,
+    )
 
 
 def contract_digest(geometry: Geometry) -> str:

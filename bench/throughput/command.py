@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
         return measure(args)
     from storyadapter.bench.device_memory import only_device_memory
     from storyadapter.bench.throughput.run import measure
-    from storyadapter.engine.backends import default_device
+    from storyadapter.engine.backend import default_device
 
     with only_device_memory(int(args.device_memory * 2**30), default_device()):
         return measure(args)

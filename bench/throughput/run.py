@@ -45,7 +45,7 @@ from storyadapter.bench.throughput.story import (
 )
 from storyadapter.bench.throughput.workbench import Workbench, with_compiled_vae, with_eager_vae
 from storyadapter.cli.options import model_choice, typed
-from storyadapter.engine.backends import default_device
+from storyadapter.engine.backend import default_device
 from storyadapter.method.errors import InputError, RunError, UnavailableError
 from storyadapter.model.grca import grca
 from storyadapter.model.networks import TORCH_DTYPES, Networks

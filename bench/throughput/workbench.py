@@ -14,7 +14,7 @@ from torch import Tensor
 from storyadapter.bench.model import BenchmarkModel, Tell
 from storyadapter.bench.progress import Progress
 from storyadapter.checkpoint import IPAdapterWeights
-from storyadapter.engine.eager import EagerNetwork
+from storyadapter.engine.eager.networks import EagerNetwork
 from storyadapter.engine.inductor import weights_name
 from storyadapter.method.errors import EngineBuildError
 from storyadapter.model.contract import ShapeRanges

@@ -20,7 +20,7 @@ import torch
 from storyadapter.engine.inductor.compilation import BuildRequest
 from storyadapter.engine.inductor.complaints import last_complaint
 from storyadapter.engine.inductor.target import check_compilers
-from storyadapter.method.errors import EngineBuildError, Field, InputError
+from storyadapter.method.errors import EngineBuildError
 from storyadapter.model.contract import ShapeRanges
 from storyadapter.model.modules import ModelParts
 from storyadapter.model.numerics import Numerics
@@ -32,20 +32,8 @@ _GROUPS: Final = (
     ("text_encoder", "text_encoder_2", "text_projection", "reference_projection"),
 )
 _KILLED: Final = -9
-_LEAST_PIXELS: Final = 64
 
 ReportStage = Callable[[str, str], None]
-
-
-def check_ranges(ranges: ShapeRanges) -> None:
-    """Raises InputError for a range of sizes that begins too low."""
-    for name, pixels in (("height", ranges.height), ("width", ranges.width)):
-        if pixels.minimum < pixels.maximum and pixels.minimum < _LEAST_PIXELS:
-            raise InputError(
-                Field(name),
-                f" is {pixels}; backend inductor expects a range from {_LEAST_PIXELS} on: a compiler takes a "
-                "size of 1 for a constant, and at 32 pixels the UNet's innermost layers have it",
-            )
 
 
 def build_inductor(
@@ -71,12 +59,10 @@ def build_inductor(
         Relative error against eager by network.
 
     Raises:
-        InputError: a range of sizes that begins too low.
         UnavailableError: see `check_compilers`.
         EngineBuildError: a network can't be compiled, computes something else than eager, or a compiler ended early.
         OSError: a file can't be written.
     """
-    check_ranges(ranges)
     check_compilers(device)
     letters = ranges.letters(checkpoint.geometry.pixels_per_latent)
     groups = [tuple(name for name in group if only is None or name in only) for group in _GROUPS]

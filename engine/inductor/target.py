@@ -10,7 +10,7 @@ import torch
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 
-from storyadapter.engine.backends import installed_version
+from storyadapter.engine.backend import installed_version
 from storyadapter.engine.inductor import BUILD_VERSION
 from storyadapter.method.errors import UnavailableError
 

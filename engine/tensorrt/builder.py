@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from storyadapter.checkpoint import Checkpoint
-from storyadapter.engine.backends import installed_version
+from storyadapter.engine.backend import installed_version
 from storyadapter.engine.tensorrt.engine_folder import TENSORRT_NAMES, EngineFolder, engine_name
 from storyadapter.engine.tensorrt.library import Library
 from storyadapter.engine.tensorrt.options import BuildOptions

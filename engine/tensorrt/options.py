@@ -1,11 +1,42 @@
 """What a user may choose about a TensorRT build. Imports nothing heavy."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Final, Self
 
-from storyadapter.engine.tensorrt.library import Library
+from storyadapter.engine.backend import Setting
+from storyadapter.engine.tensorrt.library import AUTO, Library, parse_targets
 from storyadapter.method.errors import Field, InputError
 from storyadapter.model.contract import ShapeRanges, check_pixels
+
+SETTINGS: Final = (
+    Setting(
+        "target",
+        "SM",
+        "GPU architecture to build for, such as sm89; with TensorRT-RTX also several, such as sm89,sm120 "
+        "(default: auto, the GPU of this machine)",
+        default=AUTO,
+    ),
+    Setting(
+        "optimization_level",
+        "0-5",
+        "from the fastest build to the fastest engine (default: TensorRT's own, 3; not with TensorRT-RTX, which "
+        "builds the same at every level)",
+        int,
+    ),
+    Setting("workspace", "MIB", "the most scratch memory of one layer (default: all there is)", int),
+    Setting(
+        "resolution",
+        "WxH",
+        (
+            ("a size within ", Field("width"), " and ", Field("height")),
+            " to tune for besides the whole range; may be given several times",
+        ),
+        default=[],
+        several=True,
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -17,17 +48,30 @@ class BuildOptions:
             alone.
         workspace_mib: the most scratch memory of one layer, in MiB; None is TensorRT's own default, all there is.
         resolutions: (height, width) in pixels, each a profile of its own beside the one for the whole range.
+        targets: architectures to build for, such as "sm89"; by default that of the GPU here.
     """
 
     optimization_level: int | None = None
     workspace_mib: int | None = None
     resolutions: tuple[tuple[int, int], ...] = ()
+    targets: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
             raise InputError(Field("optimization_level"), f" is {self.optimization_level}", expected="0 to 5")
         if self.workspace_mib is not None and self.workspace_mib < 1:
             raise InputError(Field("workspace"), f" is {self.workspace_mib}", expected="1 or more MiB")
+
+    @classmethod
+    def read(cls, given: Mapping[str, Any]) -> Self:
+        """From the values of `SETTINGS` by name.
+
+        Raises:
+            InputError: a value that can't be served.
+        """
+        resolutions = tuple(dict.fromkeys(parse_resolution(text) for text in given["resolution"]))
+        targets = parse_targets(given["target"])
+        return cls(given["optimization_level"], given["workspace"], resolutions, targets)
 
     def check(self, ranges: ShapeRanges, library: Library) -> None:
         """Raises InputError if a resolution lies outside of the ranges, or the library has no use for an option."""

@@ -2,13 +2,11 @@
 
 import argparse
 import time
+from typing import Any
 
-from storyadapter.cli.options import build_options, check_backend_options, model_choice, shape_ranges
+from storyadapter.cli.options import backend_options, model_choice, shape_ranges
 from storyadapter.cli.reporting import Reporter, count, duration, reporter_for
 from storyadapter.cli.session import Session, open_session
-from storyadapter.engine.backends import BACKENDS
-from storyadapter.engine.tensorrt.library import parse_targets
-from storyadapter.engine.tensorrt.options import BuildOptions
 from storyadapter.method import constants
 from storyadapter.model.contract import ShapeRanges
 
@@ -22,16 +20,15 @@ def build(args: argparse.Namespace) -> int:
         RunError: no space is left.
     """
     shape_ranges(args, constants.PIXEL_MULTIPLE)  # checks what was typed; the model's own size isn't known yet
-    targets, options = parse_targets(args.target), build_options(args)
     session = open_session(args, model_choice(args))
-    check_backend_options(args, session.backend)
+    options = backend_options(args, session.backend)
     ranges = shape_ranges(args, session.checkpoint.geometry.default_pixels)
     reporter = reporter_for(args)
     try:
-        if BACKENDS[session.backend].builds:
-            _build(args, session, ranges, targets, options, reporter)
+        if session.backend.builds:
+            _build(args, session, ranges, options, reporter)
         else:
-            text = f"backend {session.backend} needs no build: run uses the checkpoint itself"
+            text = f"backend {session.backend.name} needs no build: run uses the checkpoint itself"
             reporter.result("built", text, folder=None)
     finally:
         reporter.close()
@@ -42,22 +39,14 @@ def _build(
     args: argparse.Namespace,
     session: Session,
     ranges: ShapeRanges,
-    targets: tuple[str, ...],
-    options: BuildOptions,
+    options: Any,
     reporter: Reporter,
 ) -> None:
-    from storyadapter.engine.opening import build_engine, check_build, identify
+    from storyadapter.engine.opening import build_engine
 
     started = time.perf_counter()
-    check_build(session.backend, session.numerics, ranges)
-    identity = identify(
-        session.checkpoint,
-        session.backend,
-        session.numerics,
-        reporter.bytes_read,
-        targets=targets,
-        options=options,
-    )
+    session.backend.check(session.numerics, ranges)
+    identity = session.backend.identity(session.checkpoint, session.numerics, options, reporter.bytes_read)
     reporter.note(
         "build",
         f"build {session.model.label} for {session.how}: up to "

@@ -8,12 +8,10 @@ import torch
 from storyadapter.cli.options import typed
 from storyadapter.cli.reporting import print_result
 from storyadapter.cli.versions import versions
-from storyadapter.engine.backends import BACKENDS, choose_backend, default_device, why_unavailable
+from storyadapter.engine.backends import AUTO, BACKENDS, find_backend
 from storyadapter.engine.gpu import driver_version
 from storyadapter.engine.opening import why_outdated
 from storyadapter.engine.store import EngineStore, renewal
-from storyadapter.engine.tensorrt.library import describe_libraries, gpu_target, why_it_cant_run
-from storyadapter.method.errors import UnavailableError
 
 
 def doctor() -> int:
@@ -32,15 +30,14 @@ def doctor() -> int:
         lines.append(f"GPU        none that PyTorch can use (it is {built})")
     lines.append("versions   " + ", ".join(f"{name} {version}" for name, version in versions().items()))
     usable = []
-    for name, backend in BACKENDS.items():
-        reason = why_unavailable(name) or (why_it_cant_run(gpu_target()) if name == "tensorrt" else None)
-        usable += [] if reason else [name]
-        served = "can serve"
-        if name == "inductor" and (why := _why_it_cant_compile()):
-            served = f"can run what was built elsewhere, not build: {why}"
-        lines.append(f"backend    {name}: {backend.purpose}; " + (f"NO: {reason}" if reason else served))
-    lines += [f"TensorRT   {line}" for line in describe_libraries(gpu_target())]
-    lines.append(f"default    --backend {choose_backend()}")
+    for backend in BACKENDS.values():
+        reason = backend.why_unavailable() or backend.why_it_cant_run()
+        usable += [] if reason else [backend]
+        why = backend.why_it_cant_build()
+        served = f"can run what was built elsewhere, not build: {typed(why)}" if why else "can serve"
+        lines.append(f"backend    {backend.name}: {backend.purpose}; " + (f"NO: {reason}" if reason else served))
+    lines += [f"{heading:<10} {text}" for backend in BACKENDS.values() for heading, text in backend.describe()]
+    lines.append(f"default    --backend {find_backend(AUTO).name}")
     store = EngineStore()
     engines, warnings = store.scan()
     outdated = {engine.key: why for engine in engines if (why := why_outdated(engine))}
@@ -53,13 +50,3 @@ def doctor() -> int:
     lines += [f"           {warning}" for warning in warnings]
     print_result("\n".join(lines))
     return 0 if usable else 1
-
-
-def _why_it_cant_compile() -> str | None:
-    from storyadapter.engine.inductor.target import check_compilers
-
-    try:
-        check_compilers(default_device())
-    except UnavailableError as error:
-        return typed(error)
-    return None

@@ -15,7 +15,7 @@ from storyadapter.cli.reporting import Reporter, count, duration
 from storyadapter.cli.saving import FrameSaver
 from storyadapter.cli.session import Session
 from storyadapter.cli.versions import versions
-from storyadapter.engine.opening import identify, open_networks
+from storyadapter.engine.opening import open_networks
 from storyadapter.method.errors import EngineMismatchError, RunError, spelled
 from storyadapter.method.events import FrameFinished, IterationFinished, RunFinished
 from storyadapter.method.plan import FRAMES_UNMEASURED, RunPlan, split_evenly
@@ -80,12 +80,12 @@ def draw(
 
 def _identity(story: Story, style: str, plan: RunPlan, session: Session, reporter: Reporter) -> dict[str, Any]:
     """Everything that decides the pictures. The split into micro-batches doesn't: it may change in a resumed run."""
-    engine = identify(session.checkpoint, session.backend, session.numerics, reporter.bytes_read)
+    engine = session.backend.identity(session.checkpoint, session.numerics, None, reporter.bytes_read)
     return {
         "story": story.to_dict(),
         "style": style,
         "plan": {name: value for name, value in plan.as_dict().items() if name != "max_frames"},
-        "backend": session.backend,
+        "backend": session.backend.name,
         "precision": session.numerics.precision,
         "vae_precision": session.numerics["vae_decoder"],
         "weights": {f"{weight.component}/{weight.name}": weight.sha256 for weight in engine.weights},
@@ -104,13 +104,13 @@ def _open_pipeline(
     def opened(together: int) -> Networks:
         return open_networks(
             session.checkpoint,
-            backend=session.backend,
+            backend=session.backend.name,
             numerics=session.numerics,
             ranges=ShapeRanges(together, references, height, width),
             engine_dir=args.engine_dir,
             build_command=build_command(
                 args,
-                session.backend,
+                session.backend.name,
                 session.numerics,
                 ShapeRanges(asked, references, height, width),
             ),

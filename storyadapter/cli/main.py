@@ -114,7 +114,7 @@ def _add_build(commands: Commands) -> None:
     )
     options.add_model_options(parser)
     options.add_size_options(parser, as_range=True)
-    options.add_tensorrt_options(parser)
+    options.add_backend_options(parser)
     parser.add_argument(
         "--max-references",
         type=int,

@@ -9,10 +9,10 @@ from typing import Any
 
 from storyadapter.checkpoint.paths import CheckpointPaths, LoraSpec
 from storyadapter.demo.shipped import MODEL
+from storyadapter.engine.backend import Backend
 from storyadapter.engine.backends import AUTO, BACKENDS
-from storyadapter.engine.tensorrt.options import BuildOptions, parse_resolution
 from storyadapter.method import constants
-from storyadapter.method.errors import InputError, StoryAdapterError
+from storyadapter.method.errors import InputError, StoryAdapterError, spelled
 from storyadapter.method.plan import FRAMES_UNMEASURED, RunPlan
 from storyadapter.model.contract import Range, ShapeRanges
 from storyadapter.model.numerics import PRECISIONS, Numerics
@@ -99,56 +99,34 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     engine.add_argument("--engine-dir", type=Path, metavar="D", help="engine store (default: in the user's cache)")
 
 
-def add_tensorrt_options(parser: argparse.ArgumentParser) -> None:
-    """How `build` builds with TensorRT."""
-    group = parser.add_argument_group("backend tensorrt")
-    group.add_argument(
-        "--target",
-        default=AUTO,
-        metavar="SM",
-        help="GPU architecture to build for, such as sm89; with TensorRT-RTX also several, such as sm89,sm120 "
-        "(default: auto, the GPU of this machine)",
-    )
-    group.add_argument(
-        "--optimization-level",
-        type=int,
-        metavar="0-5",
-        help="from the fastest build to the fastest engine (default: TensorRT's own, 3; not with TensorRT-RTX, which "
-        "builds the same at every level)",
-    )
-    group.add_argument(
-        "--workspace", type=int, metavar="MIB", help="the most scratch memory of one layer (default: all there is)"
-    )
-    group.add_argument(
-        "--resolution",
-        action="append",
-        default=[],
-        metavar="WxH",
-        help="a size within --width and --height to tune for besides the whole range; may be given several times",
-    )
+def add_backend_options(parser: argparse.ArgumentParser) -> None:
+    """How `build` builds: each backend's own settings."""
+    for backend in BACKENDS.values():
+        if backend.settings:
+            group = parser.add_argument_group(f"backend {backend.name}")
+        for setting in backend.settings:
+            group.add_argument(
+                option(setting.name),
+                type=setting.kind,
+                action="append" if setting.several else "store",
+                default=setting.default,
+                metavar=setting.placeholder,
+                help=spelled(setting.help, option),
+            )
 
 
-def build_options(args: argparse.Namespace) -> BuildOptions:
-    """How TensorRT is to build.
+def backend_options(args: argparse.Namespace, backend: Backend) -> Any:
+    """How a backend is to build; see `Backend.options`.
 
     Raises:
-        InputError: a value that can't be served.
+        InputError: a value that can't be served, or a setting of another backend's.
     """
-    resolutions = tuple(dict.fromkeys(parse_resolution(text) for text in args.resolution))
-    return BuildOptions(args.optimization_level, args.workspace, resolutions)
-
-
-def check_backend_options(args: argparse.Namespace, backend: str) -> None:
-    """Raises InputError if an option of TensorRT's was given for another backend."""
-    given = {
-        "--target": args.target != AUTO,
-        "--optimization-level": args.optimization_level is not None,
-        "--workspace": args.workspace is not None,
-        "--resolution": bool(args.resolution),
-    }
-    if backend != "tensorrt" and any(given.values()):
-        names = " and ".join(name for name, was in given.items() if was)
-        raise InputError(f"{names} given for backend {backend}; expected --backend tensorrt with it")
+    for other in BACKENDS.values():
+        given = [s.name for s in other.settings if getattr(args, s.name) != s.default]
+        if given and other is not backend:
+            names = " and ".join(map(option, given))
+            raise InputError(f"{names} given for backend {backend.name}; expected --backend {other.name} with it")
+    return backend.options({setting.name: getattr(args, setting.name) for setting in backend.settings})
 
 
 def add_size_options(parser: argparse.ArgumentParser, *, as_range: bool) -> None:

@@ -6,7 +6,8 @@ from typing import cast
 
 from storyadapter.checkpoint import Checkpoint
 from storyadapter.cli.options import ModelChoice
-from storyadapter.engine.backends import AUTO, check_available, choose_backend, choose_precision
+from storyadapter.engine.backend import Backend
+from storyadapter.engine.backends import AUTO, find_backend
 from storyadapter.model.numerics import Numerics, Precision
 
 
@@ -16,30 +17,30 @@ class Session:
 
     model: ModelChoice
     checkpoint: Checkpoint
-    backend: str
+    backend: Backend
     numerics: Numerics
 
     @property
     def how(self) -> str:
         """Backend and numerics, for a message."""
-        return f"{self.backend} {self.numerics}"
+        return f"{self.backend.name} {self.numerics}"
 
 
-def choose_engine(backend: str, precision: str) -> tuple[str, Precision]:
+def choose_engine(backend: str, precision: str) -> tuple[Backend, Precision]:
     """What was typed; for `auto`, what serves best on this machine."""
-    backend = choose_backend() if backend == AUTO else backend
-    return backend, choose_precision(backend) if precision == AUTO else cast(Precision, precision)
+    found = find_backend(backend)
+    return found, found.default_precision() if precision == AUTO else cast(Precision, precision)
 
 
 def open_session(args: argparse.Namespace, model: ModelChoice) -> Session:
     """Check the backend and open the model's files; reads no weights.
 
     Raises:
-        UnavailableError: see `check_available`.
+        UnavailableError: see `Backend.check`.
         CheckpointError: see `Checkpoint.open`.
     """
     backend, precision = choose_engine(args.backend, args.precision)
     asked: Precision | None = None if args.vae_precision == AUTO else args.vae_precision
-    check_available(backend, Numerics.of(precision, vae_decoder=asked))
+    backend.check(Numerics.of(precision, vae_decoder=asked))
     checkpoint = Checkpoint.open(model.paths)
     return Session(model, checkpoint, backend, checkpoint.geometry.numerics(precision, asked))

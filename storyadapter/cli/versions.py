@@ -3,7 +3,7 @@
 import platform
 
 import storyadapter
-from storyadapter.engine.backends import installed_version
+from storyadapter.engine.backend import installed_version
 
 _PACKAGES = ("torch", "diffusers", "transformers", "onnxruntime", "tensorrt", "tensorrt-rtx", "triton")
 

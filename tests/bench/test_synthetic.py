@@ -12,7 +12,7 @@ from storyadapter import Story, StoryPipeline
 from storyadapter.bench.synthetic import PREDICTION_TYPE, SyntheticCheckpoint
 from storyadapter.bench.synthetic_models import MODELS, SDXL, TOY, SyntheticModel
 from storyadapter.checkpoint.ip_adapter import cross_attentions
-from storyadapter.engine.eager import open_eager
+from storyadapter.engine.eager.networks import open_eager
 from storyadapter.engine.opening import identify
 from storyadapter.method import constants
 from storyadapter.method.events import FrameFinished

@@ -6,7 +6,7 @@ import torch
 from storyadapter.bench.synthetic import SyntheticCheckpoint
 from storyadapter.bench.synthetic_models import SDXL, TOY, SyntheticModel
 from storyadapter.bench.throughput.operations import attended_keys, count_operations
-from storyadapter.engine.eager import open_eager
+from storyadapter.engine.eager.networks import open_eager
 from storyadapter.model.networks import Networks
 from storyadapter.model.numerics import Numerics
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from storyadapter.checkpoint import Checkpoint
+from storyadapter.engine.inductor.backend import BACKEND
 from storyadapter.engine.inductor.builder import build_inductor
 from storyadapter.method.errors import CheckpointError, EngineBuildError, InputError, UnavailableError
 from storyadapter.model.contract import Range, ShapeRanges
@@ -105,7 +106,7 @@ def test_a_compiler_that_would_crash_packages_is_refused_before_anything_is_load
     assert not stages
 
 
-def test_a_range_that_begins_too_low_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_a_range_that_begins_too_low_is_refused() -> None:
     ranges = ShapeRanges(2, 8, Range(32, 64), SIZES)
     with raises_typed(InputError, match=r"^--height is 32\.\.64; backend inductor expects a range from 64 on: "):
-        build_inductor(checkpoint, Numerics("fp32"), ranges, tmp_path, CPU)
+        BACKEND.check(Numerics("fp32"), ranges)

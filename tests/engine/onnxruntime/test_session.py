@@ -5,7 +5,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from storyadapter.engine.onnxruntime.session import told_as_memory_error
+from storyadapter.engine.onnxruntime.networks import told_as_memory_error
 
 
 def zeros() -> onnxruntime.InferenceSession:

@@ -16,7 +16,7 @@ from storyadapter.model.unet import CrossAttentionInputs, GlobalReferenceCrossAt
 TARGETS = ("sm89", "sm120")
 RANGES = ShapeRanges(4, 6, Range(64, 96), Range(64, 128))
 # A size of its own profile: 96 wide, 64 high.
-OPTIONS = BuildOptions(resolutions=((64, 96),))
+OPTIONS = BuildOptions(resolutions=((64, 96),), targets=TARGETS)
 LETTERS = RANGES.letters()
 
 

@@ -36,9 +36,8 @@ def built(demo_checkpoint: Checkpoint, session_folder: Path) -> Callable[[Precis
     def build(precision: Precision) -> Built:
         folder = session_folder / f"tensorrt-{precision}"
         store, told = EngineStore(folder / "engines"), folder / "told.json"
-        identity = identify(
-            demo_checkpoint, "tensorrt", demo_checkpoint.geometry.numerics(precision), targets=TARGETS, options=OPTIONS
-        )
+        numerics = demo_checkpoint.geometry.numerics(precision)
+        identity = identify(demo_checkpoint, "tensorrt", numerics, options=OPTIONS)
         stages: list[tuple[str, str]] = []
         fractions: list[tuple[str, float]] = []
         with FileLock(f"{folder}.lock"):

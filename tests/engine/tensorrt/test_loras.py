@@ -16,6 +16,7 @@ from storyadapter.checkpoint.paths import LoraSpec
 from storyadapter.engine.identity import engine_key
 from storyadapter.engine.opening import build_engine, identify
 from storyadapter.engine.store import EngineStore
+from storyadapter.engine.tensorrt.options import BuildOptions
 from storyadapter.export import onnx_name
 from storyadapter.export.examples import run_examples
 from storyadapter.export.ort_session import open_session
@@ -28,6 +29,8 @@ from storyadapter.model.unet import split_unet
 from tests.engine.tensorrt.building import LETTERS, RANGES, TARGETS, Built
 
 pytest.importorskip("tensorrt_rtx")
+
+FOR_BOTH = BuildOptions(targets=TARGETS)
 
 RANK = 4
 SCALES = (0.5, -0.8)
@@ -90,7 +93,7 @@ def test_files_scales_and_order_are_in_the_key(
     ink, wash = files
     chosen = [(), ((ink, 1.0),), ((ink, 0.5),), ((wash, 0.5),), ((ink, 0.5), (wash, -0.8)), ((wash, -0.8), (ink, 0.5))]
     identities = [
-        identify(with_loras(build.checkpoint, *loras), "tensorrt", Numerics("fp16"), targets=TARGETS)
+        identify(with_loras(build.checkpoint, *loras), "tensorrt", Numerics("fp16"), options=FOR_BOTH)
         for loras in chosen
     ]
     assert [[(lora.name, lora.scale) for lora in identity.loras] for identity in identities] == [
@@ -99,7 +102,12 @@ def test_files_scales_and_order_are_in_the_key(
     assert len({engine_key(identity, RANGES) for identity in identities}) == len(chosen)
     assert not any(one.serves(other) or other.serves(one) for one, other in combinations(identities, 2))
     renamed = Path(shutil.copy(ink, tmp_path / "renamed.safetensors"))
-    same = identify(with_loras(build.checkpoint, (renamed, 0.5)), "tensorrt", Numerics("fp16"), targets=TARGETS)
+    same = identify(
+        with_loras(build.checkpoint, (renamed, 0.5)),
+        "tensorrt",
+        Numerics("fp16"),
+        options=FOR_BOTH,
+    )
     assert engine_key(same, RANGES) == engine_key(identities[2], RANGES)
 
 
@@ -108,7 +116,7 @@ def test_an_engine_without_the_loras_is_told_by_name(
 ) -> None:
     build = built("fp16")
     checkpoint = with_loras(build.checkpoint, *zip(files, SCALES, strict=True))
-    asked = replace(identify(checkpoint, "tensorrt", Numerics("fp16"), targets=TARGETS), architecture="sm89")
+    asked = replace(identify(checkpoint, "tensorrt", Numerics("fp16"), options=FOR_BOTH), architecture="sm89")
     told = (
         r" differs: LoRA is none in the store, ink.safetensors:0.5 \(sha256 [0-9a-f]{8}\), "
         r"wash.safetensors:-0.8 \(sha256 [0-9a-f]{8}\) asked for; build it: storyadapter-trt build --it$"
@@ -126,7 +134,7 @@ def test_several_loras_with_scales_are_fused_in_what_is_built(
 ) -> None:
     """The ONNX files that a build hands to TensorRT compute what the formula gives, and nothing near it."""
     checkpoint = with_loras(demo_checkpoint, *zip(files, SCALES, strict=True))
-    identity = identify(checkpoint, "tensorrt", Numerics("fp16"), targets=("sm89",))
+    identity = identify(checkpoint, "tensorrt", Numerics("fp16"), options=BuildOptions(targets=("sm89",)))
     store, kept = EngineStore(tmp_path / "engines"), tmp_path / "onnx"
 
     def keep(network: str, what: str) -> None:

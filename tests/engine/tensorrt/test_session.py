@@ -26,7 +26,7 @@ def test_it_needs_nothing_but_pytorch_and_tensorrt() -> None:
     program = (
         "import sys, json, torch, tensorrt_rtx\n"
         "before = {name.partition('.')[0] for name in sys.modules}\n"
-        "import storyadapter.engine.tensorrt.session\n"
+        "import storyadapter.engine.tensorrt.networks\n"
         "after = {name.partition('.')[0] for name in sys.modules}\n"
         "ours = sorted(name for name in sys.modules if name.startswith('storyadapter'))\n"
         "print(json.dumps([sorted(after - before - set(sys.stdlib_module_names)), ours]))\n"

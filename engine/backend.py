@@ -1,0 +1,256 @@
+"""What a backend is: one object per folder, which says what it needs, and identifies, builds and opens engines.
+
+Imports nothing heavy until it is asked.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from storyadapter.method.errors import Field, InputError, Text, UnavailableError
+from storyadapter.model.numerics import PRECISIONS, Numerics, Precision
+
+if TYPE_CHECKING:
+    import torch
+
+    from storyadapter.checkpoint import Checkpoint
+    from storyadapter.engine.identity import EngineIdentity
+    from storyadapter.engine.store import StoredEngine
+    from storyadapter.model.contract import ShapeRanges
+    from storyadapter.model.networks import Networks
+
+ReportStage = Callable[[str, str], None]  # network ("" for none in particular), what is being done
+ReportBytes = Callable[[int, int], None]  # bytes read, bytes to be read
+ReportFraction = Callable[[str, float], None]  # network, how much of its engine is built
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A setting of one backend's builds, which a face spells and reads.
+
+    Attributes:
+        name: as `Field` names it.
+        placeholder: of its value.
+        help: what it does.
+        kind: of its value.
+        default: what it is if it isn't given.
+        several: whether it may be given several times, and is a list.
+    """
+
+    name: str
+    placeholder: str
+    help: Text
+    kind: type = str
+    default: Any = None
+    several: bool = False
+
+
+@dataclass(frozen=True)
+class EngineRequest:
+    """An engine to be built.
+
+    Attributes:
+        checkpoint: opened model files.
+        identity: what a backend's `identity` gave for them.
+        ranges: the shapes to be served.
+        options: those that the identity was made with.
+        shared: a folder for what this backend's builds share.
+    """
+
+    checkpoint: "Checkpoint"
+    identity: "EngineIdentity"
+    ranges: "ShapeRanges"
+    options: Any
+    shared: Path
+
+    @property
+    def numerics(self) -> Numerics:
+        return self.identity.numerics
+
+
+class Backend(ABC):
+    """A way to run the networks of the contract.
+
+    Attributes:
+        name: as users type it.
+        purpose: for help and overviews.
+        packages: what must be installed to run; `build_packages`: what besides to build.
+        extra: installs both.
+        one_of: of these packages, one must be installed to run or to build; with what each is for. The extra of the
+            same name installs it and both of the others.
+        builds: whether `build` makes an engine that `open` needs.
+        any_device: whether it runs on whatever device it is given.
+        precisions: those it can serve.
+        vae_precisions: those in which it can run the VAE, which needn't have the precision of the other networks.
+        settings: of its builds.
+    """
+
+    name: ClassVar[str]
+    purpose: ClassVar[str]
+    packages: ClassVar[tuple[str, ...]] = ("torch",)
+    build_packages: ClassVar[tuple[str, ...]] = ()
+    extra: ClassVar[str | None] = None
+    one_of: ClassVar[tuple[tuple[str, str], ...]] = ()
+    builds: ClassVar[bool] = True
+    any_device: ClassVar[bool] = False
+    precisions: ClassVar[tuple[Precision, ...]] = PRECISIONS
+    vae_precisions: ClassVar[tuple[Precision, ...]] = PRECISIONS
+    settings: ClassVar[tuple[Setting, ...]] = ()
+
+    @abstractmethod
+    def rank(self) -> int:
+        """How much it should be this machine's default; of all backends the highest is taken."""
+
+    def default_precision(self) -> Precision:
+        """fp16 on a GPU, fp32 on a CPU."""
+        return "fp16" if self.device().type == "cuda" else "fp32"
+
+    def device(self, asked: "torch.device | None" = None) -> "torch.device":
+        """Where it runs here: the CUDA GPU if there is one, else the CPU.
+
+        Raises:
+            UnavailableError: it doesn't run on the device that was asked for.
+        """
+        return self._own_device(default_device(), asked)
+
+    def _own_device(self, own: "torch.device", asked: "torch.device | None") -> "torch.device":
+        if asked is not None and not _is_device(asked, own):
+            raise UnavailableError(
+                f"backend {self.name} runs on {own} here; {asked} asked for", expected="no device, or backend eager"
+            )
+        return own
+
+    def why_unavailable(self, *, to_build: bool = False) -> str | None:
+        """Why it can't serve here, in words; None if it can. Asks for packages, not a GPU."""
+        needed = self.packages + (self.build_packages if to_build else ())
+        missing = [package for package in needed if installed_version(package) is None]
+        extras = [(self.extra, "")]
+        if self.one_of and all(installed_version(package) is None for package, _ in self.one_of):
+            missing.insert(0, " or ".join(package for package, _ in self.one_of))
+            extras = [(package, f" for {purpose}") for package, purpose in self.one_of]
+        if not missing:
+            return None
+        ways = "; ".join(f"pip install 'storyadapter-trt[{extra}]'{purpose}" for extra, purpose in extras)
+        return f"{' and '.join(missing)} not installed; type: {ways}"
+
+    def why_it_cant_run(self) -> str | None:
+        """Why engines that are built for this machine can't run on it; None if they can."""
+        return None
+
+    def why_it_cant_build(self) -> UnavailableError | None:
+        """Why it runs engines here, but doesn't build them; None if it builds."""
+        return None
+
+    def describe(self) -> list[tuple[str, str]]:
+        """What else is to be known of it on this machine: headings and texts."""
+        return []
+
+    def check(self, numerics: Numerics, ranges: "ShapeRanges | None" = None) -> None:
+        """What can be told before any weights are read.
+
+        Args:
+            ranges: to build for; None to run alone.
+
+        Raises:
+            UnavailableError: it can't serve here, or not in these numerics.
+            InputError: it can't be built for these ranges.
+        """
+        refused = f"backend {self.name} can't serve here: "
+        if reason := self.why_unavailable(to_build=ranges is not None):
+            raise UnavailableError(refused + reason)
+        for field, what, asked, served in (
+            ("precision", "", numerics.precision, self.precisions),
+            ("vae_precision", " the VAE", numerics["vae_decoder"], self.vae_precisions),
+        ):
+            if asked not in served:
+                expected = (Field(field), f" {' or '.join(served)}")
+                raise UnavailableError(f"{refused}it can't run{what} in {asked}", expected=expected, field=field)
+
+    def options(self, given: Mapping[str, Any]) -> Any:
+        """How it is to build, from the values of its `settings` by name.
+
+        Raises:
+            InputError: a value that can't be served.
+        """
+        return None
+
+    @abstractmethod
+    def identity(
+        self, checkpoint: "Checkpoint", numerics: Numerics, options: Any, on_bytes: ReportBytes | None
+    ) -> "EngineIdentity":
+        """Everything that what it computes with this checkpoint depends on.
+
+        Args:
+            options: as `options` gives them; None for the default.
+            on_bytes: called while weight files are read that were never hashed before.
+
+        Raises:
+            CheckpointError: a file can't be read.
+            UnavailableError: it can't build or run here.
+        """
+
+    def recipe(self, architecture: str) -> tuple[tuple[str, str], ...]:
+        """What in this version of the program decides what a build for an architecture makes, name and value."""
+        return ()
+
+    def build(
+        self, request: EngineRequest, folder: Path, on_stage: ReportStage, on_fraction: ReportFraction
+    ) -> dict[str, Any]:
+        """Write an engine into an empty folder; returns what the manifest shall say of it, as plain data.
+
+        Raises:
+            InputError: it needs no build, or an option doesn't fit.
+            ExportError: an exported network doesn't compute what eager computes.
+            EngineBuildError: a compiler or TensorRT refused a network.
+        """
+        raise InputError(
+            f"backend {self.name} needs no build", advice="type the same command with run instead of build"
+        )
+
+    @abstractmethod
+    def open(
+        self,
+        checkpoint: "Checkpoint",
+        numerics: Numerics,
+        device: "torch.device",
+        engine: "StoredEngine | None",
+        on_stage: ReportStage,
+    ) -> "Networks":
+        """The networks of a checkpoint.
+
+        Args:
+            device: as `device` gives it.
+            engine: that serves them; None for a backend that doesn't build.
+
+        Raises:
+            EngineMismatchError: the engine isn't what it seems.
+            RunError: it can't be loaded.
+        """
+
+
+def default_device() -> "torch.device":
+    """The CUDA GPU if there is one, else the CPU."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _is_device(asked: "torch.device", own: "torch.device") -> bool:
+    """Whether a device is the one that a backend runs on; of a GPU without a number, the current one."""
+    import torch
+
+    if asked.type != own.type:
+        return False
+    return asked.type != "cuda" or asked.index in (None, torch.cuda.current_device())
+
+
+def installed_version(package: str) -> str | None:
+    """The version of an installed distribution, or None."""
+    from importlib.metadata import PackageNotFoundError, version  # a tenth of the time that --help takes
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

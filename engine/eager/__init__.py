@@ -1,0 +1,1 @@
+"""Backend `eager`: plain PyTorch, the reference and the baseline of benchmarks."""

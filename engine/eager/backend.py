@@ -1,0 +1,47 @@
+"""The backend `eager` as an object. Imports nothing heavy until it is asked."""
+
+from typing import TYPE_CHECKING, Any
+
+from storyadapter.engine.backend import Backend, ReportBytes, ReportStage, default_device, installed_version
+from storyadapter.engine.identity import EngineIdentity, identity_of
+from storyadapter.model.numerics import Numerics
+
+if TYPE_CHECKING:
+    import torch
+
+    from storyadapter.checkpoint import Checkpoint
+    from storyadapter.engine.store import StoredEngine
+    from storyadapter.model.networks import Networks
+
+
+class Eager(Backend):
+    name = "eager"
+    purpose = "plain PyTorch on CPU or GPU: the reference"
+    builds = False
+    any_device = True
+
+    def rank(self) -> int:
+        return 1
+
+    def device(self, asked: "torch.device | None" = None) -> "torch.device":
+        return asked or default_device()
+
+    def identity(
+        self, checkpoint: "Checkpoint", numerics: Numerics, options: Any, on_bytes: ReportBytes | None
+    ) -> EngineIdentity:
+        return identity_of(self.name, installed_version("torch") or "", "any", checkpoint, numerics, on_bytes)
+
+    def open(
+        self,
+        checkpoint: "Checkpoint",
+        numerics: Numerics,
+        device: "torch.device",
+        engine: "StoredEngine | None",
+        on_stage: ReportStage,
+    ) -> "Networks":
+        from storyadapter.engine.eager.networks import open_eager
+
+        return open_eager(checkpoint, numerics, device, lambda network: on_stage(network, "loading weights"))
+
+
+BACKEND = Eager()

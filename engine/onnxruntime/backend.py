@@ -1,0 +1,80 @@
+"""The backend `onnxruntime` as an object. Imports nothing heavy until it is asked."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from storyadapter.engine.backend import (
+    Backend,
+    EngineRequest,
+    ReportBytes,
+    ReportFraction,
+    ReportStage,
+    installed_version,
+)
+from storyadapter.engine.identity import EngineIdentity, identity_of
+from storyadapter.export import export_recipe
+from storyadapter.model.numerics import Numerics
+
+if TYPE_CHECKING:
+    import torch
+
+    from storyadapter.checkpoint import Checkpoint
+    from storyadapter.engine.store import StoredEngine
+    from storyadapter.model.networks import Networks
+
+
+class OnnxRuntime(Backend):
+    name = "onnxruntime"
+    purpose = "ONNX on the CPU: the default without a GPU"
+    packages = ("onnx", "onnxruntime", "onnxscript")
+    extra = "onnxruntime"
+    precisions = ("fp32", "fp16")
+    vae_precisions = ("fp32", "fp16")
+
+    def rank(self) -> int:
+        return 2 if self.why_unavailable() is None else 0
+
+    def device(self, asked: "torch.device | None" = None) -> "torch.device":
+        import torch
+
+        return self._own_device(torch.device("cpu"), asked)
+
+    def identity(
+        self, checkpoint: "Checkpoint", numerics: Numerics, options: Any, on_bytes: ReportBytes | None
+    ) -> EngineIdentity:
+        version = installed_version("onnxruntime") or ""
+        return identity_of(self.name, version, "any", checkpoint, numerics, on_bytes, self.recipe("any"))
+
+    def recipe(self, architecture: str) -> tuple[tuple[str, str], ...]:
+        return export_recipe()
+
+    def build(
+        self, request: EngineRequest, folder: Path, on_stage: ReportStage, on_fraction: ReportFraction
+    ) -> dict[str, Any]:
+        from storyadapter.engine.onnxruntime.builder import build_onnx
+
+        errors = build_onnx(request.checkpoint, request.numerics, request.ranges, folder, on_stage)
+        return {"relative_error_against_eager": errors}
+
+    def open(
+        self,
+        checkpoint: "Checkpoint",
+        numerics: Numerics,
+        device: "torch.device",
+        engine: "StoredEngine | None",
+        on_stage: ReportStage,
+    ) -> "Networks":
+        from storyadapter.engine.onnxruntime.networks import open_onnxruntime
+
+        assert engine is not None
+        letters = engine.ranges.letters(checkpoint.geometry.pixels_per_latent)
+        return open_onnxruntime(
+            engine.folder,
+            checkpoint.geometry,
+            numerics,
+            letters,
+            lambda network: on_stage(network, "loading engine"),
+        )
+
+
+BACKEND = OnnxRuntime()
