@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from storyadapter.bench.options import number
 from storyadapter.method.errors import InputError
 
 HELP = "what got slower between two reports of throughput"
@@ -49,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("after", type=Path, metavar="B.json", help="the later one, of the same device, model and cases")
     parser.add_argument(
         "--threshold",
-        type=_per_cent,
+        type=lambda text: number(text, "a percentage such as 3", lambda value: 0 <= value < 100),
         default=3.0,
         metavar="PER_CENT",
         help="how many per cent slower is still the same (default: %(default)g; repeated runs differ by 1 to 2)",
@@ -149,13 +150,3 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict) or data.get("kind") != KIND:
         raise InputError(f"{path} is no report of bench throughput; expected its .json file")
     return data
-
-
-def _per_cent(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 100:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a percentage such as 3")
-    return value

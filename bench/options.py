@@ -1,6 +1,9 @@
 """Options that several benchmarks have. Imports nothing heavy."""
 
 import argparse
+import contextlib
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -61,6 +64,21 @@ class EngineChoice:
         """The VAE in bf16, if all else is in half precision and the backend has it so."""
         fast = self.precision != "fp32" and "bf16" in BACKENDS[self.backend].vae_precisions
         return replace(self, vae="bf16") if fast else self
+
+
+def check_least(args: argparse.Namespace, **least: int) -> None:
+    """Raises InputError if the number typed for an option, here by its name in `args`, is less than this."""
+    for name, low in least.items():
+        if (value := getattr(args, name)) is not None and value < low:
+            raise InputError(f"--{name.replace('_', '-')} is {value}; expected {low} or more")
+
+
+def number(text: str, wanted: str, is_valid: Callable[[float], bool]) -> float:
+    """A number typed for an option; argparse's error says what is `wanted` where it isn't valid."""
+    with contextlib.suppress(ValueError):
+        if math.isfinite(value := float(text)) and is_valid(value):
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
 
 
 def add_report_options(parser: argparse.ArgumentParser, files: str = "FILE.md and FILE.json") -> None:

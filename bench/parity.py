@@ -2,8 +2,8 @@
 
 import argparse
 
-from storyadapter.bench.options import add_engine_options, add_report_options
-from storyadapter.bench.report_files import check_out, write_report
+from storyadapter.bench.options import add_engine_options, add_report_options, check_least
+from storyadapter.bench.report import check_out, write_report
 from storyadapter.cli.options import add_checkpoint_options
 from storyadapter.method import constants
 from storyadapter.method.errors import InputError
@@ -57,14 +57,7 @@ def run(args: argparse.Namespace) -> int:
         EngineBuildError: its engine can't be built.
         RunError: a frame came out with values that aren't finite, or a file can't be written.
     """
-    for option, value in (
-        ("--frames", args.frames),
-        ("--steps", args.steps),
-        ("--iterations", args.iterations),
-        ("--max-frames", args.max_frames),
-    ):
-        if value < 1:
-            raise InputError(f"{option} is {value}; expected 1 or more")
+    check_least(args, frames=1, steps=1, iterations=1, max_frames=1)
     from storyadapter.bench.parity_run import as_data, compare, markdown
     from storyadapter.demo.held_out import FRAMES_AT_MOST
 

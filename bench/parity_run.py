@@ -16,12 +16,12 @@ from typing import Any, Final, Self
 import torch
 from PIL import Image
 
-from storyadapter.bench import markdown as md
 from storyadapter.bench.environment import describe
 from storyadapter.bench.model import BenchmarkModel, usual_ranges
 from storyadapter.bench.options import EngineChoice
 from storyadapter.bench.progress import Progress
 from storyadapter.bench.psnr import EQUAL, MIN_MEDIAN_PSNR, MIN_PSNR, psnr_of_each
+from storyadapter.bench.report import table
 from storyadapter.cli.options import model_choice
 from storyadapter.demo.held_out import held_out_stories
 from storyadapter.engine.backend import default_device
@@ -238,8 +238,8 @@ def markdown(found: ParityReport) -> str:
         f"PSNR in dB of a frame to eager's; {EQUAL:g}: equal. Same references: drawn from eager's pictures of the",
         "iteration before. Free-running: from the backend's own, so that differences add up. Iteration 0 has none.",
         "",
-        *md.table(["what", "value"], facts.items()),
+        *table(["what", "value"], facts.items()),
         "",
-        *md.table(["iteration", "λ", "same: median", "worst", "free-running: median", "worst"], rows),
+        *table(["iteration", "λ", "same: median", "worst", "free-running: median", "worst"], rows),
     ]
     return "\n".join(lines) + "\n"

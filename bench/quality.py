@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from storyadapter.bench.options import add_engine_options
+from storyadapter.bench.options import add_engine_options, check_least
 from storyadapter.demo.shipped import MODEL
 from storyadapter.engine.backends import AUTO, BACKENDS
 from storyadapter.method import constants
@@ -71,14 +71,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         InputError: too few stories, frames, seeds or iterations; no demo model there; options that don't fit together.
     """
-    for option, value, least in (
-        ("--stories", args.stories, 2),
-        ("--frames", args.frames, 2),
-        ("--seeds", args.seeds, 1),
-        ("--iterations", args.iterations, 1),
-    ):
-        if value < least:
-            raise InputError(f"{option} is {value}; expected {least} or more")
+    check_least(args, stories=2, frames=2, seeds=1, iterations=1)
     if not (args.model / "model_index.json").is_file():
         raise InputError(
             f"--model {args.model}: no model_index.json there; expected the folder of a trained demo model"

@@ -2,8 +2,8 @@
 
 import argparse
 
-from storyadapter.bench.options import add_engine_options, add_report_options, refuse_checkpoint_options
-from storyadapter.bench.report_files import check_out, write_report
+from storyadapter.bench.options import add_engine_options, add_report_options, check_least, refuse_checkpoint_options
+from storyadapter.bench.report import check_out, write_report
 from storyadapter.cli.options import add_checkpoint_options
 from storyadapter.method.errors import InputError
 from storyadapter.model.contract import check_pixels
@@ -70,14 +70,7 @@ def run(args: argparse.Namespace) -> int:
         UnavailableError: the backend can't serve here.
         RunError: a frame came out with values that aren't finite, or a file can't be written.
     """
-    for option, value, least in (
-        ("--stories", args.stories, 9),
-        ("--steps", args.steps, 1),
-        ("--max-references", args.max_references, 1),
-        ("--max-frames", args.max_frames, 1),
-    ):
-        if value is not None and value < least:
-            raise InputError(f"{option} is {value}; expected {least} or more")
+    check_least(args, stories=9, steps=1, max_references=1, max_frames=1)
     for pixels in args.sizes or ():
         check_pixels("sizes", pixels)
     if args.minutes is not None and not args.minutes > 0:

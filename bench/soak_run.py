@@ -19,9 +19,9 @@ import psutil
 import torch
 
 from storyadapter.bench.environment import describe
-from storyadapter.bench.markdown import table
 from storyadapter.bench.model import BenchmarkModel
 from storyadapter.bench.options import EngineChoice
+from storyadapter.bench.report import table
 from storyadapter.bench.throughput.inputs import prompts
 from storyadapter.bench.timing import measure_run
 from storyadapter.cli.options import MAX_REFERENCES, model_choice

@@ -3,7 +3,7 @@
 import argparse
 
 from storyadapter.bench.options import add_report_options
-from storyadapter.bench.report_files import check_out, write_report
+from storyadapter.bench.report import check_out, write_report
 
 HELP = "the fused kernels against their baselines"
 DESCRIPTION = """\

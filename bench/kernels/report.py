@@ -3,7 +3,7 @@
 from typing import Any
 
 from storyadapter.bench.kernels.run import CaseResult, KernelReport
-from storyadapter.bench.markdown import table
+from storyadapter.bench.report import table
 
 _HEADER = (
     *("ms", "± ms", "error", "TFLOP/s", "MB moved", "roofline", "limit"),

@@ -23,7 +23,7 @@ from storyadapter.bench.environment import describe
 from storyadapter.bench.kernels.candidates import SEARCHES, Search
 from storyadapter.bench.kernels.cases import GrcaCase, KernelCase
 from storyadapter.bench.kernels.run import TOLERANCE, Measured, WrongResult, measure_contender
-from storyadapter.bench.markdown import table
+from storyadapter.bench.report import table
 from storyadapter.bench.timing import buffer_sets
 from storyadapter.kernels.grca.aot import compile_kernel
 from storyadapter.kernels.launching import capability

@@ -2,8 +2,8 @@
 
 import argparse
 
-from storyadapter.bench.options import add_engine_options, add_report_options, refuse_checkpoint_options
-from storyadapter.bench.report_files import check_out
+from storyadapter.bench.options import add_engine_options, add_report_options, number, refuse_checkpoint_options
+from storyadapter.bench.report import check_out
 from storyadapter.cli.options import add_checkpoint_options
 from storyadapter.method.errors import InputError
 
@@ -56,11 +56,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_engine_options(parser, precision="of all networks but the VAE")
     parser.add_argument(
-        "--gpu-price", type=_price, metavar="X", help="price of the device per hour: adds the money per frame"
+        "--gpu-price",
+        type=lambda text: number(text, "a price such as 2.5", lambda value: value >= 0),
+        metavar="X",
+        help="price of the device per hour: adds the money per frame",
     )
     parser.add_argument(
         "--device-memory",
-        type=_gibibytes,
+        type=lambda text: number(text, "a size in GiB such as 15.5", lambda value: value > 0),
         metavar="GIB",
         help="as on a smaller GPU: a second process holds all memory but so much; whole stories are then drawn in one "
         "way, in micro-batches of as many frames as fit",
@@ -111,23 +114,3 @@ def _check(args: argparse.Namespace) -> None:
 
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _gibibytes(text: str) -> float:
-    try:
-        gibibytes = float(text)
-    except ValueError:
-        gibibytes = 0.0
-    if not 0 < gibibytes < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size in GiB such as 15.5")
-    return gibibytes
-
-
-def _price(text: str) -> float:
-    try:
-        price = float(text)
-    except ValueError:
-        price = -1.0
-    if not 0 <= price < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a price such as 2.5")
-    return price

@@ -2,8 +2,8 @@
 
 from typing import Any, Final
 
-from storyadapter.bench.markdown import table
 from storyadapter.bench.psnr import MIN_PSNR
+from storyadapter.bench.report import table
 from storyadapter.bench.throughput.cases import PUBLISHED
 
 _NONE: Final = "-"

@@ -13,7 +13,7 @@ from storyadapter.bench.model import BenchmarkModel
 from storyadapter.bench.options import EngineChoice
 from storyadapter.bench.progress import Progress
 from storyadapter.bench.psnr import MIN_PSNR
-from storyadapter.bench.report_files import report_file, write_report, writing
+from storyadapter.bench.report import report_file, write_report, writing
 from storyadapter.bench.throughput import cases as tables
 from storyadapter.bench.throughput.baselines import BASELINES
 from storyadapter.bench.throughput.cases import Case, StoryCase, chosen, ranges

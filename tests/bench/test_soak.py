@@ -23,6 +23,7 @@ from storyadapter.bench.soak_run import (
 from storyadapter.method.errors import InputError
 from storyadapter.method.events import Event, FrameFinished
 from storyadapter.runtime.pipeline import StoryPipeline
+from tests.refusals import raises_typed
 
 STORY = SoakStory(2, 64, 64, 1, 1)
 
@@ -136,5 +137,5 @@ def test_minutes_end_it(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_refusals(words: tuple[str, ...], message: str) -> None:
-    with pytest.raises(InputError, match=message):
+    with raises_typed(InputError, message):
         soak.run(_arguments(*words))

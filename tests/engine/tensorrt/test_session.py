@@ -70,7 +70,7 @@ def test_engines_of_another_version_are_refused(built: Callable[[Precision], Bui
     [
         ({"R": 25}, "denoiser: R = 25 is outside the engine's range 1..24"),
         ({"B": 9}, "denoiser: B = 9 is outside the engine's range 1..8"),
-        ({"P": 6}, "denoiser: P = 6 is outside the engine's range 1..5"),
+        ({"P": 9}, "denoiser: P = 9 is outside the engine's range 1..8"),
         ({"h": 16}, "denoiser: h = 16 is outside the engine's range 8..12"),
         ({"w": 4}, "denoiser: w = 4 is outside the engine's range 8..16"),
     ],

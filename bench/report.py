@@ -1,7 +1,7 @@
-"""The files of a benchmark's report: `--out FILE` gives FILE.md, FILE.json and others beside them."""
+"""A benchmark's report: its tables in Markdown, and its files: `--out FILE` gives FILE.md, FILE.json and others."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -53,3 +53,9 @@ def write_report(out: Path | None, page: str, data: Any, *, indent: int | None =
         path = report_file(out, suffix)
         with writing(path):
             path.write_text(text, encoding="utf-8")
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    """The lines of a table; bars inside cells are escaped."""
+    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+    return lines + ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from storyadapter.bench.report_files import check_out, report_file, write_report
+from storyadapter.bench.report import check_out, report_file, table, write_report
 from storyadapter.method.errors import InputError, RunError
 
 
@@ -38,3 +38,7 @@ def test_a_place_that_cannot_be_written_is_told_in_one_line(tmp_path: Path) -> N
     (tmp_path / "report.md").mkdir()
     with pytest.raises(RunError, match=r"report\.md can't be written: Is a directory$"):
         write_report(tmp_path / "report", "a page", {})
+
+
+def test_a_table_and_its_bars() -> None:
+    assert table(("what", "ms"), [["a|b", "1.0"]]) == ["| what | ms |", "| --- | --- |", "| a\\|b | 1.0 |"]
