@@ -153,38 +153,8 @@ def _add_run(commands: Commands) -> None:
         metavar="K",
         help="iterations after the text-only one, with λ from 0.3 to 0.5 (default: %(default)s)",
     )
-    count.add_argument(
-        "--scales", type=options.scales_list, metavar="λ,λ,…", help="λ of each iteration after the text-only one"
-    )
-    look.add_argument("--steps", type=int, default=constants.STEPS, help="denoising steps (default: %(default)s)")
-    look.add_argument(
-        "--scheduler",
-        default=constants.SCHEDULER,
-        choices=tuple(constants.SAMPLERS),
-        help="sampler (default: %(default)s)",
-    )
-    look.add_argument("--karras", action="store_true", help="Karras noise levels, for euler and dpmpp_2m")
-    look.add_argument(
-        "--prediction-type",
-        default="epsilon",
-        choices=constants.PREDICTION_TYPES,
-        help="what the UNet was trained to predict (default: %(default)s)",
-    )
-    look.add_argument(
-        "--zero-terminal-snr",
-        action="store_true",
-        help="start from pure noise, with trailing time steps, as many v_prediction models were trained",
-    )
-    look.add_argument(
-        "--guidance",
-        type=float,
-        default=constants.GUIDANCE,
-        help="classifier-free guidance; 1 or less computes no unconditional rows (default: %(default)s)",
-    )
-    look.add_argument("--seed", type=int, help="of the whole story (default: drawn, shown and written to story.json)")
-    look.add_argument(
-        "--negative-prompt", default=constants.NEGATIVE_PROMPT, metavar="T", help="(default: %(default)s)"
-    )
+    count.add_argument("--scales", type=options.scales_list, metavar="λ,λ,…", help=options.PLAN_HELP["scales"])
+    options.add_plan_options(look)
     options.add_size_options(parser, as_range=False)
     output = parser.add_argument_group("output")
     output.add_argument("--out", default="story-out", metavar="DIR", help="output folder (default: %(default)s)")

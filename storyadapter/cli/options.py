@@ -3,7 +3,7 @@
 import argparse
 import re
 import shlex
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from storyadapter.model.contract import Range, ShapeRanges
 from storyadapter.model.numerics import PRECISIONS, Numerics
 
 MAX_REFERENCES = 100
+PLAN_HELP = {setting.name: setting.metadata["help"] for setting in fields(RunPlan)}
 
 
 def option(name: str) -> str:
@@ -93,8 +94,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         type=frames_or_auto,
         default=AUTO,
         metavar="F",
-        help="frames drawn together in one micro-batch, at most (default: auto, for run as many as the engine takes "
-        f"and the GPU's memory holds, for build and without a GPU {FRAMES_UNMEASURED})",
+        help=f"{PLAN_HELP['max_frames']} (default: auto, for run as many as the engine takes and "
+        f"the GPU's memory holds, for build and without a GPU {FRAMES_UNMEASURED})",
     )
     engine.add_argument("--engine-dir", type=Path, metavar="D", help="engine store (default: in the user's cache)")
 
@@ -138,8 +139,23 @@ def add_size_options(parser: argparse.ArgumentParser, *, as_range: bool) -> None
             f"--{name}",
             type=pixel_range if as_range else int,
             metavar=name[0].upper(),
-            help=f"{name} of the frames in pixels, a multiple of 32 (default: the model's own, 1024 for SDXL){extra}",
+            help=f"{PLAN_HELP[name]} (default: the model's own, 1024 for SDXL){extra}",
         )
+
+
+def add_plan_options(group: "argparse._ArgumentGroup") -> None:
+    """Options of those fields of a plan that are typed as they are."""
+    for setting in fields(RunPlan):
+        name, help_text = option(setting.name), setting.metadata["help"]
+        if setting.name in ("height", "width", "scales", "max_frames"):
+            continue  # these have forms of their own
+        if setting.type is bool:
+            group.add_argument(name, action="store_true", help=help_text)
+            continue
+        default = None if setting.default is MISSING else setting.default
+        shown = "drawn, shown and written to story.json" if default is None else "%(default)s"
+        more = {**setting.metadata, "help": f"{help_text} (default: {shown})".strip()}
+        group.add_argument(name, type=setting.type, default=default, **more)
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:
@@ -230,20 +246,10 @@ def run_plan(args: argparse.Namespace, default_pixels: int, seed: int) -> RunPla
     """
     if args.scales is None and args.iterations < 0:
         raise InputError(f"--iterations is {args.iterations}; expected 0 (text only) or more")
-    return RunPlan(
-        height=default_pixels if args.height is None else args.height,
-        width=default_pixels if args.width is None else args.width,
-        seed=seed,
-        scales=args.scales if args.scales is not None else constants.reference_scales(args.iterations),
-        steps=args.steps,
-        scheduler=args.scheduler,
-        karras=args.karras,
-        prediction_type=args.prediction_type,
-        zero_terminal_snr=args.zero_terminal_snr,
-        guidance=args.guidance,
-        negative_prompt=args.negative_prompt,
-        max_frames=args.max_frames,
-    )
+    instead = {"height": default_pixels, "width": default_pixels, "scales": constants.reference_scales(args.iterations)}
+    given = {name: getattr(args, name) for name in PLAN_HELP}
+    given |= {name: value for name, value in instead.items() if given[name] is None}
+    return RunPlan(**given | {"seed": seed})
 
 
 def build_command(args: argparse.Namespace, backend: str, numerics: Numerics, ranges: ShapeRanges) -> str:

@@ -1,6 +1,6 @@
 """What a run is asked for, and how its frames are split into micro-batches. Imports nothing heavy."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, Final
 
 from storyadapter.method import constants
@@ -11,39 +11,40 @@ FRAMES_UNMEASURED: Final = 8  # of a micro-batch, where the memory isn't measure
 FRAMES_AT_MOST: Final = 16  # of a micro-batch that is chosen by memory: more make no row faster, and overlap less
 
 
-@dataclass(frozen=True)
-class RunPlan:
-    """Every setting that decides the pictures of a story, besides the story and the model.
+def setting(help: str, default: Any = MISSING, **option: Any) -> Any:
+    """A field of a plan: its help text, its default and what else its option needs: choices, metavar."""
+    return field(default=default, metadata={"help": help, **option})
 
-    Attributes:
-        height, width: size of the frames in pixels, multiples of 32.
-        seed: of the whole story; every frame of every iteration starts from the same noise.
-        scales: λ of each iteration after the text-only one; their number is the number of those iterations.
-        steps: denoising steps of a frame.
-        scheduler: a name of `storyadapter.constants.SAMPLERS`; karras: Karras noise levels for it.
-        prediction_type: what the UNet was trained to predict: "epsilon", "v_prediction" or "sample".
-        zero_terminal_snr: the first step starts from pure noise, and time steps are trailing, as many UNets of
-            "v_prediction" were trained (arXiv 2305.08891).
-        guidance: classifier-free guidance; 1 or less computes no unconditional rows.
-        negative_prompt: text of the unconditional rows.
-        max_frames: frames of one micro-batch at the most; None: on a GPU as many as fit, elsewhere 8.
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """Every setting that decides the pictures of a story, besides the story and the model; options are made from it.
+
+    The seed is that of every frame of every iteration. `max_frames` is None for as many as fit on a GPU, elsewhere 8.
 
     Raises:
         InputError: a value that can't be served.
     """
 
-    height: int
-    width: int
-    seed: int
-    scales: tuple[float, ...] = field(default_factory=constants.reference_scales)
-    steps: int = constants.STEPS
-    scheduler: str = constants.SCHEDULER
-    karras: bool = False
-    prediction_type: str = "epsilon"
-    zero_terminal_snr: bool = False
-    guidance: float = constants.GUIDANCE
-    negative_prompt: str = constants.NEGATIVE_PROMPT
-    max_frames: int | None = None
+    height: int = setting("height of the frames in pixels, a multiple of 32")
+    width: int = setting("width of the frames in pixels, a multiple of 32")
+    scales: tuple[float, ...] = field(
+        default_factory=constants.reference_scales, metadata={"help": "λ of each iteration after the text-only one"}
+    )
+    steps: int = setting("denoising steps", constants.STEPS)
+    scheduler: str = setting("sampler", constants.SCHEDULER, choices=tuple(constants.SAMPLERS))
+    karras: bool = setting("Karras noise levels, for euler and dpmpp_2m", False)
+    prediction_type: str = setting(
+        "what the UNet was trained to predict", "epsilon", choices=constants.PREDICTION_TYPES
+    )
+    # arXiv 2305.08891
+    zero_terminal_snr: bool = setting(
+        "start from pure noise, with trailing time steps, as many v_prediction models were trained", False
+    )
+    guidance: float = setting("classifier-free guidance; 1 or less computes no unconditional rows", constants.GUIDANCE)
+    seed: int = setting("of the whole story")
+    negative_prompt: str = setting("", constants.NEGATIVE_PROMPT, metavar="T")
+    max_frames: int | None = setting("frames drawn together in one micro-batch, at most", None)
 
     def __post_init__(self) -> None:
         check_pixels("height", self.height)
@@ -54,9 +55,9 @@ class RunPlan:
             if not 0 <= scale <= constants.MAX_SCALE:
                 expected = f"each λ from 0 to {constants.MAX_SCALE:g}"
                 raise InputError(Field("scales"), f" has {scale:g}", expected=expected)
-        if self.scheduler not in constants.SAMPLERS:
-            expected = f"one of {', '.join(constants.SAMPLERS)}"
-            raise InputError(Field("scheduler"), f" is {self.scheduler}", expected=expected)
+        for name, choices in ((item.name, item.metadata.get("choices")) for item in fields(self)):
+            if choices and getattr(self, name) not in choices:
+                raise InputError(Field(name), f" is {getattr(self, name)}", expected=f"one of {', '.join(choices)}")
         most = constants.MAX_STEPS[self.scheduler]
         if not 1 <= self.steps <= most:
             limits = (f"1 to {most} with ", Field("scheduler"), f" {self.scheduler}")
