@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +16,7 @@ from storyadapter.method.errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np
+    from PIL import Image
     from torch import Tensor
 
     from storyadapter.demo.held_out import HeldOutStory
@@ -131,6 +131,7 @@ def read_labels(pictures: Tensor) -> np.ndarray:
 
 def _draw_by_pipeline(stories: list[HeldOutStory], args: argparse.Namespace) -> tuple[Tensor, Tensor]:
     """Pictures uint8 [iterations, stories, seeds, frames, 3, H, W], and of the control [stories, seeds, …]."""
+    import numpy as np
     import torch
 
     from storyadapter import Story, StoryPipeline
@@ -153,8 +154,8 @@ def _draw_by_pipeline(stories: list[HeldOutStory], args: argparse.Namespace) -> 
     pipeline = StoryPipeline(networks, model.checkpoint.load_tokenizers())
     scales = constants.reference_scales(args.iterations)
 
-    def draw(number: int, repeat: int, resume: FinishedIteration | None = None) -> Iterator[list]:
-        """The frames of each iteration, as Pillow pictures."""
+    def draw(number: int, repeat: int, resume: FinishedIteration | None = None) -> list[list[Image.Image]]:
+        """The frames of each iteration that is left."""
         plan = RunPlan(
             height=side,
             width=side,
@@ -164,39 +165,26 @@ def _draw_by_pipeline(stories: list[HeldOutStory], args: argparse.Namespace) -> 
             guidance=args.guidance,
             max_frames=args.frames,
         )
-        frames = []
         story = Story(tuple(stories[number].prompts), style="none")
-        for event in pipeline.run(story, plan, resume=resume):
-            if isinstance(event, FrameFinished):
-                frames.append(event.picture)
-                if len(frames) == args.frames:
-                    yield frames
-                    frames = []
+        events = pipeline.run(story, plan, resume=resume)
+        frames = [event.picture for event in events if isinstance(event, FrameFinished)]
+        return [frames[start : start + args.frames] for start in range(0, len(frames), args.frames)]
 
-    numbers, repeats = range(len(stories)), range(args.seeds)
+    def tensor(iterations: list[list[Image.Image]]) -> Tensor:
+        pixels = np.stack([np.stack([np.asarray(frame) for frame in frames]) for frames in iterations])
+        return torch.from_numpy(pixels).movedim(-1, -3)
+
+    shape = (len(stories), args.seeds)
     drawn = {}
-    for n in numbers:
-        for k in repeats:
-            drawn[n, k] = list(draw(n, k))
-            print(f"story {n + 1} of {len(stories)}, seed {k + 1} of {args.seeds} drawn", flush=True)
+    for n, k in np.ndindex(shape):
+        drawn[n, k] = draw(n, k)
+        print(f"story {n + 1} of {len(stories)}, seed {k + 1} of {args.seeds} drawn", flush=True)
     before = len(scales) - 1
-    control = {
-        (n, k): next(draw(n, k, FinishedIteration(before, drawn[(n + 1) % len(stories), k][before])))
-        for n in numbers
-        for k in repeats
-    }
-    nested = [[[_tensor(drawn[n, k][i]) for k in repeats] for n in numbers] for i in range(len(scales) + 1)]
-    return (
-        torch.stack([torch.stack([torch.stack(row) for row in rows]) for rows in nested]),
-        torch.stack([torch.stack([_tensor(control[n, k]) for k in repeats]) for n in numbers]),
-    )
-
-
-def _tensor(frames: list) -> Tensor:
-    import numpy as np
-    import torch
-
-    return torch.from_numpy(np.stack([np.asarray(frame) for frame in frames])).permute(0, 3, 1, 2)
+    control = [
+        tensor(draw(n, k, FinishedIteration(before, drawn[(n + 1) % len(stories), k][before]))) for n, k in drawn
+    ]
+    pictures = torch.stack([tensor(iterations) for iterations in drawn.values()])
+    return pictures.unflatten(0, shape).movedim(2, 0), torch.cat(control).unflatten(0, shape)
 
 
 def _draw_batched(stories: list[HeldOutStory], args: argparse.Namespace) -> tuple[Tensor, Tensor]:
