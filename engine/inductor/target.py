@@ -53,11 +53,11 @@ def check_compilers(device: torch.device) -> None:
         compiler = get_cpp_compiler()
     except InvalidCxxCompiler as error:
         raise UnavailableError(
-            "backend inductor needs a C++ compiler to build, and none is there; expected g++, or CXX naming another"
+            "backend inductor needs a C++ compiler to build, and none is there", expected="g++, or CXX naming another"
         ) from error
     asked = subprocess.run([compiler, "-print-file-name=libstdc++.so"], capture_output=True, text=True, check=False)
     if not Path(asked.stdout.strip()).exists():
         raise UnavailableError(
-            f"{compiler} finds no shared libstdc++.so, and a package with a static one crashes when it is loaded; "
-            "expected the library beside the compiler, or CXX naming one that has it, such as CXX=/usr/bin/g++"
+            f"{compiler} finds no shared libstdc++.so, and a package with a static one crashes when it is loaded",
+            expected="the library beside the compiler, or CXX naming one that has it, such as CXX=/usr/bin/g++",
         )

@@ -155,7 +155,7 @@ def _geometry(unet_config: Path, empty: "Mapping[str, nn.Module]", layers: tuple
     widths = tuple(LayerWidth(channels, count, heads) for (channels, heads), count in sorted(counts.items()))
     if len({width.channels for width in widths}) < len(widths):
         raise CheckpointError(
-            f"{unet_config}: layers of one width have different head counts; expected one, as in SDXL"
+            f"{unet_config}: layers of one width have different head counts", expected="one, as in SDXL"
         )
     return Geometry(
         widths=widths,

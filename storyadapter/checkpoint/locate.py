@@ -64,13 +64,13 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; expected the folder of a model, which has one") from None
+        raise CheckpointError(f"{path} is missing", expected="the folder of a model, which has one") from None
     except OSError as error:
         raise CheckpointError(f"{path} can't be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}); the file is corrupt, fetch it again") from error
     if not isinstance(config, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(config).__name__}; expected an object with settings")
+        raise CheckpointError(f"{path} holds a JSON {type(config).__name__}", expected="an object with settings")
     return config
 
 
@@ -99,7 +99,7 @@ def weight_files(folder: Path, stems: tuple[str, str], variant: str | None) -> t
             f"{folder} has weights of the variants {', '.join(variants)} only",
             advice=("say which one with ", Field("variant")),
         )
-    raise CheckpointError(f"{folder} has no weights; expected {stems[0]}.safetensors or {stems[1]}.bin")
+    raise CheckpointError(f"{folder} has no weights", expected=f"{stems[0]}.safetensors or {stems[1]}.bin")
 
 
 def _files_of_variant(folder: Path, stems: tuple[str, str], variant: str | None) -> tuple[Path, ...]:
@@ -121,7 +121,7 @@ def _shards(index: Path) -> tuple[Path, ...]:
     shards = {name: index.parent / name for name in sorted(set(names.values()))}
     for name, shard in shards.items():
         if shard.parent != index.parent:
-            raise CheckpointError(f"{index} names {name!r}; expected files beside it")
+            raise CheckpointError(f"{index} names {name!r}", expected="files beside it")
         if not shard.exists():
             raise CheckpointError(f"{shard} is missing; {index.name} lists {len(shards)} shards")
     return tuple(shards.values())

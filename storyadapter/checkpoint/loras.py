@@ -50,7 +50,7 @@ def check_lora(path: Path, networks: "Mapping[str, nn.Module]") -> None:
     headers = read_headers(path)
     for mark, kind in _OTHER_KINDS.items():
         if any(mark in name for name in headers):
-            raise CheckpointError(f"{path} is {kind}, not a plain LoRA; expected lora_down and lora_up matrices only")
+            raise CheckpointError(f"{path} is {kind}, not a plain LoRA", expected="lora_down and lora_up matrices only")
     _adapter_metadata(path)
     state = _diffusers_names(path, headers, networks["unet"])
     unknown = [name for name in state if name.split(".")[0] not in NETWORKS]
@@ -165,19 +165,20 @@ def _check_parts(path: Path, name: str, parts: "Mapping[str, Tensor]", network: 
         match = _PART.fullmatch(key)
         if match is None:
             raise CheckpointError(
-                f"{path}: {name}.{key} is no part of a plain LoRA; expected lora_A and lora_B weights"
+                f"{path}: {name}.{key} is no part of a plain LoRA", expected="lora_A and lora_B weights"
             )
         target = match["module"] if match["module"] in modules else match["module"].removeprefix("text_model.")
         weight = getattr(modules.get(target), "weight", None)
         if weight is None:
             raise CheckpointError(
-                f"{path} doesn't fit this model: its {name} has no layer {match['module']}; expected a LoRA for SDXL"
+                f"{path} doesn't fit this model: its {name} has no layer {match['module']}", expected="a LoRA for SDXL"
             )
         axis = 1 if match["part"] == "A" else 0
         if tensor.ndim != weight.ndim or tensor.shape[axis] != weight.shape[axis]:
             raise CheckpointError(
                 f"{path} doesn't fit this model: {name}.{key} is {list(tensor.shape)} for a layer of "
-                f"{list(weight.shape)}; expected a LoRA for SDXL"
+                f"{list(weight.shape)}",
+                expected="a LoRA for SDXL",
             )
         other = match["module"] + f".lora_{'B' if match['part'] == 'A' else 'A'}.weight"
         if other not in parts:

@@ -181,6 +181,6 @@ def _base_config(file: Path, paths: CheckpointPaths) -> Path:
 def _config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise CheckpointError(
-            f"{folder} is missing; expected a diffusers SDXL folder with a folder {folder.name} in it"
+            f"{folder} is missing", expected=f"a diffusers SDXL folder with a folder {folder.name} in it"
         )
     return read_config(folder / "config.json")

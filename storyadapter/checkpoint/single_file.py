@@ -45,11 +45,11 @@ def check_kind(path: Path, needs_vae: bool) -> None:
         raise CheckpointError(f"{path} holds no VAE ({VAE_PREFIX}*)", advice=("give one with ", Field("vae")))
     if missing:
         raise CheckpointError(
-            f"{path} lacks {', '.join(missing)}: it looks like {_kind(headers)}; expected an SDXL base model in the "
-            "original single-file layout"
+            f"{path} lacks {', '.join(missing)}: it looks like {_kind(headers)}",
+            expected="an SDXL base model in the original single-file layout",
         )
     if (first := headers.get(f"{UNET_PREFIX}input_blocks.0.0.weight")) is not None and first.shape[1] == 9:
-        raise CheckpointError(f"{path} is an inpainting model with 9 input channels; expected an SDXL base model")
+        raise CheckpointError(f"{path} is an inpainting model with 9 input channels", expected="an SDXL base model")
 
 
 def _kind(headers: "dict[str, Tensor]") -> str:

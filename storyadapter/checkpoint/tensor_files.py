@@ -104,7 +104,7 @@ def _unpickle(path: Path, device: str) -> Any:
         if code is None:
             raise CheckpointError(f"{path} is not a whole PyTorch file; fetch it again") from error
         raise CheckpointError(
-            f"{path} is a pickle that wants to run code ({code[1]}) and was not loaded; expected tensors only"
+            f"{path} is a pickle that wants to run code ({code[1]}) and was not loaded", expected="tensors only"
         ) from error
     except OSError as error:
         raise CheckpointError(f"{path} can't be read: {error.strerror or first_line(error)}") from error
@@ -119,7 +119,7 @@ def _flatten(path: Path, value: Any, prefix: str = "") -> "dict[str, Tensor]":
         return {prefix: value}
     if not isinstance(value, dict):
         where = f" under {prefix!r}" if prefix else ""
-        raise CheckpointError(f"{path} holds a {type(value).__name__}{where}; expected named tensors")
+        raise CheckpointError(f"{path} holds a {type(value).__name__}{where}", expected="named tensors")
     flat: dict[str, Tensor] = {}
     for key, item in value.items():
         flat |= _flatten(path, item, f"{prefix}.{key}" if prefix else str(key))

@@ -23,8 +23,8 @@ def check_tokenizer(folder: Path, vocabulary_size: int) -> None:
     found = len(load_tokenizer(folder))
     if found > vocabulary_size:
         raise CheckpointError(
-            f"{folder} has {found} tokens, its text encoder knows {vocabulary_size}; expected the tokenizer that "
-            "belongs to the model"
+            f"{folder} has {found} tokens, its text encoder knows {vocabulary_size}",
+            expected="the tokenizer that belongs to the model",
         )
 
 
@@ -39,7 +39,7 @@ def load_tokenizer(folder: Path) -> "CLIPTokenizer":
 
     missing = [name for name in _VOCABULARY if not (folder / name).exists()]
     if missing and not (folder / _WHOLE).exists():
-        raise CheckpointError(f"{folder} has no {' and no '.join(missing)}; expected the tokenizer of an SDXL folder")
+        raise CheckpointError(f"{folder} has no {' and no '.join(missing)}", expected="the tokenizer of an SDXL folder")
     try:
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # whatever a corrupt vocabulary makes the tokenizers library raise

@@ -126,7 +126,7 @@ def backend_options(args: argparse.Namespace, backend: Backend) -> Any:
         given = [s.name for s in other.settings if getattr(args, s.name) != s.default]
         if given and other is not backend:
             names = " and ".join(map(option, given))
-            raise InputError(f"{names} given for backend {backend.name}; expected --backend {other.name} with it")
+            raise InputError(f"{names} given for backend {backend.name}", expected=f"--backend {other.name} with it")
     return backend.options({setting.name: getattr(args, setting.name) for setting in backend.settings})
 
 
@@ -219,11 +219,11 @@ def model_choice(args: argparse.Namespace) -> ModelChoice:
     if len(missing) == len(given):
         for name in ("base_config", "vae", "variant"):
             if getattr(args, name):
-                raise InputError(f"{option(name)} was given without --base-model; expected all of {_MODEL}")
+                raise InputError(f"{option(name)} was given without --base-model", expected=f"all of {_MODEL}")
         paths = CheckpointPaths(MODEL, MODEL / "image_encoder", MODEL / "ip-adapter.safetensors", loras=loras)
         return ModelChoice(paths, "the demo model")
     if missing:
-        raise InputError(f"{' and '.join(missing)} missing; expected all of {_MODEL}, or none for the demo model")
+        raise InputError(f"{' and '.join(missing)} missing", expected=f"all of {_MODEL}, or none for the demo model")
     paths = CheckpointPaths(**given, base_config=args.base_config, vae=args.vae, variant=args.variant, loras=loras)
     return ModelChoice(paths, str(args.base_model))
 
@@ -245,7 +245,7 @@ def run_plan(args: argparse.Namespace, default_pixels: int, seed: int) -> RunPla
         InputError: a value that can't be served.
     """
     if args.scales is None and args.iterations < 0:
-        raise InputError(f"--iterations is {args.iterations}; expected 0 (text only) or more")
+        raise InputError(f"--iterations is {args.iterations}", expected="0 (text only) or more")
     instead = {"height": default_pixels, "width": default_pixels, "scales": constants.reference_scales(args.iterations)}
     given = {name: getattr(args, name) for name in PLAN_HELP}
     given |= {name: value for name, value in instead.items() if given[name] is None}

@@ -176,10 +176,10 @@ def build_sampler(
         InputError: an unknown name, a combination that doesn't exist, or a number of steps that can't be had.
     """
     if name not in SAMPLERS:
-        raise InputError(f"no scheduler is called {name!r}; expected one of {', '.join(SAMPLERS)}")
+        raise InputError(f"no scheduler is called {name!r}", expected=f"one of {', '.join(SAMPLERS)}")
     if karras and name not in _KARRAS_SAMPLERS:
         raise InputError(
-            f"Karras steps are not defined for {name}; expected one of {', '.join(_KARRAS_SAMPLERS)} with them"
+            f"Karras steps are not defined for {name}", expected=f"one of {', '.join(_KARRAS_SAMPLERS)} with them"
         )
     scheduler = _CLASSES[SAMPLERS[name]]
     settings = {**DDIM_CONFIG, "prediction_type": prediction_type, "use_karras_sigmas": karras}
@@ -217,10 +217,10 @@ def table_from_scheduler(scheduler: SchedulerMixin | Mapping[str, Any], steps: i
     # A scheduler object knows its class; its configuration may still carry the one it was converted from.
     name = config.get("_class_name") if isinstance(scheduler, Mapping) else type(scheduler).__name__
     if name not in _CLASSES:
-        raise InputError(f"scheduler {name} is not supported; expected one of {', '.join(_CLASSES)}")
+        raise InputError(f"scheduler {name} is not supported", expected=f"one of {', '.join(_CLASSES)}")
     most = config.get("num_train_timesteps", 1000)  # unless told, diffusers' own; Euler would do more at one time step
     if not isinstance(steps, int) or not 1 <= steps <= most:
-        raise InputError(f"{steps} denoising steps; expected a whole number from 1 to {most}")
+        raise InputError(f"{steps} denoising steps", expected=f"a whole number from 1 to {most}")
     _refuse_unsupported(name, config)
     try:
         fresh = _CLASSES[name].from_config(config)
@@ -251,12 +251,14 @@ def table_from_scheduler(scheduler: SchedulerMixin | Mapping[str, Any], steps: i
 def _refuse_unsupported(name: str, config: Mapping[str, Any]) -> None:
     """Names the first setting of a scheduler configuration that a linear two-step table can't express."""
     if config.get("thresholding"):
-        raise InputError(f"{name} with thresholding=True is not linear; expected thresholding=False")
+        raise InputError(f"{name} with thresholding=True is not linear", expected="thresholding=False")
     # DDIM clips unless told not to; the others have no such setting or leave it off.
     if config.get("clip_sample", name == "DDIMScheduler"):
-        raise InputError(f"{name} with clip_sample=True is not linear; expected clip_sample=False")
+        raise InputError(f"{name} with clip_sample=True is not linear", expected="clip_sample=False")
     if (prediction := config.get("prediction_type", "epsilon")) not in PREDICTION_TYPES:
-        raise InputError(f"{name} with prediction_type={prediction!r}; expected one of {', '.join(PREDICTION_TYPES)}")
+        raise InputError(
+            f"{name} with prediction_type={prediction!r}", expected=f"one of {', '.join(PREDICTION_TYPES)}"
+        )
     if name != "DPMSolverMultistepScheduler":
         return
     expected = {
@@ -269,7 +271,7 @@ def _refuse_unsupported(name: str, config: Mapping[str, Any]) -> None:
     for key, (default, supported) in expected.items():
         if (value := config.get(key, default)) not in supported:
             wanted = " or ".join(repr(choice) for choice in supported)
-            raise InputError(f"{name} with {key}={value!r} is not supported; expected {wanted}")
+            raise InputError(f"{name} with {key}={value!r} is not supported", expected=f"{wanted}")
 
 
 def _solver_rows(scheduler: SchedulerMixin) -> dict[str, Tensor]:
