@@ -150,7 +150,8 @@ def soak(args: argparse.Namespace, limit: int | None) -> SoakReport:
     ranges = ShapeRanges(args.max_frames, max(MAX_REFERENCES, args.max_references), pixels, pixels)
     networks = model.open(ranges, lambda line: print(line, flush=True)).networks
     device = networks.device  # onnxruntime runs on the CPU beside a GPU, too
-    pipeline = StoryPipeline(networks, model.checkpoint.load_tokenizers())
+    tokenizers = model.tokenizers()
+    pipeline = StoryPipeline(networks, (tokenizers.first, tokenizers.second))
     drawn: list[StoryRecord] = []
     started = time.monotonic()
     for story in islice(stories(args.seed, sizes, args.max_references), limit):

@@ -14,8 +14,9 @@ from storyadapter.method.noise import Noise, draw_noise
 from storyadapter.method.sampler import SamplerTable, build_sampler
 from storyadapter.model.contract import text_kv_name
 from storyadapter.model.networks import Networks
-from storyadapter.runtime.conditioning import BoundText, Tokenizers
-from storyadapter.runtime.reference_bank import ReferenceBank
+from storyadapter.runtime.conditioning import TextRow, Tokenizers
+from storyadapter.runtime.denoising import FrameRows, SamplerInputs
+from storyadapter.runtime.reference_bank import project
 
 SCALE: Final = 0.4  # λ, the middle of the published schedule
 SEED: Final = 0
@@ -122,8 +123,9 @@ def make_inputs(
     return made
 
 
-def bind_text(networks: Networks, text: TextInputs) -> BoundText:
-    """The text inputs of the contract's UNet calls, by these networks' own projection."""
+def bind(networks: Networks, inputs: CaseInputs, table: SamplerTable) -> list[FrameRows]:
+    """What all frames of a case read in the contract's UNet calls, by these networks' own projections."""
+    text = inputs.text
     outputs = networks["text_projection"](
         {
             "text_embedding": text.text_embedding,
@@ -132,16 +134,12 @@ def bind_text(networks: Networks, text: TextInputs) -> BoundText:
             "sizes": text.sizes,
         }
     )
-    frames = len(text.sizes) - 1
-    row = torch.tensor([0] * frames + [*range(1, frames + 1)], dtype=torch.int32, device=networks.device)
-    widths = [width.channels for width in networks.geometry.widths]
-    return BoundText(
-        text_kv={channels: outputs[text_kv_name(channels)].clone() for channels in widths},
-        text_row=row,
-        added_embedding=outputs["added_embedding"].index_select(0, row),
+    kv = {width.channels: outputs[text_kv_name(width.channels)].clone() for width in networks.geometry.widths}
+    added = outputs["added_embedding"].clone()
+    negative, *prompted = (
+        TextRow({channels: value[:, row] for channels, value in kv.items()}, added[row]) for row in range(len(added))
     )
-
-
-def bind_references(networks: Networks, inputs: CaseInputs) -> ReferenceBank:
-    """The reference bank of the contract's UNet calls, by these networks' own projection."""
-    return ReferenceBank.project(networks, inputs.image_embedding, SCALE)
+    story = project(networks, inputs.image_embedding, SCALE)
+    nothing = project(networks, torch.zeros_like(inputs.image_embedding[:1]), SCALE)
+    sampler = SamplerInputs.upload(table, inputs.noise, networks.device)
+    return [FrameRows(prompt, story, sampler, negative, nothing, constants.GUIDANCE) for prompt in prompted]

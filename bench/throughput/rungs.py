@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from storyadapter.bench.throughput.inputs import SCALE, CaseInputs, bind_references, bind_text
+from storyadapter.bench.throughput.inputs import SCALE, CaseInputs, bind
 from storyadapter.bench.throughput.published import Attend, install, materialized, published_steps
 from storyadapter.bench.throughput.workbench import Workbench, without_graphs
-from storyadapter.method import constants
 from storyadapter.method.errors import UnavailableError
 from storyadapter.method.sampler import SamplerTable
 from storyadapter.model.grca import grca
@@ -58,10 +57,7 @@ def contract_steps(networks: Networks, inputs: CaseInputs, table: SamplerTable, 
     if frames != range(inputs.case.frames):
         raise ValueError(f"frames are {frames}; expected all {inputs.case.frames}")
     with torch.inference_mode():
-        text, references = bind_text(networks, inputs.text), bind_references(networks, inputs)
-        steps = denoise(
-            networks, text, references, table, inputs.noise, frames=len(frames), guidance=constants.GUIDANCE
-        )
+        steps = denoise(networks, bind(networks, inputs, table))
     while True:
         with torch.inference_mode():
             state = next(steps, None)

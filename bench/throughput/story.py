@@ -13,7 +13,7 @@ from torch import Tensor
 from storyadapter.bench.environment import watch
 from storyadapter.bench.psnr import psnr_of_each
 from storyadapter.bench.throughput.cases import StoryCase
-from storyadapter.bench.throughput.inputs import SEED, bind_text, encode_prompts, prompts
+from storyadapter.bench.throughput.inputs import SEED, prompts
 from storyadapter.bench.timing import Result, measure_run
 from storyadapter.method import constants
 from storyadapter.method.errors import RunError
@@ -23,10 +23,12 @@ from storyadapter.method.plan import RunPlan, split_evenly
 from storyadapter.method.sampler import sampler_of
 from storyadapter.method.story import Story
 from storyadapter.model.networks import Networks
-from storyadapter.runtime.conditioning import BoundText, Tokenizers
-from storyadapter.runtime.denoising import LoopBuffers, LoopInputs
+from storyadapter.runtime.conditioning import TEXTS_AT_ONCE, TextCache, Tokenizers
+from storyadapter.runtime.denoising import FrameRows, SamplerInputs, StatePool
+from storyadapter.runtime.jobs import TextGroup
 from storyadapter.runtime.pictures import decode_latents, embed_pictures, to_picture
 from storyadapter.runtime.pipeline import StoryPipeline
+from storyadapter.runtime.reference_bank import NO_REFERENCES, BankRow, project
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ def overlapped(networks: Networks, tokenizers: Tokenizers) -> Draw:
 def in_sequence(networks: Networks, tokenizers: Tokenizers) -> Draw:
     """The same iterations from the method's parts, each finished before the next begins."""
     # kept from story to story, as in the pipeline, so that graphs are recorded once
-    buffers = LoopBuffers(networks)
+    states = StatePool(networks)
 
     def draw(plan: RunPlan, frames: int) -> Drawn:
         stages: dict[str, float] = defaultdict(float)
@@ -135,41 +137,37 @@ def in_sequence(networks: Networks, tokenizers: Tokenizers) -> Draw:
             return result
 
         scale = networks.geometry.pixels_per_latent
-        table = sampler_of(plan)
+        table = sampler_of(plan.sampler)
         noise = draw_noise(plan.seed, plan.height // scale, plan.width // scale, table)
-        loop = LoopInputs.upload(table, noise, plan.guidance, networks.device)
-        batches, words = split_evenly(frames, plan.max_frames or frames), prompts(frames)
-        bank = buffers.take_bank(frames)
+        sampler = SamplerInputs.upload(table, noise, networks.device)
+        batches = split_evenly(frames, plan.max_frames or frames)
+        groups = TextGroup.split([plan.negative_prompt, *prompts(frames)], TEXTS_AT_ONCE, plan.height, plan.width)
+        places = [(group, index) for group in groups for index in range(len(group.texts))]
 
-        def text_of(batch: range) -> BoundText:
-            texts = [plan.negative_prompt, *words[batch.start : batch.stop]]
-            return bind_text(networks, encode_prompts(networks, tokenizers, texts, plan.height, plan.width))
-
-        def refer(references: list[Image.Image], scale: float | None) -> None:
+        def refer(references: list[Image.Image], scale: float | None) -> tuple[BankRow, BankRow]:
             if scale is None:
-                bank.clear()
-            else:
-                embeddings = [embed_pictures(networks, references[batch.start : batch.stop]) for batch in batches]
-                bank.fill(networks, torch.cat(embeddings), scale)
+                return NO_REFERENCES, NO_REFERENCES
+            embeddings = torch.cat([embed_pictures(networks, references[b.start : b.stop]) for b in batches])
+            return project(networks, embeddings, scale), project(networks, torch.zeros_like(embeddings[:1]), scale)
 
-        def latents_of(batch: range, text: BoundText) -> Tensor:
-            state = buffers.take_state(loop.shape(len(batch)))
-            state.load(loop, text, bank)
-            for _ in range(loop.calls):
+        def latents_of(rows: list[FrameRows]) -> Tensor:
+            state = states.take(rows, frames)
+            state.load(rows)
+            for _ in range(sampler.calls):
                 state.advance()
             latents = state.x.clone()
-            buffers.give_state(state)
+            states.give(state)
             return latents
 
-        texts = stage("text", lambda: [text_of(batch) for batch in batches])
+        negative, *texts = stage("text", lambda: TextCache(networks, tokenizers).take(places, len(places)))
         pictures: list[Image.Image] = []
         for iteration in range(plan.iterations):
-            stage("references", partial(refer, pictures, plan.scale_of(iteration)))
+            story, nothing = stage("references", partial(refer, pictures, plan.scale_of(iteration)))
             pictures = []
-            for batch, text in zip(batches, texts, strict=True):
-                latents = stage("denoise", partial(latents_of, batch, text))
+            for batch in batches:
+                rows = [FrameRows(texts[n], story, sampler, negative, nothing, plan.guidance) for n in batch]
+                latents = stage("denoise", partial(latents_of, rows))
                 pictures += stage("decode", partial(_decode, networks, latents))
-        buffers.give_bank(frames, bank)
         return Drawn(pictures, dict(stages), networks.numerics["vae_decoder"], max(map(len, batches)))
 
     return draw

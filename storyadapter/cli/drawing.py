@@ -2,7 +2,7 @@
 
 import argparse
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -12,19 +12,19 @@ import torch
 
 from storyadapter.cli.options import build_command, option
 from storyadapter.cli.reporting import Reporter, count, duration
-from storyadapter.cli.saving import FrameSaver
 from storyadapter.cli.session import Session
 from storyadapter.cli.versions import versions
 from storyadapter.engine.opening import open_networks
 from storyadapter.method.errors import EngineMismatchError, RunError, spelled
-from storyadapter.method.events import FrameFinished, IterationFinished, RunFinished
+from storyadapter.method.events import FrameFinished, RunFinished, RunStarted
 from storyadapter.method.plan import FRAMES_UNMEASURED, RunPlan, split_evenly
 from storyadapter.method.sampler import sampler_of
 from storyadapter.method.story import Story
 from storyadapter.model.contract import Range, ShapeRanges
 from storyadapter.model.networks import Networks
 from storyadapter.output.run_folder import RunFolder
-from storyadapter.runtime.pipeline import FinishedIteration, StoryPipeline
+from storyadapter.runtime.jobs import digest
+from storyadapter.runtime.pipeline import StoryPipeline
 
 
 def draw(
@@ -38,13 +38,15 @@ def draw(
         KeyboardInterrupt: with a note on what is finished, where the drawing had begun.
     """
     started = time.perf_counter()
-    sampler_of(plan)
+    sampler_of(plan.sampler)
     frames = len(story.prompts)
     scales = [plan.scale_of(iteration) for iteration in range(plan.iterations)]
     identity = _identity(story, style, plan, session, reporter)
     RunFolder.check(args.out, identity, frames=frames, scales=scales, resume=args.resume)
     with _told_when_out_of_memory(plan):
-        pipeline = _open_pipeline(args, plan, frames, session, reporter)
+        pipeline = _open_pipeline(
+            args, plan, frames, session, reporter, digest([identity["weights"], identity["loras"]])
+        )
         batching = pipeline.batching(plan, frames)
         loading = time.perf_counter() - started
         details = {
@@ -57,13 +59,26 @@ def draw(
             "versions": versions(),
         }
         with RunFolder.open(
-            args.out, identity, frames=frames, scales=scales, resume=args.resume, keep=args.keep, details=details
+            args.out,
+            identity,
+            frames=frames,
+            scales=scales,
+            resume=args.resume,
+            keep=args.keep,
+            details=details,
+            text=_frame_text(details["final_prompts"], plan.seed),
         ) as folder:
             try:
                 for notice in folder.notices:
                     reporter.note("warning", spelled(notice, option))
-                _tell_plan(story, plan, session, pipeline, folder, reporter)
-                _iterate(pipeline, story, style, plan, folder, reporter, loading)
+                with closing(pipeline.run(story, plan, style=style, store=folder)) as events:
+                    for event in events:
+                        if isinstance(event, RunFinished):
+                            seconds = {"load": loading, **event.seconds, "save": folder.seconds}
+                            folder.finish(seconds, story.prompts, story.title)
+                        reporter.event(event)
+                        if isinstance(event, RunStarted):
+                            _tell_plan(plan, session, pipeline, event, reporter)
             except KeyboardInterrupt as stop:
                 done = folder.finished_iterations()
                 stop.add_note(
@@ -94,9 +109,9 @@ def _identity(story: Story, style: str, plan: RunPlan, session: Session, reporte
 
 
 def _open_pipeline(
-    args: argparse.Namespace, plan: RunPlan, frames: int, session: Session, reporter: Reporter
+    args: argparse.Namespace, plan: RunPlan, frames: int, session: Session, reporter: Reporter, model: str
 ) -> StoryPipeline:
-    """The networks for the plan's micro-batches; the build command that is told asks for `--max-frames`."""
+    """The networks for the plan's batches; the build command that is told asks for `--max-frames`."""
     references = plan.references(frames)
     height, width = Range(plan.height, plan.height), Range(plan.width, plan.width)
     asked = FRAMES_UNMEASURED if plan.max_frames is None else plan.max_frames
@@ -124,7 +139,7 @@ def _open_pipeline(
         if plan.max_frames is not None or together == 1:
             raise
         networks = opened(1)  # how many it takes is the engine's own; what is told now is what else differs
-    return StoryPipeline(networks, session.checkpoint.load_tokenizers())
+    return StoryPipeline(networks, session.checkpoint.load_tokenizers(), model=model)
 
 
 @contextmanager
@@ -149,22 +164,16 @@ def _told_when_out_of_memory(plan: RunPlan) -> Iterator[None]:
 
 
 def _tell_plan(
-    story: Story,
-    plan: RunPlan,
-    session: Session,
-    pipeline: StoryPipeline,
-    folder: RunFolder,
-    reporter: Reporter,
+    plan: RunPlan, session: Session, pipeline: StoryPipeline, started: RunStarted, reporter: Reporter
 ) -> None:
     """The line before slow work; the time is that of the rows that are left, from one timed UNet call."""
-    frames, first = len(story.prompts), folder.finished_iterations()
-    batching = pipeline.batching(plan, frames)
-    batches = split_evenly(frames, batching.max_frames)
-    left = plan.unet_rows(frames) * (plan.iterations - first) // plan.iterations
-    seconds = pipeline.seconds_per_row(plan, len(batches[0]), plan.references(frames)) * left if left else 0.0
+    frames, first, left = started.frames, started.first_iteration, plan.unet_rows(1) // plan.iterations * started.left
+    together = len(started.batches[0])
+    seconds = pipeline.seconds_per_row(plan, together, plan.references(frames)) * left if left else 0.0
     memory = pipeline.memory_in_use()
-    split = " + ".join(str(len(batch)) for batch in batches)
-    text = "once" if batching.keep_text else "again for each of them, to save memory"
+    split = " + ".join(str(len(batch)) for batch in started.batches)
+    text = "once" if started.text_kept else "again for each of them, to save memory"
+    needs = pipeline.batching(plan, frames).needs
     reporter.note(
         "plan",
         f"{session.model.label}, {session.how} on {pipeline.networks.device}: "
@@ -176,49 +185,20 @@ def _tell_plan(
         iterations=plan.iterations,
         finished=first,
         unet_rows=left,
-        split=[len(batch) for batch in batches],
-        text_kept=batching.keep_text,
-        needs=None if batching.needs is None else asdict(batching.needs),
+        split=[len(batch) for batch in started.batches],
+        text_kept=started.text_kept,
+        needs=None if needs is None else asdict(needs),
         memory_bytes=memory,
         seconds=round(seconds, 1),
         seed=plan.seed,
     )
 
 
-def _iterate(
-    pipeline: StoryPipeline,
-    story: Story,
-    style: str,
-    plan: RunPlan,
-    folder: RunFolder,
-    reporter: Reporter,
-    loading: float,
-) -> None:
-    prompts = story.final_prompts(style)
-    done = folder.finished_iterations()
-    resume = FinishedIteration(done - 1, folder.load_iteration(done - 1)) if done else None
-    saving = 0.0  # seconds in which the run waited for files
-    with (
-        FrameSaver(folder, lambda event: _png_text(prompts[event.frame], plan.seed, event.scale)) as saver,
-        closing(pipeline.run(story, plan, style=style, resume=resume)) as events,
-    ):
-        for event in events:
-            started = time.perf_counter()
-            match event:
-                case FrameFinished():
-                    saver.save(event)
-                case IterationFinished(iteration, stages, batches):
-                    for saved in saver.saved(wait=True):
-                        reporter.event(saved)
-                    folder.finish_iteration(iteration, stages, [len(batch) for batch in batches])
-                case RunFinished(stages):
-                    folder.finish({"load": loading, **stages, "save": saving}, story.prompts, story.title)
-            saving += time.perf_counter() - started
-            for saved in saver.saved():
-                reporter.event(saved)  # a frame that is told is on the disk
-            if not isinstance(event, FrameFinished):
-                reporter.event(event)
+def _frame_text(prompts: Sequence[str], seed: int) -> Callable[[FrameFinished], Mapping[str, str]]:
+    """What is written into a frame's file for people."""
 
+    def text(frame: FrameFinished) -> Mapping[str, str]:
+        scale = "none" if frame.scale is None else f"{frame.scale:g}"
+        return {"prompt": prompts[frame.frame], "seed": str(seed), "scale": scale}
 
-def _png_text(prompt: str, seed: int, scale: float | None) -> Mapping[str, str]:
-    return {"prompt": prompt, "seed": str(seed), "scale": "none" if scale is None else f"{scale:g}"}
+    return text

@@ -104,7 +104,7 @@ class JsonReporter:
             self._print({"event": "weights_read", "bytes": total})
 
     def event(self, event: Event) -> None:
-        fields = {name: value for name, value in vars(event).items() if name != "picture"}
+        fields = {name: value for name, value in vars(event).items() if name not in ("picture", "embedding")}
         self._print({"event": _snake(type(event).__name__), **fields})
 
     def close(self) -> None: ...
@@ -146,7 +146,7 @@ class LineReporter:
                 self.note("warning", truncation_in_words(event))
             case RunStarted(frames, iterations, first, _):
                 self._frames, self._total, self._started = frames, iterations - first, time.perf_counter()
-            case IterationStarted(_, scale):
+            case IterationStarted(_, scale, _):
                 self._scale, self._iteration_started = scale, time.perf_counter()
             case MicroBatchHalved():
                 self.note("warning", halving_in_words(event))
@@ -200,12 +200,12 @@ class BarReporter:
                 self.note("warning", truncation_in_words(event))
             case MicroBatchHalved():
                 self.note("warning", halving_in_words(event))
-            case RunStarted(frames, iterations, first, _):
+            case RunStarted(frames, iterations, first, _, _, left):
                 self.close()
                 self._frames = frames
                 self._bar("iterations", iterations - first)
-                self._bar("frames", frames * (iterations - first))
-            case IterationStarted(iteration, scale):
+                self._bar("frames", left)
+            case IterationStarted(iteration, scale, _):
                 bar, task = self._bar("iterations")
                 bar.update(task, description=f"iteration {iteration}, {scale_in_words(scale)}")
             case StepFinished(_, frames, step, steps):

@@ -12,7 +12,7 @@ from storyadapter.demo.shipped import STORY
 from storyadapter.method import constants
 from storyadapter.method.errors import InputError
 from storyadapter.method.story import Story, check_style
-from storyadapter.output.run_folder import stored_identity
+from storyadapter.output.run_record import stored_identity
 
 DEFAULT_STYLE = "comic"
 _ANY_SIZE = constants.PIXEL_MULTIPLE  # until the model's own is known

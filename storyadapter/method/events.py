@@ -1,6 +1,8 @@
 """What a run tells while it goes on, one typed event at a time."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from PIL import Image
 
@@ -15,10 +17,10 @@ class PromptTruncated:
 
 @dataclass(frozen=True)
 class RunStarted:
-    """Text is about to be encoded.
+    """The first event.
 
-    `batches`: the frames of each micro-batch of an iteration. `text_kept`: whether the projected text of the whole
-    story stays in memory; if not, it is computed again for each micro-batch.
+    `batches`: the frames of each batch of an iteration. `text_kept`: whether the projected text of the whole story
+    stays in memory; if not, it is computed again for each batch. `left`: frames to be drawn, in all iterations.
     """
 
     frames: int
@@ -26,22 +28,24 @@ class RunStarted:
     first_iteration: int
     batches: tuple[range, ...]
     text_kept: bool = True
+    left: int = 0
 
 
 @dataclass(frozen=True)
 class IterationStarted:
-    """`scale` is λ, None for the text-only iteration."""
+    """`scale` is λ, None for the text-only iteration; `found`: frames that were drawn before and stay as they are."""
 
     iteration: int
     scale: float | None
+    found: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class StepFinished:
-    """One UNet call of a micro-batch is done: `step` of `steps`, counted from 1."""
+    """One UNet call with these frames is done: `step` of `steps`, counted from 1."""
 
     iteration: int
-    frames: range
+    frames: Sequence[int]
     step: int
     steps: int
 
@@ -51,31 +55,37 @@ class MicroBatchHalved:
     """The memory didn't suffice for these frames at once; the rest is drawn with at most `max_frames` at once."""
 
     iteration: int
-    frames: range
+    frames: Sequence[int]
     max_frames: int
 
 
 @dataclass(frozen=True)
 class FrameFinished:
-    """A frame of an iteration is drawn."""
+    """A frame of an iteration is drawn.
+
+    `key`: of its job. `embedding`: its CLIP embedding, a tensor [width] fp32 on the CPU, where a later iteration reads
+    it.
+    """
 
     iteration: int
     frame: int
     scale: float | None
     picture: Image.Image
+    key: str = ""
+    embedding: Any = None
 
 
 @dataclass(frozen=True)
 class IterationFinished:
     """All frames of an iteration are drawn.
 
-    `seconds`: by stage ("references", "denoise", "decode"); on a GPU stages overlap. `batches`: the micro-batches that
-    were drawn.
+    `seconds`: by stage ("references", "denoise", "decode"), of batches that were shared with other stories the share of
+    this one; on a GPU stages overlap. `batches`: the frames of this story that were drawn together.
     """
 
     iteration: int
     seconds: dict[str, float]
-    batches: tuple[range, ...] = ()
+    batches: tuple[Sequence[int], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,17 @@ def setting(help: str, default: Any = MISSING, **option: Any) -> Any:
     return field(default=default, metadata={"help": help, **option})
 
 
+@dataclass(frozen=True)
+class SamplerSettings:
+    """What decides a sampler's table; each as in `RunPlan`."""
+
+    scheduler: str
+    steps: int
+    karras: bool
+    prediction_type: str
+    zero_terminal_snr: bool
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunPlan:
     """Every setting that decides the pictures of a story, besides the story and the model; options are made from it.
@@ -76,6 +87,10 @@ class RunPlan:
     def guided(self) -> bool:
         """Whether unconditional rows are computed (as in diffusers: guidance above 1)."""
         return self.guidance > 1
+
+    @property
+    def sampler(self) -> SamplerSettings:
+        return SamplerSettings(self.scheduler, self.steps, self.karras, self.prediction_type, self.zero_terminal_snr)
 
     def scale_of(self, iteration: int) -> float | None:
         """λ of an iteration; None for iteration 0, which has no references."""

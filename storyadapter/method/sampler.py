@@ -16,6 +16,7 @@ latent consistency models (arXiv 2310.04378). Time steps and noise levels are th
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from torch import Tensor
 
 from storyadapter.method.constants import DDIM_CONFIG, PREDICTION_TYPES, SAMPLERS
 from storyadapter.method.errors import Field, InputError
-from storyadapter.method.plan import RunPlan
+from storyadapter.method.plan import SamplerSettings
 
 _KARRAS_SAMPLERS = ("euler", "dpmpp_2m")
 _CLASSES: Mapping[str, type[SchedulerMixin]] = {
@@ -190,14 +191,19 @@ def build_sampler(
     return table_from_scheduler({**config, "_class_name": scheduler.__name__}, steps)
 
 
-def sampler_of(plan: RunPlan) -> SamplerTable:
-    """The table of a run's steps.
+@lru_cache(maxsize=16)
+def sampler_of(settings: SamplerSettings) -> SamplerTable:
+    """The sampler that a plan asks for.
 
     Raises:
         InputError: see `build_sampler`.
     """
     return build_sampler(
-        plan.scheduler, plan.steps, plan.karras, plan.prediction_type, zero_terminal_snr=plan.zero_terminal_snr
+        settings.scheduler,
+        settings.steps,
+        settings.karras,
+        settings.prediction_type,
+        zero_terminal_snr=settings.zero_terminal_snr,
     )
 
 

@@ -46,6 +46,18 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise write_error(path, error) from error
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder if it isn't there.
+
+    Raises:
+        RunError: no space is left, or it can't be made.
+    """
+    try:
+        path.mkdir(exist_ok=True)
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
 def write_error(path: Path, error: OSError) -> RunError:
     """The one line about a file or folder that couldn't be written in the middle of a run."""
     if error.errno in _NO_SPACE:

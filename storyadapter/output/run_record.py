@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any, Self
 
 from storyadapter.method.errors import Field, InputError, Text
-from storyadapter.output.files import ANOTHER_FOLDER
+from storyadapter.output.files import ANOTHER_FOLDER, LOCK_NAME, is_part
 
 FORMAT = "storyadapter-trt run"
-SCHEMA = 2
+SCHEMA = 3
+RECORD_NAME = "story.json"
 
+_ANOTHER_ONE = ("choose another one with ", Field("out"))
 _ABSENT = object()
 _EXCERPT = 40  # letters of a value shown in a message
 
@@ -24,13 +26,23 @@ class IterationRecord:
         scale: λ of its references; None for the text-only iteration.
         seconds: of each stage, by name.
         removed: whether its pictures were removed when the next iteration was finished (`keep="last"`).
-        split: frames of each micro-batch that was drawn.
+        split: frames of each batch that was drawn.
+        sha256: of each frame's file.
     """
 
     scale: float | None
     seconds: Mapping[str, float]
     removed: bool = False
     split: tuple[int, ...] = ()
+    sha256: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class UnderWay:
+    """The iteration that is being drawn, and in batches of how many frames: a resumed run keeps to these."""
+
+    iteration: int
+    split: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -59,6 +71,7 @@ class RunRecord:
         iterations: those that are finished, in order.
         sessions: the processes that worked on the run, in order.
         finished: whether everything is written, the overview too.
+        under_way: the iteration that is being drawn, if one was begun.
     """
 
     identity: Mapping[str, Any]
@@ -67,6 +80,7 @@ class RunRecord:
     iterations: tuple[IterationRecord, ...] = ()
     sessions: tuple[Session, ...] = ()
     finished: bool = False
+    under_way: UnderWay | None = None
 
     def to_json(self) -> bytes:
         """The text of `story.json`: UTF-8, keys sorted, two spaces of indentation."""
@@ -79,6 +93,7 @@ class RunRecord:
                 "frames": self.frames,
                 "scales": self.scales,
                 "iterations": [asdict(iteration) for iteration in self.iterations],
+                "under_way": asdict(self.under_way) if self.under_way else None,
             },
             "sessions": [asdict(session) for session in self.sessions],
         }
@@ -115,6 +130,7 @@ class RunRecord:
                 frames=int(progress["frames"]),
                 scales=tuple(progress["scales"]),
                 iterations=tuple(map(_iteration, progress["iterations"])),
+                under_way=_under_way(progress["under_way"]),
                 sessions=tuple(Session(**item) for item in value["sessions"]),
                 finished=progress["status"] == "finished",
             )
@@ -131,8 +147,59 @@ class RunRecord:
         return replace(self, iterations=(*removed, *self.iterations[count:]))
 
 
+def _under_way(item: Mapping[str, Any] | None) -> UnderWay | None:
+    return UnderWay(int(item["iteration"]), tuple(item["split"])) if item else None
+
+
 def _iteration(item: Mapping[str, Any]) -> IterationRecord:
-    return IterationRecord(**{**item, "split": tuple(item["split"])})
+    return IterationRecord(**{**item, "split": tuple(item["split"]), "sha256": tuple(item["sha256"])})
+
+
+def stored_identity(path: str | Path) -> dict[str, Any] | None:
+    """The identity of the run in a folder, so that a resumed run can take over its seed; None if there is no run.
+
+    Raises:
+        InputError: the folder is a file, or holds anything but a run.
+    """
+    path = Path(path)
+    refuse_foreign(path)
+    record = path / RECORD_NAME
+    return dict(RunRecord.read(record).identity) if record.exists() else None
+
+
+def refuse_foreign(path: Path) -> None:
+    """Refuse a folder that holds something, but no run. Writes nothing, so it comes before the lock."""
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise InputError(f"{path} is a file,", expected="a folder", advice=_ANOTHER_ONE)
+    try:
+        names = {item.name for item in path.iterdir() if item.name != LOCK_NAME and not is_part(item)}
+    except OSError as error:
+        raise InputError(f"{path} can't be read: {error.strerror}", advice=ANOTHER_FOLDER) from error
+    if RECORD_NAME in names:
+        RunRecord.read(path / RECORD_NAME)  # a file of that name may be anything
+    elif names:
+        expected = "a new or empty folder, or a run's"
+        raise InputError(f"{path} holds other files ({min(names)}, …),", expected=expected, advice=_ANOTHER_ONE)
+
+
+def stored_or_new(path: Path, given: RunRecord, resume: bool) -> RunRecord:
+    if not (path / RECORD_NAME).exists():
+        return given
+    stored = RunRecord.read(path / RECORD_NAME)
+    if difference := first_difference(stored.identity, given.identity):
+        raise InputError(f"{path} holds another run: ", difference, advice=ANOTHER_FOLDER)
+    if (stored.frames, stored.scales) != (given.frames, given.scales):
+        raise ValueError("equal identities with other frames or scales: the identity must hold both")
+    if resume:
+        return stored
+    if stored.finished:
+        raise InputError(f"{path} already holds this run, finished", advice=(ANOTHER_FOLDER, " to make it again"))
+    raise InputError(
+        f"{path} already holds this run, with {len(stored.iterations)} of {len(stored.scales)} iterations finished",
+        advice=("type ", Field("resume"), " to go on with it, or ", ANOTHER_FOLDER),
+    )
 
 
 def json_values(value: Any) -> Any:

@@ -1,6 +1,7 @@
-"""Text conditioning: prompts become projected keys and values, a micro-batch at a time."""
+"""Text conditioning: prompts become projected keys and values, each once, a group of a story's texts in a call."""
 
 from bisect import bisect_left
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,10 @@ from transformers import PreTrainedTokenizerBase
 from storyadapter.method import constants
 from storyadapter.model.contract import Geometry, text_kv_name
 from storyadapter.model.networks import Networks
+from storyadapter.runtime.jobs import TextGroup
+from storyadapter.runtime.streams import upload
+
+TEXTS_AT_ONCE = 8  # of one call; fewer where the engine takes fewer
 
 
 @dataclass(frozen=True)
@@ -50,85 +55,57 @@ class Tokenizers:
 
 
 @dataclass(frozen=True, eq=False)
-class BoundText:
-    """The text inputs of one micro-batch's UNet calls.
+class TextRow:
+    """One prompt as UNet rows read it: `kv` by width C, [L, 2, T, C]; `added_embedding` [E]; the denoiser's dtype."""
 
-    text_kv: by width C, [L, P, 2, T, C]; text_row: [B] int32; added_embedding: [B, E]; engine's dtype, contiguous.
-    """
-
-    text_kv: dict[int, Tensor]
-    text_row: Tensor
+    kv: dict[int, Tensor]
     added_embedding: Tensor
 
 
-class StoryText:
-    """The prompts of a story; encoded and projected per micro-batch, each micro-batch once if that is kept.
+class TextCache:
+    """Encoded and projected texts, on the device; keeps those that were used last."""
 
-    The negative prompt is encoded with every micro-batch, so that a micro-batch's text is the same whether it was kept
-    or not, and no call has more prompts than a UNet call. Nothing but the token numbers comes from the host, and they
-    do so at once.
-    """
-
-    def __init__(
-        self,
-        networks: Networks,
-        tokenizers: Tokenizers,
-        prompts: Sequence[str],
-        *,
-        negative_prompt: str | None,
-        height: int,
-        width: int,
-        keep: bool = True,
-    ) -> None:
-        """
-        Args:
-            prompts: final prompts, one per frame.
-            negative_prompt: text of the unconditional rows; None computes none (guidance of 1 or less).
-            height, width: size of the frames in pixels; original and target size of both rows, without a crop.
-            keep: whether the keys and values of all micro-batches stay in memory, see `text_bytes`.
-        """
+    def __init__(self, networks: Networks, tokenizers: Tokenizers) -> None:
         self._networks = networks
-        self._guided = negative_prompt is not None
-        self._keep = keep
-        self._kept: dict[range, BoundText] = {}
-        device = networks.device
-        texts = [*([] if negative_prompt is None else [negative_prompt]), *prompts]
-        self._ids = tuple(ids.to(device) for ids in tokenizers.input_ids(texts))
-        self._sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32, device=device)
+        self._tokenizers = tokenizers
+        self._kept: OrderedDict[TextGroup, list[TextRow]] = OrderedDict()
 
-    def bind(self, frames: range) -> BoundText:
-        """The inputs for these frames: unconditional rows first, all of them reading the one negative prompt.
+    def take(self, places: Sequence[tuple[TextGroup, int]], keep: int) -> list[TextRow]:
+        """The rows of some texts: group and index in it.
 
-        What isn't kept may lie in memory that the next call of the backend writes again.
+        Args:
+            keep: how many texts may stay in memory for later calls.
         """
-        if frames in self._kept:
-            return self._kept[frames]
-        networks, first = self._networks, int(self._guided)
-        chosen = slice(first + frames.start, first + frames.stop)
-        ids, ids_2 = (torch.cat((ids[:first], ids[chosen])) for ids in self._ids)
-        inputs = networks["text_encoder"]({"input_ids": ids})
-        inputs |= networks["text_encoder_2"]({"input_ids": ids_2})
-        inputs["sizes"] = self._sizes.repeat(len(ids), 1)
-        outputs = networks["text_projection"](inputs)
-        row = text_rows(len(frames), self._guided, networks.device)
-        kv = {width.channels: outputs[text_kv_name(width.channels)] for width in networks.geometry.widths}
-        if self._keep:
-            kv = {channels: value.clone() for channels, value in kv.items()}
-        bound = BoundText(kv, row, outputs["added_embedding"].index_select(0, row))
-        if self._keep:
-            self._kept[frames] = bound
-        return bound
+        groups = {group: self._encoded(group) for group, _ in places}
+        while len(self._kept) > 0 and sum(map(len, self._kept.values())) > keep:
+            self._kept.popitem(last=False)
+        return [groups[group][index] for group, index in places]
 
     def forget(self) -> None:
-        """Let go of what is kept, as of micro-batches that won't be drawn again; what is bound next is kept again."""
+        """Let go of what is kept."""
         self._kept.clear()
 
+    def _encoded(self, group: TextGroup) -> list[TextRow]:
+        if group not in self._kept:
+            self._kept[group] = self._encode(group)
+        self._kept.move_to_end(group)
+        return self._kept[group]
 
-def text_rows(frames: int, guided: bool, device: torch.device) -> Tensor:
-    """[B] int32: the prompt that each UNet row reads, unconditional rows first; made on the device."""
-    options = {"dtype": torch.int32, "device": device}
-    own = torch.arange(int(guided), frames + int(guided), **options)
-    return torch.cat((torch.zeros(frames, **options), own)) if guided else own
+    def _encode(self, group: TextGroup) -> list[TextRow]:
+        """Original and target size are the frame's, without a crop, for conditional and unconditional rows alike."""
+        networks = self._networks
+        ids, ids_2 = (upload(ids, networks.device) for ids in self._tokenizers.input_ids(group.texts))
+        size = [group.height, group.width, 0, 0, group.height, group.width]
+        inputs = networks["text_encoder"]({"input_ids": ids})
+        inputs |= networks["text_encoder_2"]({"input_ids": ids_2})
+        inputs["sizes"] = upload(torch.tensor([size] * len(group.texts), dtype=torch.float32), networks.device)
+        outputs = networks["text_projection"](inputs)
+        # a backend may use the memory of its outputs again
+        kv = {width.channels: outputs[text_kv_name(width.channels)].clone() for width in networks.geometry.widths}
+        added = outputs["added_embedding"].clone()
+        return [
+            TextRow({channels: value[:, row] for channels, value in kv.items()}, added[row]) for row in range(len(ids))
+        ]
 
 
 def text_bytes(geometry: Geometry, dtype: torch.dtype, prompts: int) -> int:

@@ -1,4 +1,4 @@
-"""Latents of micro-batches to pictures and their CLIP embeddings: on a GPU beside the UNet's work on the next ones.
+"""Latents of batches to pictures and their CLIP embeddings: on a GPU beside the UNet's work on the next ones.
 
 The VAE and the image encoder run on a stream of their own; the bytes of the pictures come to the host by a copy that
 nobody waits for but a worker thread, which makes the Pillow picture of them and what the image encoder reads of it.
@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
@@ -22,11 +22,23 @@ from torch import Tensor
 from storyadapter.method.errors import Field, RunError
 from storyadapter.model.networks import Networks
 from storyadapter.runtime.clock import StageClock, is_passed, recorded_event
+from storyadapter.runtime.jobs import Task
 from storyadapter.runtime.pictures import clip_pixels, decode_latents, embed_pixels, to_picture
 from storyadapter.runtime.streams import decoding_stream
 
 POLL_SECONDS: Final = 0.001
 _WORKERS: Final = min(4, os.cpu_count() or 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Decoded:
+    """What became of a frame: its picture and, where it was wanted, its embedding [width] fp32 on the CPU; or why it
+    has none."""
+
+    task: Task
+    picture: Image.Image | None = None
+    embedding: Tensor | None = None
+    error: RunError | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,108 +56,118 @@ class _Chunk:
 
 @dataclass(eq=False)
 class _Batch:
-    """A micro-batch whose frames aren't all told."""
+    """Frames that aren't all told: first they are drawn, then those whose embeddings are wanted wait for these."""
 
-    embed: bool
-    frames: deque[tuple[int, Future]] = field(default_factory=deque)
-    pixels: list[Tensor] = field(default_factory=list)
+    clock: StageClock
+    frames: deque[tuple[Task, Future[tuple[Image.Image, Tensor | None]]]] = field(default_factory=deque)
+    drawn: list[tuple[Decoded, Tensor | None]] = field(default_factory=list)
+    embeddings: Tensor | None = None  # [F, width], on the host
+    copied: torch.cuda.Event | None = None
 
 
 class FrameDecoder:
-    """Decodes micro-batches in the order in which they come.
+    """Decodes batches in the order in which they come.
 
     Args:
         networks: whose VAE decoder and image encoder it uses.
-        chunk: frames of one call of the VAE decoder at the most; None: those of a micro-batch. Halved where the
-            memory doesn't suffice.
         overlapped: whether what follows on the UNet's work goes on beside it: on a side stream of a GPU, and in
             worker threads. If not, `submit` does all the work itself.
+
+    Attributes:
+        starved: whether embeddings wait until there is memory for them; `finished` tries again when it is called with
+            nothing else going on.
     """
 
-    def __init__(self, networks: Networks, *, chunk: int | None, overlapped: bool) -> None:
-        self.chunk = chunk
-        self.overlapped = overlapped
+    def __init__(self, networks: Networks, *, overlapped: bool) -> None:
+        self.starved = False
+        self._most: int | None = None  # frames of one call of the VAE decoder, where memory didn't suffice for more
         self._networks = networks
         self._on_gpu = networks.device.type == "cuda"
         self._side = decoding_stream(networks.device) if overlapped and self._on_gpu else None
         self._workers = ThreadPoolExecutor(_WORKERS, "frames") if overlapped else None
         self._stopped = threading.Event()
         self._batches: deque[_Batch] = deque()
-        self._embeddings: list[Tensor | list[Tensor]] = []
 
     @property
     def batches(self) -> int:
-        """Micro-batches of which `finished` has yet to tell frames."""
+        """Batches of which `finished` has yet to tell frames."""
         return len(self._batches)
 
-    def submit(self, iteration: int, frames: range, latents: Tensor, clock: StageClock, *, embed: bool) -> range:
-        """Decode frames of an iteration.
+    @property
+    def is_quiet(self) -> bool:
+        """Whether all that was submitted is decoded."""
+        return all(future.done() for batch in self._batches for _, future in batch.frames)
+
+    def submit(self, tasks: Sequence[Task], latents: Tensor, clock: StageClock, chunk: int | None) -> int:
+        """Decode frames.
 
         Args:
+            tasks: whose frames they are.
             latents: [F, 4, h, w] fp32, not written again.
-            clock: counts the decoder's time as "decode".
-            embed: whether `take_embeddings` shall give their embeddings.
+            clock: counts the decoder's time as "decode", the image encoder's as "references".
+            chunk: frames of one call of the VAE decoder at the most; None: all. Halved where memory doesn't suffice.
 
         Returns:
-            Those frames at the end for which not even one at a time found enough memory.
+            How many were taken: those behind them didn't find enough memory even one at a time.
         """
-        batch, done = _Batch(embed), 0
-        while done < len(frames):
-            size = min(self.chunk or len(frames), len(frames) - done)
+        batch, done = _Batch(clock), 0
+        chunk = min(chunk or len(tasks), self._most or len(tasks))
+        while done < len(tasks):
+            size = min(chunk, len(tasks) - done)
             try:
-                chunk = self._decode(latents[done : done + size], clock)
+                part = self._decode(latents[done : done + size], clock)
             except torch.OutOfMemoryError:
                 if size == 1:
                     break
-                self.chunk = -(-size // 2)
+                self._most = chunk = -(-size // 2)
                 continue
-            for index in range(size):
-                frame = frames[done + index]
-                batch.frames.append((frame, self._later(partial(self._finish, iteration, frame, chunk, index, embed))))
+            for index, task in enumerate(tasks[done : done + size]):
+                batch.frames.append((task, self._later(partial(self._finish, task, part, index))))
             done += size
         if batch.frames:
             self._batches.append(batch)
-        return frames[done:]
+        return done
 
-    def finished(self) -> Iterator[tuple[int, Image.Image]]:
-        """The frames that were finished since the last call, in the order in which they came; doesn't wait.
+    def finished(self, *, alone: bool = False) -> Iterator[Decoded]:
+        """What became of frames since the last call, in the order in which they came; doesn't wait.
+
+        Args:
+            alone: whether nothing else is going on, so that what was short of memory is tried again.
 
         Raises:
-            RunError: a frame has values that aren't finite.
+            torch.OutOfMemoryError: with `alone`, there is no memory for the embeddings; may be called again.
         """
         while self._batches:
             batch = self._batches[0]
             while batch.frames and batch.frames[0][1].done():
-                frame, future = batch.frames.popleft()
-                picture, pixels = future.result()
-                batch.pixels.append(pixels)
-                yield frame, picture
+                task, future = batch.frames.popleft()
+                try:
+                    picture, pixels = future.result()
+                except RunError as error:
+                    decoded, pixels = Decoded(task, error=error), None
+                else:
+                    decoded = Decoded(task, picture)
+                if batch.drawn or pixels is not None:
+                    batch.drawn.append((decoded, pixels))  # told in order, once embeddings are known
+                else:
+                    yield decoded
             if batch.frames:
                 return
-            if batch.embed:
-                self._embeddings.append(self._embed_or_keep(batch.pixels))
+            if batch.drawn:
+                if batch.embeddings is None and not self._embed(batch, alone):
+                    return
+                if not is_passed(batch.copied):
+                    return
+                rows = iter(batch.embeddings if batch.embeddings is not None else ())
+                for decoded, pixels in batch.drawn:
+                    embedding = None if pixels is None else next(rows).float()
+                    yield Decoded(decoded.task, decoded.picture, embedding, decoded.error)
             self._batches.popleft()
 
-    def take_embeddings(self) -> Tensor:
-        """[N, width] in the engine's dtype: CLIP embeddings of all frames since the last call, in their order.
-
-        Only where `submit` was told to, and when all frames are told.
-
-        Raises:
-            torch.OutOfMemoryError: the memory doesn't suffice for one frame; may be called again when there is more.
-        """
-        for index, part in enumerate(self._embeddings):
-            if isinstance(part, list):
-                self._embeddings[index] = torch.cat([self._embed([pixels]) for pixels in part])
-        parts = self._embeddings
-        if self._side is not None:
-            current = torch.cuda.current_stream(self._networks.device)
-            current.wait_stream(self._side)
-            for part in parts:
-                part.record_stream(current)
-        together = torch.cat(parts)
-        self._embeddings = []  # not before: the memory may not suffice for all of them twice
-        return together
+    def drop(self) -> tuple[Task, ...]:
+        """Give up the batch that comes next, as one for whose embeddings there is no memory; its frames."""
+        self.starved = False
+        return tuple(decoded.task for decoded, _ in self._batches.popleft().drawn)
 
     def close(self) -> None:
         """Stop the workers, without waiting for the device."""
@@ -158,19 +180,29 @@ class FrameDecoder:
             pixels, finite = decode_latents(self._networks, latents)
             return _Chunk(latents, self._to_host(pixels), self._to_host(finite), recorded_event(self._networks.device))
 
-    def _embed_or_keep(self, pixels: list[Tensor]) -> Tensor | list[Tensor]:
-        """Embeddings, or, where the memory doesn't suffice beside other work, what is embedded when that has ended."""
+    def _embed(self, batch: _Batch, alone: bool) -> bool:
+        """Put the embeddings of a drawn batch on their way; False where there is no memory for them beside other work.
+
+        Raises:
+            torch.OutOfMemoryError: with `alone`, there is none at all.
+        """
+        if self.starved and not alone:
+            return False
+        pixels = torch.stack([pixels for _, pixels in batch.drawn if pixels is not None])
         try:
-            return self._embed(pixels)
+            with self._beside(), batch.clock.stage("references"):
+                embeddings = embed_pixels(self._networks, pixels.pin_memory() if self._on_gpu else pixels)
+                batch.embeddings = self._to_host(embeddings)
+                batch.copied = recorded_event(self._networks.device)
         except torch.OutOfMemoryError:
-            return pixels
+            self.starved = True
+            if alone:
+                raise
+            return False
+        self.starved = False
+        return True
 
-    def _embed(self, pixels: list[Tensor]) -> Tensor:
-        with self._beside():
-            together = torch.stack(pixels)
-            return embed_pixels(self._networks, together.pin_memory() if self._on_gpu else together)
-
-    def _beside(self) -> AbstractContextManager:
+    def _beside(self) -> AbstractContextManager[object]:
         """Inside, work goes to the side stream, behind what is on the current one now."""
         stack = ExitStack()
         stack.enter_context(torch.inference_mode())
@@ -184,19 +216,19 @@ class FrameDecoder:
             return tensor
         return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
-    def _later(self, call: Callable[[], tuple[Image.Image, Tensor | None]]) -> Future:
+    def _later(
+        self, call: Callable[[], tuple[Image.Image, Tensor | None]]
+    ) -> Future[tuple[Image.Image, Tensor | None]]:
         if self._workers:
             return self._workers.submit(call)
-        future: Future = Future()
+        future: Future[tuple[Image.Image, Tensor | None]] = Future()
         try:
             future.set_result(call())
         except RunError as error:
             future.set_exception(error)
         return future
 
-    def _finish(
-        self, iteration: int, frame: int, chunk: _Chunk, index: int, embed: bool
-    ) -> tuple[Image.Image, Tensor | None]:
+    def _finish(self, task: Task, chunk: _Chunk, index: int) -> tuple[Image.Image, Tensor | None]:
         while not is_passed(chunk.copied):
             if self._stopped.is_set():
                 raise CancelledError
@@ -204,12 +236,11 @@ class FrameDecoder:
         latents, picture = chunk.finite[index].tolist()
         if not picture:
             # one bad reference would poison every frame of the next iteration
-            networks = self._networks
-            precision = Field("vae_precision" if latents else "precision")
+            network, field = ("vae_decoder", "vae_precision") if latents else ("denoiser", "precision")
             raise RunError(
-                f"iteration {iteration}, frame {frame}: the {'VAE' if latents else 'UNet'} gave values that are "
-                f"not finite in {networks.numerics['vae_decoder' if latents else 'denoiser']}",
-                advice=("try ", precision, " bf16 or fp32, with another ", Field("out")),
+                f"iteration {task.iteration}, frame {task.frame}: the {'VAE' if latents else 'UNet'} gave values that "
+                f"are not finite in {self._networks.numerics[network]}",
+                advice=("try ", Field(field), " bf16 or fp32, with another ", Field("out")),
             )
         drawn = to_picture(chunk.pixels[index])
-        return drawn, clip_pixels(drawn) if embed else None
+        return drawn, clip_pixels(drawn) if task.embed else None

@@ -1,4 +1,4 @@
-"""The denoising loop of one micro-batch: UNet call, guidance, sampler step, all of it on the device and in place.
+"""The denoising loop of one batch: UNet call, guidance, sampler step, all of it on the device and in place.
 
 A state owns every tensor that a step reads or writes, at addresses that never change, and a step finds its
 coefficients and its noise by a counter that lies on the device. So one step is the same work as any other, a backend
@@ -7,9 +7,10 @@ steps but put them on the stream.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass
-from typing import Final, Generic, TypeVar
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple, dataclass, field
+from typing import Final, Self
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -19,52 +20,126 @@ from storyadapter.method.noise import Noise
 from storyadapter.method.sampler import COLUMNS, SamplerTable, scale_input, step, timestep_at
 from storyadapter.model.contract import ref_kv_name, text_kv_name
 from storyadapter.model.networks import Networks
-from storyadapter.runtime.conditioning import BoundText
-from storyadapter.runtime.reference_bank import ReferenceBank, bank_rows
+from storyadapter.runtime.conditioning import TextRow
+from storyadapter.runtime.reference_bank import BankRow, reference_tokens
+from storyadapter.runtime.streams import upload
 
 COEFFICIENT_ROWS: Final[int] = DDIM_CONFIG["num_train_timesteps"]  # of a state, so that it serves any number of steps
-KEPT: Final = 2  # states and banks: the micro-batches of a story have two sizes at the most
-
-Key = TypeVar("Key", bound=Hashable)
-Value = TypeVar("Value")
+BUFFERS_KEPT: Final = 2  # where padding takes time, iteration 0 has one of its own
+STATES_KEPT: Final = 32  # a lone story's batches have two sizes at the most, mixed ones any up to F
 
 
 @dataclass(frozen=True, eq=False)
-class LoopInputs:
-    """What all micro-batches of a story share, on the device.
+class SamplerInputs:
+    """A sampler and the noise of one seed, on the device.
 
     coefficients: [K, 8] fp32; initial: [1, 4, h, w] fp32, the first x; per_step: [K, 1, 4, h, w] fp32, or
-    [0, 1, 4, h, w]; guidance: [1] fp32; guided: whether unconditional rows are computed; calls: K.
+    [0, 1, 4, h, w] where the sampler adds no noise; calls: K.
     """
 
     coefficients: Tensor
     initial: Tensor
     per_step: Tensor
-    guidance: Tensor
-    guided: bool
     calls: int
 
     @classmethod
-    def upload(cls, table: SamplerTable, noise: Noise, guidance: float, device: torch.device) -> "LoopInputs":
+    def upload(cls, table: SamplerTable, noise: Noise, device: torch.device) -> "SamplerInputs":
         return cls(
-            coefficients=table.coefficients(device),
-            initial=table.initial_latents(noise.initial).to(device),
-            per_step=noise.per_step.to(device),
-            guidance=torch.tensor([guidance], dtype=torch.float32, device=device),
-            guided=guidance > 1,
+            coefficients=upload(table.coefficients(), device),
+            initial=upload(table.initial_latents(noise.initial), device),
+            per_step=upload(noise.per_step, device),
             calls=table.calls,
         )
 
-    def shape(self, frames: int) -> "LoopShape":
-        """The shape of a micro-batch of so many frames."""
-        return LoopShape(
-            frames, self.guided, *self.initial.shape[2:], max(self.calls, COEFFICIENT_ROWS), len(self.per_step)
+
+@dataclass(frozen=True, eq=False)
+class FrameRows:
+    """What the UNet rows of one frame read, and how it is sampled.
+
+    Attributes:
+        text, references: of the conditional row.
+        sampler: with the frame's own noise; coefficients and K are those of the whole batch.
+        negative, unconditional, guidance: of the unconditional row; None without guidance, for all frames of a batch.
+    """
+
+    text: TextRow
+    references: BankRow
+    sampler: SamplerInputs
+    negative: TextRow | None = None
+    unconditional: BankRow | None = None
+    guidance: float | None = None
+
+
+@dataclass(frozen=True)
+class Room:
+    """How much the UNet calls of a batch may read: P, G and R, each a maximum."""
+
+    prompts: int
+    bank_rows: int
+    tokens: int
+
+    @classmethod
+    def of(cls, networks: Networks, frames: Sequence[FrameRows], references: int = 1) -> Self:
+        """What a batch needs; P, G and, where padding takes no time, R are rounded up, so that few shapes recur.
+
+        Args:
+            references: that later batches of these stories will have.
+        """
+        texts, bank = _distinct(frames)
+        tokens = max([reference_tokens(1), *(row.length for row in bank)])
+        if networks.padding_is_free:
+            most = networks.letters["R"].maximum if networks.letters else None
+            tokens = _rounded_up(max(tokens, reference_tokens(references)), most)
+        alone = len(frames) + (frames[0].guidance is not None)  # P of one story
+        return cls(
+            prompts=alone if len(texts) <= alone else 2 * len(frames),
+            bank_rows=_rounded_up(max(2, len(bank)), max(2, 2 * len(frames) + 1)),
+            tokens=tokens,
         )
+
+    def joined(self, other: Self, padding_is_free: bool) -> "Room | None":
+        """Room for both; None where the one's padding would cost the other time."""
+        if self.tokens != other.tokens and not padding_is_free:
+            return None
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return Room(*(max(pair) for pair in pairs))
+
+
+class Conditioning:
+    """What the UNet calls of a batch read besides latents and time: text and references of all its frames.
+
+    Attributes:
+        inputs: the UNet's, by the contract's names.
+    """
+
+    def __init__(self, networks: Networks, room: Room) -> None:
+        options = {"dtype": networks.dtype("denoiser"), "device": networks.device}
+        self.room = room
+        self.inputs = {"ref_length": torch.ones(room.bank_rows, dtype=torch.int32, device=networks.device)}
+        for width in networks.geometry.widths:
+            text, bank = (width.layers, room.prompts, 2, TEXT_TOKENS), (width.layers, room.bank_rows, 2, room.tokens)
+            self.inputs[text_kv_name(width.channels)] = torch.zeros(*text, width.channels, **options)
+            self.inputs[ref_kv_name(width.channels)] = torch.zeros(*bank, width.channels, **options)
+        self._widths = [width.channels for width in networks.geometry.widths]
+
+    def load(self, texts: Sequence[TextRow], bank: Sequence[BankRow]) -> None:
+        """Copy rows in, each to its place; zeros behind a bank row's length."""
+        for channels in self._widths:
+            text_kv, ref_kv = self.inputs[text_kv_name(channels)], self.inputs[ref_kv_name(channels)]
+            for row, text in enumerate(texts):
+                text_kv[:, row].copy_(text.kv[channels])
+            for row, references in enumerate(bank):
+                used = references.length if references.kv else 0
+                if used:
+                    ref_kv[:, row, :, :used].copy_(references.kv[channels])
+                ref_kv[:, row, :, used:].zero_()
+        lengths = torch.tensor([row.length for row in bank], dtype=torch.int32)
+        self.inputs["ref_length"][: len(bank)].copy_(upload(lengths, self.inputs["ref_length"].device))
 
 
 @dataclass(frozen=True)
 class LoopShape:
-    """Everything that decides how large a state is.
+    """Everything that decides how large a state is, besides its conditioning.
 
     Attributes:
         frames: F; guided: B is 2·F, else F.
@@ -80,71 +155,70 @@ class LoopShape:
     coefficient_rows: int
     noise_rows: int
 
-    @property
-    def rows(self) -> int:
-        """B."""
-        return self.frames * (2 if self.guided else 1)
-
-    @property
-    def prompts(self) -> int:
-        """P."""
-        return self.frames + int(self.guided)
+    @classmethod
+    def of(cls, frames: Sequence[FrameRows]) -> Self:
+        """The shape of a batch."""
+        sampler = frames[0].sampler
+        height, width = sampler.initial.shape[2:]
+        rows = max(sampler.calls, COEFFICIENT_ROWS)
+        return cls(len(frames), frames[0].guidance is not None, height, width, rows, len(sampler.per_step))
 
 
 class DenoisingState:
-    """One micro-batch on its way from noise to latents.
+    """One batch on its way from noise to latents.
 
     Attributes:
         x: [F, 4, h, w] fp32, the result after the last step.
-        inputs: the UNet's, by the contract's names; those of the reference bank are the bank's own tensors.
+        inputs: the UNet's, by the contract's names.
     """
 
-    def __init__(self, networks: Networks, shape: LoopShape) -> None:
+    def __init__(self, networks: Networks, shape: LoopShape, conditioning: Conditioning) -> None:
         geometry, device, dtype = networks.geometry, networks.device, networks.dtype("denoiser")
-        channels = geometry.latent_channels
+        latents = (shape.frames, geometry.latent_channels, shape.height, shape.width)
         self.shape = shape
+        self.conditioning = conditioning
         self._networks = networks
-        self.x = torch.empty(shape.frames, channels, shape.height, shape.width, device=device)
+        self.x = torch.empty(latents, device=device)
         self._x0 = torch.empty_like(self.x)
         self._counter = torch.zeros(1, dtype=torch.int64, device=device)
         self._coefficients = torch.zeros(shape.coefficient_rows, len(COLUMNS), device=device)
-        self._per_step = torch.zeros(shape.noise_rows, 1, channels, shape.height, shape.width, device=device)
-        self._guidance = torch.zeros(1, device=device)
-        rows = shape.rows
-        self.inputs = {
-            "latents": torch.empty(rows, channels, shape.height, shape.width, dtype=dtype, device=device),
+        self._per_step = torch.zeros(shape.noise_rows, *latents, device=device)
+        self._guidance = torch.zeros(shape.frames, 1, 1, 1, device=device)
+        rows = shape.frames * (2 if shape.guided else 1)  # B
+        self.inputs = conditioning.inputs | {
+            "latents": torch.empty(rows, *latents[1:], dtype=dtype, device=device),
             "timestep": torch.empty(rows, device=device),
             "added_embedding": torch.empty(rows, geometry.time_embedding, dtype=dtype, device=device),
-            "text_row": torch.empty(rows, dtype=torch.int32, device=device),
-            "ref_row": bank_rows(shape.frames, shape.guided, device),
+            "text_row": torch.zeros(rows, dtype=torch.int32, device=device),
+            "ref_row": torch.zeros(rows, dtype=torch.int32, device=device),
         }
-        for width in geometry.widths:
-            size = (width.layers, shape.prompts, 2, TEXT_TOKENS, width.channels)
-            self.inputs[text_kv_name(width.channels)] = torch.empty(size, dtype=dtype, device=device)
+        tensors = (*self.inputs.values(), self.x, self._x0, self._counter, self._coefficients, self._per_step)
+        # equal keys: equal shapes at equal addresses, so what was recorded under one serves the other
+        self._key = (shape, *((tuple(t.shape), t.data_ptr()) for t in (*tensors, self._guidance)))
 
-    def load(self, loop: LoopInputs, text: BoundText, bank: ReferenceBank) -> None:
-        """Begin a micro-batch; copies on the device alone.
-
-        Args:
-            loop: whose `shape` this state has.
-            text: of the frames of this micro-batch.
-            bank: must stay as it is until the last step has run.
-        """
-        self.x.copy_(loop.initial)
+    def load(self, frames: Sequence[FrameRows]) -> None:
+        """Begin a batch: F frames of one sampler, unconditional rows first. Nothing waits for the device."""
+        sampler, device = frames[0].sampler, self._networks.device
         self._x0.zero_()
         self._counter.zero_()
-        self._coefficients[: loop.calls].copy_(loop.coefficients)
-        self._per_step.copy_(loop.per_step)
-        self._guidance.copy_(loop.guidance)
-        for channels, kv in text.text_kv.items():
-            self.inputs[text_kv_name(channels)].copy_(kv)
-        self.inputs["text_row"].copy_(text.text_row)
-        self.inputs["added_embedding"].copy_(text.added_embedding)
-        self.inputs |= {ref_kv_name(channels): kv for channels, kv in bank.ref_kv.items()}
-        self.inputs["ref_length"] = bank.ref_length
-        # equal keys: equal shapes at equal addresses, so what was recorded under one serves the other
-        tensors = (*self.inputs.values(), self.x, self._x0, self._counter, self._coefficients, self._per_step)
-        self._key = (self.shape, *((tuple(t.shape), t.data_ptr()) for t in (*tensors, self._guidance)))
+        self._coefficients[: sampler.calls].copy_(sampler.coefficients)
+        for index, frame in enumerate(frames):
+            self.x[index].copy_(frame.sampler.initial[0])
+            if self.shape.noise_rows:
+                self._per_step[:, index].copy_(frame.sampler.per_step[:, 0])
+        texts, bank = _distinct(frames)
+        self.conditioning.load(texts, bank)
+        text_row = [texts.index(frame.text) for frame in frames]
+        ref_row = [bank.index(frame.references) for frame in frames]
+        if self.shape.guided:
+            text_row = [texts.index(frame.negative) for frame in frames if frame.negative] + text_row
+            ref_row = [bank.index(frame.unconditional) for frame in frames if frame.unconditional] + ref_row
+            guidance = torch.tensor([frame.guidance for frame in frames], dtype=torch.float32)
+            self._guidance.flatten().copy_(upload(guidance, device))
+        for name, rows in (("text_row", text_row), ("ref_row", ref_row)):
+            self.inputs[name].copy_(upload(torch.tensor(rows, dtype=torch.int32), device))
+        added = torch.stack([text.added_embedding for text in texts])
+        self.inputs["added_embedding"].copy_(added.index_select(0, self.inputs["text_row"]))
 
     def advance(self) -> None:
         """Put the next step on the current stream; runs K times after `load`."""
@@ -165,80 +239,82 @@ class DenoisingState:
         self._counter.add_(1)
 
 
-def denoise(
-    networks: Networks,
-    text: BoundText,
-    bank: ReferenceBank,
-    table: SamplerTable,
-    noise: Noise,
-    *,
-    frames: int,
-    guidance: float,
-) -> Iterator[Tensor]:
-    """Draw the latents of one micro-batch with a state of its own: the loop at its simplest.
-
-    Args:
-        text: bound text of these frames, unconditional rows first where guidance is above 1.
-        bank: references of this iteration.
-        table, noise: of the sampler; the noise is shared by all frames.
-        frames: F.
-        guidance: classifier-free guidance.
+def denoise(networks: Networks, frames: Sequence[FrameRows]) -> Iterator[Tensor]:
+    """Draw the latents of one batch with buffers of its own: the loop at its simplest.
 
     Yields:
         [F, 4, h, w] fp32, once per UNet call and always the same tensor; at last, it is the result.
     """
-    loop = LoopInputs.upload(table, noise, guidance, networks.device)
-    state = DenoisingState(networks, loop.shape(frames))
-    state.load(loop, text, bank)
-    for _ in range(loop.calls):
+    state = StatePool(networks).take(frames)
+    state.load(frames)
+    for _ in range(frames[0].sampler.calls):
         state.advance()
         yield state.x
 
 
-class Reusable(Generic[Key, Value]):
-    """Values that are expensive to make and may be used again, one user at a time; keeps those that were used last."""
+class StatePool:
+    """Buffers that batches, iterations and stories share, one user at a time.
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._idle: OrderedDict[Key, Value] = OrderedDict()
-
-    def take(self, key: Key, make: Callable[[], Value]) -> Value:
-        """The idle value of this key, or a new one; it is the caller's until it is given back (or never)."""
-        value = self._idle.pop(key, None)
-        return make() if value is None else value
-
-    def give(self, key: Key, value: Value) -> None:
-        self._idle[key] = value
-        self._idle.move_to_end(key)
-        while len(self._idle) > self._limit:
-            self._idle.popitem(last=False)
-
-    def clear(self) -> None:
-        self._idle.clear()
-
-
-class LoopBuffers:
-    """States and reference banks that equal shapes share over micro-batches, iterations and stories."""
+    The large ones, text and references, are one set for all sizes of batches: it grows until it serves what comes. So
+    an address, and what was recorded for it, recurs however stories are mixed.
+    """
 
     def __init__(self, networks: Networks) -> None:
         self._networks = networks
-        self._states: Reusable[LoopShape, DenoisingState] = Reusable(KEPT)
-        self._banks: Reusable[int, ReferenceBank] = Reusable(KEPT)
+        self._idle: list[_Buffers] = []  # last used last
+        self._taken: WeakKeyDictionary[DenoisingState, _Buffers] = WeakKeyDictionary()
 
-    def take_state(self, shape: LoopShape) -> DenoisingState:
-        return self._states.take(shape, lambda: DenoisingState(self._networks, shape))
+    def take(self, frames: Sequence[FrameRows], references: int = 1) -> DenoisingState:
+        """A state for a batch; it is the caller's until it is given back (or never).
 
-    def give_state(self, state: DenoisingState) -> None:
-        self._states.give(state.shape, state)
+        Args:
+            references: that later batches of these stories will have.
+        """
+        buffers, shape = self._buffers(Room.of(self._networks, frames, references)), LoopShape.of(frames)
+        state = buffers.states.get(shape) or DenoisingState(self._networks, shape, buffers.conditioning)
+        buffers.states[shape] = state
+        buffers.states.move_to_end(shape)
+        if len(buffers.states) > STATES_KEPT:
+            buffers.states.popitem(last=False)
+        self._taken[state] = buffers
+        return state
 
-    def take_bank(self, references: int) -> ReferenceBank:
-        """A bank with room for so many references, with any content."""
-        return self._banks.take(references, lambda: ReferenceBank.empty(self._networks, references))
-
-    def give_bank(self, references: int, bank: ReferenceBank) -> None:
-        self._banks.give(references, bank)
+    def give(self, state: DenoisingState) -> None:
+        self._idle.append(self._taken.pop(state))
+        del self._idle[:-BUFFERS_KEPT]
 
     def clear(self) -> None:
         """Let go of the memory of all that nobody uses."""
-        self._states.clear()
-        self._banks.clear()
+        self._idle.clear()
+
+    def _buffers(self, room: Room) -> "_Buffers":
+        for index, found in enumerate(self._idle):
+            joined = found.conditioning.room.joined(room, self._networks.padding_is_free)
+            if joined is not None:
+                del self._idle[index]
+                if joined == found.conditioning.room:
+                    return found
+                del found  # before there is a larger one
+                return _Buffers(Conditioning(self._networks, joined))
+        return _Buffers(Conditioning(self._networks, room))
+
+
+@dataclass(eq=False)
+class _Buffers:
+    """Text and references, and the states that read them, which are small beside them."""
+
+    conditioning: Conditioning
+    states: OrderedDict[LoopShape, DenoisingState] = field(default_factory=OrderedDict)
+
+
+def _distinct(frames: Sequence[FrameRows]) -> tuple[list[TextRow], list[BankRow]]:
+    """The texts and the bank rows of a batch, each once, those of unconditional rows first."""
+    texts = [frame.negative for frame in frames if frame.negative] + [frame.text for frame in frames]
+    bank = [frame.unconditional for frame in frames if frame.unconditional] + [frame.references for frame in frames]
+    return list(dict.fromkeys(texts)), list(dict.fromkeys(bank))
+
+
+def _rounded_up(number: int, most: int | None) -> int:
+    """The next power of two, or `most` where that is less."""
+    power = 1 << (number - 1).bit_length()
+    return power if most is None else max(number, min(power, most))

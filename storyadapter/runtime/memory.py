@@ -30,13 +30,14 @@ from storyadapter.method.plan import FRAMES_AT_MOST, FRAMES_UNMEASURED, RunPlan,
 from storyadapter.model.contract import Range
 from storyadapter.model.networks import Networks, idle_inputs
 from storyadapter.runtime.conditioning import text_bytes
-from storyadapter.runtime.denoising import LoopBuffers
+from storyadapter.runtime.denoising import StatePool
 from storyadapter.runtime.streams import decoding_stream
 
 RESERVE_SHARE: Final = 16
 RESERVE_AT_LEAST: Final = 512 << 20
 _DECODED_TOGETHER: Final = 2  # one frame fills a GPU, and smaller parts come to the host earlier
 _PROBED_FRAMES: Final = 3
+_KNOWN_AT_MOST: Final = 64
 
 
 @dataclass(frozen=True)
@@ -165,10 +166,42 @@ def unet_letters(networks: Networks, plan: RunPlan, frames: int, references: int
     }
 
 
-def release_memory(networks: Networks, buffers: LoopBuffers) -> None:
+class Batchings:
+    """How stories are split on one device: on a GPU by the memory that is free, measured once for each size of story,
+    so that a story that is drawn again is split as before."""
+
+    def __init__(self, networks: Networks, states: StatePool) -> None:
+        self._networks = networks
+        self._states = states
+        self._known: dict[tuple[object, ...], Batching] = {}
+
+    def is_known(self, plan: RunPlan, frames: int) -> bool:
+        """Whether `take` needs no measurement, which nothing else may go on beside."""
+        return self._networks.device.type != "cuda" or self._key(plan, frames) in self._known
+
+    def take(self, plan: RunPlan, frames: int) -> Batching:
+        """How a story of so many frames is split.
+
+        Raises:
+            torch.OutOfMemoryError: a single frame doesn't fit.
+        """
+        key = self._key(plan, frames)
+        if key not in self._known:
+            if self._networks.device.type == "cuda":
+                release_memory(self._networks, self._states)
+            self._known[key] = choose_batching(self._networks, plan, frames)
+            if len(self._known) > _KNOWN_AT_MOST:
+                self._known.pop(next(iter(self._known)))
+        return self._known[key]
+
+    def _key(self, plan: RunPlan, frames: int) -> tuple[object, ...]:
+        return plan.height, plan.width, plan.guided, bool(plan.scales), plan.max_frames, frames
+
+
+def release_memory(networks: Networks, states: StatePool) -> None:
     """Let go of everything that is kept for speed alone, when nothing is on its way."""
     networks.run_step.forget()
-    buffers.clear()
+    states.clear()
     gc.collect()
     if networks.device.type == "cuda":
         torch.cuda.empty_cache()

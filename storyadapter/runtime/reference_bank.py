@@ -1,6 +1,9 @@
 """The reference bank: keys and values of every picture of the iteration before, projected once per iteration."""
 
+from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -8,75 +11,82 @@ from torch import Tensor
 from storyadapter.method import constants
 from storyadapter.model.contract import image_kv_name
 from storyadapter.model.networks import Networks
+from storyadapter.runtime.jobs import References
+from storyadapter.runtime.streams import upload
 
-UNCONDITIONAL_ROW, STORY_ROW = 0, 1
+_ROWS_KEPT: Final = 4  # a lone story needs two; what else is used in turn is projected again, which is cheap
+
+# λ, and the references: None for the unconditional row; no λ: no references
+BankKey = tuple[float | None, str | None]
 
 
 @dataclass(frozen=True, eq=False)
-class ReferenceBank:
-    """The reference inputs of every UNet call of one iteration.
+class BankRow:
+    """What UNet rows attend to besides their text: `kv` by width C, [L, 2, R, C] in the denoiser's dtype, λ folded into
+    the values; an empty `kv` is one token whose key and value are zero, which adds exactly nothing."""
 
-    ref_kv: by width C, [L, G, 2, R, C] in the engine's dtype, λ folded into the values, zeros behind a row's length;
-    ref_length: [G] int32. G is 2: the unconditional row and the story. The tensors stay where they are when a bank is
-    filled again, so that CUDA graphs that read them stay right.
+    kv: dict[int, Tensor]
+
+    @property
+    def length(self) -> int:
+        """Tokens: R, or 1 where there are no references."""
+        return next(iter(self.kv.values())).shape[2] if self.kv else 1
+
+
+NO_REFERENCES: Final = BankRow({})
+
+
+class ReferenceBank:
+    """Projected references, on the device; keeps the rows that were used last.
+
+    The published method repeats the unconditional tokens once per reference; attention over N identical copies equals
+    attention over one, so that row holds only the 4 tokens of one all-zero embedding.
     """
 
-    ref_kv: dict[int, Tensor]
-    ref_length: Tensor
+    def __init__(self, networks: Networks) -> None:
+        self._networks = networks
+        self._kept: OrderedDict[BankKey, BankRow] = OrderedDict()
 
-    @classmethod
-    def empty(cls, networks: Networks, references: int = 1) -> "ReferenceBank":
-        """A bank with room for so many references that holds none; see `clear`."""
-        tokens = constants.TOKENS_PER_IMAGE * references
-        options = {"dtype": networks.dtype("denoiser"), "device": networks.device}
-        return cls(
-            ref_kv={
-                w.channels: torch.zeros(w.layers, 2, 2, tokens, w.channels, **options) for w in networks.geometry.widths
-            },
-            ref_length=torch.ones(2, dtype=torch.int32, device=networks.device),
-        )
+    def take(self, asked: Sequence[tuple[float | None, References | None]]) -> list[BankRow]:
+        """The rows for some λ and references; (λ, None) is the unconditional row, (None, None) the one without any."""
+        rows = [self._row(scale, references) for scale, references in asked]
+        while len(self._kept) > max(_ROWS_KEPT, len(asked)):
+            self._kept.popitem(last=False)
+        return rows
 
-    @classmethod
-    def project(cls, networks: Networks, image_embedding: Tensor, scale: float) -> "ReferenceBank":
-        """A bank of these references; see `fill`."""
-        bank = cls.empty(networks, len(image_embedding))
-        bank.fill(networks, image_embedding, scale)
-        return bank
+    def forget(self) -> None:
+        """Let go of what is kept."""
+        self._kept.clear()
 
-    def clear(self) -> None:
-        """No references: in both rows one token whose key and value are zero, which adds exactly nothing."""
-        for kv in self.ref_kv.values():
-            kv.zero_()
-        self.ref_length.fill_(1)
-
-    def fill(self, networks: Networks, image_embedding: Tensor, scale: float) -> None:
-        """Project all references of an iteration, and the unconditional one, in one call.
-
-        The published method repeats the unconditional tokens once per reference; attention over N identical copies
-        equals attention over one, so that row holds only the 4 tokens of one all-zero embedding. Nothing is copied
-        from the host, so nothing waits for the device.
-
-        Args:
-            image_embedding: [N, width] CLIP embeddings in story order, engine's dtype; R is 4·N.
-            scale: λ.
-        """
-        embeddings = torch.cat((image_embedding, torch.zeros_like(image_embedding[:1])))
-        outputs = networks["reference_projection"](
-            {"image_embedding": embeddings, "scale": torch.full((1,), scale, device=networks.device)}
-        )
-        tokens = constants.TOKENS_PER_IMAGE * len(image_embedding)
-        for channels, kv in self.ref_kv.items():
-            image_kv = outputs[image_kv_name(channels)]
-            kv[:, UNCONDITIONAL_ROW, :, : constants.TOKENS_PER_IMAGE] = image_kv[:, :, tokens:]
-            kv[:, UNCONDITIONAL_ROW, :, constants.TOKENS_PER_IMAGE :] = 0
-            kv[:, STORY_ROW] = image_kv[:, :, :tokens]
-        self.ref_length[UNCONDITIONAL_ROW].fill_(constants.TOKENS_PER_IMAGE)
-        self.ref_length[STORY_ROW].fill_(tokens)
+    def _row(self, scale: float | None, references: References | None) -> BankRow:
+        if scale is None:
+            return NO_REFERENCES
+        key = (scale, references.key if references else None)
+        if key not in self._kept:
+            width = self._networks.geometry.image_embedding_width
+            embeddings = references.embeddings if references else torch.zeros(1, width)
+            self._kept[key] = project(self._networks, embeddings, scale)
+        self._kept.move_to_end(key)
+        return self._kept[key]
 
 
-def bank_rows(frames: int, guided: bool, device: torch.device) -> Tensor:
-    """[B] int32: the bank row of each UNet row, unconditional rows first; made on the device."""
-    rows = torch.full((frames * (1 + guided),), STORY_ROW, dtype=torch.int32, device=device)
-    if guided:
-        rows[:frames].fill_(UNCONDITIONAL_ROW)
-    return rows
+def project(networks: Networks, embeddings: Tensor, scale: float) -> BankRow:
+    """The bank row of some pictures, in one call.
+
+    Args:
+        embeddings: [N, width] CLIP embeddings in order, any float type, on any device; R is 4·N.
+        scale: λ.
+    """
+    inputs = {
+        "image_embedding": upload(embeddings.to(networks.dtype("reference_projection")), networks.device),
+        "scale": torch.full((1,), scale, device=networks.device),
+    }
+    outputs = networks["reference_projection"](inputs)
+    return BankRow(
+        {width.channels: outputs[image_kv_name(width.channels)].clone() for width in networks.geometry.widths}
+    )
+
+
+def reference_tokens(references: int) -> int:
+    """R of so many references."""
+    return constants.TOKENS_PER_IMAGE * references

@@ -1,4 +1,4 @@
-"""The streams of a GPU beside the current one.
+"""The streams of a GPU beside the current one, and the way there.
 
 PyTorch's streams are 32 that are handed out in turn, and what libraries keep per stream (cuBLAS: 32 MiB on a Hopper
 GPU) is never given back. So a process decodes on one stream for all its stories, and CUDA graphs, which keep using the
@@ -25,3 +25,10 @@ def capture_stream() -> torch.cuda.Stream:
 @cache
 def _decoding_stream(index: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(index)
+
+
+def upload(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on `device`; from the host without waiting for the device."""
+    if device.type != "cuda" or values.is_cuda:
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)

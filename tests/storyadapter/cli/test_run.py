@@ -154,8 +154,8 @@ def test_a_run_may_be_resumed_with_another_split(type_in: Type, quick_run: list[
     Path("out/iteration-02/frame-001.png").unlink()
     done = type_in(*quick_run, "--max-frames", "1", "--resume")
     assert done.code == 0
-    assert "warning: out/iteration-02/frame-001.png doesn't open: iteration 2 is made again" in done.err
-    assert "3 iterations (2 finished), 12 UNet rows in micro-batches of 1 + 1 + 1; " in done.err
+    assert "warning: out/iteration-02/frame-001.png isn't the picture that was written: it is drawn again" in done.err
+    assert "3 iterations (2 finished), 4 UNet rows in micro-batches of 1 + 1 + 1; " in done.err
     assert [session["details"]["split"] for session in record()["sessions"]] == [[3], [1, 1, 1]]
 
 

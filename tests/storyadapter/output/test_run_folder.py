@@ -1,14 +1,19 @@
 import json
 import subprocess
 import sys
+import threading
+from hashlib import sha256
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
 from storyadapter.cli.options import typed
 from storyadapter.method.errors import InputError, RunError
-from storyadapter.output.run_folder import RunFolder, stored_identity
+from storyadapter.method.events import FrameFinished
+from storyadapter.output.run_folder import RunFolder
+from storyadapter.output.run_record import stored_identity
 from tests.refusals import raises_typed
 from tests.small_disk import run_on_small_disk
 
@@ -77,13 +82,18 @@ def test_layout(tmp_path: Path) -> None:
         assert sheet.width > 3 * 240
     record = json.loads((out / "story.json").read_text())
     assert record["identity"] == json.loads(json.dumps(IDENTITY))
+    hashes = [
+        [sha256(files(out)[f"iteration-{i:02d}/frame-{f:03d}.png"]).hexdigest() for f in range(3)] for i in range(3)
+    ]
     assert record["progress"] == {
         "status": "finished",
         "frames": 3,
         "scales": [None, 0.3, 0.5],
         "iterations": [
-            {"scale": scale, "seconds": {"denoise": 1.5}, "removed": False, "split": [2, 1]} for scale in SCALES
+            {"scale": scale, "seconds": {"denoise": 1.5}, "removed": False, "split": [2, 1], "sha256": own}
+            for scale, own in zip(SCALES, hashes, strict=True)
         ],
+        "under_way": None,
     }
     assert record["sessions"] == [
         {
@@ -110,7 +120,7 @@ def test_resume_goes_on_after_the_last_finished_iteration(tmp_path: Path) -> Non
     with open_folder(tmp_path, resume=True) as folder:
         assert folder.finished_iterations() == 2
         assert folder.notices == ()
-        assert not (tmp_path / "iteration-02").exists()
+        assert [path.name for path in (tmp_path / "iteration-02").iterdir()] == ["frame-000.png"]
         loaded = folder.load_iteration(1)
         assert [image.tobytes() for image in loaded] == [picture(1, frame).tobytes() for frame in range(FRAMES)]
         assert {image.mode for image in loaded} == {"RGB"}
@@ -145,13 +155,15 @@ def test_a_finished_run_is_repaired_by_resume(tmp_path: Path) -> None:
     assert after == before
 
 
-@pytest.mark.parametrize("damage", ["missing", "cut short", "one bit"])
-def test_an_iteration_with_a_picture_that_does_not_open_is_made_again(tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize("damage", ["missing", "cut short", "one bit", "another picture"])
+def test_a_picture_that_is_not_what_was_written_is_made_again(tmp_path: Path, damage: str) -> None:
     complete(tmp_path)
     path = tmp_path / "iteration-01" / "frame-002.png"
     data = bytearray(path.read_bytes())
     if damage == "missing":
         path.unlink()
+    elif damage == "another picture":
+        picture(2, 2).save(path)
     elif damage == "cut short":
         path.write_bytes(data[:-20])
     else:
@@ -159,9 +171,11 @@ def test_an_iteration_with_a_picture_that_does_not_open_is_made_again(tmp_path: 
         path.write_bytes(data)
     with open_folder(tmp_path, resume=True) as folder:
         assert folder.finished_iterations() == 1
-        assert folder.notices == (f"{path} doesn't open: iteration 1 is made again",)
+        assert folder.notices == (f"{path} isn't the picture that was written: it is drawn again",)
         assert json.loads((tmp_path / "story.json").read_text())["progress"]["status"] == "running"
-        assert not (tmp_path / "iteration-02").exists()
+        assert not path.exists()
+        others = [*(tmp_path / "iteration-01").iterdir(), *(tmp_path / "iteration-02").iterdir()]
+        assert len(others) == 2 + 3  # nothing else is drawn again
 
 
 def test_a_picture_that_is_lost_during_the_run_is_told(tmp_path: Path) -> None:
@@ -304,7 +318,7 @@ def test_stored_identity(tmp_path: Path) -> None:
 def test_misuse(tmp_path: Path) -> None:
     with open_folder(tmp_path) as folder:
         for iteration, frame, image in (
-            (1, 0, picture(0, 0)),
+            (3, 0, picture(0, 0)),
             (0, 3, picture(0, 0)),
             (0, -1, picture(0, 0)),
             (0, 0, picture(0, 0).convert("L")),
@@ -432,3 +446,58 @@ def test_killed_at_any_moment_every_file_opens(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", KILL, tmp_path, "80"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 0, "no kill came while a file was being written, so nothing was tested"
+
+
+class Row:
+    """An embedding, as a tensor is asked for its numbers."""
+
+    def __init__(self, values: list[float]) -> None:
+        self.values = values
+
+    def numpy(self) -> np.ndarray:
+        return np.array(self.values, np.float32)
+
+
+def drawn(iteration: int, frame: int, embedding: list[float] | None = None) -> FrameFinished:
+    key = f"{iteration}{frame}" * 32
+    row = Row(embedding) if embedding else None
+    return FrameFinished(iteration, frame, SCALES[iteration], picture(iteration, frame), key, row)
+
+
+def test_frames_are_found_by_the_keys_of_their_jobs_with_their_embeddings(tmp_path: Path) -> None:
+    with open_folder(tmp_path, text=lambda frame: {"number": str(frame.frame)}) as folder:
+        folder.begin_iteration(0, [2, 1])
+        for frame in range(3):
+            folder.save(drawn(0, frame, [0.1, -2.5, 3e-8 * (frame + 1)])).result()
+        folder.finish_iteration(0, {}, [2, 1])
+        folder.begin_iteration(1, [3])
+        folder.save(drawn(1, 1)).result()
+    with Image.open(tmp_path / "iteration-00" / "frame-002.png") as image:
+        assert image.text.keys() == {"number", "job", "embedding"} and image.text["number"] == "2"
+    with open_folder(tmp_path, resume=True) as folder:
+        assert folder.notices == ()
+        assert (folder.split(0), folder.split(1), folder.split(2)) == ((2, 1), (3,), None)
+        for frame in range(3):
+            found = folder.find(0, frame, f"0{frame}" * 32)
+            assert found and found.embedding.tolist() == np.float32([0.1, -2.5, 3e-8 * (frame + 1)]).tolist()
+            assert found.picture().tobytes() == picture(0, frame).tobytes()
+        found = folder.find(1, 1, "11" * 32)
+        assert found and found.embedding is None
+        assert folder.find(1, 1, "12" * 32) is None  # drawn by another job
+        assert folder.find(1, 0, "10" * 32) is None
+        for frame in (0, 2):
+            folder.save(drawn(1, frame)).result()
+        folder.finish_iteration(1, {"denoise": 1.0}, [3])
+        folder.finish_iteration(0, {}, [1, 1, 1])  # it was finished before
+        record = json.loads((tmp_path / "story.json").read_text())["progress"]["iterations"]
+        assert [iteration["split"] for iteration in record] == [[2, 1], [3]]
+
+
+def test_no_thread_stays_and_what_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    threads = threading.active_count()
+    with open_folder(tmp_path) as folder:
+        (tmp_path / "iteration-00").write_text("in the way")
+        with pytest.raises(RunError, match="iteration-00"):
+            folder.save(drawn(0, 0)).result()
+    assert threading.active_count() == threads
+    assert not list(tmp_path.rglob("*.part"))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from storyadapter.cli.options import typed
 from storyadapter.method.errors import InputError, spelled
-from storyadapter.output.run_record import IterationRecord, RunRecord, Session, first_difference, json_values
+from storyadapter.output.run_record import IterationRecord, RunRecord, Session, UnderWay, first_difference, json_values
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-5, 5) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -22,8 +22,9 @@ RECORD = RunRecord(
     identity={"story": {"title": "Größe"}, "seed": 7},
     frames=2,
     scales=(None, 0.3),
-    iterations=(IterationRecord(None, {"denoise": 1.5}, split=(1, 1)),),
+    iterations=(IterationRecord(None, {"denoise": 1.5}, split=(1, 1), sha256=("ab", "cd")),),
     sessions=(Session(0, {"versions": {"torch": "2.13"}}, {"load": 0.5}),),
+    under_way=UnderWay(1, (2,)),
 )
 
 
@@ -32,13 +33,16 @@ def test_layout() -> None:
     text = RECORD.to_json().decode()
     assert json.loads(text) == {
         "format": "storyadapter-trt run",
-        "schema": 2,
+        "schema": 3,
         "identity": {"story": {"title": "Größe"}, "seed": 7},
         "progress": {
             "status": "running",
             "frames": 2,
             "scales": [None, 0.3],
-            "iterations": [{"scale": None, "seconds": {"denoise": 1.5}, "removed": False, "split": [1, 1]}],
+            "iterations": [
+                {"scale": None, "seconds": {"denoise": 1.5}, "removed": False, "split": [1, 1], "sha256": ["ab", "cd"]}
+            ],
+            "under_way": {"iteration": 1, "split": [2]},
         },
         "sessions": [
             {"first_iteration": 0, "details": {"versions": {"torch": "2.13"}}, "seconds": {"load": 0.5}},
@@ -49,7 +53,7 @@ def test_layout() -> None:
 
 @given(IDENTITIES, st.booleans())
 def test_reads_back(tmp_path_factory: pytest.TempPathFactory, identity: dict, finished: bool) -> None:
-    record = RunRecord(identity, 3, (None, 0.5), RECORD.iterations, RECORD.sessions, finished)
+    record = RunRecord(identity, 3, (None, 0.5), RECORD.iterations, RECORD.sessions, finished, RECORD.under_way)
     path = tmp_path_factory.getbasetemp() / "record.json"
     path.write_bytes(record.to_json())
     assert RunRecord.read(path) == record
@@ -64,8 +68,8 @@ def test_reads_back(tmp_path_factory: pytest.TempPathFactory, identity: dict, fi
         (b"[" * 100_000, "is no valid JSON"),
         (b'{"name": "my story"}', "is something else, expected the record of a storyadapter-trt run"),
         (b"[]", "is something else, expected the record of a storyadapter-trt run"),
-        (b'{"format": "storyadapter-trt run", "schema": 1}', "has schema 1, expected 2"),
-        (b'{"format": "storyadapter-trt run", "schema": 2}', "is damaged (KeyError('progress'))"),
+        (b'{"format": "storyadapter-trt run", "schema": 2}', "has schema 2, expected 3"),
+        (b'{"format": "storyadapter-trt run", "schema": 3}', "is damaged (KeyError('progress'))"),
         (RECORD.to_json().replace(b'"removed"', b'"gone"'), "is damaged (TypeError("),
     ],
 )

@@ -1,19 +1,17 @@
-"""Text conditioning: one projection per micro-batch, bound to rows without copies per row."""
-
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
+"""Text conditioning: each text once, in groups that follow from its story alone."""
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from storyadapter.checkpoint import Checkpoint
 from storyadapter.engine import open_networks
+from storyadapter.model.contract import text_kv_name
 from storyadapter.model.networks import Networks
-from storyadapter.runtime.conditioning import StoryText, Tokenizers, text_bytes
+from storyadapter.runtime.conditioning import TextCache, Tokenizers, text_bytes
+from storyadapter.runtime.jobs import TextGroup
+from tests.storyadapter.runtime.replaced import counting
 
 PROMPTS = ("a fox", "an owl in the snow", "a bear")
 
@@ -23,60 +21,61 @@ def model(checkpoint: Checkpoint) -> tuple[Networks, Tokenizers]:
     return open_networks(checkpoint), Tokenizers(*checkpoint.load_tokenizers())
 
 
-def encode(model: tuple[Networks, Tokenizers], negative: str | None, **options: Any) -> StoryText:
-    return StoryText(*model, PROMPTS, negative_prompt=negative, **{"height": 64, "width": 96, **options})
+def encode(model: tuple[Networks, Tokenizers], texts: tuple[str, ...], height: int = 64, width: int = 96) -> list:
+    group = TextGroup(texts, height, width)
+    return TextCache(*model).take([(group, index) for index in range(len(texts))], keep=0)
 
 
-def test_rows_of_a_micro_batch_read_their_prompts(model: tuple[Networks, Tokenizers]) -> None:
-    text = encode(model, "bad")
-    whole, bound = text.bind(range(3)), text.bind(range(1, 3))
-    assert bound.text_row.tolist() == [0, 0, 1, 2]
-    for channels, kv in whole.text_kv.items():
-        torch.testing.assert_close(bound.text_kv[channels], kv[:, [0, 2, 3]])
-        assert bound.text_kv[channels].is_contiguous()
-        assert not torch.equal(kv[:, 1], kv[:, 2])
-    torch.testing.assert_close(bound.added_embedding, whole.added_embedding[[0, 0, 4, 5]])
+def test_each_text_has_a_row_of_its_own(model: tuple[Networks, Tokenizers]) -> None:
+    rows = encode(model, PROMPTS)
+    for prompt, row in zip(PROMPTS, rows, strict=True):
+        (alone,) = encode(model, (prompt,))
+        assert row.kv.keys() == {width.channels for width in model[0].geometry.widths}
+        for channels, kv in row.kv.items():
+            torch.testing.assert_close(kv, alone.kv[channels])
+        torch.testing.assert_close(row.added_embedding, alone.added_embedding)
+    assert not torch.equal(rows[0].added_embedding, rows[1].added_embedding)
 
 
-def test_without_guidance_there_is_no_unconditional_row(model: tuple[Networks, Tokenizers]) -> None:
-    guided, bound = encode(model, "bad").bind(range(2)), encode(model, None).bind(range(2))
-    assert bound.text_row.tolist() == [0, 1]
-    for channels, kv in guided.text_kv.items():
-        torch.testing.assert_close(bound.text_kv[channels], kv[:, 1:])
-    torch.testing.assert_close(bound.added_embedding, guided.added_embedding[2:])
+def test_a_row_is_what_the_networks_give(model: tuple[Networks, Tokenizers]) -> None:
+    networks, tokenizers = model
+    ids, ids_2 = tokenizers.input_ids(PROMPTS)
+    inputs = networks["text_encoder"]({"input_ids": ids}) | networks["text_encoder_2"]({"input_ids": ids_2})
+    inputs["sizes"] = torch.tensor([[64.0, 96.0, 0.0, 0.0, 64.0, 96.0]] * 3)
+    outputs = networks["text_projection"](inputs)
+    for index, row in enumerate(encode(model, PROMPTS)):
+        assert torch.equal(row.added_embedding, outputs["added_embedding"][index])
+        for channels, kv in row.kv.items():
+            assert torch.equal(kv, outputs[text_kv_name(channels)][:, index])
 
 
-def test_text_that_is_not_kept_is_computed_again_and_the_same(model: tuple[Networks, Tokenizers]) -> None:
-    calls: list[int] = []
-
-    class Counting:
-        spec = model[0]["text_projection"].spec
-
-        def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            calls.append(len(inputs["sizes"]))
-            return model[0]["text_projection"](inputs)
-
-    counted = (replace(model[0], by_name={**model[0].by_name, "text_projection": Counting()}), model[1])
-    kept, computed = encode(counted, "bad"), encode(counted, "bad", keep=False)
-    for _ in range(2):
-        for frames in (range(2), range(2, 3)):
-            one, other = kept.bind(frames), computed.bind(frames)
-            assert torch.equal(one.added_embedding, other.added_embedding)
-            for channels, kv in one.text_kv.items():
-                assert torch.equal(other.text_kv[channels], kv)
-    assert calls == [3, 3, 2, 2, 3, 2]
+def test_texts_are_kept_as_long_as_there_is_room_for_them(model: tuple[Networks, Tokenizers]) -> None:
+    networks, counts = counting(model[0], "text_projection")
+    cache = TextCache(networks, model[1])
+    first, second = (TextGroup(texts, 64, 64) for texts in (PROMPTS[:2], PROMPTS[2:]))
+    for place in ((first, 0), (second, 0), (first, 1)):
+        cache.take([place], keep=3)
+    assert counts["text_projection rows"] == 3
+    kept = cache.take([(second, 0)], keep=1)  # the other one goes
+    computed = cache.take([(first, 0)], keep=2)
+    assert counts["text_projection rows"] == 3 + 2
+    assert torch.equal(cache.take([(first, 0)], keep=2)[0].added_embedding, computed[0].added_embedding)
+    cache.forget()
+    again = cache.take([(second, 0)], keep=2)
+    assert counts["text_projection rows"] == 3 + 2 + 1
+    assert torch.equal(kept[0].added_embedding, again[0].added_embedding)
 
 
 def test_sizes_matter_for_the_embedding_alone(model: tuple[Networks, Tokenizers]) -> None:
-    text, other = encode(model, "bad").bind(range(3)), encode(model, "bad", height=96, width=64).bind(range(3))
-    assert not torch.equal(text.added_embedding, other.added_embedding)
-    for channels, kv in text.text_kv.items():
-        assert torch.equal(other.text_kv[channels], kv)
+    row, other = encode(model, ("a fox",))[0], encode(model, ("a fox",), height=96, width=64)[0]
+    assert not torch.equal(row.added_embedding, other.added_embedding)
+    for channels, kv in row.kv.items():
+        assert torch.equal(other.kv[channels], kv)
 
 
 def test_the_size_of_the_keys_and_values(model: tuple[Networks, Tokenizers]) -> None:
-    bound = encode(model, "bad").bind(range(3))
-    assert text_bytes(model[0].geometry, torch.float32, 4) == sum(kv.nbytes for kv in bound.text_kv.values())
+    rows = encode(model, PROMPTS)
+    assert text_bytes(model[0].geometry, torch.float32, 3) == sum(kv.nbytes for row in rows for kv in row.kv.values())
 
 
 @given(st.lists(st.text("abc", min_size=1, max_size=6), min_size=1, max_size=90))

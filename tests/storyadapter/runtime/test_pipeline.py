@@ -2,8 +2,6 @@
 
 import inspect
 import re
-from collections import Counter
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,20 +17,19 @@ from diffusers import (
 )
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from storyadapter import Checkpoint, RunPlan, Story, StoryPipeline
 from storyadapter.engine import open_networks
 from storyadapter.method import constants
 from storyadapter.method.errors import InputError, RunError
 from storyadapter.method.events import FrameFinished, IterationFinished, PromptTruncated, RunStarted
-from storyadapter.model.contract import NetworkSpec, Range, ShapeRanges
-from storyadapter.model.networks import Network, Networks
+from storyadapter.model.contract import Range, ShapeRanges
 from storyadapter.runtime.pipeline import FinishedIteration
 from tests.oracle.comparison import errors_of_frames
 from tests.oracle.diffusers_ip_adapter import diffusers_story
 from tests.oracle.published_method import MISTAKES, published_story
 from tests.refusals import raises_typed
+from tests.storyadapter.runtime.replaced import counting
 
 ALLOWED = 0.5  # of 255, mean over a frame: what the design demands
 TIGHT = 0.05  # what two fp32 implementations give, so that a wrong reference is seen
@@ -108,38 +105,15 @@ def test_a_mistake_in_the_method_misses_by_a_wide_margin(
         assert np.mean(errors_of_frames(ours[iteration], wrong[iteration])) > 10 * ALLOWED
 
 
-class CountingNetwork:
-    """Passes a call on to a network, and counts the calls and the rows of one input."""
-
-    def __init__(self, network: Network, counts: Counter, counted: str) -> None:
-        self.network, self.counts, self.counted = network, counts, counted
-        self.spec: NetworkSpec = network.spec
-
-    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        self.counts[self.spec.name] += 1
-        self.counts[f"{self.spec.name} rows"] += len(inputs[self.counted])
-        return self.network(inputs)
-
-
-def counting(networks: Networks) -> tuple[Networks, Counter]:
-    counts: Counter = Counter()
-    counted = {
-        "text_encoder": "input_ids",
-        "text_projection": "pooled_text",
-        "image_encoder": "pixels",
-        "reference_projection": "image_embedding",
-        "denoiser": "latents",
-        "vae_decoder": "latents",
-    }
-    wrapped = {name: CountingNetwork(networks[name], counts, value) for name, value in counted.items()}
-    return replace(networks, by_name={**networks.by_name, **wrapped}), counts
+COUNTED = ("text_encoder", "text_projection", "image_encoder", "reference_projection", "denoiser", "vae_decoder")
 
 
 @pytest.mark.parametrize(("guidance", "prompts", "rows"), [(5.0, 4, 6), (1.0, 3, 3)])
 def test_nothing_is_computed_twice(pipeline: StoryPipeline, guidance: float, prompts: int, rows: int) -> None:
-    networks, counts = counting(pipeline.networks)
+    networks, counts = counting(pipeline.networks, *COUNTED)
     pipeline = StoryPipeline(networks, (pipeline.tokenizers.first, pipeline.tokenizers.second))
     draw(pipeline, replace(PLAN, guidance=guidance))
+    guided = guidance > 1
     assert counts == {
         "text_encoder": 1,
         "text_encoder rows": prompts,  # one per frame, and the negative prompt once
@@ -147,8 +121,8 @@ def test_nothing_is_computed_twice(pipeline: StoryPipeline, guidance: float, pro
         "text_projection rows": prompts,
         "image_encoder": 2,
         "image_encoder rows": 2 * 3,  # N per iteration with references
-        "reference_projection": 2,  # once per iteration
-        "reference_projection rows": 2 * (3 + 1),  # and the unconditional reference
+        "reference_projection": 2 * (1 + guided),  # once per iteration, of the story and of the unconditional row
+        "reference_projection rows": 2 * (3 + guided),
         "denoiser": 3 * 4,
         "denoiser rows": 3 * 4 * rows,
         "vae_decoder": 3,
@@ -166,7 +140,7 @@ def test_batching_does_not_change_pictures(pipeline: StoryPipeline) -> None:
 
 
 def test_seven_frames_by_four_are_four_and_three(pipeline: StoryPipeline) -> None:
-    networks, counts = counting(pipeline.networks)
+    networks, counts = counting(pipeline.networks, *COUNTED)
     counted = StoryPipeline(networks, (pipeline.tokenizers.first, pipeline.tokenizers.second))
     plan = replace(PLAN, steps=1, scales=(), max_frames=4)
     (started, *_) = [e for e in counted.run(Story(("a fox",) * 7), plan) if isinstance(e, RunStarted)]

@@ -1,8 +1,8 @@
-"""How a run puts its micro-batches on their way: beside each other, and where the memory doesn't suffice."""
+"""How a worker puts batches on their way: beside each other, and where the memory doesn't suffice."""
 
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,8 +12,9 @@ from torch import Tensor
 from storyadapter import Checkpoint, RunPlan, Story, StoryPipeline
 from storyadapter.engine import open_networks
 from storyadapter.method.events import Event, FrameFinished, IterationFinished, MicroBatchHalved, StepFinished
-from storyadapter.model.networks import Network, Networks
+from storyadapter.model.networks import Networks
 from storyadapter.runtime.pipeline import FinishedIteration
+from tests.storyadapter.runtime.replaced import ShortOfMemory, SmallMemory, with_networks
 
 STORY = Story(tuple(f"a fox and {number} owls" for number in range(7)), style="none")
 PLAN = RunPlan(height=64, width=64, seed=3, steps=2, scales=(0.3, 0.5), max_frames=3)
@@ -22,10 +23,6 @@ PLAN = RunPlan(height=64, width=64, seed=3, steps=2, scales=(0.3, 0.5), max_fram
 @pytest.fixture(scope="module")
 def pipeline(checkpoint: Checkpoint) -> StoryPipeline:
     return StoryPipeline(open_networks(checkpoint), checkpoint.load_tokenizers())
-
-
-def with_network(networks: Networks, name: str, network: Network) -> Networks:
-    return replace(networks, by_name={**networks.by_name, name: network})
 
 
 def other(pipeline: StoryPipeline, networks: Networks, overlapped: bool = False) -> StoryPipeline:
@@ -92,29 +89,10 @@ def test_room_for_later_references_changes_nothing(pipeline: StoryPipeline, expe
     assert difference(run(roomy), expected) <= 1
 
 
-@dataclass
-class SmallMemory:
-    """A network on a device whose memory suffices for so many rows at once."""
-
-    network: Network
-    rows: int
-    asked: list[int] = field(default_factory=list)
-
-    @property
-    def spec(self):
-        return self.network.spec
-
-    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        self.asked.append(len(inputs["latents"]))
-        if self.asked[-1] > self.rows:
-            raise torch.OutOfMemoryError(f"{self.asked[-1]} rows")
-        return self.network(inputs)
-
-
 @pytest.mark.parametrize("overlapped", [False, True])
 def test_a_micro_batch_that_does_not_fit_is_halved(pipeline: StoryPipeline, overlapped: bool) -> None:
     small = SmallMemory(pipeline.networks["denoiser"], rows=2 * 2)
-    networks = with_network(pipeline.networks, "denoiser", small)
+    networks = with_networks(pipeline.networks, denoiser=small)
     events = run(other(pipeline, networks, overlapped), replace(PLAN, max_frames=7))
     halvings = [event for event in events if isinstance(event, MicroBatchHalved)]
     assert halvings == [MicroBatchHalved(0, range(7), 4), MicroBatchHalved(0, range(4), 2)]
@@ -135,7 +113,7 @@ def test_a_story_that_runs_out_in_its_middle_goes_on(pipeline: StoryPipeline, ex
             self.rows = 6 if len(self.asked) < 3 else 2
             return super().__call__(inputs)
 
-    networks = with_network(pipeline.networks, "denoiser", Shrinking(pipeline.networks["denoiser"], 6))
+    networks = with_networks(pipeline.networks, denoiser=Shrinking(pipeline.networks["denoiser"], 6))
     events = run(other(pipeline, networks))
     drawn = [[len(batch) for batch in e.batches] for e in events if isinstance(e, IterationFinished)]
     assert drawn == [[3, 1, 1, 1, 1], [1] * 7, [1] * 7]
@@ -146,7 +124,7 @@ def test_a_story_that_runs_out_in_its_middle_goes_on(pipeline: StoryPipeline, ex
 @pytest.mark.parametrize("overlapped", [False, True])
 def test_frames_are_decoded_in_parts_that_fit(pipeline: StoryPipeline, expected: list[Event], overlapped: bool) -> None:
     small = SmallMemory(pipeline.networks["vae_decoder"], rows=1)
-    events = run(other(pipeline, with_network(pipeline.networks, "vae_decoder", small), overlapped))
+    events = run(other(pipeline, with_networks(pipeline.networks, vae_decoder=small), overlapped))
     assert small.asked == [3, 2] + [1] * 21
     assert not [event for event in events if isinstance(event, MicroBatchHalved)]
     assert difference(events, expected) <= 1
@@ -172,9 +150,8 @@ def test_a_frame_that_cannot_be_decoded_beside_other_work_is_decoded_alone(
             self.forgotten += 1
 
     runner = Forgetful()
-    networks = with_network(
-        replace(pipeline.networks, run_step=runner), "vae_decoder", Crowded(pipeline.networks["vae_decoder"], 0)
-    )
+    crowded = Crowded(pipeline.networks["vae_decoder"], 0)
+    networks = with_networks(replace(pipeline.networks, run_step=runner), vae_decoder=crowded)
     events = run(other(pipeline, networks))
     assert [e for e in events if isinstance(e, MicroBatchHalved)] == [MicroBatchHalved(0, range(3), 2)]
     assert runner.forgotten == 2
@@ -194,28 +171,10 @@ def test_frames_that_cannot_be_decoded_alone_are_an_error_and_no_frame_is_told_t
     gone = Gone(pipeline.networks["vae_decoder"], 0)
     told = []
     with pytest.raises(torch.OutOfMemoryError, match="a single frame can't be decoded"):
-        for event in other(pipeline, with_network(pipeline.networks, "vae_decoder", gone)).run(STORY, PLAN):
+        for event in other(pipeline, with_networks(pipeline.networks, vae_decoder=gone)).run(STORY, PLAN):
             if isinstance(event, FrameFinished):
                 told.append((event.iteration, event.frame))
     assert gone.asked == [3, 2, 1, 1, 1] and told == [(0, 0)]
-
-
-@dataclass
-class ShortOfMemory:
-    """A network for which the memory doesn't suffice in its first `times` calls."""
-
-    network: Network
-    times: int
-
-    @property
-    def spec(self):
-        return self.network.spec
-
-    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if self.times:
-            self.times -= 1
-            raise torch.OutOfMemoryError(f"{self.spec.name}")
-        return self.network(inputs)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +191,7 @@ def test_references_that_do_not_fit_at_first_are_made_again(
     pipeline: StoryPipeline, expected: list[Event], network: str, times: int, overlapped: bool
 ) -> None:
     short = ShortOfMemory(pipeline.networks[network], times)
-    events = run(other(pipeline, with_network(pipeline.networks, network, short), overlapped))
+    events = run(other(pipeline, with_networks(pipeline.networks, **{network: short}), overlapped))
     assert short.times == 0
     told = [(event.iteration, event.frame) for event in events if isinstance(event, FrameFinished)]
     assert sorted(told) == told and len(set(told)) == len(told)
@@ -243,7 +202,7 @@ def test_references_that_do_not_fit_at_first_are_made_again(
 def test_a_frame_that_does_not_fit_alone_is_an_error(pipeline: StoryPipeline, network: str) -> None:
     small = SmallMemory(pipeline.networks[network], rows=0)
     with pytest.raises(torch.OutOfMemoryError):
-        run(other(pipeline, with_network(pipeline.networks, network, small)))
+        run(other(pipeline, with_networks(pipeline.networks, **{network: small})))
     assert small.asked[-2:] == ([2, 2] if network == "denoiser" else [1, 1])
 
 
@@ -257,6 +216,6 @@ def test_a_frame_that_fits_alone_once_memory_is_given_back_is_drawn(pipeline: St
 
     full = Full(pipeline.networks["denoiser"], 0)
     plan = replace(PLAN, max_frames=1)
-    events = run(other(pipeline, with_network(pipeline.networks, "denoiser", full)), plan)
+    events = run(other(pipeline, with_networks(pipeline.networks, denoiser=full)), plan)
     assert not [event for event in events if isinstance(event, MicroBatchHalved)]
     assert frames(events) == frames(run(other(pipeline, pipeline.networks), plan))

@@ -1,0 +1,79 @@
+"""Frames as PNG files that say which job drew them, and hold their own embedding."""
+
+import base64
+import binascii
+from collections.abc import Mapping
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Final
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from storyadapter.method.errors import Field, RunError
+from storyadapter.method.events import FrameFinished
+
+JOB_TEXT: Final = "job"  # keywords of PNG text chunks
+EMBEDDING_TEXT: Final = "embedding"
+
+
+def encode_png(image: Image.Image, text: Mapping[str, str]) -> bytes:
+    """A PNG file with text chunks: keyword (at most 79 Latin-1 letters) -> text."""
+    info = PngInfo()
+    for keyword, value in text.items():
+        info.add_text(keyword, value)
+    file = BytesIO()
+    # Level 1: the levels above take longer and save little on photographs.
+    image.save(file, "PNG", compress_level=1, pnginfo=info)
+    return file.getvalue()
+
+
+def job_text(frame: FrameFinished) -> dict[str, str]:
+    """What a frame's file says of its job: the key and, where a later iteration reads it, the embedding (fp32, little
+    endian, base64)."""
+    text = {JOB_TEXT: frame.key} if frame.key else {}
+    if frame.embedding is not None:
+        text[EMBEDDING_TEXT] = base64.b64encode(frame.embedding.numpy().astype("<f4").tobytes()).decode()
+    return text
+
+
+def read_job(path: Path) -> tuple[str, Any] | None:
+    """The key and the embedding, a tensor [width] fp32 or None, that a frame's file says; None if it isn't whole."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            text = dict(image.info)  # of chunks before the pixels; `text` would read these, and `verify` couldn't then
+            image.verify()
+        embedding = base64.b64decode(text[EMBEDDING_TEXT], validate=True) if EMBEDDING_TEXT in text else b""
+    except (OSError, SyntaxError, ValueError, binascii.Error):
+        return None
+    if JOB_TEXT not in text or len(embedding) % 4:
+        return None
+    if not embedding:
+        return text[JOB_TEXT], None
+    import torch
+
+    return text[JOB_TEXT], torch.frombuffer(bytearray(embedding), dtype=torch.float32)
+
+
+def read_picture(path: Path) -> Image.Image:
+    """A picture as RGB.
+
+    Raises:
+        RunError: it doesn't open any more.
+    """
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError) as error:
+        advice = ("type the command again with ", Field("resume"))
+        raise RunError(f"{path} doesn't open any more ({error})", advice=advice) from error
+
+
+def opens(path: Path) -> bool:
+    """Whether a picture is there and whole: the checksum of every part of it is right."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            image.verify()
+    except (OSError, SyntaxError, ValueError):
+        return False
+    return True

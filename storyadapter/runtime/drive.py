@@ -1,0 +1,30 @@
+"""The one loop: from the scheduler to a worker, and back to the stories."""
+
+from storyadapter.runtime.scheduler import Scheduler
+from storyadapter.runtime.worker import Worker
+
+
+def turn(scheduler: Scheduler, worker: Worker, *, feed: bool = True) -> bool:
+    """Give the worker what it is free for, let it go on, and tell the stories what it has finished; doesn't wait.
+
+    Args:
+        feed: whether it may begin with more.
+
+    Returns:
+        Whether something was told or begun; if not, wait a little.
+    """
+    busy = False
+    if feed and worker.is_free:
+        for source in scheduler.sources:
+            if source.error is None and (pictures := source.to_embed):
+                try:
+                    source.take_embeddings(worker.embed(pictures, source.embedding_groups))
+                except RuntimeError as error:
+                    source.fail(error)
+        if (batch := scheduler.next_batch(worker)) is not None:
+            worker.start(batch)
+            busy = True
+    for report in worker.advance():
+        scheduler.take(report, worker)
+        busy = True
+    return busy

@@ -1,0 +1,205 @@
+"""Many stories at once on the device of this process: submit, listen, cancel."""
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import CancelledError
+from types import TracebackType
+from typing import Self
+
+from storyadapter.method.events import Event
+from storyadapter.method.plan import RunPlan
+from storyadapter.method.story import Story
+from storyadapter.runtime.decoding import POLL_SECONDS
+from storyadapter.runtime.drive import turn
+from storyadapter.runtime.frame_store import FrameStore
+from storyadapter.runtime.pipeline import StoryPipeline, check_request
+from storyadapter.runtime.scheduler import Scheduler
+from storyadapter.runtime.story_source import StorySource
+
+
+class SubmittedStory:
+    """A story that was given to an executor. Its events are told once, to whoever asks first, from any thread.
+
+    Iterate over it, with `for` or `async for`: it ends when the story is drawn, and raises what stopped it otherwise,
+    `concurrent.futures.CancelledError` if that was `cancel`.
+    """
+
+    def __init__(self, begin: Callable[[], StorySource], is_measured: Callable[[], bool]) -> None:
+        self._begin = begin
+        self._is_measured = is_measured
+        self._told: deque[Event] = deque()
+        self._end: BaseException | None = None
+        self._has_ended = False
+        self._is_cancelled = False
+        self._changed = threading.Condition()
+        self._listeners: set[Callable[[], None]] = set()
+
+    def cancel(self) -> None:
+        """Draw no more of it. It ends at once; what is told already can still be read."""
+        self._is_cancelled = True
+        self._finish(CancelledError())
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it is drawn, failed or cancelled."""
+        return self._has_ended
+
+    def __iter__(self) -> Iterator[Event]:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._told or self._has_ended)
+                if not self._told:
+                    break
+                event = self._told.popleft()
+            yield event
+        if self._end is not None:
+            raise self._end
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        """The same without keeping the event loop."""
+        loop, changed = asyncio.get_running_loop(), asyncio.Event()
+
+        def wake() -> None:
+            loop.call_soon_threadsafe(changed.set)
+
+        with self._changed:
+            self._listeners.add(wake)
+        try:
+            while True:
+                changed.clear()
+                with self._changed:
+                    event = self._told.popleft() if self._told else None
+                    ended = self._has_ended
+                if event is not None:
+                    yield event
+                elif ended:
+                    break
+                else:
+                    await changed.wait()
+        finally:
+            with self._changed:
+                self._listeners.discard(wake)
+        if self._end is not None:
+            raise self._end
+
+    def _tell(self, events: list[Event]) -> None:
+        with self._changed:
+            if not self._has_ended:
+                self._told.extend(events)
+            self._wake()
+
+    def _finish(self, end: BaseException | None) -> None:
+        with self._changed:
+            if not self._has_ended:
+                self._has_ended, self._end = True, end
+            self._wake()
+
+    def _wake(self) -> None:
+        self._changed.notify_all()
+        for listener in self._listeners:
+            listener()
+
+
+class LocalExecutor:
+    """Draws any number of stories on one device, their frames together where they may be; use it in a `with` statement.
+
+    All its methods may be called from any thread. A story that fails, or is cancelled, doesn't disturb the others.
+
+    Args:
+        pipeline: the networks and buffers; nobody else may run it as long as the executor is open.
+    """
+
+    def __init__(self, pipeline: StoryPipeline) -> None:
+        self._pipeline = pipeline
+        self._arrived: deque[SubmittedStory] = deque()
+        self._is_closing = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._work, name="stories", daemon=True)
+        self._thread.start()
+
+    def submit(
+        self, story: Story, plan: RunPlan, *, style: str | None = None, store: FrameStore | None = None
+    ) -> SubmittedStory:
+        """Give it a story; returns at once. Arguments as of `StoryPipeline.run`; `store` is called from its thread.
+
+        Raises:
+            InputError: the engine can't serve the plan.
+            RuntimeError: the executor is closed.
+        """
+        pipeline, frames = self._pipeline, len(story.prompts)
+        check_request(pipeline.networks, story, plan)
+        story.final_prompts(style)
+        submitted = SubmittedStory(
+            lambda: pipeline.source(story, plan, style, store=store), lambda: pipeline.knows_batching(plan, frames)
+        )
+        with self._changed:
+            if self._is_closing:
+                raise RuntimeError("the executor is closed")
+            self._arrived.append(submitted)
+            self._changed.notify_all()
+        return submitted
+
+    def close(self, *, wait: bool = False) -> None:
+        """Take no more stories, and cancel those that aren't drawn; with `wait`, draw them first."""
+        with self._changed:
+            self._is_closing = True
+            self._cancels_rest = not wait
+            self._changed.notify_all()
+        self._thread.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(wait=error is None)
+
+    def _work(self) -> None:
+        scheduler, worker = Scheduler(), self._pipeline.worker()
+        drawn: dict[StorySource, SubmittedStory] = {}
+        end: BaseException = CancelledError()
+        try:
+            while True:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._arrived or drawn or self._is_closing)
+                    if self._is_closing and (self._cancels_rest or not (self._arrived or drawn)):
+                        return
+                    # what has to be measured waits until nothing is on its way, and nothing more is begun before it
+                    measured = not self._arrived or self._arrived[0]._is_measured()
+                    arrived = self._arrived.popleft() if self._arrived and (measured or worker.is_idle) else None
+                if arrived is not None and not arrived.has_ended:
+                    self._admit(arrived, scheduler, drawn)
+                happened = turn(scheduler, worker, feed=measured)
+                for source, story in list(drawn.items()):
+                    try:
+                        story._tell(list(source.events()))
+                    except Exception as error:  # a frame that can't be kept is this story's alone
+                        source.fail(error)
+                    if source.is_finished or story._is_cancelled:
+                        del drawn[source]
+                        scheduler.remove(source)
+                        worker.cancel(source)
+                        story._finish(source.error)
+                if not happened:
+                    time.sleep(POLL_SECONDS)
+        except BaseException as error:
+            end = error  # the device itself failed: nobody's story goes on
+        finally:
+            worker.close()
+            with self._changed:
+                self._is_closing = True
+                for story in (*drawn.values(), *self._arrived):
+                    story._finish(end)
+
+    def _admit(self, arrived: SubmittedStory, scheduler: Scheduler, drawn: dict[StorySource, SubmittedStory]) -> None:
+        try:
+            source = arrived._begin()
+        except Exception as error:  # such as lack of memory for a single frame, or a store that can't be read
+            arrived._finish(error)
+            return
+        drawn[source] = arrived
+        scheduler.add(source)

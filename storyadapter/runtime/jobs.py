@@ -1,0 +1,133 @@
+"""The unit of work: one frame of one iteration of one story, with everything that decides its pixels."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Final
+
+from torch import Tensor
+
+from storyadapter.method.plan import SamplerSettings
+from storyadapter.model.numerics import Numerics
+
+KEY_FORMAT: Final = 1  # raised when equal jobs begin to mean other pixels
+
+
+@dataclass(frozen=True)
+class FrameJob:
+    """Everything that decides a frame's pixels, and nothing else.
+
+    Attributes:
+        model: key of the weights, LoRAs with their scales, VAE and tokenizers.
+        numerics: the arithmetic of every network.
+        height, width: pixels.
+        prompt: final, as the text encoders get it.
+        negative_prompt, guidance: of the unconditional row; None without guidance.
+        sampler: its settings, from which its table follows.
+        seed: of the initial noise, and of that of the steps.
+        scale: λ; None without references.
+        references: keys of what it attends to, in order: of other jobs, or hashes of a user's pictures.
+    """
+
+    model: str
+    numerics: Numerics
+    height: int
+    width: int
+    prompt: str
+    negative_prompt: str | None
+    guidance: float | None
+    sampler: SamplerSettings
+    seed: int
+    scale: float | None = None
+    references: tuple[str, ...] = ()
+
+    @cached_property
+    def key(self) -> str:
+        """SHA-256 of all of it, in 64 hexadecimal digits: equal jobs make equal pictures."""
+        return digest([KEY_FORMAT, asdict(self)])
+
+    @cached_property
+    def batch_key(self) -> "BatchKey":
+        return BatchKey(self.model, self.numerics, self.height, self.width, self.sampler, self.guidance is not None)
+
+    @property
+    def cost(self) -> int:
+        """What it takes, for a fair share: pixels of all its UNet rows."""
+        return self.height * self.width * self.sampler.steps * (1 if self.guidance is None else 2)
+
+
+@dataclass(frozen=True)
+class BatchKey:
+    """What all frames of one batch have in common; everything else may differ from row to row."""
+
+    model: str
+    numerics: Numerics
+    height: int
+    width: int
+    sampler: SamplerSettings
+    guided: bool
+
+
+@dataclass(frozen=True, eq=False)
+class References:
+    """What the frames of one iteration attend to: `embeddings` [N, width] fp32 on the CPU, in the order of `keys`."""
+
+    keys: tuple[str, ...]
+    embeddings: Tensor
+
+    @cached_property
+    def key(self) -> str:
+        return digest(self.keys)
+
+
+@dataclass(frozen=True)
+class TextGroup:
+    """Texts that are encoded in one call, for frames of one size. A story's groups follow from the story alone, so that
+    a text's encoding doesn't depend on what else is drawn."""
+
+    texts: tuple[str, ...]
+    height: int
+    width: int
+
+    @classmethod
+    def split(cls, texts: Sequence[str], size: int, height: int, width: int) -> list["TextGroup"]:
+        """Groups of at most so many texts, in order."""
+        parts = (tuple(texts[start : start + size]) for start in range(0, len(texts), size))
+        return [cls(part, height, width) for part in parts]
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A job on its way through the runtime, with what isn't keyed.
+
+    Attributes:
+        owner: to whom its frame is told; the worker doesn't look at it.
+        iteration, frame: its place in the story, for messages.
+        texts: group and index in it of the prompt and, with guidance, of the negative prompt.
+        references: None without any.
+        embed: whether the frame's own embedding is wanted, as a reference of the next iteration.
+        room: references that later frames of this story will have, so that all of them have one shape.
+        alone: whether it comes again, because it found no room even by itself.
+    """
+
+    owner: object
+    job: FrameJob
+    iteration: int
+    frame: int
+    texts: tuple[tuple[TextGroup, int], ...]
+    references: References | None = None
+    embed: bool = False
+    room: int = 1
+    alone: bool = False
+
+    def again(self, *, alone: bool) -> "Task":
+        """The same once more, for which there was no memory."""
+        return replace(self, alone=alone)
+
+
+def digest(data: object) -> str:
+    """SHA-256 of JSON values, in hexadecimal digits."""
+    canonical = json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()

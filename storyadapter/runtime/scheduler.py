@@ -1,0 +1,108 @@
+"""Which frames of which stories are drawn together, and what becomes of them."""
+
+from collections.abc import Hashable
+from itertools import groupby
+
+from storyadapter.runtime.batches import Batch, BatchDone, FrameDone, OutOfMemory, Report, StepDone
+from storyadapter.runtime.jobs import BatchKey, Task
+from storyadapter.runtime.story_source import StorySource
+
+
+class Scheduler:
+    """Forms batches from ready tasks of any stories.
+
+    The story for which the least was drawn so far comes first, its next task decides the batch key, and the batch is
+    filled with tasks of that key, each time from the story for which the least was drawn: so no story waits for ever. A
+    story that has the device for itself is split evenly instead, in the same way whenever it is drawn.
+
+    Attributes:
+        sources: the stories that aren't finished, in the order in which they came.
+    """
+
+    def __init__(self) -> None:
+        self.sources: list[StorySource] = []
+        self._shared = False  # whether there was more than one story since there was none
+        self._halved: dict[tuple[Hashable, BatchKey], int] = {}
+
+    def add(self, source: StorySource) -> None:
+        """A story joins; it has no claim on what was drawn for others before."""
+        source.served = min((other.served for other in self.sources), default=0)
+        self.sources.append(source)
+        self._shared = self._shared or len(self.sources) > 1
+
+    def remove(self, source: StorySource) -> None:
+        """A story is finished, failed or cancelled: nothing more of it is drawn."""
+        self.sources.remove(source)
+        if not self.sources:
+            self._shared = False
+            self._halved.clear()
+
+    def next_batch(self, worker: Hashable = None) -> Batch | None:
+        """The batch that a worker draws next; None while no task is ready."""
+        waiting = [source for source in self.sources if source.ready and not source.is_saving]
+        if not waiting:
+            return None
+        leader = min(waiting, key=lambda source: source.served)
+        key = leader.ready[0].job.batch_key
+        capacity = self._capacity(leader, worker, key)
+        tasks: list[Task] = []
+        members = [leader]
+        if not self._shared:
+            capacity = leader.next_size(capacity)
+        while len(tasks) < capacity:
+            fitting = [source for source in waiting if source.ready and source.ready[0].job.batch_key == key]
+            if not fitting:
+                break
+            source = min(fitting, key=lambda source: source.served)
+            if source not in members:
+                capacity = min(capacity, self._capacity(source, worker, key))
+                if len(tasks) >= capacity:
+                    break
+                members.append(source)
+            tasks.append(source.take())
+            source.served += tasks[-1].job.cost
+        # frames of one story lie side by side
+        tasks.sort(key=lambda task: members.index(task.owner))
+        decode = [source.batching.decode_frames for source in members]
+        keep = [source.frames + 1 if source.batching.keep_text else 0 for source in members]
+        return Batch(tuple(tasks), min((size for size in decode if size), default=None), min(keep))
+
+    def take(self, report: Report, worker: Hashable = None) -> None:
+        """Hand what a worker tells to the stories that it is about; what is about those that are gone is dropped."""
+        match report:
+            case StepDone():
+                for source, tasks in self._owners(report.batch.tasks):
+                    source.step_done(tasks, report)
+            case FrameDone():
+                for source, _ in self._owners((report.decoded.task,)):
+                    source.frame_done(report.decoded)
+            case BatchDone():
+                if report.crowded and len(report.batch.tasks) > 1:
+                    self._halve(report.batch, worker)
+                for source, tasks in self._owners(report.batch.tasks):
+                    source.batch_done(tasks, report)
+            case OutOfMemory():
+                self._out_of_memory(report, worker)
+
+    def _out_of_memory(self, report: OutOfMemory, worker: Hashable) -> None:
+        for source, tasks in self._owners(report.tasks):
+            if report.final or tasks[0].alone:
+                source.fail(report.error)
+            else:
+                source.give_back([task.again(alone=len(report.tasks) == 1) for task in tasks])
+        if len(report.tasks) > 1 and not report.final:
+            self._halve(report.batch, worker)
+
+    def _halve(self, batch: Batch, worker: Hashable) -> None:
+        most = -(-len(batch.tasks) // 2)
+        self._halved[worker, batch.tasks[0].job.batch_key] = most
+        for source, tasks in self._owners(batch.tasks):
+            source.halved(tasks, most)
+
+    def _capacity(self, source: StorySource, worker: Hashable, key: BatchKey) -> int:
+        return min(source.batching.max_frames, self._halved.get((worker, key), source.batching.max_frames))
+
+    def _owners(self, tasks: tuple[Task, ...]) -> list[tuple[StorySource, list[Task]]]:
+        """The stories of some tasks that are still there, each with its own."""
+        groups = [(owner, list(group)) for owner, group in groupby(tasks, key=lambda task: task.owner)]
+        return [(owner, group) for owner, group in groups if owner in self.sources and owner.error is None]
