@@ -90,8 +90,8 @@ def chosen(names: list[str] | None, known: tuple[Any, ...], option: str) -> tupl
 
 def ranges(cases: tuple[Case, ...], stories: tuple[StoryCase, ...]) -> ShapeRanges:
     """What an engine must be built for to serve all of them."""
-    heights = [case.height for case in (*cases, *stories)]
-    widths = [case.width for case in (*cases, *stories)]
+    sized: tuple[Case | StoryCase, ...] = (*cases, *stories)
+    heights, widths = [case.height for case in sized], [case.width for case in sized]
     return ShapeRanges(
         max([case.frames for case in cases] + [story.max_frames or 1 for story in stories]),
         max([case.references for case in cases] + [story.frames for story in stories]),

@@ -71,12 +71,12 @@ class Parser(argparse.ArgumentParser):
         Raises:
             InputError: something is unknown; the text names the option that comes closest.
         """
-        namespace, unknown = super().parse_known_args(args, namespace)
+        parsed, unknown = super().parse_known_args(args, namespace)
         if unknown:
             close = get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=1)
             hint = f" (did you mean {close[0]}?)" if close else ""
             raise InputError(f"unknown: {' '.join(unknown)}{hint}; for all options type {self.prog} --help")
-        return namespace, unknown
+        return parsed, unknown
 
 
 # What `add_subparsers` returns.
