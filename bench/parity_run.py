@@ -31,7 +31,6 @@ from storyadapter.method.errors import InputError
 from storyadapter.method.events import FrameFinished, IterationFinished, IterationStarted
 from storyadapter.method.plan import RunPlan
 from storyadapter.method.story import Story
-from storyadapter.model.networks import Networks
 from storyadapter.model.numerics import Numerics
 from storyadapter.runtime.pipeline import FinishedIteration, StoryPipeline
 
@@ -135,7 +134,8 @@ def compare(args: argparse.Namespace) -> ParityReport:
     # opened first: what can't be had or built is told before anything is drawn
     networks = model.open(ranges, progress.tell).networks
     expected = _draw_reference(model, plan, story, progress)
-    iterations, control = measure(Drawer(name, _pipeline(networks, model), story, progress), plan, expected)
+    pipeline = StoryPipeline(networks, model.checkpoint.load_tokenizers())
+    iterations, control = measure(Drawer(name, pipeline, story, progress), plan, expected)
     return ParityReport(
         environment=describe(model.device, args.commit),
         model=model.label,
@@ -176,16 +176,12 @@ def measure(drawer: Drawer, plan: RunPlan, expected: Pictures) -> tuple[list[Ite
 def _draw_reference(model: BenchmarkModel, plan: RunPlan, story: Story, progress: Progress) -> Pictures:
     ranges = usual_ranges(model.checkpoint.geometry, 1, len(story.prompts))
     networks = model.open(ranges, progress.tell, "eager", Numerics("fp32")).networks
+    pipeline = StoryPipeline(networks, model.checkpoint.load_tokenizers())
     # by default PyTorch rounds the factors of a GPU's convolutions to TF32, which has fp16's ten bits
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        drawn = Drawer("eager fp32", _pipeline(networks, model), story, progress).draw(plan)
+        drawn = Drawer("eager fp32", pipeline, story, progress).draw(plan)
     gc.collect()
     return drawn
-
-
-def _pipeline(networks: Networks, model: BenchmarkModel) -> StoryPipeline:
-    tokenizers = model.tokenizers()
-    return StoryPipeline(networks, (tokenizers.first, tokenizers.second))
 
 
 def passes(values: Sequence[float]) -> bool:

@@ -150,8 +150,7 @@ def soak(args: argparse.Namespace, limit: int | None) -> SoakReport:
     ranges = ShapeRanges(args.max_frames, max(MAX_REFERENCES, args.max_references), pixels, pixels)
     networks = model.open(ranges, lambda line: print(line, flush=True)).networks
     device = networks.device  # onnxruntime runs on the CPU beside a GPU, too
-    tokenizers = model.tokenizers()
-    pipeline = StoryPipeline(networks, (tokenizers.first, tokenizers.second))
+    pipeline = StoryPipeline(networks, model.checkpoint.load_tokenizers())
     drawn: list[StoryRecord] = []
     started = time.monotonic()
     for story in islice(stories(args.seed, sizes, args.max_references), limit):

@@ -45,7 +45,6 @@ class Measured:
     targets: tuple[str, ...]
     precision: str
     ranges: ShapeRanges
-    weights_seconds: float
     export_seconds: float
     export_peak_bytes: int
     error: float
@@ -79,12 +78,11 @@ def measure(args: argparse.Namespace) -> Measured:
     started = time.perf_counter()
     checkpoint, dtype = SyntheticCheckpoint(SDXL, torch.device("cpu")), TORCH_DTYPES[args.precision]
     module = split_unet(checkpoint.load_unet(dtype), checkpoint.load_ip_adapter(dtype), grca).denoiser
-    weights_seconds = time.perf_counter() - started
-    print(f"random weights made in {weights_seconds:.0f} s", file=sys.stderr)
 
     def tell(what: str) -> None:
         print(f"{time.perf_counter() - started:.0f} s: {what}", file=sys.stderr)
 
+    tell("random weights made")
     exporting = time.perf_counter()
     path, error = export_compared(spec, module, letters, args.precision, args.folder, tell)
     export_seconds, export_peak = time.perf_counter() - exporting, peak_memory()
@@ -97,7 +95,6 @@ def measure(args: argparse.Namespace) -> Measured:
         targets,
         args.precision,
         ranges,
-        weights_seconds,
         export_seconds,
         export_peak,
         error,

@@ -26,12 +26,12 @@ def test_the_report_says_what_was_measured() -> None:
     pixels = Range(1024, 1024)
     report = BuildReport(172.4, 2.1, 15 << 30, 4 << 30, 5, 4, 131.6)
     measured = Measured(
-        library, ("sm89",), "fp16", ShapeRanges(8, 100, pixels, pixels), 11, 310, 11 << 30, 2.1e-3, report, LAYERS
+        library, ("sm89",), "fp16", ShapeRanges(8, 100, pixels, pixels), 310, 11 << 30, 2.1e-3, report, LAYERS
     )
     text = write_report(measured, "the command")
     for line in (
         "Command: `the command`",
-        "| ranges | B 1..16, P 1..9, G 1..8, R 1..400, h 128, w 128 |",
+        "| ranges | B 1..16, P 1..16, G 1..17, R 1..400, h 128, w 128 |",
         "| export to ONNX and comparison with eager | 310 s, peak memory 11.0 GiB, relative error 2.1e-03 |",
         "| parse and build | 172 s, of which parse 2 s; peak memory 15.0 GiB |",
         "| engine | 4.00 GiB for 1 architectures |",
