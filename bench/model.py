@@ -60,8 +60,7 @@ class BenchmarkModel:
     def synthetic(cls, name: str, engine: EngineChoice, device: torch.device) -> Self:
         """A model of random weights, by the name of its sizes."""
         checkpoint = SyntheticCheckpoint(MODELS[name], device)
-        label = f"{name} with random weights (seed {checkpoint.seed})"
-        return cls(label, checkpoint, PREDICTION_TYPE, engine, device)
+        return cls(checkpoint.label, checkpoint, PREDICTION_TYPE, engine, device)
 
     @classmethod
     def from_files(cls, model: ModelChoice, engine: EngineChoice, device: torch.device) -> Self:

@@ -84,30 +84,44 @@ class SyntheticCheckpoint:
         name = f"synthetic {self.model.name}, seed {self.seed}, {self.device.type}"
         return {name: (Path(__file__), Path(synthetic_models.__file__))}
 
-    def load_unet(self, dtype: torch.dtype) -> UNet2DConditionModel:
-        """The UNet in `dtype` on the checkpoint's device. The other networks are made alike."""
-        return self._make(lambda: UNet2DConditionModel(**self.model.unet), dtype, _UNET)
+    @property
+    def configuration(self) -> Mapping[str, Mapping[str, Any]]:
+        parts = ("unet", "vae", "text_encoder", "text_encoder_2", "image_encoder")
+        return {part: getattr(self.model, part) for part in parts}
 
-    def load_vae(self, dtype: torch.dtype) -> AutoencoderKL:
+    @property
+    def label(self) -> str:
+        """For people."""
+        return f"{self.model.name} with random weights (seed {self.seed})"
+
+    def load_unet(self, dtype: torch.dtype, device: torch.device | None = None) -> UNet2DConditionModel:
+        """The UNet in `dtype` on `device`, or else the checkpoint's. The other networks are made alike."""
+        return self._make(lambda: UNet2DConditionModel(**self.model.unet), dtype, device, _UNET)
+
+    def load_vae(self, dtype: torch.dtype, device: torch.device | None = None) -> AutoencoderKL:
         """The VAE."""
-        return self._make(lambda: AutoencoderKL(**self.model.vae), dtype, _VAE)
+        return self._make(lambda: AutoencoderKL(**self.model.vae), dtype, device, _VAE)
 
-    def load_text_encoder(self, dtype: torch.dtype) -> CLIPTextModel:
+    def load_text_encoder(self, dtype: torch.dtype, device: torch.device | None = None) -> CLIPTextModel:
         """Text encoder 1."""
         config = self._text_config(self.model.text_encoder)
-        return self._make(lambda: CLIPTextModel(config), dtype, _TEXT)
+        return self._make(lambda: CLIPTextModel(config), dtype, device, _TEXT)
 
-    def load_text_encoder_2(self, dtype: torch.dtype) -> CLIPTextModelWithProjection:
+    def load_text_encoder_2(
+        self, dtype: torch.dtype, device: torch.device | None = None
+    ) -> CLIPTextModelWithProjection:
         """Text encoder 2."""
         config = self._text_config(self.model.text_encoder_2)
-        return self._make(lambda: CLIPTextModelWithProjection(config), dtype, _TEXT_2)
+        return self._make(lambda: CLIPTextModelWithProjection(config), dtype, device, _TEXT_2)
 
-    def load_image_encoder(self, dtype: torch.dtype) -> CLIPVisionModelWithProjection:
+    def load_image_encoder(
+        self, dtype: torch.dtype, device: torch.device | None = None
+    ) -> CLIPVisionModelWithProjection:
         """The CLIP image encoder."""
         config = _config(CLIPVisionConfig, image_size=constants.CLIP_PIXELS, **self.model.image_encoder)
-        return self._make(lambda: CLIPVisionModelWithProjection(config), dtype, _IMAGE)
+        return self._make(lambda: CLIPVisionModelWithProjection(config), dtype, device, _IMAGE)
 
-    def load_ip_adapter(self, dtype: torch.dtype) -> IPAdapterWeights:
+    def load_ip_adapter(self, dtype: torch.dtype, device: torch.device | None = None) -> IPAdapterWeights:
         """The IP-Adapter of this UNet."""
         generator = self._generator(_ADAPTER)
         width = self.model.unet["cross_attention_dim"]
@@ -115,7 +129,7 @@ class SyntheticCheckpoint:
 
         def normal(*shape: int, std: float, mean: float = 0.0) -> Tensor:
             values = torch.empty(shape, device=self.device)
-            return values.normal_(mean, std, generator=generator).to(dtype)
+            return values.normal_(mean, std, generator=generator).to(device, dtype)
 
         def projection(channels: int, kind: str) -> Tensor:
             return normal(channels, width, std=_SCALES[kind] * width**-0.5)
@@ -143,7 +157,7 @@ class SyntheticCheckpoint:
         ids = {"bos_token_id": first.bos_token_id, "eos_token_id": first.eos_token_id}
         return _config(CLIPTextConfig, max_position_embeddings=constants.TEXT_TOKENS, **ids, **sizes)
 
-    def _make(self, build: Callable[[], Any], dtype: torch.dtype, part: int) -> Any:
+    def _make(self, build: Callable[[], Any], dtype: torch.dtype, device: torch.device | None, part: int) -> Any:
         with init_empty_weights(include_buffers=False):
             network = build().eval()
         generator = self._generator(part)
@@ -153,7 +167,7 @@ class SyntheticCheckpoint:
                 weight = torch.empty(empty.shape, device=self.device)
                 _fill(weight, prefix, name, module, generator)
                 module.register_parameter(name, nn.Parameter(weight.to(dtype), requires_grad=False))
-        return nn.Module.to(network, self.device)  # only buffers are left to be moved
+        return nn.Module.to(network, device or self.device)
 
     def _generator(self, part: int) -> torch.Generator | None:
         if self.device.type == "meta":

@@ -20,6 +20,7 @@ from storyadapter.checkpoint.loras import Lora, check_lora, fuse_loras, lora_fil
 from storyadapter.checkpoint.parts import base_parts, image_encoder_part
 from storyadapter.checkpoint.paths import CheckpointPaths
 from storyadapter.checkpoint.tokenizers import check_tokenizer, load_tokenizer, tokenizer_files
+from storyadapter.demo.shipped import MODEL
 from storyadapter.method.errors import CheckpointError, Field
 from storyadapter.model.contract import Geometry, LayerWidth
 
@@ -42,11 +43,13 @@ class Checkpoint:
         paths: as typed.
         geometry: the sizes of the model.
         loras: the LoRA files that were found, with their scales; `load_unet` and `load_text_encoder…` fuse them.
+        configuration: of every network, the settings that its code depends on, as plain data.
     """
 
     paths: CheckpointPaths
     geometry: Geometry
     loras: tuple[Lora, ...]
+    configuration: Mapping[str, Mapping[str, Any]]
     _components: Mapping[str, Component]
     _adapter: Path
     _cross_attentions: tuple[CrossAttention, ...]
@@ -78,7 +81,8 @@ class Checkpoint:
         check_ip_adapter(adapter, layers, text_width, geometry.image_embedding_width, image_encoder)
         for lora in loras:
             check_lora(lora.path, empty)
-        return cls(paths, geometry, loras, components, adapter, layers, config_folder)
+        configuration = {name: configs.settings(network.config) for name, network in empty.items()}
+        return cls(paths, geometry, loras, configuration, components, adapter, layers, config_folder)
 
     @property
     def files_by_component(self) -> dict[str, tuple[Path, ...]]:
@@ -94,48 +98,54 @@ class Checkpoint:
         """Pickled as its paths: another process opens the same files."""
         return type(self).open, (self.paths,)
 
-    def load_unet(self, dtype: "torch.dtype") -> "UNet2DConditionModel":
-        """The UNet in `dtype` on the CPU, LoRAs fused, in evaluation mode, without gradients.
+    @property
+    def label(self) -> str:
+        """The base model and its LoRAs in few words, for people."""
+        base = "the demo model" if self.paths.base_model == MODEL else Path(self.paths.base_model).name
+        return " + ".join((base, *(f"{lora.path.stem}:{lora.scale:g}" for lora in self.loras)))
+
+    def load_unet(self, dtype: "torch.dtype", device: "torch.device | None" = None) -> "UNet2DConditionModel":
+        """The UNet in `dtype` on `device`, or else the CPU, LoRAs fused, in evaluation mode, without gradients.
 
         The other networks are loaded alike.
 
         Raises:
             CheckpointError: a file changed since the checkpoint was opened.
         """
-        return self._load_with_loras("unet", dtype)
+        return self._load_with_loras("unet", dtype, device)
 
-    def load_text_encoder(self, dtype: "torch.dtype") -> "CLIPTextModel":
+    def load_text_encoder(self, dtype: "torch.dtype", device: "torch.device | None" = None) -> "CLIPTextModel":
         """Text encoder 1, LoRAs fused."""
-        return self._load_with_loras("text_encoder", dtype)
+        return self._load_with_loras("text_encoder", dtype, device)
 
-    def load_text_encoder_2(self, dtype: "torch.dtype") -> "CLIPTextModelWithProjection":
+    def load_text_encoder_2(
+        self, dtype: "torch.dtype", device: "torch.device | None" = None
+    ) -> "CLIPTextModelWithProjection":
         """Text encoder 2, whose projection gives the pooled text, LoRAs fused."""
-        return self._load_with_loras("text_encoder_2", dtype)
+        return self._load_with_loras("text_encoder_2", dtype, device)
 
-    def load_vae(self, dtype: "torch.dtype") -> "AutoencoderKL":
+    def load_vae(self, dtype: "torch.dtype", device: "torch.device | None" = None) -> "AutoencoderKL":
         """The VAE: the base model's, or the one given instead."""
-        return self._load("vae", dtype)
+        return self._components["vae"].load(dtype, device)
 
-    def load_image_encoder(self, dtype: "torch.dtype") -> "CLIPVisionModelWithProjection":
+    def load_image_encoder(
+        self, dtype: "torch.dtype", device: "torch.device | None" = None
+    ) -> "CLIPVisionModelWithProjection":
         """The CLIP image encoder."""
-        return self._load("image_encoder", dtype)
+        return self._components["image_encoder"].load(dtype, device)
 
-    def load_ip_adapter(self, dtype: "torch.dtype") -> IPAdapterWeights:
-        """The IP-Adapter's tensors in `dtype` on the CPU."""
-        return load_ip_adapter(self._adapter, self._cross_attentions, dtype)
+    def load_ip_adapter(self, dtype: "torch.dtype", device: "torch.device | None" = None) -> IPAdapterWeights:
+        """The IP-Adapter's tensors."""
+        return load_ip_adapter(self._adapter, self._cross_attentions, dtype, device)
 
     def load_tokenizers(self) -> "tuple[CLIPTokenizer, CLIPTokenizer]":
         """The tokenizers of text encoder 1 and 2."""
         first, second = (load_tokenizer(self._config_folder / part) for part in _TOKENIZERS)
         return first, second
 
-    def _load(self, name: str, dtype: "torch.dtype") -> Any:
-        return self._components[name].load(dtype)
-
-    def _load_with_loras(self, name: str, dtype: "torch.dtype") -> Any:
-        network = self._load(name, dtype)
-        if self.loras:
-            fuse_loras(name, network, self.loras, self._components["unet"].empty())
+    def _load_with_loras(self, name: str, dtype: "torch.dtype", device: "torch.device | None") -> Any:
+        network = self._components[name].load(dtype, device)
+        fuse_loras(name, network, self.loras, self.configuration["unet"])
         return network
 
 

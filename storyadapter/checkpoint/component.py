@@ -70,8 +70,8 @@ class Component:
         compare(self.where, str(self.config_file), shapes(network), found)
         return network
 
-    def load(self, dtype: "torch.dtype") -> "nn.Module":
-        """The network on the CPU, all its floating-point weights in `dtype`, in evaluation mode without gradients.
+    def load(self, dtype: "torch.dtype", device: "torch.device | None" = None) -> "nn.Module":
+        """The network on `device`, or else the CPU, its weights in `dtype`, in evaluation mode without gradients.
 
         Raises:
             CheckpointError: the files no longer are what was checked.
@@ -79,11 +79,11 @@ class Component:
         network = self.empty()
         tensors: dict[str, Tensor] = {}
         for path in self.tensor_files:
-            tensors |= read_tensors(path, dtype, lambda name: name.startswith(self.prefix))
+            tensors |= read_tensors(path, dtype, lambda name: name.startswith(self.prefix), device)
         tensors = self._converted(network, tensors)
         compare(self.where, str(self.config_file), shapes(network), tensors)
         network.load_state_dict(tensors, assign=True)
-        return network.requires_grad_(False)
+        return network.to(device).requires_grad_(False)  # only buffers are left to be moved
 
     @property
     def where(self) -> Text:

@@ -12,6 +12,15 @@ Config = Mapping[str, Any]
 # UNet options that change what it computes and that the exported denoiser doesn't have.
 _UNSUPPORTED_UNET = ("class_embed_type", "num_class_embeds", "encoder_hid_dim", "time_embedding_act_fn")
 
+# Written by the libraries beside what they describe; no code depends on it.
+_NOTES = ("architectures", "dtype", "torch_dtype", "transformers_version")
+
+
+def settings(config: Any) -> Config:
+    """What a network's code depends on, defaults filled in, of the configuration of diffusers or transformers."""
+    values = dict(config) if isinstance(config, Mapping) else config.to_dict()
+    return {name: value for name, value in values.items() if not name.startswith("_") and name not in _NOTES}
+
 
 def check_pipeline(folder: Path) -> None:
     """Raises CheckpointError if `model_index.json`, where there is one, names a pipeline that isn't SDXL's."""

@@ -73,9 +73,11 @@ def check_ip_adapter(
     compare(str(path), "the UNet", expected, found)
 
 
-def load_ip_adapter(path: Path, layers: Sequence[CrossAttention], dtype: "torch.dtype") -> IPAdapterWeights:
-    """The tensors of a checked adapter on the CPU in `dtype`."""
-    tensors = read_tensors(path, dtype)
+def load_ip_adapter(
+    path: Path, layers: Sequence[CrossAttention], dtype: "torch.dtype", device: "torch.device | None" = None
+) -> IPAdapterWeights:
+    """The tensors of a checked adapter in `dtype` on `device`, or else the CPU."""
+    tensors = read_tensors(path, dtype, device=device)
     return IPAdapterWeights(
         *(tensors[name] for name in _PROJECTION),
         layers=tuple(AdapterLayer(layer.module, *(tensors[name] for name in _layer_names(layer))) for layer in layers),

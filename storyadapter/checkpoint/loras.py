@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from storyadapter.checkpoint.tensor_files import first_line, read_headers, read_metadata, read_tensors
@@ -52,7 +53,7 @@ def check_lora(path: Path, networks: "Mapping[str, nn.Module]") -> None:
         if any(mark in name for name in headers):
             raise CheckpointError(f"{path} is {kind}, not a plain LoRA", expected="lora_down and lora_up matrices only")
     _adapter_metadata(path)
-    state = _diffusers_names(path, headers, networks["unet"])
+    state = _diffusers_names(path, headers, networks["unet"].config)
     unknown = [name for name in state if name.split(".")[0] not in NETWORKS]
     if unknown or not state:
         raise CheckpointError(
@@ -63,14 +64,14 @@ def check_lora(path: Path, networks: "Mapping[str, nn.Module]") -> None:
         _check_parts(path, name, _peft_names(name, state), networks[name])
 
 
-def fuse_loras(name: str, network: "nn.Module", loras: tuple[Lora, ...], unet: "nn.Module") -> None:
+def fuse_loras(name: str, network: "nn.Module", loras: tuple[Lora, ...], unet: Mapping[str, Any]) -> None:
     """Add scale · alpha/rank · up·down of every LoRA to the weights of one network, in place.
 
     Args:
         name: of `NETWORKS`.
         network: with its weights.
         loras: checked ones; applied in order.
-        unet: the (empty) UNet, whose configuration says how blocks are numbered in some files.
+        unet: the UNet's configuration, which says how blocks are numbered in some files.
 
     Raises:
         CheckpointError: the LoRA's own settings are nonsense, or the file changed since it was checked.
@@ -104,12 +105,13 @@ def _fuse(name: str, network: Any, state: "dict[str, Tensor]", metadata: dict[st
     network.requires_grad_(False)
 
 
-def _diffusers_names(path: Path, tensors: "dict[str, Tensor]", unet: "nn.Module") -> "dict[str, Tensor]":
+def _diffusers_names(path: Path, tensors: "dict[str, Tensor]", unet: Mapping[str, Any]) -> "dict[str, Tensor]":
     """The matrices in diffusers' spelling ("unet.…", "text_encoder.…"), alpha/rank multiplied into `lora_up`."""
     from diffusers import StableDiffusionXLPipeline
 
+    config = SimpleNamespace(**unet)
     try:
-        state, _ = StableDiffusionXLPipeline.lora_state_dict(_without_alphas(path, tensors), unet_config=unet.config)
+        state, _ = StableDiffusionXLPipeline.lora_state_dict(_without_alphas(path, tensors), unet_config=config)
     except (ValueError, KeyError, IndexError, RuntimeError) as error:
         raise CheckpointError(f"{path} is no LoRA for SDXL: {first_line(error)}") from error
     # Of a text encoder's attention, diffusers knows its own old names only where all four projections are there.

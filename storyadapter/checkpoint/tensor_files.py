@@ -35,12 +35,16 @@ def read_headers(path: Path) -> "dict[str, Tensor]":
 
 
 def read_tensors(
-    path: Path, dtype: "torch.dtype | None" = None, wanted: Callable[[str], bool] = lambda name: True
+    path: Path,
+    dtype: "torch.dtype | None" = None,
+    wanted: Callable[[str], bool] = lambda name: True,
+    device: "torch.device | None" = None,
 ) -> "dict[str, Tensor]":
-    """The wanted tensors of a file by name, on the CPU, in `dtype` (floating-point ones; None keeps each as it is).
+    """The wanted tensors of a file by name, in `dtype` (floating-point ones; None keeps each as it is), on `device`.
 
-    Tensors that need no conversion stay mapped to the file. The others are converted one by one, so that beside the
-    result only pages of the file are in memory, which the system drops when it needs the room.
+    Tensors that need no conversion and stay on the CPU stay mapped to the file. The others are converted and moved one
+    by one, so that beside the result only pages of the file are in memory, which the system drops when it needs the
+    room.
 
     Raises:
         CheckpointError: as for `read_headers`.
@@ -49,7 +53,7 @@ def read_tensors(
         pairs = _safetensors(path, lambda file, name: file.get_tensor(name), wanted)
     else:
         pairs = ((name, t) for name, t in _flatten(path, _unpickle(path, "cpu")).items() if wanted(name))
-    return {name: t.to(dtype) if dtype is not None and t.is_floating_point() else t for name, t in pairs}
+    return {name: t.to(device, dtype if t.is_floating_point() else None) for name, t in pairs}
 
 
 def read_metadata(path: Path) -> dict[str, str]:

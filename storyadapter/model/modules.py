@@ -24,23 +24,23 @@ _UNET_PARTS: Final = ("text_projection", "reference_projection", "denoiser")
 class ModelParts(Protocol):
     """What the seven networks are made from: an opened `Checkpoint`, or a model made otherwise.
 
-    Each method gives a fresh copy of its part in `dtype`, ready for inference.
+    Each method gives a fresh copy of its part in `dtype`, ready for inference, on `device` or where the model has it.
     """
 
     @property
     def geometry(self) -> Geometry: ...
 
-    def load_text_encoder(self, dtype: torch.dtype) -> nn.Module: ...
+    def load_text_encoder(self, dtype: torch.dtype, device: torch.device | None = None) -> nn.Module: ...
 
-    def load_text_encoder_2(self, dtype: torch.dtype) -> nn.Module: ...
+    def load_text_encoder_2(self, dtype: torch.dtype, device: torch.device | None = None) -> nn.Module: ...
 
-    def load_image_encoder(self, dtype: torch.dtype) -> nn.Module: ...
+    def load_image_encoder(self, dtype: torch.dtype, device: torch.device | None = None) -> nn.Module: ...
 
-    def load_unet(self, dtype: torch.dtype) -> UNet2DConditionModel: ...
+    def load_unet(self, dtype: torch.dtype, device: torch.device | None = None) -> UNet2DConditionModel: ...
 
-    def load_ip_adapter(self, dtype: torch.dtype) -> IPAdapterWeights: ...
+    def load_ip_adapter(self, dtype: torch.dtype, device: torch.device | None = None) -> IPAdapterWeights: ...
 
-    def load_vae(self, dtype: torch.dtype) -> nn.Module: ...
+    def load_vae(self, dtype: torch.dtype, device: torch.device | None = None) -> nn.Module: ...
 
 
 class TextEncoder(nn.Module):
@@ -103,8 +103,9 @@ def iterate_modules(
     numerics: Numerics,
     grca: GrcaFunction,
     only: Collection[str] | None = None,
+    device: torch.device | None = None,
 ) -> Iterator[tuple[str, nn.Module]]:
-    """The seven modules by their contract names, loaded one checkpoint component at a time, on the CPU.
+    """The seven modules by their contract names, loaded one checkpoint component at a time.
 
     A caller that drops each module before it asks for the next holds at most one component in memory; the UNet's three
     parts come together. LoRAs are fused by the checkpoint.
@@ -114,6 +115,7 @@ def iterate_modules(
         numerics: the dtype of every network's weights.
         grca: the attention function of the denoiser's cross-attention layers.
         only: names of the modules to be had; components that none of them needs aren't loaded. None for all.
+        device: where the weights are loaded to; by default the CPU.
     """
 
     def wanted(name: str) -> bool:
@@ -123,13 +125,13 @@ def iterate_modules(
         return TORCH_DTYPES[numerics[name]]
 
     if wanted("text_encoder"):
-        yield "text_encoder", TextEncoder(checkpoint.load_text_encoder(dtype("text_encoder"))).eval()
+        yield "text_encoder", TextEncoder(checkpoint.load_text_encoder(dtype("text_encoder"), device)).eval()
     if wanted("text_encoder_2"):
-        yield "text_encoder_2", TextEncoder2(checkpoint.load_text_encoder_2(dtype("text_encoder_2"))).eval()
+        yield "text_encoder_2", TextEncoder2(checkpoint.load_text_encoder_2(dtype("text_encoder_2"), device)).eval()
     if wanted("image_encoder"):
-        yield "image_encoder", ImageEncoder(checkpoint.load_image_encoder(dtype("image_encoder"))).eval()
+        yield "image_encoder", ImageEncoder(checkpoint.load_image_encoder(dtype("image_encoder"), device)).eval()
     if any(map(wanted, _UNET_PARTS)):
-        unet, adapter = (load(dtype("denoiser")) for load in (checkpoint.load_unet, checkpoint.load_ip_adapter))
+        unet, adapter = (load(dtype("denoiser"), device) for load in (checkpoint.load_unet, checkpoint.load_ip_adapter))
         parts = split_unet(unet, adapter, grca)
         del unet, adapter
         # taken out one by one: what a suspended generator still names would stay in memory
@@ -138,4 +140,4 @@ def iterate_modules(
         for name in tuple(modules):
             yield name, modules.pop(name).eval()
     if wanted("vae_decoder"):
-        yield "vae_decoder", VaeDecoder(checkpoint.load_vae(dtype("vae_decoder"))).eval()
+        yield "vae_decoder", VaeDecoder(checkpoint.load_vae(dtype("vae_decoder"), device)).eval()

@@ -111,8 +111,8 @@ class ReferenceProjection(nn.Module):
     def __init__(self, adapter: IPAdapterWeights, projection: StackedKeyValueProjection) -> None:
         super().__init__()
         out_features, in_features = adapter.projection_weight.shape
-        self.proj = nn.Linear(in_features, out_features)
-        self.norm = nn.LayerNorm(out_features // constants.TOKENS_PER_IMAGE)
+        self.proj = nn.Linear(in_features, out_features, device="meta")
+        self.norm = nn.LayerNorm(out_features // constants.TOKENS_PER_IMAGE, device="meta")
         weights = {
             "proj.weight": adapter.projection_weight,
             "proj.bias": adapter.projection_bias,
