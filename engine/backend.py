@@ -209,6 +209,14 @@ class Backend(ABC):
             f"backend {self.name} needs no build", advice="type the same command with run instead of build"
         )
 
+    def accept(self, engine: "StoredEngine", checkpoint: "Checkpoint", on_stage: ReportStage) -> None:
+        """Compare code of the store with eager if it never was with these weights; most engines hold their own.
+
+        Raises:
+            EngineBuildError: it computes something else.
+        """
+        return None
+
     @abstractmethod
     def open(
         self,
@@ -226,6 +234,7 @@ class Backend(ABC):
 
         Raises:
             EngineMismatchError: the engine isn't what it seems.
+            EngineBuildError: code for any weights computes something else than eager with these.
             RunError: it can't be loaded.
         """
 

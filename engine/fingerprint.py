@@ -5,7 +5,9 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, ThreadPoolExecutor, wait
 from pathlib import Path
+from threading import Lock
 from typing import Any, Final
 
 from filelock import FileLock
@@ -18,6 +20,7 @@ MEMORY_NAME: Final = "fingerprints.json"
 _VERSION: Final = 1
 _MAX_REMEMBERED: Final = 1000  # the oldest are forgotten first
 _CHUNK: Final = 4 << 20
+_LARGE: Final = 64 << 20  # bytes of a file that is worth a thread of its own: hashing is slower than reading
 _LOG = logging.getLogger(__name__)
 
 OnProgress = Callable[[int, int], None]
@@ -35,8 +38,8 @@ def fingerprint_files(
 
     Args:
         paths: files; two names of one file are read once.
-        on_progress: called as (bytes read, bytes to be read) of all files that have to be read; never called
-            when all are remembered.
+        on_progress: called as (bytes read, bytes to be read) of all files that have to be read, from several threads,
+            one at a time; never called when all are remembered.
         memory: the file that remembers; `fingerprints.json` in the user's cache folder if None.
 
     Raises:
@@ -51,15 +54,36 @@ def fingerprint_files(
     total, done = sum(stamps[path][0] for path in unknown), 0
     fresh: dict[Path, str] = {}
 
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        if on_progress is not None:
-            on_progress(done, total)
+    lock, stopped = Lock(), False
 
+    def advance(count: int) -> None:
+        nonlocal done, stopped
+        with lock:
+            if stopped:
+                raise CancelledError
+            done += count
+            stopped = True  # unless what is told of it raises nothing
+            if on_progress is not None:
+                on_progress(done, total)
+            stopped = False
+
+    def add(path: Path) -> None:
+        fresh[path] = _hash(path, stamps[path], advance)
+
+    large = [path for path in unknown if stamps[path][0] >= _LARGE]
     try:
-        for path in unknown:
-            fresh[path] = _hash(path, stamps[path], advance)
+        with ThreadPoolExecutor() as pool:
+            reading = [pool.submit(add, path) for path in large]
+            try:
+                for path in unknown:
+                    if path not in large:
+                        add(path)
+                wait(reading, return_when=FIRST_EXCEPTION)
+            finally:
+                stopped = True  # all are read, or something failed
+        for error in (future.exception() for future in reading):
+            if error is not None and not isinstance(error, CancelledError):
+                raise error
     finally:  # also when the user interrupts: what was read needn't be read again
         if fresh:
             _remember(memory, {path: (stamps[path], digest) for path, digest in fresh.items()})

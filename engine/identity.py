@@ -42,7 +42,7 @@ class FusedLora:
 
 @dataclass(frozen=True)
 class EngineIdentity:
-    """Everything an engine depends on except the shapes it is built for.
+    """Everything an engine depends on except the shapes it is built for. Compiled code alone depends on no weights.
 
     Not the versions of diffusers and transformers, whose modules are what is compiled: most of them change nothing, and
     an engine is compared with eager when it is built. `bench parity` compares it again.
@@ -52,7 +52,8 @@ class EngineIdentity:
         backend_version: of the library that reads the engine.
         architecture: what the engine runs on: "cpu-x86_64-avx2", "sm90-x86_64-avx512", "sm89+sm120", or "any".
         contract: `contract_digest` of the model's geometry.
-        weights: every file the engine is made from, configuration files included; kept sorted and
+        configuration: `configuration_digest` of the model's networks, where the engine is code for any weights.
+        weights: every file whose contents the engine holds, configuration files included; kept sorted and
             once each, so the order in which they were listed doesn't matter.
         loras: in the order in which they are fused; another order is another engine, as sums round differently.
         build_options: what else decides the result, name and value: the opset, the version of the export, …; sorted.
@@ -68,7 +69,8 @@ class EngineIdentity:
     numerics: Numerics
     architecture: str
     contract: str
-    weights: tuple[WeightFile, ...]
+    configuration: str = ""
+    weights: tuple[WeightFile, ...] = ()
     loras: tuple[FusedLora, ...] = ()
     build_options: tuple[tuple[str, str], ...] = ()
     tuning: tuple[tuple[str, str], ...] = ()
@@ -132,6 +134,9 @@ class EngineIdentity:
                 f"contract is {self.contract[:8]} in the store, {asked.contract[:8]} asked for "
                 "(a model of other sizes, or another version of this program)"
             )
+        if self.configuration != asked.configuration:
+            mine, theirs = (value[:8] or "none" for value in (self.configuration, asked.configuration))
+            found.append(f"configuration of the networks is {mine} in the store, {theirs} asked for")
         found += self._weight_differences(asked)
         if self.loras != asked.loras:
             mine, theirs = (", ".join(map(str, identity.loras)) or "none" for identity in (self, asked))
@@ -173,26 +178,22 @@ def identity_of(
     """The identity of an engine that holds a checkpoint's weights; see `EngineIdentity`.
 
     Args:
-        on_bytes: called with (bytes read, bytes to be read) while files are read that were never hashed before.
+        on_bytes: see `model_weights`.
 
     Raises:
         CheckpointError: a file can't be read.
     """
-    from storyadapter.engine.fingerprint import fingerprint_files
+    from storyadapter.engine.model_weights import model_weights
 
-    components = checkpoint.files_by_component
-    loras = [lora.path for lora in checkpoint.loras]
-    digests = fingerprint_files([*(path for paths in components.values() for path in paths), *loras], on_bytes)
+    weights = model_weights(checkpoint, on_bytes)
     return EngineIdentity(
         backend=backend,
         backend_version=version,
         numerics=numerics,
         architecture=architecture,
         contract=contract_digest(checkpoint.geometry),
-        weights=tuple(
-            WeightFile(component, path.name, digests[path]) for component, paths in components.items() for path in paths
-        ),
-        loras=tuple(FusedLora(lora.path.name, digests[lora.path], lora.scale) for lora in checkpoint.loras),
+        weights=weights.files,
+        loras=weights.loras,
         build_options=build_options,
         tuning=tuning,
     )
@@ -205,13 +206,28 @@ def contract_digest(geometry: Geometry) -> str:
     return _digest([CONTRACT_VERSION, geometry.as_dict(), networks])
 
 
+def configuration_digest(configuration: Mapping[str, Mapping[str, Any]]) -> str:
+    """A hash of the settings of a model's networks, by network."""
+    return _digest({name: dict(settings) for name, settings in configuration.items()})
+
+
 def engine_key(identity: EngineIdentity, ranges: ShapeRanges) -> str:
     """The name of the engine's folder: 32 hexadecimal digits, equal for equal identities and ranges."""
     data = identity.as_dict()
-    data["weights"] = [[weight.component, weight.sha256] for weight in identity.weights]
-    # -0.0 equals 0.0 and 1 equals 1.0, so they are written alike
-    data["loras"] = [[lora.sha256, float(lora.scale) + 0.0] for lora in identity.loras]
+    data["weights"], data["loras"] = _contents(identity.weights, identity.loras)
     return _digest([STORE_VERSION, data, ranges.as_dict()])[:_KEY_DIGITS]
+
+
+def weights_key(files: tuple[WeightFile, ...], loras: tuple[FusedLora, ...]) -> str:
+    """The name of a model's weights: 32 hexadecimal digits, equal for equal contents."""
+    contents, fused = _contents(files, loras)
+    return _digest([sorted(contents), fused])[:_KEY_DIGITS]
+
+
+def _contents(files: tuple[WeightFile, ...], loras: tuple[FusedLora, ...]) -> tuple[list[Any], list[Any]]:
+    # -0.0 equals 0.0 and 1 equals 1.0, so they are written alike
+    fused = [[lora.sha256, float(lora.scale) + 0.0] for lora in loras]
+    return [[weight.component, weight.sha256] for weight in files], fused
 
 
 def _digest(data: Any) -> str:

@@ -1,5 +1,6 @@
 """From a checkpoint to the networks of a backend, by its name: engines are found in the store, or built into it."""
 
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,9 @@ from storyadapter.checkpoint import Checkpoint
 from storyadapter.engine.backend import EngineRequest, ReportBytes, ReportFraction, ReportStage
 from storyadapter.engine.backends import find_backend
 from storyadapter.engine.identity import EngineIdentity, contract_digest
+from storyadapter.engine.model_weights import model_weights
 from storyadapter.engine.store import EngineStore, StoredEngine
+from storyadapter.engine.uses import ERRORS, hold, note_use
 from storyadapter.model.contract import Geometry, Range, ShapeRanges
 from storyadapter.model.networks import Networks
 from storyadapter.model.numerics import Numerics
@@ -53,13 +56,17 @@ def build_engine(
     options: Any = None,
     engine_dir: Path | None = None,
     on_stage: ReportStage = lambda network, stage: None,
+    on_bytes: ReportBytes | None = None,
     on_fraction: ReportFraction = lambda network, fraction: None,
     on_wait: Callable[[str], None] = lambda message: None,
 ) -> StoredEngine:
     """The engine of this identity for these ranges: from the store if it is there, else built.
 
+    Code that is there is compared with eager if it never was with this checkpoint's weights.
+
     Args:
         options: those that `identity` was made with.
+        on_bytes: called while weight files are read that were never hashed before.
 
     Raises:
         UnavailableError: the backend can't serve on this machine.
@@ -71,12 +78,18 @@ def build_engine(
     backend, store = find_backend(identity.backend), EngineStore(engine_dir)
     backend.check(identity.numerics, ranges)
     request = EngineRequest(checkpoint, identity, ranges, options, store.root)
+    weights = model_weights(checkpoint, on_bytes)
+    details: dict[str, Any] = {}
 
     def write(folder: Path) -> dict[str, Any]:
-        details = backend.build(request, folder, on_stage, on_fraction)
+        details.update(backend.build(request, folder, on_stage, on_fraction))
         return {**details, "geometry": checkpoint.geometry.as_dict()}
 
-    return store.build(identity, ranges, write, on_wait)
+    engine = store.build(identity, ranges, write, on_wait)
+    if not details:
+        backend.accept(engine, checkpoint, on_stage)
+    note_use(engine.folder, weights.key, checkpoint.label, {ERRORS: details[ERRORS]} if ERRORS in details else None)
+    return engine
 
 
 def open_networks(
@@ -107,6 +120,7 @@ def open_networks(
     Raises:
         UnavailableError: the backend can't serve here, or not in these numerics, or not on this device.
         EngineMismatchError: no engine in the store fits.
+        EngineBuildError: code for any weights computes something else than eager with these.
     """
     chosen = find_backend(backend)
     chosen.check(numerics)
@@ -114,6 +128,17 @@ def open_networks(
     engine = None
     if chosen.builds:
         own = Range(checkpoint.geometry.default_pixels, checkpoint.geometry.default_pixels)
-        identity = chosen.identity(checkpoint, numerics, None, on_bytes)
+        weights = model_weights(checkpoint, on_bytes)
+        identity = chosen.identity(checkpoint, numerics, None, None)
         engine = EngineStore(engine_dir).find(identity, ranges or ShapeRanges(1, 1, own, own), build_command)
-    return chosen.open(checkpoint, numerics, own_device, engine, on_stage)
+        release = hold(engine.folder)
+    try:
+        networks = chosen.open(checkpoint, numerics, own_device, engine, on_stage)
+    except BaseException:
+        if engine is not None:
+            release()
+        raise
+    if engine is not None:
+        weakref.finalize(networks, release)
+        note_use(engine.folder, weights.key, checkpoint.label)
+    return networks

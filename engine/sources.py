@@ -1,9 +1,11 @@
-"""A hash of the sources that shape what a build makes. It stands in an engine's key, so nobody counts versions by hand."""
+"""A hash of the sources that shape what a build makes: it stands in an engine's key, instead of a counted version."""
 
 import hashlib
 from collections.abc import Iterable, Iterator
 from importlib import resources
 from importlib.resources.abc import Traversable
+
+from storyadapter import export
 
 _SUFFIXES = (".py", ".json")
 _DIGITS = 12
@@ -25,6 +27,15 @@ def sources_digest(names: Iterable[str]) -> str:
             digest.update(f"{name}\0{path}\0{len(data)}\0".encode())
             digest.update(data)
     return digest.hexdigest()[:_DIGITS]
+
+
+def export_recipe(*more: str) -> tuple[tuple[str, str], ...]:
+    """What in this version of the program decides what is made of an exported file, name and value.
+
+    Args:
+        more: modules and packages besides those of the export.
+    """
+    return ("opset", str(export.OPSET)), ("sources", sources_digest((*export.SOURCES, *more)))
 
 
 def _sources(folder: Traversable, prefix: str = "") -> Iterator[tuple[str, Traversable]]:

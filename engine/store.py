@@ -23,11 +23,11 @@ from filelock import FileLock, Timeout
 import storyadapter
 from storyadapter.engine.identity import STORE_VERSION, EngineIdentity, engine_key
 from storyadapter.engine.user_cache import user_cache
+from storyadapter.engine.uses import MANIFEST_NAME, Use, held_alone, read_uses
 from storyadapter.method.errors import EngineMismatchError, Field, InputError, RunError
 from storyadapter.model.contract import Range, ShapeRanges
 from storyadapter.output.files import is_full
 
-MANIFEST_NAME: Final = "manifest.json"
 _ANOTHER_FOLDER: Final = ("choose another folder with ", Field("engine_dir"))
 _UNFINISHED: Final = ".building"  # ".<key>.building" is an engine in the making
 
@@ -64,6 +64,17 @@ class StoredEngine:
     def bytes(self) -> int:
         return sum(self.files.values())
 
+    @property
+    def uses(self) -> dict[str, Use]:
+        """What it was used with, by the key of the weights."""
+        return read_uses(self.folder)
+
+    @property
+    def last_used(self) -> float:
+        """When it was opened last, or else finished, in seconds since the epoch."""
+        finished = datetime.fromisoformat(self.created).timestamp()
+        return max([finished, *(use.last for use in self.uses.values())])
+
     def __str__(self) -> str:
         ranges = self.ranges
         return (
@@ -96,21 +107,34 @@ class EngineStore:
         Raises:
             InputError: the store can't be read.
         """
-        engines: list[StoredEngine] = []
-        warnings: list[str] = []
-        outdated: list[Path] = []
-        for folder in self._folders():
-            try:
-                engines.append(_read_engine(folder))
-            except OutdatedEngineError:
-                outdated.append(folder)
-            except BrokenEngineError as error:
-                warnings.append(f"{folder} is no usable engine: {error}")
+        engines, broken = self._read()
+        outdated = _outdated(broken)
+        warnings = [f"{path} is no usable engine: {why}" for path, why in broken.items() if path not in outdated]
         if outdated:
             found = f"{_count(len(outdated), 'outdated engine')} (store version below {STORE_VERSION})"
             warnings.append(f"{found}: {renewal(*outdated)}")
         engines.sort(key=lambda engine: (engine.created, engine.key), reverse=True)
         return engines, warnings
+
+    def outdated(self) -> list[Path]:
+        """The folders of engines of older store versions."""
+        return _outdated(self._read()[1])
+
+    def remove(self, folder: Path) -> bool:
+        """Delete an engine, finished or outdated, unless it is open somewhere or being built; tells whether it did.
+
+        Raises:
+            InputError: the store can't be written.
+        """
+        unfinished = self.root / f".{folder.name}{_UNFINISHED}"
+        with self._writing(), suppress(Timeout, FileNotFoundError), self._lock_of(folder.name).acquire(timeout=0):
+            with held_alone(folder) as alone:
+                if alone:
+                    folder.rename(unfinished)  # nobody sees a part of it, and a killed removal is finished by a build
+            if alone:
+                shutil.rmtree(unfinished)
+            return alone
+        return False
 
     def find(self, identity: EngineIdentity, ranges: ShapeRanges, build_command: str) -> StoredEngine:
         """The engine that serves this identity and whose ranges cover `ranges`; of several the one built for the least,
@@ -188,6 +212,15 @@ class EngineStore:
                 raise
             return _read_engine(folder)
 
+    def _read(self) -> tuple[list[StoredEngine], dict[Path, BrokenEngineError]]:
+        engines, broken = [], {}
+        for folder in self._folders():
+            try:
+                engines.append(_read_engine(folder))
+            except BrokenEngineError as error:
+                broken[folder] = error
+        return engines, broken
+
     def _folders(self) -> list[Path]:
         try:
             return sorted(p for p in self.root.iterdir() if not p.name.startswith(".") and p.is_dir())
@@ -235,6 +268,10 @@ class EngineStore:
             # Held: being built. Not permitted: another user's, who will remove it. Not found: removed by another build.
             with suppress(Timeout, PermissionError, FileNotFoundError), self._lock_of(key).acquire(timeout=0):
                 shutil.rmtree(unfinished)
+
+
+def _outdated(broken: Mapping[Path, BrokenEngineError]) -> list[Path]:
+    return [folder for folder, why in broken.items() if isinstance(why, OutdatedEngineError)]
 
 
 def renewal(*folders: Path) -> str:

@@ -3,12 +3,14 @@
 from typing import Final
 
 OPSET: Final = 23  # of the standard operators in every exported network
-EXPORT_VERSION: Final = 1  # raised when what an export computes changes while all else stays the same
-
-
-def export_recipe() -> tuple[tuple[str, str], ...]:
-    """What in this version of the program decides what an exported file holds, name and value."""
-    return ("opset", str(OPSET)), ("export", str(EXPORT_VERSION))
+# What shapes an exported file.
+SOURCES: Final = (
+    "storyadapter.export.compared",
+    "storyadapter.export.dynamic_shapes",
+    "storyadapter.export.grca_node",
+    "storyadapter.export.onnx_export",
+    "storyadapter.model",
+)
 
 
 def onnx_name(network: str) -> str:

@@ -15,11 +15,10 @@ from storyadapter.bench.model import BenchmarkModel, Tell
 from storyadapter.bench.progress import Progress
 from storyadapter.checkpoint import IPAdapterWeights
 from storyadapter.engine.eager.networks import EagerNetwork
-from storyadapter.engine.inductor import weights_name
 from storyadapter.method.errors import EngineBuildError
 from storyadapter.model.contract import ShapeRanges
-from storyadapter.model.grca import GrcaFunction
-from storyadapter.model.modules import VaeDecoder
+from storyadapter.model.grca import GrcaFunction, grca
+from storyadapter.model.modules import VaeDecoder, iterate_modules
 from storyadapter.model.networks import TORCH_DTYPES, Network, Networks, run_directly
 from storyadapter.model.numerics import Numerics, Precision
 from storyadapter.model.unet import GlobalReferenceCrossAttention
@@ -52,8 +51,7 @@ class Workbench:
             self.clear()
             checkpoint, device = self.model.checkpoint, self.model.device
             dtype = TORCH_DTYPES[self.model.engine.precision]
-            unet = checkpoint.load_unet(dtype)
-            self._form = torch.nn.Module.to(unet, device), _on(checkpoint.load_ip_adapter(dtype), device)
+            self._form = checkpoint.load_unet(dtype, device), checkpoint.load_ip_adapter(dtype, device)
             self._name = user
         return self._form
 
@@ -119,7 +117,7 @@ class FrameByFrame:
 
 def with_eager_vae(networks: Networks, model: BenchmarkModel, precision: Precision) -> Networks:
     """The same networks with a VAE in plain PyTorch, channels last; in fp32 on a GPU, its convolutions use TF32."""
-    decoder = VaeDecoder(model.checkpoint.load_vae(TORCH_DTYPES[precision])).to(model.device).eval()
+    decoder = VaeDecoder(model.checkpoint.load_vae(TORCH_DTYPES[precision], model.device)).eval()
     decoder.to(memory_format=torch.channels_last)
     return _with_vae(networks, FrameByFrame(EagerNetwork(networks["vae_decoder"].spec, decoder, precision)), precision)
 
@@ -133,7 +131,9 @@ def with_compiled_vae(
         EngineBuildError: see `build_inductor`.
     """
     from storyadapter.engine.inductor.builder import build_inductor
-    from storyadapter.engine.inductor.session import InductorNetwork, read_weights
+    from storyadapter.engine.inductor.operators import operators_for
+    from storyadapter.engine.inductor.preparation import prepare
+    from storyadapter.engine.inductor.session import InductorNetwork
 
     spec, device, letters = networks["vae_decoder"].spec, model.device, networks.letters
     assert letters is not None
@@ -147,7 +147,8 @@ def with_compiled_vae(
         folder = Path(name)
         numerics = Numerics(precision)
         build_inductor(model.checkpoint, numerics, ranges, folder, device, on_stage, only=(spec.name,))
-        weights = read_weights(folder / weights_name(spec.name), device)
+        ((_, module),) = iterate_modules(model.checkpoint, numerics, grca, (spec.name,), device)
+        weights = prepare(module, operators_for(device), device)
         network = InductorNetwork(spec, folder, precision, device, letters, weights)
     return _with_vae(networks, network, precision)
 
@@ -155,12 +156,3 @@ def with_compiled_vae(
 def _with_vae(networks: Networks, vae: Network, precision: Precision) -> Networks:
     numerics = Numerics.of(networks.numerics.precision, vae_decoder=precision)
     return dataclasses.replace(networks, by_name={**networks.by_name, "vae_decoder": vae}, numerics=numerics)
-
-
-def _on(adapter: IPAdapterWeights, device: torch.device) -> IPAdapterWeights:
-    layers = tuple(
-        dataclasses.replace(layer, to_k=layer.to_k.to(device), to_v=layer.to_v.to(device)) for layer in adapter.layers
-    )
-    tensors = ("projection_weight", "projection_bias", "norm_weight", "norm_bias")
-    moved = {name: getattr(adapter, name).to(device) for name in tensors}
-    return dataclasses.replace(adapter, layers=layers, **moved)

@@ -41,9 +41,9 @@ def open_eager(
     geometry = checkpoint.geometry
     specs = network_specs(geometry)
     networks = {}
-    for name, module in iterate_modules(checkpoint, numerics, grca):
+    for name, module in iterate_modules(checkpoint, numerics, grca, device=device):
         on_progress(name)
-        networks[name] = EagerNetwork(specs[name], module.to(device), numerics[name])
+        networks[name] = EagerNetwork(specs[name], module, numerics[name])
     return Networks(
         networks,
         geometry=geometry,

@@ -5,7 +5,18 @@ On a machine without a GPU the same code compiles for the CPU, with PyTorch's ow
 
 from typing import Final
 
-BUILD_VERSION: Final = 4  # raised when what a build makes changes while all else stays the same
+# What shapes the compiled code.
+SOURCES: Final = (
+    "storyadapter.engine.inductor.compilation",
+    "storyadapter.engine.inductor.fusion",
+    "storyadapter.engine.inductor.launch_analysis",
+    "storyadapter.engine.inductor.operators",
+    "storyadapter.engine.inductor.preparation",
+    "storyadapter.engine.inductor.shapes",
+    "storyadapter.export.dynamic_shapes",
+    "storyadapter.kernels",
+    "storyadapter.model",
+)
 
 
 def package_name(network: str) -> str:
@@ -13,6 +24,6 @@ def package_name(network: str) -> str:
     return f"{network}.pt2"
 
 
-def weights_name(network: str) -> str:
-    """File name of its weights, once for all shapes."""
-    return f"{network}.safetensors"
+def constants_name(network: str) -> str:
+    """File name of what its code reads besides a model's weights: tensors that the code itself holds, if any."""
+    return f"{network}.constants.safetensors"

@@ -11,7 +11,10 @@ from storyadapter.engine.backend import (
     ReportStage,
     default_device,
 )
-from storyadapter.engine.identity import EngineIdentity, identity_of
+from storyadapter.engine.identity import EngineIdentity, configuration_digest, contract_digest
+from storyadapter.engine.inductor import SOURCES
+from storyadapter.engine.sources import sources_digest
+from storyadapter.engine.uses import ERRORS
 from storyadapter.method.errors import Field, InputError, UnavailableError
 from storyadapter.model.numerics import Numerics
 
@@ -60,23 +63,36 @@ class Inductor(Backend):
         from storyadapter.engine.inductor.target import compiler_versions, target_architecture
 
         device = self.device()
-        version, architecture = compiler_versions(device), target_architecture(device)
-        return identity_of(self.name, version, architecture, checkpoint, numerics, on_bytes, self.recipe(architecture))
+        architecture = target_architecture(device)
+        return EngineIdentity(  # of code, which serves any weights
+            backend=self.name,
+            backend_version=compiler_versions(device),
+            numerics=numerics,
+            architecture=architecture,
+            contract=contract_digest(checkpoint.geometry),
+            configuration=configuration_digest(checkpoint.configuration),
+            build_options=self.recipe(architecture),
+        )
 
     def recipe(self, architecture: str) -> tuple[tuple[str, str], ...]:
-        import torch
-
-        from storyadapter.engine.inductor.target import build_options
-
-        return build_options(torch.device("cuda" if architecture.startswith("sm") else "cpu"))
+        return (("sources", sources_digest(SOURCES)),)
 
     def build(
         self, request: EngineRequest, folder: Path, on_stage: ReportStage, on_fraction: ReportFraction
     ) -> dict[str, Any]:
         from storyadapter.engine.inductor.builder import build_inductor
 
-        errors = build_inductor(request.checkpoint, request.numerics, request.ranges, folder, self.device(), on_stage)
-        return {"relative_error_against_eager": errors}
+        built = build_inductor(request.checkpoint, request.numerics, request.ranges, folder, self.device(), on_stage)
+        return {
+            ERRORS: {name: network.relative_error for name, network in built.items()},
+            "weight_bytes": sum(network.weight_bytes for network in built.values()),
+        }
+
+    def accept(self, engine: "StoredEngine", checkpoint: "Checkpoint", on_stage: ReportStage) -> None:
+        from storyadapter.engine.inductor.stored import open_stored, was_compared
+
+        if not was_compared(engine, checkpoint):
+            open_stored(engine, checkpoint, self.device(), on_stage)
 
     def open(
         self,
@@ -86,11 +102,10 @@ class Inductor(Backend):
         engine: "StoredEngine | None",
         on_stage: ReportStage,
     ) -> "Networks":
-        from storyadapter.engine.inductor.session import open_inductor
+        from storyadapter.engine.inductor.stored import open_stored
 
         assert engine is not None
-        letters = engine.ranges.letters(checkpoint.geometry.pixels_per_latent)
-        return open_inductor(engine.folder, checkpoint.geometry, numerics, letters, default_device(), on_stage)
+        return open_stored(engine, checkpoint, device, on_stage)
 
 
 BACKEND = Inductor()

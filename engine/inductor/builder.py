@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import torch
 
-from storyadapter.engine.inductor.compilation import BuildRequest
+from storyadapter.engine.inductor.compilation import BuildRequest, BuiltNetwork
 from storyadapter.engine.inductor.complaints import last_complaint
 from storyadapter.engine.inductor.target import check_compilers
 from storyadapter.method.errors import EngineBuildError
@@ -45,7 +45,7 @@ def build_inductor(
     on_stage: ReportStage = lambda network, what: None,
     *,
     only: Collection[str] | None = None,
-) -> dict[str, float]:
+) -> dict[str, BuiltNetwork]:
     """Compile the seven networks into `folder`, each compared with eager on `device`.
 
     Args:
@@ -54,9 +54,6 @@ def build_inductor(
         on_stage: called with a network's name ("" for none in particular) and what is done to it; from several
             threads, one at a time.
         only: names of the networks to compile; None for all.
-
-    Returns:
-        Relative error against eager by network.
 
     Raises:
         UnavailableError: see `check_compilers`.
@@ -73,7 +70,7 @@ def build_inductor(
             results = [pool.submit(workers.run, request) for request in requests]
             for result in as_completed(results):
                 result.result()  # what fails first is told at once, not when the others are done
-            return {name: error for result in results for name, error in result.result().items()}
+            return {name: network for result in results for name, network in result.result().items()}
         finally:
             workers.stop()
 
@@ -96,7 +93,7 @@ class _Workers:
                     with contextlib.suppress(ProcessLookupError):
                         os.killpg(process.pid, signal.SIGKILL)
 
-    def run(self, request: BuildRequest) -> dict[str, float]:
+    def run(self, request: BuildRequest) -> dict[str, BuiltNetwork]:
         """One group, in a process of its own; see `build_inductor`."""
         with tempfile.TemporaryFile() as complaints:
             with self._lock:
@@ -122,8 +119,8 @@ class _Workers:
                         with self._lock:
                             self._on_stage(last["network"], last["stage"])
                 process.wait()
-            if "errors" in last:
-                return last["errors"]
+            if "built" in last:
+                return {name: BuiltNetwork(*network) for name, network in last["built"].items()}
             if "raised" in last:
                 raise pickle.loads(base64.b64decode(last["raised"]))
             complaints.seek(max(0, complaints.seek(0, os.SEEK_END) - 8000))

@@ -1,34 +1,33 @@
-"""Networks exported and compiled by AOTInductor in this process, their weights stored beside them once."""
+"""Networks exported and compiled by AOTInductor in this process: code alone, which serves any weights of its kind."""
 
 import contextlib
 import functools
-import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from storyadapter.engine.inductor import package_name, weights_name
+from storyadapter.engine.inductor import constants_name, package_name
+from storyadapter.engine.inductor.comparison import compare
 from storyadapter.engine.inductor.complaints import first_complaint
-from storyadapter.engine.inductor.fusion import fuse_denoiser
 from storyadapter.engine.inductor.launch_analysis import analysed_once
 from storyadapter.engine.inductor.operators import Operators, operators_for
-from storyadapter.engine.inductor.session import InductorNetwork, names_of_weights, read_weights
-from storyadapter.engine.inductor.shapes import channels_last, compiled_ranges, example_sizes
+from storyadapter.engine.inductor.preparation import prepare
+from storyadapter.engine.inductor.session import InductorNetwork
+from storyadapter.engine.inductor.shapes import compiled_ranges, example_sizes
 from storyadapter.export.dynamic_shapes import dynamic_shapes
-from storyadapter.export.examples import Example, example_inputs, run_examples
-from storyadapter.export.verify import ExportError, relative_error
+from storyadapter.export.examples import example_inputs, run_examples
 from storyadapter.method.errors import EngineBuildError
 from storyadapter.model.contract import NetworkSpec, Range, network_specs
+from storyadapter.model.grca import grca
 from storyadapter.model.modules import ModelParts, iterate_modules
 from storyadapter.model.numerics import Numerics, Precision
-from storyadapter.model.unet import Denoiser
 
 # Measured on an H100 at S = 4096 and 10 heads: cuDNN 480 TFLOP/s, FlashAttention-2 304.
 _ATTENTION: Final = [
@@ -37,10 +36,10 @@ _ATTENTION: Final = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
-# ‖compiled − eager‖ / ‖eager‖. Sums are taken in another order, and on a GPU fp32 convolutions use TF32 in both.
-_TOLERANCE: Final[Mapping[Precision, float]] = {"fp32": 5e-3, "fp16": 2e-2, "bf16": 6e-2}
+_CONSTANTS_AT_MOST: Final = 1 << 20  # bytes: a larger one would be a weight that code shall not hold
 _OPTIONS: Final[Mapping[str, Any]] = {
     "aot_inductor.package_constants_in_so": False,
+    "always_keep_tensor_constants": True,  # or the values of weights of up to eight numbers would stand in the code
     # the code that launches the kernels: one function of several MB, compiled in half the time; graphs replay it anyway
     "aot_inductor.compile_wrapper_opt_level": "O0",
 }
@@ -58,7 +57,7 @@ class BuildRequest:
         networks: their names.
         letters: the range of every dynamic letter, as `ShapeRanges.letters` gives them.
         device: to compile for.
-        folder: gets packages and weights.
+        folder: gets the packages.
     """
 
     checkpoint: ModelParts
@@ -69,30 +68,33 @@ class BuildRequest:
     folder: Path
 
 
-def build_networks(request: BuildRequest, on_stage: Callable[[str, str], None]) -> dict[str, float]:
+class BuiltNetwork(NamedTuple):
+    """What is to be known of a compiled network: its error against eager, and how many bytes its weights have."""
+
+    relative_error: float
+    weight_bytes: int
+
+
+def build_networks(request: BuildRequest, on_stage: Callable[[str, str], None]) -> dict[str, BuiltNetwork]:
     """Compile one network after the other, each compared with eager on the device.
 
     Args:
         on_stage: called with a network's name ("" for none in particular) and what is done to it.
 
-    Returns:
-        Relative error against eager by network.
-
     Raises:
         EngineBuildError: a network can't be compiled, or computes something else than eager.
     """
     specs, operators = network_specs(request.checkpoint.geometry), operators_for(request.device)
-    errors = {}
-    modules = iterate_modules(request.checkpoint, request.numerics, operators.grca, request.networks)
+    built = {}
+    modules = iterate_modules(request.checkpoint, request.numerics, grca, request.networks, request.device)
     while True:
         on_stage("", "loading weights")
         name, module = next(modules, ("", None))
         if module is None:
-            return errors
-        # the module is handed over: nothing here keeps its weights
-        taken, module = [module.to(request.device)], None
+            return built
         options = NetworkOptions(request.numerics[name], request.letters, operators)
-        errors[name] = build_network(specs[name], taken, options, request.folder, functools.partial(on_stage, name))
+        built[name] = build_network(specs[name], module, options, request.folder, functools.partial(on_stage, name))
+        del module
 
 
 @dataclass(frozen=True)
@@ -106,34 +108,25 @@ class NetworkOptions:
 
 def build_network(
     spec: NetworkSpec,
-    taken: list[nn.Module],
+    module: nn.Module,
     options: NetworkOptions,
     folder: Path,
     on_stage: Callable[[str], None] = lambda what: None,
-) -> float:
-    """Compile one network, store package and weights, and compare it with eager.
+) -> BuiltNetwork:
+    """Compile one network, store its package, and compare it with eager.
 
     Args:
-        taken: the module, in eval mode and in the network's dtype, on the device to compile for; taken out of the list
-            and used up.
-
-    Returns:
-        The relative error against eager.
+        module: in eval mode and in the network's dtype, on the device to compile for; it is rewritten.
 
     Raises:
         EngineBuildError: the network can't be compiled, or computes something else than eager.
     """
-    module = taken.pop()
     device = next(module.parameters()).device
-    for tensor in (*module.parameters(), *module.buffers()):
-        tensor.data = tensor.data.contiguous()  # the only layout that a file keeps
     ranges = compiled_ranges(spec, options.letters)
     # before the module is rewritten: the comparison shall see the rewriting, too
     on_stage("running eager")
-    examples = run_examples(spec, module, options.letters, options.precision)
-    if isinstance(module, Denoiser):
-        fuse_denoiser(module, options.operators)
-    channels_last_names = channels_last(module) if device.type == "cuda" else []
+    examples = run_examples(spec, module, {**options.letters, **ranges}, options.precision)
+    weights = prepare(module, options.operators, device)
     on_stage("exporting")
     inputs = example_inputs(spec, example_sizes(ranges, device), options.precision)
     arguments = tuple(value.to(device) for value in inputs.values())
@@ -146,16 +139,16 @@ def build_network(
         configs = _GPU_OPTIONS if device.type == "cuda" else _OPTIONS
         with analysed_once():
             torch._inductor.aoti_compile_and_package(program, package_path=str(package), inductor_configs=configs)
-    constants = {**program.state_dict, **program.constants}
-    del program, inputs, arguments, module
-    on_stage("storing weights")
-    stored = folder / weights_name(spec.name)
-    _save(stored, {name: constants[name] for name in names_of_weights(package, device)}, channels_last_names)
-    del constants
+    _save(spec, {name: value for name, value in program.constants.items() if name not in weights}, folder)
     on_stage("comparing with eager")
-    weights = read_weights(stored, device)
     network = InductorNetwork(spec, folder, options.precision, device, options.letters, weights)
-    return _compare(network, examples, options.precision)
+    if unread := sorted(_weights_used(program) - network.weights.keys()):
+        raise EngineBuildError(
+            f"{spec.name}: the code holds the values of {', '.join(unread)}; expected code that reads all weights"
+        )
+    del program, inputs, arguments
+    error = compare(network, examples, options.precision)
+    return BuiltNetwork(error, sum(value.nbytes for value in network.weights.values()))
 
 
 @contextlib.contextmanager
@@ -168,22 +161,22 @@ def _compiling(name: str) -> Iterator[None]:
         raise EngineBuildError(f"{name}: {type(error).__name__}: {first_complaint(str(error))}") from error
 
 
-def _compare(network: InductorNetwork, examples: Sequence[Example], precision: Precision) -> float:
-    worst = 0.0
-    for example in examples:
-        got = network(example.inputs)
-        for name, expected in example.outputs.items():
-            where = f"{network.spec.name}: output {name}"
-            try:
-                error = relative_error(where, got[name], expected, precision, _TOLERANCE[precision])
-            except ExportError as refused:
-                raise EngineBuildError(str(refused)) from refused
-            worst = max(worst, error)
-    return worst
+def _weights_used(program: torch.export.ExportedProgram) -> set[str]:
+    """The names of the parameters and buffers on which what a program computes depends."""
+    signature = program.graph_signature
+    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    program.graph.eliminate_dead_code()
+    return {names[node.name] for node in program.graph.nodes if node.name in names and node.users}
 
 
-def _save(path: Path, weights: Mapping[str, Tensor], channels_last_names: list[str]) -> None:
-    # the file's format knows no strides; `session` restores them by these names
-    tensors = {name: value.detach().contiguous().cpu() for name, value in weights.items()}
-    save_file(tensors, path, metadata={"channels_last": json.dumps(channels_last_names)})
+def _save(spec: NetworkSpec, constants: Mapping[str, Any], folder: Path) -> None:
+    tensors = {name: value.detach().contiguous().cpu() for name, value in constants.items()}
+    if not tensors:
+        return
+    if (size := sum(value.nbytes for value in tensors.values())) > _CONSTANTS_AT_MOST:
+        raise EngineBuildError(
+            f"{spec.name}: {size:,} bytes of constants beside its weights; expected at most {_CONSTANTS_AT_MOST:,}"
+        )
+    path = folder / constants_name(spec.name)
+    save_file(tensors, path)
     path.chmod(0o644)  # the library makes it readable for its owner alone

@@ -61,6 +61,7 @@ class TransformerBlock(nn.Module):
         self.norm1, self.norm2, self.norm3 = block.norm1, block.norm2, block.norm3
         self.attn1 = SelfAttention(block.attn1)
         self.attn2 = block.attn2
+        self.attn2.grca = operators.grca
         self.ff = GegluFeedForward(block.ff, operators)
         self.add_layer_norm = operators.add_layer_norm
 
@@ -109,13 +110,14 @@ class Transformer(nn.Module):
 
 
 def fuse_denoiser(denoiser: Denoiser, operators: Operators) -> None:
-    """Rewrite the transformers of a denoiser in place.
+    """Rewrite the transformers of a denoiser in place; they use these operators from now on.
 
     Raises:
         ValueError: a transformer that isn't SDXL's (linear projections, plain layer norms, GEGLU).
     """
-    found = [(name, part) for name, part in denoiser.named_modules() if isinstance(part, Transformer2DModel)]
-    for name, model in found:
+    names = [name for name, part in denoiser.named_modules() if isinstance(part, Transformer2DModel)]
+    for name in names:  # by name: the weights of what was rewritten are let go one after the other
+        model = denoiser.get_submodule(name)
         blocks = model.transformer_blocks
         if not model.use_linear_projection or any(block.norm_type != "layer_norm" for block in blocks):
             raise ValueError(f"{name} isn't a transformer of SDXL's kind; expected linear projections and layer norms")

@@ -1,22 +1,25 @@
-"""Compiled networks, opened: nothing is compiled here, and weights are read once."""
+"""Compiled networks, opened with the weights of a checkpoint: nothing is compiled here, and no weight is kept twice."""
 
-import json
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from storyadapter.engine.graphs import GraphStepRunner
-from storyadapter.engine.inductor import package_name, weights_name
+from storyadapter.engine.inductor import constants_name, package_name
+from storyadapter.engine.inductor.comparison import compare
+from storyadapter.engine.inductor.operators import operators_for
+from storyadapter.engine.inductor.preparation import prepare
 from storyadapter.engine.inductor.shapes import compiled_ranges, cut, doubled
-from storyadapter.engine.loading import load_each
 from storyadapter.engine.out_of_memory import told_as_out_of_memory
-from storyadapter.model.contract import Geometry, NetworkSpec, Range, network_specs
+from storyadapter.export.examples import run_examples
+from storyadapter.model.contract import NetworkSpec, Range, network_specs
 from storyadapter.model.grca import grca
+from storyadapter.model.modules import ModelParts, iterate_modules
 from storyadapter.model.networks import Networks, check_inputs, run_directly
 from storyadapter.model.numerics import Numerics, Precision
 
@@ -25,8 +28,6 @@ if TYPE_CHECKING:
 
 # Above this share of the free memory the weights leave too little for frames: all but the denoiser's stay on the host.
 _OFFLOAD_ABOVE = 0.5
-# Packages for the CPU call this operator by its name: it is registered when its module is imported.
-_CALLED_BY_NAME = (grca,)
 
 
 class InductorNetwork:
@@ -48,7 +49,7 @@ class InductorNetwork:
             spec, precision, letters: what the package was compiled for.
             folder: holds the package.
             device: what it was compiled for.
-            weights: by name, at least those that the package reads; on `device`, or on the host if `offloaded`.
+            weights: of `prepare`; on `device`, or in pinned host memory if `offloaded`.
             offloaded: weights are copied to the device for each call, and their memory is given back after it.
 
         The memory of weights on a GPU is given back when the network goes, whoever else still names them.
@@ -60,6 +61,9 @@ class InductorNetwork:
         self.offloaded = offloaded
         self._compiled = compiled_ranges(spec, letters)
         self._package = _open_package(folder / package_name(spec.name), device)
+        constants = folder / constants_name(spec.name)
+        if constants.exists():
+            weights = {**weights, **load_file(constants, "cpu" if offloaded else str(device))}
         self.weights = {name: weights[name] for name in self._package.get_constant_fqns()}
         self._bound: dict[str, Tensor] = {}
         if offloaded:
@@ -120,12 +124,6 @@ def _open_package(path: Path, device: torch.device) -> "AOTICompiledModel":
         return torch._inductor.aoti_load_package(str(path), run_single_threaded=True, device_index=index)
 
 
-def names_of_weights(package: Path, device: torch.device) -> list[str]:
-    """Of those that a package reads."""
-    names: list[str] = _open_package(package, device).get_constant_fqns()
-    return names
-
-
 def _without_memory(value: Tensor, device: torch.device) -> Tensor:
     """A tensor of this shape, type and layout on a device, whose storage is empty."""
     empty = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
@@ -138,55 +136,58 @@ def _give_back(tensors: Iterable[Tensor]) -> None:
         tensor.untyped_storage().resize_(0)
 
 
-def read_weights(path: Path, device: torch.device) -> dict[str, Tensor]:
-    """Weights of a package in the layouts that it was compiled for; in pinned memory where `device` is the host."""
-    pinned = device.type == "cpu" and torch.cuda.is_available()
-    with safe_open(path, framework="pt", device=str(device)) as file:
-        channels_last = set(json.loads(file.metadata()["channels_last"]))
-        weights = {}
-        for name in file.keys():  # noqa: SIM118 (not a dict)
-            value = file.get_tensor(name)
-            if name in channels_last:
-                value = value.contiguous(memory_format=torch.channels_last)
-            weights[name] = value.pin_memory() if pinned else value
-    return weights
-
-
 def open_inductor(
     folder: Path,
-    geometry: Geometry,
+    checkpoint: ModelParts,
     numerics: Numerics,
     letters: Mapping[str, Range],
     device: torch.device,
+    weight_bytes: int,
     on_progress: Callable[[str, str], None] = lambda network, what: None,
-) -> Networks:
-    """Open the seven compiled networks of one engine folder.
+    *,
+    compared: bool = True,
+) -> tuple[Networks, dict[str, float]]:
+    """Open the compiled networks of one engine folder with the weights of a checkpoint.
 
     On a GPU the denoising step is captured as CUDA graphs. Where the weights would take more than half of the memory
     that is free, only the denoiser's stay there and the others come from the host for each call.
 
     Args:
-        on_progress: called with each network's name and what is done, before it is.
+        weight_bytes: of all networks.
+        on_progress: called with each network's name and what is done with it.
+        compared: the code was compared with eager with these weights; else it is done now.
+
+    Returns:
+        The networks, and the relative error of each against eager where it was compared now.
+
+    Raises:
+        EngineBuildError: a network computes something else than eager.
     """
     on_gpu = device.type == "cuda"
-    short = on_gpu and _weigh_too_much(folder, geometry, device)
-
-    def stays_on_host(name: str) -> bool:
-        return short and name != "denoiser"
-
-    def tell(name: str) -> None:
-        where = "loading into host memory: little is free on the GPU" if stays_on_host(name) else "loading engine"
-        on_progress(name, where)
-
-    def load(spec: NetworkSpec) -> InductorNetwork:
-        offloaded = stays_on_host(spec.name)
-        weights = read_weights(folder / weights_name(spec.name), torch.device("cpu") if offloaded else device)
-        precision = numerics[spec.name]
-        return InductorNetwork(spec, folder, precision, device, letters, weights, offloaded=offloaded)
-
-    return Networks(
-        load_each(geometry, load, tell),
-        geometry=geometry,
+    short = on_gpu and weight_bytes > _OFFLOAD_ABOVE * torch.cuda.mem_get_info(device)[0]
+    specs, operators = network_specs(checkpoint.geometry), operators_for(device)
+    networks: dict[str, InductorNetwork] = {}
+    errors: dict[str, float] = {}
+    on_progress("", "loading weights")
+    for name, module in iterate_modules(checkpoint, numerics, grca, device=device):
+        spec, precision, offloaded = specs[name], numerics[name], short and name != "denoiser"
+        where = "loading into host memory: little is free on the GPU" if offloaded else "loading engine"
+        on_progress(name, where if compared else "the engine's code with other weights: comparing with eager")
+        ranges = {**letters, **compiled_ranges(spec, letters)}
+        examples = () if compared else run_examples(spec, module, ranges, precision)
+        weights = prepare(module, operators, device)
+        del module
+        if offloaded:
+            weights = {key: value.cpu().pin_memory() for key, value in weights.items()}
+        networks[name] = InductorNetwork(spec, folder, precision, device, letters, weights, offloaded=offloaded)
+        if examples:
+            errors[name] = compare(networks[name], examples, precision)
+        del weights, examples
+    if on_gpu:
+        torch.cuda.empty_cache()  # what rewriting and comparing took is free for frames
+    opened = Networks(
+        networks,
+        geometry=checkpoint.geometry,
         backend="inductor",
         device=device,
         numerics=numerics,
@@ -194,9 +195,4 @@ def open_inductor(
         run_step=GraphStepRunner() if on_gpu else run_directly,
         padding_is_free=on_gpu,
     )
-
-
-def _weigh_too_much(folder: Path, geometry: Geometry, device: torch.device) -> bool:
-    """Whether all weights would take more than `_OFFLOAD_ABOVE` of the GPU's free memory."""
-    free, _ = torch.cuda.mem_get_info(device)
-    return sum((folder / weights_name(name)).stat().st_size for name in network_specs(geometry)) > _OFFLOAD_ABOVE * free
+    return opened, errors

@@ -57,11 +57,8 @@ def cut(tensor: TensorSpec, value: Tensor, letters: Sequence[str]) -> Tensor:
     return value.contiguous()
 
 
-def channels_last(module: torch.nn.Module) -> list[str]:
-    """Bring the weights of all 2-D convolutions to channels-last; returns their names."""
-    names = []
-    for name, part in module.named_modules():
+def channels_last(module: torch.nn.Module) -> None:
+    """Bring the weights of all 2-D convolutions to channels-last."""
+    for part in module.modules():
         if isinstance(part, torch.nn.Conv2d):
-            part.to(memory_format=torch.channels_last)
-            names.append(f"{name}.weight" if name else "weight")
-    return names
+            part.weight.data = part.weight.data.to(memory_format=torch.channels_last)

@@ -1,9 +1,7 @@
 """What a package is compiled for and with: it runs only where these are the same."""
 
-import hashlib
 import platform
 import subprocess
-from importlib import resources
 from pathlib import Path
 
 import torch
@@ -11,7 +9,6 @@ from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 
 from storyadapter.engine.backend import installed_version
-from storyadapter.engine.inductor import BUILD_VERSION
 from storyadapter.method.errors import UnavailableError
 
 
@@ -26,18 +23,10 @@ def target_architecture(device: torch.device) -> str:
 
 
 def compiler_versions(device: torch.device) -> str:
-    """PyTorch's version, and Triton's where it makes the kernels."""
-    torch_version = f"torch {installed_version('torch')}"
-    return f"{torch_version} triton {installed_version('triton')}" if device.type == "cuda" else torch_version
-
-
-def build_options(device: torch.device) -> tuple[tuple[str, str], ...]:
-    """What else decides what a build makes, name and value: its code and, on a GPU, the tiles, which can be tuned."""
-    code = ("build", str(BUILD_VERSION))
-    if device.type != "cuda":
-        return (code,)
-    tiles = resources.files("storyadapter.kernels").joinpath("tiles.json").read_bytes()
-    return code, ("tiles", hashlib.sha256(tiles).hexdigest()[:8])
+    """The versions of what compiles, Triton where it makes the kernels, and of what the compiled modules are made of:
+    weights are bound to the code by the names that they have there."""
+    names = ("torch", *(("triton",) if device.type == "cuda" else ()), "diffusers", "transformers")
+    return " ".join(f"{name} {installed_version(name)}" for name in names)
 
 
 def check_compilers(device: torch.device) -> None:

@@ -2,7 +2,7 @@
 
 A process, so that groups of networks are compiled at once, Ctrl-C ends a build at once wherever it is, and a crash or a
 lack of memory is one line in the program that asked. Reads one pickled `BuildRequest` from standard input; writes JSON
-lines to standard output: `{"network": …, "stage": …}` while it works, then `{"errors": …}`, or `{"raised": …}` with a
+lines to standard output: `{"network": …, "stage": …}` while it works, then `{"built": …}`, or `{"raised": …}` with a
 pickled exception. Ends when standard input closes, with the compilers that it started: no build outlives its program.
 It leads a process group of its own.
 """
@@ -28,11 +28,11 @@ def main() -> None:
     try:
         request: BuildRequest = pickle.load(sys.stdin.buffer)  # opens the checkpoint
         threading.Thread(target=_end_with_input, daemon=True).start()
-        errors = build_networks(request, lambda network, stage: _tell(messages, network=network, stage=stage))
+        built = build_networks(request, lambda network, stage: _tell(messages, network=network, stage=stage))
     except (StoryAdapterError, OSError) as error:
         _tell(messages, raised=base64.b64encode(pickle.dumps(error)).decode())
     else:
-        _tell(messages, errors=errors)
+        _tell(messages, built=built)
 
 
 def _tell(messages: TextIO, **message: object) -> None:

@@ -12,7 +12,7 @@ from storyadapter.engine.backend import (
     installed_version,
 )
 from storyadapter.engine.identity import EngineIdentity, identity_of
-from storyadapter.export import export_recipe
+from storyadapter.engine.sources import export_recipe
 from storyadapter.model.numerics import Numerics
 
 if TYPE_CHECKING:

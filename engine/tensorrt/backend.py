@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from storyadapter.engine.backend import Backend, EngineRequest, ReportBytes, ReportFraction, ReportStage
 from storyadapter.engine.identity import EngineIdentity, identity_of
+from storyadapter.engine.sources import export_recipe
+from storyadapter.engine.tensorrt import SOURCES
 from storyadapter.engine.tensorrt.library import choose_library, describe_libraries, gpu_target, why_it_cant_run
 from storyadapter.engine.tensorrt.options import SETTINGS, BuildOptions
-from storyadapter.export import export_recipe
 from storyadapter.method.errors import Field, UnavailableError
 from storyadapter.model.numerics import Numerics, Precision
 
@@ -71,7 +72,7 @@ class TensorRT(Backend):
         )
 
     def recipe(self, architecture: str) -> tuple[tuple[str, str], ...]:
-        return export_recipe()
+        return export_recipe(*SOURCES)
 
     def build(
         self, request: EngineRequest, folder: Path, on_stage: ReportStage, on_fraction: ReportFraction

@@ -43,6 +43,7 @@ def _build(
     reporter: Reporter,
 ) -> None:
     from storyadapter.engine.opening import build_engine
+    from storyadapter.engine.store import EngineStore
 
     started = time.perf_counter()
     session.backend.check(session.numerics, ranges)
@@ -53,23 +54,18 @@ def _build(
         f"{count(ranges.max_frames, 'frame')} of {ranges.width}x{ranges.height} at once, stories of up to "
         f"{count(ranges.max_references, 'frame')}",
     )
-    built = False
-
-    def on_stage(network: str, what: str) -> None:
-        nonlocal built
-        built = True
-        reporter.stage(network, what)
-
+    new = EngineStore(args.engine_dir).get(identity, ranges) is None
     engine = build_engine(
         session.checkpoint,
         identity,
         ranges,
         options=options,
         engine_dir=args.engine_dir,
-        on_stage=on_stage,
+        on_stage=reporter.stage,
+        on_bytes=reporter.bytes_read,
         on_fraction=reporter.fraction,
         on_wait=lambda message: reporter.note("wait", message),
     )
-    how = f"built in {duration(time.perf_counter() - started)}" if built else "was there already"
+    how = f"built in {duration(time.perf_counter() - started)}" if new else "was there already"
     text = f"engine {engine.folder} ({engine.bytes / 2**20:,.0f} MiB, {how})"
-    reporter.result("built", text, folder=str(engine.folder), bytes=engine.bytes, new=built)
+    reporter.result("built", text, folder=str(engine.folder), bytes=engine.bytes, new=new)

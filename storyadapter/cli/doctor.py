@@ -5,13 +5,13 @@ import platform
 import psutil
 import torch
 
+from storyadapter.cli.engines import engine_table
 from storyadapter.cli.options import typed
 from storyadapter.cli.reporting import print_result
 from storyadapter.cli.versions import versions
 from storyadapter.engine.backends import AUTO, BACKENDS, find_backend
 from storyadapter.engine.gpu import driver_version
-from storyadapter.engine.opening import why_outdated
-from storyadapter.engine.store import EngineStore, renewal
+from storyadapter.engine.store import EngineStore
 
 
 def doctor() -> int:
@@ -39,14 +39,6 @@ def doctor() -> int:
     lines += [f"{heading:<10} {text}" for backend in BACKENDS.values() for heading, text in backend.describe()]
     lines.append(f"default    --backend {find_backend(AUTO).name}")
     store = EngineStore()
-    engines, warnings = store.scan()
-    outdated = {engine.key: why for engine in engines if (why := why_outdated(engine))}
-    lines.append(f"engines    {len(engines) - len(outdated)} in {store.root}")
-    for engine in sorted(engines, key=lambda engine: engine.key in outdated):
-        line = f"           {engine}, {engine.bytes / 2**20:.0f} MiB"
-        if why := outdated.get(engine.key):
-            line += f", outdated: {'; '.join(why)}; {renewal(engine.folder)}"
-        lines.append(line)
-    lines += [f"           {warning}" for warning in warnings]
+    lines += [f"engines    {len(store.scan()[0])} in {store.root}", *engine_table(store)]
     print_result("\n".join(lines))
     return 0 if usable else 1

@@ -14,6 +14,7 @@ from storyadapter.cli.options import build_command, option
 from storyadapter.cli.reporting import Reporter, count, duration
 from storyadapter.cli.session import Session
 from storyadapter.cli.versions import versions
+from storyadapter.engine.model_weights import model_weights
 from storyadapter.engine.opening import open_networks
 from storyadapter.method.errors import EngineMismatchError, RunError, spelled
 from storyadapter.method.events import FrameFinished, RunFinished, RunStarted
@@ -95,7 +96,7 @@ def draw(
 
 def _identity(story: Story, style: str, plan: RunPlan, session: Session, reporter: Reporter) -> dict[str, Any]:
     """Everything that decides the pictures. The split into micro-batches doesn't: it may change in a resumed run."""
-    engine = session.backend.identity(session.checkpoint, session.numerics, None, reporter.bytes_read)
+    model = model_weights(session.checkpoint, reporter.bytes_read)
     return {
         "story": story.to_dict(),
         "style": style,
@@ -103,8 +104,8 @@ def _identity(story: Story, style: str, plan: RunPlan, session: Session, reporte
         "backend": session.backend.name,
         "precision": session.numerics.precision,
         "vae_precision": session.numerics["vae_decoder"],
-        "weights": {f"{weight.component}/{weight.name}": weight.sha256 for weight in engine.weights},
-        "loras": [{"name": lora.name, "sha256": lora.sha256, "scale": lora.scale} for lora in engine.loras],
+        "weights": {f"{weight.component}/{weight.name}": weight.sha256 for weight in model.files},
+        "loras": [{"name": lora.name, "sha256": lora.sha256, "scale": lora.scale} for lora in model.loras],
     }
 
 

@@ -36,6 +36,13 @@ examples:
 When run finds no engine that fits, it prints the build command that makes one.
 """
 
+_PRUNE_EPILOG = """\
+examples:
+  storyadapter-trt engines prune --outdated                    what another version of the program built
+  storyadapter-trt engines prune --older-than 30 --dry-run     what was not used for 30 days: only say so
+  storyadapter-trt engines prune --keep-under 20               the least recently used, until less than 20 GiB are left
+"""
+
 _RUN_EPILOG = """\
 examples:
   storyadapter-trt run                                      the demo story with the demo model
@@ -99,6 +106,7 @@ def build_parser() -> tuple[Parser, Commands]:
     text = "GPU, driver, versions, which backends can serve here and why the others can't"
     doctor = commands.add_parser("doctor", help=text, description=f"Tells {text}.", allow_abbrev=False)
     doctor.set_defaults(run=_doctor)
+    _add_engines(commands)
     return parser, commands
 
 
@@ -174,6 +182,30 @@ def _add_run(commands: Commands) -> None:
     parser.set_defaults(run=_run)
 
 
+def _add_engines(commands: Commands) -> None:
+    text = "what the engine store holds, and delete what of it is old, outdated or too much"
+    parser = commands.add_parser("engines", help=f"tell {text}", description=f"Tells {text}.", allow_abbrev=False)
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", title="actions")
+    text = "a table of all engines: for what, for which models, how large, when last used"
+    table = actions.add_parser("list", help=text, description=f"Prints {text}.", allow_abbrev=False)
+    table.set_defaults(run=_list_engines)
+    prune = actions.add_parser(
+        "prune",
+        help="delete engines by age, size and program version",
+        description="Deletes engines, the least recently used first; never one that is in use or being built.",
+        epilog=_PRUNE_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    prune.add_argument("--older-than", type=float, metavar="DAYS", help="those that were not used for so many days")
+    prune.add_argument("--keep-under", type=float, metavar="GIB", help="as many as it takes to keep less than this")
+    prune.add_argument("--outdated", action="store_true", help="those that this version of the program can't open")
+    prune.add_argument("--dry-run", action="store_true", help="only say what would go")
+    prune.set_defaults(run=_prune_engines)
+    for action in (table, prune):
+        options.add_store_option(action)
+
+
 def run_program(parser: Parser, argv: Sequence[str] | None) -> int:
     """Run the command that was typed.
 
@@ -218,6 +250,18 @@ def _doctor(args: argparse.Namespace) -> int:
     from storyadapter.cli.doctor import doctor
 
     return doctor()
+
+
+def _list_engines(args: argparse.Namespace) -> int:
+    from storyadapter.cli.engines import list_engines
+
+    return list_engines(args)
+
+
+def _prune_engines(args: argparse.Namespace) -> int:
+    from storyadapter.cli.engines import prune_engines
+
+    return prune_engines(args)
 
 
 def _tell(text: str) -> None:

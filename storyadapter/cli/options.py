@@ -97,7 +97,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help=f"{PLAN_HELP['max_frames']} (default: auto, for run as many as the engine takes and "
         f"the GPU's memory holds, for build and without a GPU {FRAMES_UNMEASURED})",
     )
-    engine.add_argument("--engine-dir", type=Path, metavar="D", help="engine store (default: in the user's cache)")
+    add_store_option(engine)
+
+
+def add_store_option(parser: argparse._ActionsContainer) -> None:
+    """Where engines lie."""
+    parser.add_argument("--engine-dir", type=Path, metavar="D", help="engine store (default: in the user's cache)")
 
 
 def add_backend_options(parser: argparse.ArgumentParser) -> None:

@@ -190,3 +190,21 @@ def test_the_default_place_follows_xdg(tmp_path: Path, monkeypatch: pytest.Monke
     fingerprint_files([path])
     memory = tmp_path / "xdg" / "storyadapter-trt" / "fingerprints.json"
     assert str(path) in json.loads(memory.read_bytes())["files"]
+
+
+def test_large_files_are_read_at_once_and_an_interrupt_ends_all(tmp_path: Path, memory: Path) -> None:
+    paths = [write(tmp_path / str(number), bytes([number]) * (65 << 20)) for number in range(3)]
+    seen: list[int] = []
+
+    def interrupt(done: int, total: int) -> None:
+        seen.append(done)
+        if len(seen) == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fingerprint_files(paths, interrupt, memory)
+    assert len(seen) == 5
+    done = []
+    digests = fingerprint_files(paths, lambda count, total: done.append(count), memory)
+    assert done == sorted(done) and done[-1] == 3 * (65 << 20)
+    assert digests == {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}

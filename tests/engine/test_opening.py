@@ -5,12 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from storyadapter.checkpoint import Checkpoint
 from storyadapter.engine import identity as identity_module
 from storyadapter.engine import open_networks
-from storyadapter.engine.inductor import target
 from storyadapter.engine.opening import identify, why_outdated
 from storyadapter.engine.store import EngineStore
 from storyadapter.method.errors import EngineMismatchError, UnavailableError
@@ -42,8 +40,9 @@ def test_an_engine_is_outdated_by_versions_of_this_program(
     details = {"geometry": checkpoint.geometry.as_dict()}
     assert built(details) == []
     assert built(details, backend_version="of another library", architecture="any") == []
-    option, value = asked.build_options[0]
-    older = (option, "0"), *asked.build_options[1:]
+    option, value = asked.build_options[-1]
+    older = *asked.build_options[:-1], (option, "0")
+    assert option == "sources"
     assert built(details, build_options=older) == [f"{option} is 0 in the store, {value} asked for"]
     assert "is described otherwise" in built({"geometry": {"width": 3}}, numerics=Numerics("fp16"))[0]
     monkeypatch.setattr(identity_module, "CONTRACT_VERSION", CONTRACT_VERSION + 1)
@@ -53,10 +52,9 @@ def test_an_engine_is_outdated_by_versions_of_this_program(
 
 def test_an_engine_for_a_gpu_is_judged_where_there_is_none(checkpoint: Checkpoint, tmp_path: Path) -> None:
     asked = identify(checkpoint, "inductor", Numerics("fp16"))
-    gpu = replace(asked, architecture="sm90", build_options=target.build_options(torch.device("cuda")))
+    gpu = replace(asked, architecture="sm90")
     details = {"geometry": checkpoint.geometry.as_dict()}
     engine = EngineStore(tmp_path).build(gpu, ranges(), lambda folder: details, never_waits)
     assert why_outdated(engine) == []
-    options = dict(gpu.build_options) | {"tiles": "00000000"}
-    other = replace(engine, identity=replace(gpu, build_options=tuple(options.items())))
-    assert [reason.partition(",")[0] for reason in why_outdated(other)] == ["tiles is 00000000 in the store"]
+    other = replace(engine, identity=replace(gpu, build_options=(("sources", "00000000"),)))
+    assert [reason.partition(",")[0] for reason in why_outdated(other)] == ["sources is 00000000 in the store"]

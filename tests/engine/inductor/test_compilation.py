@@ -3,14 +3,16 @@
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from storyadapter import Checkpoint
-from storyadapter.engine.inductor import weights_name
 from storyadapter.engine.inductor.compilation import NetworkOptions, build_network
 from storyadapter.engine.inductor.operators import operators_for
-from storyadapter.engine.inductor.session import InductorNetwork, read_weights
+from storyadapter.engine.inductor.preparation import prepare
+from storyadapter.engine.inductor.session import InductorNetwork
 from storyadapter.export.examples import run_examples
 from storyadapter.model.contract import Range, ShapeRanges, network_specs
+from storyadapter.model.grca import grca
 from storyadapter.model.modules import iterate_modules
 from storyadapter.model.numerics import Numerics
 
@@ -18,21 +20,27 @@ CPU = torch.device("cpu")
 NAME = "reference_projection"
 
 
-def test_weights_that_lie_transposed_are_stored_as_they_are_read(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def transposed(checkpoint: Checkpoint) -> nn.Module:
+    ((_, module),) = iterate_modules(checkpoint, Numerics("fp32"), grca, (NAME,))
+    for weight in module.parameters():
+        if weight.ndim == 2:
+            weight.data = weight.data.T.contiguous().T
+    assert any(not weight.is_contiguous() for weight in module.parameters())
+    return module
+
+
+def test_weights_that_lie_transposed_are_bound_as_they_are_read(checkpoint: Checkpoint, tmp_path: Path) -> None:
     """As of a checkpoint saved by pickle, which keeps strides."""
     size = Range(64, 64)
     letters = ShapeRanges(2, 8, size, size).letters()
     operators = operators_for(CPU)
     spec = network_specs(checkpoint.geometry)[NAME]
-    ((_, module),) = iterate_modules(checkpoint, Numerics("fp32"), operators.grca, (NAME,))
-    for weight in module.parameters():
-        if weight.ndim == 2:
-            weight.data = weight.data.T.contiguous().T
-    assert any(not weight.is_contiguous() for weight in module.parameters())
+    module = transposed(checkpoint)
     examples = run_examples(spec, module, letters, "fp32")
-    options = NetworkOptions("fp32", letters, operators)
-    build_network(spec, [module], options, tmp_path, lambda stage: None)
-    weights = read_weights(tmp_path / weights_name(NAME), CPU)
+    built = build_network(spec, module, NetworkOptions("fp32", letters, operators), tmp_path)
+    assert built.relative_error < 1e-5
+    weights = prepare(transposed(checkpoint), operators, CPU)
+    assert built.weight_bytes == sum(weight.nbytes for weight in weights.values())
     network = InductorNetwork(spec, tmp_path, "fp32", CPU, letters, weights)
     for example in examples:
         drawn = network(example.inputs)

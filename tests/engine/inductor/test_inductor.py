@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,12 +13,16 @@ from PIL import Image
 
 from storyadapter import Checkpoint, RunPlan, Story, StoryPipeline
 from storyadapter.engine import open_networks
-from storyadapter.engine.inductor import package_name, weights_name
-from storyadapter.engine.inductor.session import InductorNetwork, open_inductor, read_weights
+from storyadapter.engine.inductor import package_name
+from storyadapter.engine.inductor.operators import PLAIN
+from storyadapter.engine.inductor.preparation import prepare
+from storyadapter.engine.inductor.session import InductorNetwork
 from storyadapter.export.examples import example_inputs
 from storyadapter.method.errors import EngineMismatchError
 from storyadapter.method.events import FrameFinished
-from storyadapter.model.contract import Range, ShapeRanges
+from storyadapter.model.contract import Range, ShapeRanges, network_specs
+from storyadapter.model.grca import grca
+from storyadapter.model.modules import iterate_modules
 from storyadapter.model.networks import Networks
 from storyadapter.model.numerics import Numerics
 
@@ -36,6 +39,11 @@ def networks(checkpoint: Checkpoint, tiny_inductor_dir: Path) -> Networks:
 def engine_folder(store: Path) -> Path:
     (folder,) = (path for path in store.iterdir() if path.is_dir())
     return folder
+
+
+def prepared(checkpoint: Checkpoint, name: str) -> dict[str, torch.Tensor]:
+    ((_, module),) = iterate_modules(checkpoint, Numerics("fp32"), grca, (name,))
+    return prepare(module, PLAIN, torch.device("cpu"))
 
 
 def pictures(networks: Networks, checkpoint: Checkpoint, guidance: float = 5.0, prompts=PROMPTS) -> list[Image.Image]:
@@ -80,17 +88,26 @@ def test_a_fresh_process_runs_what_another_built(tiny_model_dir: Path, tiny_indu
     assert "differs: height is 64, 96 asked for; build it: storyadapter-trt build " in other.stderr
 
 
-def test_the_engine_holds_each_weight_once(tiny_inductor_dir: Path, networks: Networks) -> None:
+def test_the_engine_is_code_and_each_weight_is_held_once(
+    tiny_inductor_dir: Path, networks: Networks, checkpoint: Checkpoint
+) -> None:
     folder = engine_folder(tiny_inductor_dir)
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["identity"]["architecture"].startswith("cpu-")
-    assert max(manifest["details"]["relative_error_against_eager"].values()) < 1e-4
-    for name in manifest["details"]["relative_error_against_eager"]:
-        weights = read_weights(folder / weights_name(name), torch.device("cpu"))
+    assert manifest["identity"]["weights"] == manifest["identity"]["loras"] == []
+    (record,) = (json.loads(path.read_text()) for path in folder.glob("uses/*.json"))
+    assert record["model"] == checkpoint.label
+    assert max(record["details"]["relative_error_against_eager"].values()) < 1e-4
+    names = network_specs(checkpoint.geometry).keys()
+    assert record["details"]["relative_error_against_eager"].keys() == names
+    assert manifest["files"].keys() == {package_name(name) for name in names}
+    for name in names:
         addresses = [value.data_ptr() for value in networks[name].weights.values()]
-        assert len(set(addresses)) == len(weights)
+        assert len(set(addresses)) == len(addresses) > 0
         # the package itself holds none: it is a few MB of code
         assert (folder / package_name(name)).stat().st_size < 6e6
+    held = sum(value.nbytes for name in names for value in networks[name].weights.values())
+    assert held == manifest["details"]["weight_bytes"]
 
 
 def test_a_view_is_refused_because_a_package_would_misread_it(networks: Networks) -> None:
@@ -115,7 +132,7 @@ def test_more_frames_than_the_decoder_takes_at_once_come_one_by_one(networks: Ne
 
 def test_weights_on_the_host_give_the_same(networks: Networks, tiny_inductor_dir: Path, checkpoint: Checkpoint) -> None:
     folder, spec = engine_folder(tiny_inductor_dir), networks["text_projection"].spec
-    weights = read_weights(folder / weights_name(spec.name), torch.device("cpu"))
+    weights = prepared(checkpoint, spec.name)
     letters = RANGES.letters(checkpoint.geometry.pixels_per_latent)
     network = InductorNetwork(spec, folder, "fp32", torch.device("cpu"), letters, weights, offloaded=True)
     inputs = example_inputs(spec, {"P": 3}, "fp32")
@@ -135,11 +152,9 @@ def test_other_frames_at_once_need_another_engine(checkpoint: Checkpoint, tiny_i
 
 
 def test_a_weight_that_is_not_there_is_an_error(
-    tiny_inductor_dir: Path, checkpoint: Checkpoint, tmp_path: Path
+    tiny_inductor_dir: Path, checkpoint: Checkpoint, networks: Networks
 ) -> None:
-    folder = tmp_path / "engine"
-    shutil.copytree(engine_folder(tiny_inductor_dir), folder)
-    (folder / weights_name("text_encoder")).write_bytes((folder / weights_name("vae_decoder")).read_bytes())
+    spec, folder = networks["text_encoder"].spec, engine_folder(tiny_inductor_dir)
     letters = RANGES.letters(checkpoint.geometry.pixels_per_latent)
     with pytest.raises(KeyError):
-        open_inductor(folder, checkpoint.geometry, Numerics("fp32"), letters, torch.device("cpu"))
+        InductorNetwork(spec, folder, "fp32", torch.device("cpu"), letters, prepared(checkpoint, "vae_decoder"))

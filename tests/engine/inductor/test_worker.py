@@ -23,4 +23,4 @@ def test_a_process_that_has_done_its_work_ends_in_order(checkpoint: Checkpoint, 
         worker.stdin.write(pickle.dumps(request))
         worker.stdin.flush()  # and not closed: then it would be ended, as the program that asked were gone
         messages = [json.loads(line) for line in worker.stdout]
-        assert worker.wait() == 0 and messages[-1] == {"errors": {}}
+        assert worker.wait() == 0 and messages[-1] == {"built": {}}

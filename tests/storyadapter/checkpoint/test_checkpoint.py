@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from storyadapter.checkpoint import Checkpoint, CheckpointPaths
 from storyadapter.method.errors import CheckpointError
 from storyadapter.model.contract import Geometry, LayerWidth
+from storyadapter.model.grca import grca
+from storyadapter.model.modules import iterate_modules
+from storyadapter.model.numerics import Numerics
 from tests.storyadapter.checkpoint.spoil import cut_short, edit_config, edit_tensors, refuses, tiny_paths
 
 NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2", "image_encoder")
@@ -146,6 +149,25 @@ def test_whole_clip_model_as_image_encoder(model_dir: Path, tiny_checkpoint: Che
     text_half = {"logit_scale": torch.tensor(4.6), "text_projection.weight": torch.zeros(2, 2)}
     edit_tensors(model_dir / "image_encoder" / "model.safetensors", lambda tensors: tensors.update(text_half))
     assert_same(Checkpoint.open(tiny_paths(model_dir)), tiny_checkpoint)
+
+
+def test_what_is_loaded_lies_on_the_device(tiny_checkpoint: Checkpoint) -> None:
+    meta = torch.device("meta")
+    modules = dict(iterate_modules(tiny_checkpoint, Numerics("fp16"), grca, device=meta))
+    assert len(modules) == 7
+    for module in modules.values():
+        assert {tensor.device for tensor in (*module.parameters(), *module.buffers())} == {meta}
+        assert {weight.dtype for weight in module.parameters()} == {torch.float16}
+
+
+def test_the_configuration_is_what_code_depends_on(model_dir: Path, tiny_checkpoint: Checkpoint) -> None:
+    for name in NETWORKS:
+        notes = {"_name_or_path": "elsewhere", "torch_dtype": "float16", "transformers_version": "4.1.0"}
+        edit_config(model_dir / name / "config.json", **notes)
+    assert Checkpoint.open(tiny_paths(model_dir)).configuration == tiny_checkpoint.configuration
+    edit_config(model_dir / "vae" / "config.json", scaling_factor=0.2)
+    changed = Checkpoint.open(tiny_paths(model_dir)).configuration
+    assert [name for name in changed if changed[name] != tiny_checkpoint.configuration[name]] == ["vae"]
 
 
 def test_files_by_component(tiny_checkpoint: Checkpoint, tiny_model_dir: Path) -> None:
