@@ -57,6 +57,9 @@ class StoryCase:
         return 2 * self.steps * self.drawn
 
 
+# Of the case "pair" one way is to draw it as two stories of half the length at once.
+PAIR: Final = "pair"
+
 # What the published command draws in the longest story of its paper.
 PUBLISHED: Final = StoryCase("published", 100, constants.ITERATIONS, constants.STEPS, 8, 1024, 1024)
 
@@ -68,10 +71,10 @@ CASES: Final = (
     Case("n8", 8, 8, 1024, 1024, rungs=_LAST),
     Case("n100", 100, 8, 1024, 1024, check_steps=2, rungs=(*_FRAME_BY_FRAME, *_LAST)),
 )
-STORIES: Final = (StoryCase("story", 16, 2, 20, 8, 1024, 1024),)
+STORIES: Final = (StoryCase("story", 16, 2, 20, 8, 1024, 1024), StoryCase(PAIR, 8, 2, 20, 8, 1024, 1024))
 
 SMOKE_CASES: Final = (Case("n3", 3, 2, 64, 64), Case("n5", 5, 2, 64, 64, rungs=(*_FRAME_BY_FRAME, *_LAST)))
-SMOKE_STORIES: Final = (StoryCase("story", 3, 2, 3, 2, 64, 64),)
+SMOKE_STORIES: Final = (StoryCase("story", 3, 2, 3, 2, 64, 64), StoryCase(PAIR, 2, 1, 2, 2, 64, 64))
 
 
 def chosen(names: list[str] | None, known: tuple[Any, ...], option: str) -> tuple[Any, ...]:

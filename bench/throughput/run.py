@@ -16,7 +16,7 @@ from storyadapter.bench.psnr import MIN_PSNR
 from storyadapter.bench.report import report_file, write_report, writing
 from storyadapter.bench.throughput import cases as tables
 from storyadapter.bench.throughput.baselines import BASELINES
-from storyadapter.bench.throughput.cases import Case, StoryCase, chosen, ranges
+from storyadapter.bench.throughput.cases import PAIR, Case, StoryCase, chosen, ranges
 from storyadapter.bench.throughput.chart import chart
 from storyadapter.bench.throughput.inputs import CaseInputs, make_inputs
 from storyadapter.bench.throughput.kernel_classes import KernelTimes, profile_call
@@ -39,6 +39,7 @@ from storyadapter.bench.throughput.rungs import LADDER, Rung
 from storyadapter.bench.throughput.story import (
     Draw,
     Drawn,
+    as_two_stories,
     in_sequence,
     measure_story,
     overlapped,
@@ -54,6 +55,7 @@ from storyadapter.runtime.conditioning import Tokenizers
 
 OVERLAPPED = "overlapped"
 _ONE_BY_ONE = "one after the other"
+_TOGETHER = "as two stories at once"
 _SMALL = 128  # pixels: the demo model and the toy are measured on tiny cases
 
 
@@ -78,11 +80,12 @@ def measure(args: argparse.Namespace) -> int:
     parts = sum(runs(rung, case) for rung in (*rungs, *baselines) for case in cases)
     if not parts and not stories:
         raise InputError("none of these --rungs runs any of these --cases; a story needs the rung overlapped")
-    ways = _ways(model.numerics["vae_decoder"], args.device_memory)
+    ways = {story: _ways(story, model.numerics["vae_decoder"], args.device_memory) for story in stories}
     engine_ranges = ranges(all_cases, all_stories)
     if args.device_memory is not None:
-        stories = tuple(dataclasses.replace(story, max_frames=None) for story in stories)  # as many as fit
-    parts += len(stories) * len(ways)
+        # as many as fit
+        ways = {dataclasses.replace(story, max_frames=None): drawn for story, drawn in ways.items()}
+    parts += sum(map(len, ways.values()))
     progress = Progress(parts)
     # for all cases, so that an engine built for some of them serves a later run of the others
     workbench = Workbench(model, engine_ranges, progress)
@@ -95,7 +98,7 @@ def measure(args: argparse.Namespace) -> int:
         model=model.label,
         precision=model.engine.precision,
         cases=cases,
-        stories=stories,
+        stories=tuple(ways),
         matrix_flops=_matrix_rate(model),
         gpu_price=args.gpu_price,
         build_seconds=workbench.build_seconds,
@@ -106,8 +109,8 @@ def measure(args: argparse.Namespace) -> int:
             _write(args.out, found)
         except RunError as error:  # tried again at the end, when all of it was printed
             progress.tell(typed(error))
-    for story in stories:
-        _draw_story(found, workbench, story, ways)
+    for story, drawn in ways.items():
+        _draw_story(found, workbench, story, drawn)
     print(markdown(as_data(found)))
     _write(args.out, found)
     bad = [result.rung for result in found.rungs if result.status in (WRONG, FAILED) and not result.baseline]
@@ -188,8 +191,10 @@ def _profile(
 Way = tuple[str, Callable[[Networks, Tokenizers], Draw], Precision]
 
 
-def _ways(own: Precision, device_memory: float | None) -> list[Way]:
+def _ways(case: StoryCase, own: Precision, device_memory: float | None) -> list[Way]:
     """How a story is drawn: one thing after the other, overlapped, and overlapped with a VAE in fp32."""
+    if case.name == PAIR:
+        return [(OVERLAPPED, overlapped, own), (_TOGETHER, as_two_stories, own)]
     if device_memory is not None:
         return [(OVERLAPPED, overlapped, own)]
     ways: list[Way] = [(_ONE_BY_ONE, in_sequence, own), (OVERLAPPED, overlapped, own)]
@@ -209,7 +214,8 @@ def _draw_story(found: ThroughputReport, workbench: Workbench, case: StoryCase, 
                 started = time.perf_counter()
                 networks = with_compiled_vae(networks, model, workbench.ranges, vae_precision, progress.tell)
                 progress.leave_out(time.perf_counter() - started)
-            result, drawn = measure_story(draw, way, networks, model.tokenizers(), case, model.prediction_type, first)
+            other = None if way == _TOGETHER else first  # two stories draw other pictures
+            result, drawn = measure_story(draw, way, networks, model.tokenizers(), case, model.prediction_type, other)
         except InputError as error:
             found.undrawn.append(Undrawn(name, NOT_RUN, typed(error)))
         except Exception as error:  # as in the ladder: what else was measured is still worth reporting

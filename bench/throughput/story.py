@@ -1,34 +1,25 @@
 """Whole stories: the pipeline that `run` uses, and the same iterations one thing after the other."""
 
 import gc
-from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from storyadapter.bench.environment import watch
 from storyadapter.bench.psnr import psnr_of_each
 from storyadapter.bench.throughput.cases import StoryCase
 from storyadapter.bench.throughput.inputs import SEED, prompts
-from storyadapter.bench.timing import Result, measure_run
+from storyadapter.bench.timing import measure_run
 from storyadapter.method import constants
-from storyadapter.method.errors import RunError
-from storyadapter.method.events import FrameFinished, MicroBatchHalved, RunFinished, RunStarted
-from storyadapter.method.noise import draw_noise
-from storyadapter.method.plan import RunPlan, split_evenly
-from storyadapter.method.sampler import sampler_of
+from storyadapter.method.events import Event, FrameFinished, MicroBatchHalved, RunFinished, RunStarted
+from storyadapter.method.plan import RunPlan
 from storyadapter.method.story import Story
 from storyadapter.model.networks import Networks
-from storyadapter.runtime.conditioning import TEXTS_AT_ONCE, TextCache, Tokenizers
-from storyadapter.runtime.denoising import FrameRows, SamplerInputs, StatePool
-from storyadapter.runtime.jobs import TextGroup
-from storyadapter.runtime.pictures import decode_latents, embed_pictures, to_picture
+from storyadapter.runtime.conditioning import Tokenizers
+from storyadapter.runtime.executor import LocalExecutor
 from storyadapter.runtime.pipeline import StoryPipeline
-from storyadapter.runtime.reference_bank import NO_REFERENCES, BankRow, project
 
 
 @dataclass(frozen=True)
@@ -100,84 +91,56 @@ def plan_of(case: StoryCase, prediction_type: str) -> RunPlan:
     )
 
 
-def overlapped(networks: Networks, tokenizers: Tokenizers) -> Draw:
+def overlapped(networks: Networks, tokenizers: Tokenizers, *, overlap: bool | None = None) -> Draw:
     """By the project's pipeline; one for all stories, as in a program that draws many."""
-    pipeline = StoryPipeline(networks, (tokenizers.first, tokenizers.second))
+    pipeline = StoryPipeline(networks, (tokenizers.first, tokenizers.second), overlapped=overlap)
 
     def draw(plan: RunPlan, frames: int) -> Drawn:
-        pictures: dict[int, Image.Image] = {}
-        stages: dict[str, float] = {}
-        at_once = 0
-        for event in pipeline.run(Story(tuple(prompts(frames)), style="none"), plan):
-            match event:
-                case RunStarted():
-                    at_once = max(map(len, event.batches))
-                case MicroBatchHalved():
-                    at_once = event.max_frames
-                case FrameFinished():
-                    pictures[event.frame] = event.picture
-                case RunFinished():
-                    stages = dict(event.seconds)
-        return Drawn([pictures[frame] for frame in range(frames)], stages, networks.numerics["vae_decoder"], at_once)
+        return _read(pipeline.run(Story(tuple(prompts(frames)), style="none"), plan), networks)
 
     return draw
 
 
 def in_sequence(networks: Networks, tokenizers: Tokenizers) -> Draw:
-    """The same iterations from the method's parts, each finished before the next begins."""
-    # kept from story to story, as in the pipeline, so that graphs are recorded once
-    states = StatePool(networks)
+    """The same, but a batch is decoded and embedded before the next is begun."""
+    return overlapped(networks, tokenizers, overlap=False)
+
+
+def as_two_stories(networks: Networks, tokenizers: Tokenizers) -> Draw:
+    """As many frames, but half of them of one story and half of another, with a seed of its own, drawn together."""
+    pipeline = StoryPipeline(networks, (tokenizers.first, tokenizers.second))
 
     def draw(plan: RunPlan, frames: int) -> Drawn:
-        stages: dict[str, float] = defaultdict(float)
-
-        def stage(name: str, work: Callable[[], Result]) -> Result:
-            result, seconds = measure_run(work, networks.device)
-            stages[name] += seconds
-            return result
-
-        scale = networks.geometry.pixels_per_latent
-        table = sampler_of(plan.sampler)
-        noise = draw_noise(plan.seed, plan.height // scale, plan.width // scale, table)
-        sampler = SamplerInputs.upload(table, noise, networks.device)
-        batches = split_evenly(frames, plan.max_frames or frames)
-        groups = TextGroup.split([plan.negative_prompt, *prompts(frames)], TEXTS_AT_ONCE, plan.height, plan.width)
-        places = [(group, index) for group in groups for index in range(len(group.texts))]
-
-        def refer(references: list[Image.Image], scale: float | None) -> tuple[BankRow, BankRow]:
-            if scale is None:
-                return NO_REFERENCES, NO_REFERENCES
-            embeddings = torch.cat([embed_pictures(networks, references[b.start : b.stop]) for b in batches])
-            return project(networks, embeddings, scale), project(networks, torch.zeros_like(embeddings[:1]), scale)
-
-        def latents_of(rows: list[FrameRows]) -> Tensor:
-            state = states.take(rows, frames)
-            state.load(rows)
-            for _ in range(sampler.calls):
-                state.advance()
-            latents = state.x.clone()
-            states.give(state)
-            return latents
-
-        negative, *texts = stage("text", lambda: TextCache(networks, tokenizers).take(places, len(places)))
-        pictures: list[Image.Image] = []
-        for iteration in range(plan.iterations):
-            story, nothing = stage("references", partial(refer, pictures, plan.scale_of(iteration)))
-            pictures = []
-            for batch in batches:
-                rows = [FrameRows(texts[n], story, sampler, negative, nothing, plan.guidance) for n in batch]
-                latents = stage("denoise", partial(latents_of, rows))
-                pictures += stage("decode", partial(_decode, networks, latents))
-        return Drawn(pictures, dict(stages), networks.numerics["vae_decoder"], max(map(len, batches)))
+        words = prompts(frames)
+        halves = (words[: frames // 2], words[frames // 2 :])
+        with LocalExecutor(pipeline) as executor:
+            submitted = [
+                executor.submit(Story(tuple(half), style="none"), replace(plan, seed=plan.seed + number))
+                for number, half in enumerate(halves)
+            ]
+            first, second = (_read(story, networks) for story in submitted)
+        stages = {stage: seconds + second.stages[stage] for stage, seconds in first.stages.items()}
+        return Drawn(first.pictures + second.pictures, stages, first.vae_precision, first.at_once + second.at_once)
 
     return draw
 
 
-def _decode(networks: Networks, latents: Tensor) -> list[Image.Image]:
-    pixels, finite = decode_latents(networks, latents)
-    if not finite.all():
-        raise RunError("a frame has values that are not finite")
-    return [to_picture(frame) for frame in pixels.cpu()]
+def _read(events: Iterable[Event], networks: Networks) -> Drawn:
+    pictures: dict[int, Image.Image] = {}
+    stages: dict[str, float] = {}
+    at_once = 0
+    for event in events:
+        match event:
+            case RunStarted():
+                at_once = max(map(len, event.batches))
+            case MicroBatchHalved():
+                at_once = event.max_frames
+            case FrameFinished():
+                pictures[event.frame] = event.picture
+            case RunFinished():
+                stages = dict(event.seconds)
+    last = [pictures[frame] for frame in sorted(pictures)]
+    return Drawn(last, stages, networks.numerics["vae_decoder"], at_once)
 
 
 def measure_story(
@@ -194,7 +157,7 @@ def measure_story(
     As in a program that draws many: what is done once, recording graphs and measuring memory, is done in the first.
 
     Args:
-        prepare: `overlapped` or `in_sequence`.
+        prepare: `overlapped`, `in_sequence` or `as_two_stories`.
         other: the same story drawn otherwise, to be compared with.
     """
     device = networks.device

@@ -9,7 +9,7 @@ from storyadapter.bench.model import BenchmarkModel
 from storyadapter.bench.options import EngineChoice
 from storyadapter.bench.psnr import psnr_of_each
 from storyadapter.bench.throughput.cases import StoryCase
-from storyadapter.bench.throughput.story import in_sequence, measure_story, overlapped, plan_of
+from storyadapter.bench.throughput.story import as_two_stories, in_sequence, measure_story, overlapped, plan_of
 from storyadapter.bench.throughput.workbench import with_compiled_vae, with_eager_vae
 from storyadapter.model.contract import Range, ShapeRanges
 
@@ -37,6 +37,8 @@ def test_both_ways_draw_the_same(model: BenchmarkModel) -> None:
         assert result.rows_per_second == pytest.approx(24 / result.seconds)
         assert result.seconds_per_frame == pytest.approx(result.seconds / 3)
         assert result.same_vae
+    two, halves = measure_story(as_two_stories, "as two stories at once", *options, None)
+    assert len(halves.pictures) == 3 and two.unet_rows == plain.unet_rows
     half = with_eager_vae(networks, model, "bf16")
     rounded, _ = measure_story(overlapped, "overlapped", half, *options[1:], drawn)
     assert not rounded.same_vae and rounded.vae_precision == "bf16"
