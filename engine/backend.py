@@ -202,7 +202,7 @@ class Backend(ABC):
 
         Raises:
             InputError: it needs no build, or an option doesn't fit.
-            ExportError: an exported network doesn't compute what eager computes.
+            EngineBuildError: an exported network doesn't compute what eager computes.
             EngineBuildError: a compiler or TensorRT refused a network.
         """
         raise InputError(

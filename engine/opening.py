@@ -71,8 +71,7 @@ def build_engine(
     Raises:
         UnavailableError: the backend can't serve on this machine.
         InputError: the backend needs no build, an option doesn't fit, or the store can't be written.
-        ExportError: an exported network doesn't compute what eager computes.
-        EngineBuildError: a compiler or TensorRT refused a network.
+        EngineBuildError: a compiler or TensorRT refused a network, or it doesn't compute what eager computes.
         RunError: no space is left.
     """
     backend, store = find_backend(identity.backend), EngineStore(engine_dir)

@@ -6,7 +6,6 @@ OPSET: Final = 23  # of the standard operators in every exported network
 # What shapes an exported file.
 SOURCES: Final = (
     "storyadapter.export.compared",
-    "storyadapter.export.dynamic_shapes",
     "storyadapter.export.grca_node",
     "storyadapter.export.onnx_export",
     "storyadapter.model",

@@ -8,10 +8,10 @@ import onnx
 from torch import nn
 
 from storyadapter.export.as_fp32 import write_as_fp32
-from storyadapter.export.examples import run_examples
 from storyadapter.export.onnx_export import export_network
 from storyadapter.export.verify import verify_export
 from storyadapter.model.contract import NetworkSpec, Range, size_of, split_dim
+from storyadapter.model.examples import run_examples
 from storyadapter.model.numerics import Precision
 
 # Latents that every file is exported for besides its own: a full-size UNet at full size takes a CPU half an hour.
@@ -40,7 +40,7 @@ def export_compared(
         The ONNX file, and its relative error.
 
     Raises:
-        ExportError: the file doesn't compute what eager computes.
+        EngineBuildError: the file doesn't compute what eager computes.
     """
     module = module.cpu()  # random weights may have been made on a GPU; files are the same from anywhere
     wide = {name: _with_small_latents(value) if name in ("h", "w") else value for name, value in letters.items()}

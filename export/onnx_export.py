@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from storyadapter.export import OPSET, onnx_name
-from storyadapter.export.dynamic_shapes import dynamic_shapes
-from storyadapter.export.examples import example_inputs, example_letters
 from storyadapter.export.grca_node import attach_function, grca_node
 from storyadapter.model.contract import NetworkSpec, Range
+from storyadapter.model.dynamic_shapes import dynamic_shapes
+from storyadapter.model.examples import example_inputs, example_letters
 from storyadapter.model.numerics import Precision
 from storyadapter.model.unet import GlobalReferenceCrossAttention
 

@@ -2,6 +2,8 @@
 
 import os
 import shlex
+import subprocess
+import sys
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
@@ -17,6 +19,8 @@ from storyadapter.checkpoint.paths import CheckpointPaths
 from storyadapter.demo.shipped import MODEL
 from storyadapter.demo.training.networks import TINY, write_random_model
 from tests.oracle.published_method import encode_picture, load_published_model, published_frame
+
+WITHOUT_ONNX = os.environ | {"PYTHONPATH": str(Path(__file__).parent / "without_onnx")}
 
 
 def pytest_configure() -> None:
@@ -110,13 +114,14 @@ def _build_as_told(tiny_model_dir: Path, folder: Path) -> None:
 @pytest.fixture(scope="session")
 def tiny_inductor_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An engine store with one inductor engine of the tiny model for the CPU: fp32, 64×64, 2 frames at once,
-    8 references. It takes a minute or two of a C++ compiler. Read only."""
+    8 references. It takes a minute or two of a C++ compiler, and no ONNX package. Read only."""
     folder = tmp_path_factory.mktemp("inductor-engines")
     build = [
-        *("build", "--base-model", str(tiny_model_dir), "--image-encoder", str(tiny_model_dir / "image_encoder")),
+        *(sys.executable, "-m", "storyadapter", "build", "--base-model", str(tiny_model_dir)),
+        *("--image-encoder", str(tiny_model_dir / "image_encoder")),
         *("--ip-adapter", str(tiny_model_dir / "ip-adapter.safetensors"), "--backend", "inductor"),
         *("--precision", "fp32", "--max-frames", "2", "--max-references", "8"),
         *("--engine-dir", str(folder), "--quiet"),
     ]
-    assert main(build) == 0
+    subprocess.run(build, check=True, env=WITHOUT_ONNX)
     return folder

@@ -13,7 +13,6 @@ SOURCES: Final = (
     "storyadapter.engine.inductor.operators",
     "storyadapter.engine.inductor.preparation",
     "storyadapter.engine.inductor.shapes",
-    "storyadapter.export.dynamic_shapes",
     "storyadapter.kernels",
     "storyadapter.model",
 )

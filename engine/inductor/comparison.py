@@ -3,9 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from storyadapter.export.examples import Example
-from storyadapter.export.verify import ExportError, relative_error
-from storyadapter.method.errors import EngineBuildError
+from storyadapter.model.examples import Example, compare_with_eager
 from storyadapter.model.networks import Network
 from storyadapter.model.numerics import Precision
 
@@ -19,14 +17,4 @@ def compare(network: Network, examples: Sequence[Example], precision: Precision)
     Raises:
         EngineBuildError: it is above the precision's tolerance, or not finite.
     """
-    worst = 0.0
-    for example in examples:
-        got = network(example.inputs)
-        for name, expected in example.outputs.items():
-            where = f"{network.spec.name}: output {name}"
-            try:
-                error = relative_error(where, got[name], expected, precision, _TOLERANCE[precision])
-            except ExportError as refused:
-                raise EngineBuildError(str(refused)) from refused
-            worst = max(worst, error)
-    return worst
+    return compare_with_eager(network.spec.name, network, examples, precision, _TOLERANCE[precision])

@@ -21,10 +21,10 @@ from storyadapter.engine.inductor.operators import Operators, operators_for
 from storyadapter.engine.inductor.preparation import prepare
 from storyadapter.engine.inductor.session import InductorNetwork
 from storyadapter.engine.inductor.shapes import compiled_ranges, example_sizes
-from storyadapter.export.dynamic_shapes import dynamic_shapes
-from storyadapter.export.examples import example_inputs, run_examples
 from storyadapter.method.errors import EngineBuildError
 from storyadapter.model.contract import NetworkSpec, Range, network_specs
+from storyadapter.model.dynamic_shapes import dynamic_shapes
+from storyadapter.model.examples import example_inputs, run_examples
 from storyadapter.model.grca import grca
 from storyadapter.model.modules import ModelParts, iterate_modules
 from storyadapter.model.numerics import Numerics, Precision

@@ -16,8 +16,8 @@ from storyadapter.engine.inductor.operators import operators_for
 from storyadapter.engine.inductor.preparation import prepare
 from storyadapter.engine.inductor.shapes import compiled_ranges, cut, doubled
 from storyadapter.engine.out_of_memory import told_as_out_of_memory
-from storyadapter.export.examples import run_examples
 from storyadapter.model.contract import NetworkSpec, Range, network_specs
+from storyadapter.model.examples import run_examples
 from storyadapter.model.grca import grca
 from storyadapter.model.modules import ModelParts, iterate_modules
 from storyadapter.model.networks import Networks, check_inputs, run_directly

@@ -27,7 +27,7 @@ def build_onnx(
         Relative error against eager by network.
 
     Raises:
-        ExportError: a file doesn't compute what eager computes.
+        EngineBuildError: a file doesn't compute what eager computes.
     """
     geometry = checkpoint.geometry
     letters = ranges.letters(geometry.pixels_per_latent)

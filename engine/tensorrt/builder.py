@@ -53,8 +53,7 @@ def build_tensorrt(
         For the manifest: relative error against eager, the report of each build, and the export's peak memory.
 
     Raises:
-        ExportError: an exported network doesn't compute what eager computes.
-        EngineBuildError: TensorRT refused.
+        EngineBuildError: TensorRT refused, or an exported network doesn't compute what eager computes.
         InputError: an option that doesn't fit.
     """
     options.check(ranges, library)

@@ -16,7 +16,7 @@ def build(args: argparse.Namespace) -> int:
 
     Raises:
         InputError: it can't be built as typed, or the store can't be written.
-        ExportError: an exported network doesn't compute what eager computes.
+        EngineBuildError: an exported network doesn't compute what eager computes.
         RunError: no space is left.
     """
     shape_ranges(args, constants.PIXEL_MULTIPLE)  # checks what was typed; the model's own size isn't known yet

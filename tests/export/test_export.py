@@ -13,10 +13,11 @@ from storyadapter.checkpoint import Checkpoint
 from storyadapter.export import OPSET
 from storyadapter.export.as_fp32 import write_as_fp32
 from storyadapter.export.compared import export_compared
-from storyadapter.export.examples import Example
 from storyadapter.export.ort_session import open_session
-from storyadapter.export.verify import ExportError, verify_export
+from storyadapter.export.verify import verify_export
+from storyadapter.method.errors import EngineBuildError
 from storyadapter.model.contract import NetworkSpec, Range, ShapeRanges, TensorSpec, network_specs, size_of
+from storyadapter.model.examples import Example
 from storyadapter.model.grca import grca
 from storyadapter.model.modules import iterate_modules
 from storyadapter.model.numerics import Numerics
@@ -90,9 +91,11 @@ def test_a_file_that_computes_something_else_is_refused(tmp_path: Path) -> None:
     right = Linear()(x).detach()
     assert verify_export(path, [Example({"x": x}, {"y": right})], "fp32") < 1e-6
     for wrong in (1.01 * right, right.roll(1, 0), torch.full_like(right, torch.nan)):
-        with pytest.raises(ExportError, match="^linear.onnx: output y differs from eager by .* in fp32; expected at"):
+        with pytest.raises(
+            EngineBuildError, match="^linear.onnx: output y differs from eager by .* in fp32; expected at"
+        ):
             verify_export(path, [Example({"x": x}, {"y": wrong})], "fp32")
-    with pytest.raises(ExportError, match=r"^linear.onnx: output y has shape \(2, 8\); eager gives \(1, 8\)$"):
+    with pytest.raises(EngineBuildError, match=r"^linear.onnx: output y has shape \(2, 8\); eager gives \(1, 8\)$"):
         verify_export(path, [Example({"x": x}, {"y": right[:1]})], "fp32")
 
 

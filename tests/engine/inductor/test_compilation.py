@@ -10,8 +10,8 @@ from storyadapter.engine.inductor.compilation import NetworkOptions, build_netwo
 from storyadapter.engine.inductor.operators import operators_for
 from storyadapter.engine.inductor.preparation import prepare
 from storyadapter.engine.inductor.session import InductorNetwork
-from storyadapter.export.examples import run_examples
 from storyadapter.model.contract import Range, ShapeRanges, network_specs
+from storyadapter.model.examples import run_examples
 from storyadapter.model.grca import grca
 from storyadapter.model.modules import iterate_modules
 from storyadapter.model.numerics import Numerics

@@ -8,8 +8,8 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from storyadapter.checkpoint import Checkpoint
 from storyadapter.engine.inductor.fusion import GegluFeedForward, Transformer, fuse_denoiser
 from storyadapter.engine.inductor.operators import PLAIN
-from storyadapter.export.examples import example_inputs
 from storyadapter.model.contract import network_specs
+from storyadapter.model.examples import example_inputs
 from storyadapter.model.grca import grca
 from storyadapter.model.unet import Denoiser, split_unet
 

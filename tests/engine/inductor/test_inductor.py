@@ -17,14 +17,15 @@ from storyadapter.engine.inductor import package_name
 from storyadapter.engine.inductor.operators import PLAIN
 from storyadapter.engine.inductor.preparation import prepare
 from storyadapter.engine.inductor.session import InductorNetwork
-from storyadapter.export.examples import example_inputs
 from storyadapter.method.errors import EngineMismatchError
 from storyadapter.method.events import FrameFinished
 from storyadapter.model.contract import Range, ShapeRanges, network_specs
+from storyadapter.model.examples import example_inputs
 from storyadapter.model.grca import grca
 from storyadapter.model.modules import iterate_modules
 from storyadapter.model.networks import Networks
 from storyadapter.model.numerics import Numerics
+from tests.conftest import WITHOUT_ONNX
 
 PROMPTS = ("a red fox runs in the snow", "a small owl sleeps in a tree at night", "the fox and the owl share soup")
 SIZES = Range(64, 64)
@@ -69,7 +70,9 @@ def test_draws_what_eager_draws(networks: Networks, checkpoint: Checkpoint, guid
 
 
 def test_a_fresh_process_runs_what_another_built(tiny_model_dir: Path, tiny_inductor_dir: Path, tmp_path: Path) -> None:
-    """Nothing that a package needs is only there because the builder had it loaded."""
+    """Nothing that a package needs is only there because the builder had it loaded; and no ONNX package is needed."""
+    hidden = subprocess.run([sys.executable, "-c", "import onnx"], capture_output=True, text=True, env=WITHOUT_ONNX)
+    assert "No module named 'onnx'" in hidden.stderr
     run = [
         *(sys.executable, "-m", "storyadapter", "run", "--base-model", str(tiny_model_dir)),
         *("--image-encoder", str(tiny_model_dir / "image_encoder")),
@@ -78,7 +81,7 @@ def test_a_fresh_process_runs_what_another_built(tiny_model_dir: Path, tiny_indu
         *("--engine-dir", str(tiny_inductor_dir), "--out", str(tmp_path / "out")),
     ]
     # 3 frames where the engine takes 2 at once: without --max-frames as many as it takes
-    done = subprocess.run(run, capture_output=True, text=True, check=False)
+    done = subprocess.run(run, capture_output=True, text=True, check=False, env=WITHOUT_ONNX)
     assert done.returncode == 0, done.stderr
     story = json.loads((tmp_path / "out" / "story.json").read_text())
     assert [iteration["split"] for iteration in story["progress"]["iterations"]] == [[2, 1], [2, 1]]

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from storyadapter.bench.synthetic_models import SDXL
 from storyadapter.engine.inductor.shapes import channels_last, compiled_ranges, cut, doubled, example_sizes
-from storyadapter.export.examples import example_inputs
 from storyadapter.model.contract import Range, ShapeRanges, network_specs
+from storyadapter.model.examples import example_inputs
 
 SPECS = network_specs(SDXL.geometry)
 FIXED = Range(1024, 1024)

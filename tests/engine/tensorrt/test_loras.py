@@ -18,10 +18,10 @@ from storyadapter.engine.opening import build_engine, identify
 from storyadapter.engine.store import EngineStore
 from storyadapter.engine.tensorrt.options import BuildOptions
 from storyadapter.export import onnx_name
-from storyadapter.export.examples import run_examples
 from storyadapter.export.ort_session import open_session
 from storyadapter.method.errors import EngineMismatchError
 from storyadapter.model.contract import network_specs
+from storyadapter.model.examples import run_examples
 from storyadapter.model.grca import grca
 from storyadapter.model.modules import TextEncoder
 from storyadapter.model.numerics import Numerics, Precision

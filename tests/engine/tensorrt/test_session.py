@@ -11,9 +11,9 @@ import torch
 
 from storyadapter.engine.opening import open_networks
 from storyadapter.engine.tensorrt.engine_folder import EngineFolder
-from storyadapter.export.examples import example_inputs, example_letters
 from storyadapter.method.errors import EngineMismatchError, UnavailableError
 from storyadapter.model.contract import network_specs
+from storyadapter.model.examples import example_inputs, example_letters
 from storyadapter.model.networks import check_inputs
 from storyadapter.model.numerics import Numerics, Precision
 from tests.engine.tensorrt.building import LETTERS, RANGES, Built

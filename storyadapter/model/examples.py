@@ -1,11 +1,12 @@
-"""Example inputs of a network of the contract, for tracing an export and for comparing it with eager."""
+"""Example inputs of a network of the contract, for tracing it and for comparing what was made of it with eager."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from storyadapter.method.errors import EngineBuildError
 from storyadapter.model.contract import NetworkSpec, Range, TensorSpec, size_of
 from storyadapter.model.numerics import Precision
 
@@ -61,6 +62,44 @@ def run_examples(
         named = {tensor.name: value for tensor, value in zip(spec.outputs, outputs, strict=True)}
         examples.append(Example(inputs, named))
     return tuple(examples)
+
+
+def compare_with_eager(
+    label: str,
+    run: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]],
+    examples: Sequence[Example],
+    precision: Precision,
+    tolerance: float,
+) -> float:
+    """The largest ‖got − expected‖ / ‖expected‖ of any output.
+
+    Args:
+        label: names the network in a message.
+        run: what is compared: gives the outputs for the inputs of an example, both by name.
+        precision: for the message.
+        tolerance: the largest error allowed.
+
+    Raises:
+        EngineBuildError: an output's shape is another, or its error is above `tolerance` or not finite.
+    """
+    worst = 0.0
+    for example in examples:
+        got = run(example.inputs)
+        for name, expected in example.outputs.items():
+            where = f"{label}: output {name}"
+            if got[name].shape != expected.shape:
+                raise EngineBuildError(
+                    f"{where} has shape {tuple(got[name].shape)}; eager gives {tuple(expected.shape)}"
+                )
+            reference = expected.double().cpu()
+            error = float((got[name].double().cpu() - reference).norm() / reference.norm())
+            if not error <= tolerance:
+                raise EngineBuildError(
+                    f"{where} differs from eager by {error:.2e} (relative) in {precision}",
+                    expected=f"at most {tolerance:g}",
+                )
+            worst = max(worst, error)
+    return worst
 
 
 def _values(tensor: TensorSpec, shape: list[int], letters: dict[str, int], generator: torch.Generator) -> Tensor:
