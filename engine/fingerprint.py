@@ -13,8 +13,8 @@ from typing import Any, Final
 from filelock import FileLock
 
 from storyadapter.engine.user_cache import user_cache
-from storyadapter.method.errors import CheckpointError, RunError
-from storyadapter.output.files import write_atomically
+from storyadapter.method.errors import CheckpointError
+from storyadapter.output.files import write_whole
 
 MEMORY_NAME: Final = "fingerprints.json"
 _VERSION: Final = 1
@@ -143,7 +143,6 @@ def _remember(memory: Path, fresh: dict[Path, tuple[Stamp, str]]) -> None:
                 files.pop(os.fspath(path), None)
                 files[os.fspath(path)] = {"size": size, "mtime_ns": mtime_ns, "sha256": digest}
             files = dict(list(files.items())[-_MAX_REMEMBERED:])
-            write_atomically(memory, json.dumps({"version": _VERSION, "files": files}, indent=1).encode())
-    except (OSError, RunError) as error:
-        cause = error.__cause__ if isinstance(error, RunError) else error
-        _LOG.warning("%s can't be written (%s): the weights will be read again next time", memory, cause)
+            write_whole(memory, json.dumps({"version": _VERSION, "files": files}, indent=1).encode())
+    except OSError as error:
+        _LOG.warning("%s can't be written (%s): the weights will be read again next time", memory, error)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from storyadapter.method.errors import RunError
-from storyadapter.output.files import write_atomically
+from storyadapter.output.files import write_whole
 
 MANIFEST_NAME: Final = "manifest.json"
 ERRORS: Final = "relative_error_against_eager"  # of a build's and a use's details: what a comparison found, by network
@@ -66,10 +66,9 @@ def note_use(folder: Path, weights: str, model: str, details: Mapping[str, Any] 
         return
     try:
         path.parent.mkdir(exist_ok=True)
-        write_atomically(path, json.dumps({"model": model, "details": dict(details or {})}, indent=1).encode())
-    except (OSError, RunError) as error:
-        cause = error.__cause__ if isinstance(error, RunError) else error
-        _LOG.warning("%s can't be written (%s): that this engine was used with %s isn't noted", path, cause, model)
+        write_whole(path, json.dumps({"model": model, "details": dict(details or {})}, indent=1).encode())
+    except OSError as error:
+        _LOG.warning("%s can't be written (%s): that this engine was used with %s isn't noted", path, error, model)
 
 
 def hold(folder: Path) -> Callable[[], None]:

@@ -1,7 +1,6 @@
 """Networks exported and compiled by AOTInductor in this process: code alone, which serves any weights of its kind."""
 
 import contextlib
-import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,12 +14,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from storyadapter.engine.inductor import constants_name, package_name
 from storyadapter.engine.inductor.comparison import compare
-from storyadapter.engine.inductor.complaints import first_complaint
 from storyadapter.engine.inductor.launch_analysis import analysed_once
 from storyadapter.engine.inductor.operators import Operators, operators_for
 from storyadapter.engine.inductor.preparation import prepare
 from storyadapter.engine.inductor.session import InductorNetwork
 from storyadapter.engine.inductor.shapes import compiled_ranges, example_sizes
+from storyadapter.engine.processes import first_error
 from storyadapter.method.errors import EngineBuildError
 from storyadapter.model.contract import NetworkSpec, Range, network_specs
 from storyadapter.model.dynamic_shapes import dynamic_shapes
@@ -75,11 +74,11 @@ class BuiltNetwork(NamedTuple):
     weight_bytes: int
 
 
-def build_networks(request: BuildRequest, on_stage: Callable[[str, str], None]) -> dict[str, BuiltNetwork]:
+def build_networks(request: BuildRequest, tell: Callable[..., None]) -> dict[str, BuiltNetwork]:
     """Compile one network after the other, each compared with eager on the device.
 
     Args:
-        on_stage: called with a network's name ("" for none in particular) and what is done to it.
+        tell: called with `network`, its name ("" for none in particular), and `stage`, what is done to it.
 
     Raises:
         EngineBuildError: a network can't be compiled, or computes something else than eager.
@@ -88,12 +87,14 @@ def build_networks(request: BuildRequest, on_stage: Callable[[str, str], None]) 
     built = {}
     modules = iterate_modules(request.checkpoint, request.numerics, grca, request.networks, request.device)
     while True:
-        on_stage("", "loading weights")
+        tell(network="", stage="loading weights")
         name, module = next(modules, ("", None))
         if module is None:
             return built
         options = NetworkOptions(request.numerics[name], request.letters, operators)
-        built[name] = build_network(specs[name], module, options, request.folder, functools.partial(on_stage, name))
+        built[name] = build_network(
+            specs[name], module, options, request.folder, lambda stage, name=name: tell(network=name, stage=stage)
+        )
         del module
 
 
@@ -158,7 +159,7 @@ def _compiling(name: str) -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     except (RuntimeError, ValueError) as error:
-        raise EngineBuildError(f"{name}: {type(error).__name__}: {first_complaint(str(error))}") from error
+        raise EngineBuildError(f"{name}: {type(error).__name__}: {first_error(str(error))}") from error
 
 
 def _weights_used(program: torch.export.ExportedProgram) -> set[str]:

@@ -1,29 +1,24 @@
 """Build of the backend `tensorrt`: every network exported, compared with eager, and built into an engine."""
 
-import json
 import shutil
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from storyadapter.checkpoint import Checkpoint
 from storyadapter.engine.backend import installed_version
+from storyadapter.engine.processes import EndedEarly, Processes
 from storyadapter.engine.tensorrt.engine_folder import TENSORRT_NAMES, EngineFolder, engine_name
 from storyadapter.engine.tensorrt.library import Library
 from storyadapter.engine.tensorrt.options import BuildOptions
-from storyadapter.engine.tensorrt.worker import BuildReport, BuildRequest, TensorBounds, peak_memory
+from storyadapter.engine.tensorrt.worker import BuildReport, NetworkRequest, Refusal, TensorBounds, build, peak_memory
 from storyadapter.export.compared import export_compared
 from storyadapter.method.errors import EngineBuildError, Field, Text, UnavailableError
 from storyadapter.model.contract import NetworkSpec, Range, ShapeRanges, TensorSpec, network_specs, size_of, split_dim
 from storyadapter.model.grca import grca
 from storyadapter.model.modules import iterate_modules
 from storyadapter.model.numerics import Numerics, Precision
-
-_KILLED: Final = -9
 
 ReportStage = Callable[[str, str], None]
 ReportFraction = Callable[[str, float], None]  # network, how much of its engine is built
@@ -141,7 +136,7 @@ def build_request(
     latent_sizes: Sequence[tuple[int, int]] = (),
     timing_cache: Path | None = None,
     plugin: bool = False,
-) -> BuildRequest:
+) -> NetworkRequest:
     """What the worker needs to build one exported network into `folder`."""
     profiles = profiles_of(spec, letters, latent_sizes)
 
@@ -153,7 +148,7 @@ def build_request(
             profiles=tuple(profile_shapes(tensor, profile) for profile in profiles) if is_input else (),
         )
 
-    return BuildRequest(
+    return NetworkRequest(
         module=library.module,
         onnx=str(onnx),
         engine=str(folder / engine_name(spec.name)),
@@ -177,61 +172,31 @@ def profile_shapes(tensor: TensorSpec, profile: Mapping[str, Range]) -> tuple[tu
     return tuple(tuple(size_of(dim, values) for dim in tensor.shape) for values in (least, usual, most))
 
 
-def run_worker(network: str, request: BuildRequest, on_fraction: Callable[[float], None]) -> BuildReport:
+def run_worker(network: str, request: NetworkRequest, on_fraction: Callable[[float], None]) -> BuildReport:
     """Build in a process of its own; Ctrl-C, or any other exception in here, ends that process at once.
 
     Raises:
         EngineBuildError: TensorRT refused, in its own words, or the process died.
         OSError: a file can't be written.
     """
-    outcome: dict[str, Any] = {}
-    with tempfile.TemporaryFile() as complaints:
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "storyadapter.engine.tensorrt.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=complaints,
-            text=True,
-            start_new_session=True,  # the terminal's Ctrl-C reaches this process alone, which then ends the other
-        )
-        assert process.stdin and process.stdout
-        try:
-            process.stdin.write(request.to_json() + "\n")
-            process.stdin.flush()
-            for line in process.stdout:
-                outcome = json.loads(line)
-                if "progress" in outcome:
-                    on_fraction(outcome["progress"])
-            code = process.wait()
-        finally:
-            process.kill()
-            process.wait()
-            for pipe in (process.stdin, process.stdout):
-                pipe.close()
-        if "built" in outcome:
-            return BuildReport(**outcome["built"])
-        if "os_error" in outcome:
-            raise OSError(outcome["os_error"], outcome["strerror"], outcome["filename"])
-        complaints.seek(max(0, complaints.seek(0, 2) - 2000))
-        last_words = complaints.read().decode(errors="replace").strip().splitlines()[-1:]
-    raise _refusal(network, request.module, outcome.get("refused"), code, last_words)
-
-
-def _refusal(network: str, module: str, refused: str | None, code: int, last_words: list[str]) -> EngineBuildError:
-    if refused is None:
-        if code == _KILLED:
-            return EngineBuildError(
+    try:
+        with Processes() as processes:
+            return processes.run(build, request, lambda told: on_fraction(told["fraction"]))
+    except Refusal as refusal:
+        words = " ".join(str(refusal).split())
+        advice: Text = "another version of it may take this, or another backend: see doctor"
+        if "memory" in words.lower():
+            advice = ("close other programs, or lower ", Field("max_frames"), " or ", Field("workspace"))
+        raise EngineBuildError(f"{network}: {request.module} refused: {words}", advice=advice) from refusal
+    except EndedEarly as end:
+        if end.killed:
+            raise EngineBuildError(
                 f"{network}: the build was killed, most likely for want of memory; the full-size denoiser needs about "
                 "17 GB",
                 advice="close other programs, or build on a larger machine",
-            )
-        words = " ".join(last_words) or "no message"
-        return EngineBuildError(f"{network}: {module}'s builder ended early (exit code {code}): {words}")
-    words = " ".join(refused.split())
-    advice: Text = "another version of it may take this, or another backend: see doctor"
-    if "memory" in words.lower():
-        advice = ("close other programs, or lower ", Field("max_frames"), " or ", Field("workspace"))
-    return EngineBuildError(f"{network}: {module} refused: {words}", advice=advice)
+            ) from end
+        told = f"{network}: {request.module}'s builder ended early (exit code {end.code}): {end.printed}"
+        raise EngineBuildError(told) from end
 
 
 def _letters_of(spec: NetworkSpec) -> list[str]:

@@ -23,6 +23,7 @@ from storyadapter.method.errors import EngineMismatchError, RunError
 from storyadapter.model.contract import Geometry, NetworkSpec, Range, size_of
 from storyadapter.model.networks import Networks, check_inputs
 from storyadapter.model.numerics import Numerics, Precision
+from storyadapter.output.files import write_whole
 
 SHAPES_AT_MOST: Final = 8  # contexts of one network that are kept, one per (B, P, R, h, w) that occurred
 GRAPHS_AT_MOST: Final = 8  # CUDA graphs of one context
@@ -173,10 +174,8 @@ class TensorRTNetwork:
         """Keep what TensorRT-RTX compiled so far; a folder that can't be written is no error."""
         if self._cache is None or self._cache_path is None:
             return
-        part = self._cache_path.with_suffix(".part")
         try:
-            part.write_bytes(bytes(self._cache.serialize()))
-            part.replace(self._cache_path)
+            write_whole(self._cache_path, bytes(self._cache.serialize()))
         except OSError as error:
             _LOG.info("%s can't be written: %s", self._cache_path, error.strerror)
 

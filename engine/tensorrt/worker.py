@@ -1,29 +1,23 @@
-"""One network's engine, built in a process of its own: `python -m storyadapter.engine.tensorrt.worker`.
-
-A process, so that Ctrl-C ends a build at once wherever it is, a crash or a lack of memory is one line in the program
-that asked, the log is this network's alone (TensorRT keeps the first logger of a process for good), and its peak memory
-can be told. Reads one JSON request from standard input; writes JSON lines to standard output: `{"progress": …}` while
-it builds, then `{"built": …}` or `{"refused": …}`. Ends when standard input closes: no build outlives its program.
+"""One network's engine. Built in a process of its own, see `storyadapter.engine.processes`: a build ends at once
+wherever it is, the log is this network's alone (TensorRT keeps the first logger of a process for good), and its peak
+memory can be told.
 
 Imports the standard library and TensorRT alone (and the plugin's modules where the plugin is embedded).
 """
 
-import errno
 import importlib
-import json
-import os
 import re
-import sys
-import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from storyadapter.engine.tensorrt.layers import HEADER, fused_attentions, parse_layers
 from storyadapter.engine.tensorrt.progress import Progress
+from storyadapter.method.errors import EngineBuildError
+from storyadapter.output.files import write_whole
 
 _PROGRESS_SECONDS = 0.2
 
@@ -45,7 +39,7 @@ class TensorBounds:
 
 
 @dataclass(frozen=True)
-class BuildRequest:
+class NetworkRequest:
     """Everything a build needs; plain data.
 
     Attributes:
@@ -72,23 +66,6 @@ class BuildRequest:
     timing_cache: str | None = None
     plugin: bool = False
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> "BuildRequest":
-        data = json.loads(text)
-
-        def bounds(name: str) -> tuple[TensorBounds, ...]:
-            return tuple(
-                TensorBounds(item["name"], tuple(item["shape"]), item["dtype"], _nested_tuples(item["profiles"]))
-                for item in data[name]
-            )
-
-        return cls(
-            **{**data, "targets": tuple(data["targets"]), "inputs": bounds("inputs"), "outputs": bounds("outputs")}
-        )
-
 
 @dataclass(frozen=True)
 class BuildReport:
@@ -112,17 +89,21 @@ class BuildReport:
     warnings: int = field(default=0)
 
 
-class Refusal(Exception):
+class Refusal(EngineBuildError):
     """TensorRT refused; the text is its own words, with the node's name."""
 
 
-def build(trt: ModuleType, request: BuildRequest, on_progress: Callable[[float, str], None]) -> BuildReport:
+def build(request: NetworkRequest, tell: Callable[..., None]) -> BuildReport:
     """Parse and build one network, and write the engine, its log and its layer list.
+
+    Args:
+        tell: called with `fraction`, how much is built, now and then.
 
     Raises:
         Refusal: the parser or the builder refused, or the network isn't the contract's.
         OSError: a file can't be written.
     """
+    trt = importlib.import_module(request.module)
     started = time.perf_counter()
     with open(request.log, "w", encoding="utf-8") as log_file:
         logger = _logger(trt, log_file)
@@ -134,7 +115,7 @@ def build(trt: ModuleType, request: BuildRequest, on_progress: Callable[[float, 
         parse_seconds = time.perf_counter() - started
         config = builder.create_builder_config()
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-        monitor = _monitor(trt, on_progress)
+        monitor = _monitor(trt, tell)
         config.progress_monitor = monitor
         _configure(trt, config, request)
         for index in range(len(request.inputs[0].profiles)):
@@ -150,7 +131,7 @@ def build(trt: ModuleType, request: BuildRequest, on_progress: Callable[[float, 
         with open(request.engine, "wb") as file:
             file.write(engine)
         if cache is not None:
-            _write_whole(Path(str(request.timing_cache)), bytes(cache.serialize()))
+            write_whole(Path(str(request.timing_cache)), bytes(cache.serialize()))
         built = parse_layers(logger.layers).layers
         return BuildReport(
             seconds=round(time.perf_counter() - started, 3),
@@ -164,7 +145,7 @@ def build(trt: ModuleType, request: BuildRequest, on_progress: Callable[[float, 
         )
 
 
-def _parse(trt: ModuleType, network: Any, logger: Any, request: BuildRequest) -> None:
+def _parse(trt: ModuleType, network: Any, logger: Any, request: NetworkRequest) -> None:
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(request.onnx):
         errors = [parser.get_error(index) for index in range(parser.num_errors)]
@@ -187,7 +168,7 @@ def _parse(trt: ModuleType, network: Any, logger: Any, request: BuildRequest) ->
             layer.attention.decomposable = True
 
 
-def _configure(trt: ModuleType, config: Any, request: BuildRequest) -> None:
+def _configure(trt: ModuleType, config: Any, request: NetworkRequest) -> None:
     if request.module == "tensorrt_rtx":
         config.num_compute_capabilities = len(request.targets)
         for index, target in enumerate(request.targets):
@@ -198,7 +179,7 @@ def _configure(trt: ModuleType, config: Any, request: BuildRequest) -> None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request.workspace_bytes)
 
 
-def _timing_cache(config: Any, request: BuildRequest) -> Any:
+def _timing_cache(config: Any, request: NetworkRequest) -> Any:
     """The timing cache that the build reads and fills, or None where there is none to keep."""
     if request.timing_cache is None:
         return None
@@ -233,7 +214,7 @@ def _logger(trt: ModuleType, log_file: Any) -> Any:
     return Logger()
 
 
-def _monitor(trt: ModuleType, on_progress: Callable[[float, str], None]) -> Any:
+def _monitor(trt: ModuleType, tell: Callable[..., None]) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
         """Tells the progress now and then; called from the builder's threads, one at a time under the GIL."""
 
@@ -262,7 +243,7 @@ def _monitor(trt: ModuleType, on_progress: Callable[[float, str], None]) -> Any:
             self.heard = now
             if now - self.told >= _PROGRESS_SECONDS:
                 self.told = now
-                on_progress(self.progress.fraction, self.progress.phase)
+                tell(fraction=self.progress.fraction)
 
     return Monitor()
 
@@ -275,46 +256,3 @@ def peak_memory() -> int:
     except OSError:
         return 0
     return int(found[1]) * 1024 if found else 0
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_bytes(data)
-    part.replace(path)
-
-
-def _nested_tuples(value: Any) -> Any:
-    return tuple(_nested_tuples(item) for item in value) if isinstance(value, list) else value
-
-
-def _end_with_parent() -> None:
-    sys.stdin.read()  # returns when the other end is closed, by whatever
-    os._exit(1)
-
-
-def main() -> int:
-    """Serve one request; returns 0 if an engine was built."""
-    # TensorRT's compiler prints to standard output on its own: what it says goes to standard error.
-    channel = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
-    os.dup2(2, 1)
-    request = BuildRequest.from_json(sys.stdin.readline())
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-    def tell(**message: Any) -> None:
-        channel.write(json.dumps(message) + "\n")
-
-    try:
-        trt = importlib.import_module(request.module)
-        report = build(trt, request, lambda fraction, phase: tell(progress=fraction, phase=phase))
-    except Refusal as error:
-        tell(refused=str(error))
-        return 1
-    except OSError as error:
-        tell(os_error=error.errno or errno.EIO, strerror=error.strerror, filename=str(error.filename or ""))
-        return 1
-    tell(built=asdict(report))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -30,20 +30,29 @@ def write_atomically(path: Path, data: bytes) -> None:
     Raises:
         RunError: no space is left, or the file can't be written; the temporary file is gone, and `path` as it was.
     """
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
-        try:
-            with part.open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
-        _sync_folder(path.parent)
+        write_whole(path, data)
     except OSError as error:
         raise write_error(path, error) from error
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """As `write_atomically`, for files that are no part of a run.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        with part.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
 
 
 def make_folder(path: Path) -> None:

@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 def workers() -> list[psutil.Process]:
-    return worker_processes("storyadapter.engine.inductor.worker")
+    return worker_processes()
 
 
 def test_a_killed_compiler_is_told_by_network(checkpoint: Checkpoint, tmp_path: Path) -> None:

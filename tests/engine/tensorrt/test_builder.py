@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -26,7 +27,7 @@ from storyadapter.engine.tensorrt.engine_folder import engine_name
 from storyadapter.engine.tensorrt.layers import fused_attentions, parse_layers
 from storyadapter.engine.tensorrt.library import Library
 from storyadapter.engine.tensorrt.options import BuildOptions
-from storyadapter.engine.tensorrt.worker import BuildRequest
+from storyadapter.engine.tensorrt.worker import NetworkRequest
 from storyadapter.export.onnx_export import export_network
 from storyadapter.export.verify import TOLERANCE
 from storyadapter.method.errors import EngineBuildError, InputError
@@ -204,7 +205,7 @@ def test_a_full_size_layer_block_is_built_with_every_attention_fused(
     assert report.engine_bytes == Path(request.engine).stat().st_size > channels * channels * 16
 
 
-def block_request(channels: int, onnx: Path, folder: Path, library: Library) -> BuildRequest:
+def block_request(channels: int, onnx: Path, folder: Path, library: Library) -> NetworkRequest:
     return build_request(layer_block_spec(channels), onnx, folder, LETTERS, "fp16", library, TARGETS, BuildOptions())
 
 
@@ -213,7 +214,7 @@ def test_ctrl_c_ends_the_build_at_once(layer_block_onnx: Callable[[int], Path], 
     seen: list[psutil.Process] = []
 
     def interrupt(fraction: float) -> None:
-        seen.extend(worker_processes("storyadapter.engine.tensorrt.worker"))
+        seen.extend(worker_processes())
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -231,7 +232,7 @@ def test_a_build_killed_for_want_of_memory_is_one_line(
     request = block_request(640, layer_block_onnx(640), tmp_path, rtx)
 
     def kill(fraction: float) -> None:
-        for process in worker_processes("storyadapter.engine.tensorrt.worker"):
+        for process in worker_processes():
             process.kill()
 
     with pytest.raises(EngineBuildError, match="^block: the build was killed, most likely for want of memory; .*$"):
@@ -242,15 +243,14 @@ def test_no_build_outlives_the_program_that_asked(
     layer_block_onnx: Callable[[int], Path], rtx: Library, tmp_path: Path
 ) -> None:
     request = block_request(640, layer_block_onnx(640), tmp_path, rtx)
-    (tmp_path / "request.json").write_text(request.to_json())
+    (tmp_path / "request").write_bytes(pickle.dumps(request))
     program = (
-        "import sys, pathlib\n"
+        "import sys, pathlib, pickle\n"
         "from storyadapter.engine.tensorrt.builder import run_worker\n"
-        "from storyadapter.engine.tensorrt.worker import BuildRequest\n"
-        "request = BuildRequest.from_json(pathlib.Path(sys.argv[1]).read_text())\n"
+        "request = pickle.loads(pathlib.Path(sys.argv[1]).read_bytes())\n"
         "run_worker('block', request, lambda fraction: print('building', flush=True))\n"
     )
-    command = [sys.executable, "-c", program, str(tmp_path / "request.json")]
+    command = [sys.executable, "-c", program, str(tmp_path / "request")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout and parent.stdout.readline() == "building\n"
         workers = psutil.Process(parent.pid).children()
@@ -283,7 +283,7 @@ def test_a_program_killed_while_it_builds_leaves_the_store_usable(
     assert not left[0].exists()
 
 
-def refusal(request: BuildRequest) -> str:
+def refusal(request: NetworkRequest) -> str:
     """What the parser says of a small network's one node."""
     with pytest.raises(EngineBuildError) as caught:
         run_worker("small", request, lambda fraction: None)
@@ -336,7 +336,7 @@ def test_a_missing_library_is_the_builders_early_end(rtx: Library, tmp_path: Pat
         run_worker("small", request, lambda fraction: None)
 
 
-def small_request(op_type: str, library: Library, folder: Path, other: np.ndarray | None = None) -> BuildRequest:
+def small_request(op_type: str, library: Library, folder: Path, other: np.ndarray | None = None) -> NetworkRequest:
     return build_request(
         SMALL, small_onnx(folder, op_type, other), folder, LETTERS, "fp16", library, ("sm89",), BuildOptions()
     )
@@ -345,9 +345,9 @@ def small_request(op_type: str, library: Library, folder: Path, other: np.ndarra
 def test_options_reach_the_builder(layer_block_onnx: Callable[[int], Path], rtx: Library, tmp_path: Path) -> None:
     """As the options of the command line, and read back from TensorRT's own configuration."""
     code = (
-        "import importlib, json, sys\n"
-        "from storyadapter.engine.tensorrt.worker import BuildRequest, _configure\n"
-        "request = BuildRequest.from_json(sys.stdin.read())\n"
+        "import importlib, json, pickle, sys\n"
+        "from storyadapter.engine.tensorrt.worker import _configure\n"
+        "request = pickle.load(sys.stdin.buffer)\n"
         "trt = importlib.import_module(request.module)\n"
         "config = trt.Builder(trt.Logger()).create_builder_config()\n"
         "def values():\n"
@@ -365,7 +365,7 @@ def test_options_reach_the_builder(layer_block_onnx: Callable[[int], Path], rtx:
             layer_block_spec(640), layer_block_onnx(640), tmp_path, LETTERS, "fp16", rtx, TARGETS, options
         )
         command = [sys.executable, "-c", code]
-        done = subprocess.run(command, input=request.to_json(), capture_output=True, text=True, check=True)
+        done = subprocess.run(command, input=pickle.dumps(request), capture_output=True, check=True)
         return json.loads(done.stdout.splitlines()[-1])
 
     (level, workspace, targets), plain = configured(BuildOptions())

@@ -2,7 +2,7 @@
 
 import pytest
 
-from storyadapter.engine.inductor.complaints import first_complaint, last_complaint
+from storyadapter.engine.processes import first_error, last_error
 
 CPP = """C++ compile error
 
@@ -33,7 +33,7 @@ Thread 0x1 (most recent call first):
     ],
 )
 def test_an_exception(message: str, expected: str) -> None:
-    assert first_complaint(message) == expected
+    assert first_error(message) == expected
 
 
 @pytest.mark.parametrize(
@@ -45,4 +45,4 @@ def test_an_exception(message: str, expected: str) -> None:
     ],
 )
 def test_a_process(output: str, expected: str) -> None:
-    assert last_complaint(output) == expected
+    assert last_error(output) == expected
