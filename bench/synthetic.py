@@ -28,8 +28,8 @@ from storyadapter.bench import synthetic_models
 from storyadapter.bench.synthetic_models import SyntheticModel
 from storyadapter.checkpoint import AdapterLayer, IPAdapterWeights
 from storyadapter.checkpoint.ip_adapter import cross_attentions
-from storyadapter.checkpoint.loras import Lora
-from storyadapter.checkpoint.tokenizers import load_tokenizer
+from storyadapter.checkpoint.parts import load_tokenizer
+from storyadapter.checkpoint.paths import LoraSpec
 from storyadapter.demo.shipped import MODEL
 from storyadapter.method import constants
 from storyadapter.model.contract import Geometry
@@ -72,7 +72,7 @@ class SyntheticCheckpoint:
         self.model = model
         self.device = device
         self.seed = seed
-        self.loras: tuple[Lora, ...] = ()
+        self.loras: tuple[LoraSpec, ...] = ()
 
     @property
     def geometry(self) -> Geometry:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from storyadapter.checkpoint import configs
 from storyadapter.checkpoint.component import Component
 from storyadapter.checkpoint.ip_adapter import (
     CrossAttention,
@@ -15,11 +14,17 @@ from storyadapter.checkpoint.ip_adapter import (
     cross_attentions,
     load_ip_adapter,
 )
-from storyadapter.checkpoint.locate import find
-from storyadapter.checkpoint.loras import Lora, check_lora, fuse_loras, lora_file
-from storyadapter.checkpoint.parts import base_parts, image_encoder_part
-from storyadapter.checkpoint.paths import CheckpointPaths
-from storyadapter.checkpoint.tokenizers import check_tokenizer, load_tokenizer, tokenizer_files
+from storyadapter.checkpoint.loras import check_lora, fuse_loras, lora_file
+from storyadapter.checkpoint.parts import (
+    base_parts,
+    check_tokenizer,
+    check_widths,
+    image_encoder_part,
+    load_tokenizer,
+    settings,
+    tokenizer_files,
+)
+from storyadapter.checkpoint.paths import CheckpointPaths, LoraSpec, find
 from storyadapter.demo.shipped import MODEL
 from storyadapter.method.errors import CheckpointError, Field
 from storyadapter.model.contract import Geometry, LayerWidth
@@ -48,7 +53,7 @@ class Checkpoint:
 
     paths: CheckpointPaths
     geometry: Geometry
-    loras: tuple[Lora, ...]
+    loras: tuple[LoraSpec, ...]
     configuration: Mapping[str, Mapping[str, Any]]
     _components: Mapping[str, Component]
     _adapter: Path
@@ -69,8 +74,11 @@ class Checkpoint:
         paths = paths or CheckpointPaths(**typed)
         components, config_folder = base_parts(paths)
         components["image_encoder"] = image_encoder_part(paths)
-        adapter = _file("ip_adapter", paths.ip_adapter)
-        loras = tuple(Lora(lora_file(find("lora", spec.path)), spec.scale) for spec in paths.loras)
+        adapter = find("ip_adapter", paths.ip_adapter)
+        if adapter.is_dir():
+            found = f" {adapter} is a folder"
+            raise CheckpointError(Field("ip_adapter"), found, expected="a .safetensors or .bin file")
+        loras = tuple(LoraSpec(lora_file(find("lora", spec.path)), spec.scale) for spec in paths.loras)
         empty = {name: component.check() for name, component in components.items()}
         for part, encoder in _TOKENIZERS.items():
             check_tokenizer(config_folder / part, empty[encoder].config.vocab_size)
@@ -81,7 +89,7 @@ class Checkpoint:
         check_ip_adapter(adapter, layers, text_width, geometry.image_embedding_width, image_encoder)
         for lora in loras:
             check_lora(lora.path, empty)
-        configuration = {name: configs.settings(network.config) for name, network in empty.items()}
+        configuration = {name: settings(network.config) for name, network in empty.items()}
         return cls(paths, geometry, loras, configuration, components, adapter, layers, config_folder)
 
     @property
@@ -149,18 +157,11 @@ class Checkpoint:
         return network
 
 
-def _file(field: str, name: Path | str) -> Path:
-    path = find(field, name)
-    if path.is_dir():
-        raise CheckpointError(Field(field), f" {path} is a folder", expected="a .safetensors or .bin file")
-    return path
-
-
 def _geometry(unet_config: Path, empty: "Mapping[str, nn.Module]", layers: tuple[CrossAttention, ...]) -> Geometry:
     """Raises CheckpointError unless the networks fit each other."""
     unet, vae = empty["unet"], empty["vae"]
     text, text_2, image = (empty[name].config for name in ("text_encoder", "text_encoder_2", "image_encoder"))
-    configs.check_widths(unet_config, unet.config, text.hidden_size, text_2.hidden_size, text_2.projection_dim)
+    check_widths(unet_config, unet.config, text.hidden_size, text_2.hidden_size, text_2.projection_dim)
     counts = Counter((layer.channels, layer.heads) for layer in layers)
     widths = tuple(LayerWidth(channels, count, heads) for (channels, heads), count in sorted(counts.items()))
     if len({width.channels for width in widths}) < len(widths):

@@ -1,4 +1,8 @@
-"""One network of the checkpoint: its configuration, its files, and the check that they fit each other."""
+"""One network of the checkpoint: its configuration and files, their two layouts, and the check that they fit.
+
+SDXL in one `.safetensors` file of the original layout is converted by diffusers' own functions: the same ones convert
+the header's shapes for the check and the weights for loading.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -6,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from storyadapter.checkpoint.tensor_files import first_line, read_headers, read_tensors
-from storyadapter.method.errors import CheckpointError, Text
+from storyadapter.method.errors import CheckpointError, Field, Text
 
 if TYPE_CHECKING:
     import torch
@@ -14,6 +18,20 @@ if TYPE_CHECKING:
 
 # Names of a file turned into names of the network; given the empty network too. Works on the meta device.
 Convert = Callable[["nn.Module", "dict[str, Tensor]"], "dict[str, Tensor]"]
+
+UNET_PREFIX = "model.diffusion_model."
+TEXT_PREFIX = "conditioner.embedders.0.transformer."
+TEXT_PREFIX_2 = "conditioner.embedders.1.model."
+VAE_PREFIX = "first_stage_model."
+
+# What diffusers calls the kinds of single files, in words.
+_KINDS = {
+    "v1": "Stable Diffusion 1.x or an unknown layout",
+    "v2": "Stable Diffusion 2.x",
+    "xl_refiner": "the SDXL refiner",
+    "xl_inpaint": "an SDXL inpainting model",
+    "inpainting": "a Stable Diffusion 1.x inpainting model",
+}
 
 
 @dataclass(frozen=True)
@@ -36,16 +54,46 @@ class Component:
     convert: Convert
     prefix: str = ""
 
-    @property
-    def tensor_files(self) -> tuple[Path, ...]:
-        return tuple(path for path in self.files if path.suffix != ".json")
-
-    def empty(self) -> "nn.Module":
-        """The network with all its parameters on the meta device, in evaluation mode.
+    def check(self) -> "nn.Module":
+        """Compare names and shapes in the files' headers with the network, and return the empty network.
 
         Raises:
-            CheckpointError: the configuration doesn't describe such a network.
+            CheckpointError: the configuration doesn't describe such a network, a file is corrupt, or tensors are
+                missing, unexpected, of other shapes, or quantized.
         """
+        network, _ = self._read(read_headers)
+        return network
+
+    def load(self, dtype: "torch.dtype", device: "torch.device | None" = None) -> "nn.Module":
+        """The network on `device`, or else the CPU, its weights in `dtype`, in evaluation mode without gradients.
+
+        Raises:
+            CheckpointError: the files no longer are what was checked.
+        """
+        network, tensors = self._read(lambda path: read_tensors(path, dtype, self._wanted, device))
+        network.load_state_dict(tensors, assign=True)
+        return network.to(device).requires_grad_(False)  # only buffers are left to be moved
+
+    def _wanted(self, name: str) -> bool:
+        return name.startswith(self.prefix)
+
+    def _read(self, read: "Callable[[Path], dict[str, Tensor]]") -> "tuple[nn.Module, dict[str, Tensor]]":
+        """The empty network, and what `read` finds in its files, by the network's names, if that fits."""
+        network, found = self._empty(), {}
+        paths = [path for path in self.files if path.suffix != ".json"]
+        for path in paths:
+            found |= {name: tensor for name, tensor in read(path).items() if self._wanted(name)}
+        where = (self.title, f" in {paths[0].parent if len(paths) > 1 else paths[0]}")
+        try:
+            found = self.convert(network, found)
+        except KeyError as error:  # the conversions of diffusers look some names up
+            raise CheckpointError(where, f" lacks the tensor {error}", expected="a whole SDXL checkpoint") from error
+        expected = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
+        compare(where, str(self.config_file), expected, found)
+        return network, found
+
+    def _empty(self) -> "nn.Module":
+        """The network with all its parameters on the meta device, in evaluation mode."""
         from accelerate import init_empty_weights
 
         try:
@@ -55,54 +103,6 @@ class Component:
             raise CheckpointError(
                 f"{self.config_file} doesn't describe ", self.title, f": {first_line(error)}"
             ) from error
-
-    def check(self) -> "nn.Module":
-        """Compare names and shapes in the files' headers with the network, and return the empty network.
-
-        Raises:
-            CheckpointError: a file is corrupt, or tensors are missing, unexpected, of other shapes, or quantized.
-        """
-        network = self.empty()
-        found: dict[str, Tensor] = {}
-        for path in self.tensor_files:
-            found |= {name: t for name, t in read_headers(path).items() if name.startswith(self.prefix)}
-        found = self._converted(network, found)
-        compare(self.where, str(self.config_file), shapes(network), found)
-        return network
-
-    def load(self, dtype: "torch.dtype", device: "torch.device | None" = None) -> "nn.Module":
-        """The network on `device`, or else the CPU, its weights in `dtype`, in evaluation mode without gradients.
-
-        Raises:
-            CheckpointError: the files no longer are what was checked.
-        """
-        network = self.empty()
-        tensors: dict[str, Tensor] = {}
-        for path in self.tensor_files:
-            tensors |= read_tensors(path, dtype, lambda name: name.startswith(self.prefix), device)
-        tensors = self._converted(network, tensors)
-        compare(self.where, str(self.config_file), shapes(network), tensors)
-        network.load_state_dict(tensors, assign=True)
-        return network.to(device).requires_grad_(False)  # only buffers are left to be moved
-
-    @property
-    def where(self) -> Text:
-        """What messages call it, with its files."""
-        first = self.tensor_files[0]
-        return self.title, f" in {first.parent if len(self.tensor_files) > 1 else first}"
-
-    def _converted(self, network: "nn.Module", tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
-        try:
-            return self.convert(network, tensors)
-        except KeyError as error:  # the conversions of diffusers look some names up
-            raise CheckpointError(
-                self.where, f" lacks the tensor {error}", expected="a whole SDXL checkpoint"
-            ) from error
-
-
-def shapes(network: "nn.Module") -> dict[str, list[int]]:
-    """The shape of every tensor that a network's weights must have."""
-    return {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
 def compare(where: Text, target: str, expected: Mapping[str, list[int]], found: "Mapping[str, Tensor]") -> None:
@@ -146,3 +146,83 @@ def folder_names(network: "nn.Module", tensors: "dict[str, Tensor]") -> "dict[st
                 name = name.replace(f".{old}.", f".{new}.")
         result[name] = tensor
     return result
+
+
+def check_single_file(path: Path, needs_vae: bool) -> None:
+    """Raises CheckpointError unless the file holds a whole SDXL base model (its VAE only if that is needed)."""
+    headers = read_headers(path)
+    missing = [
+        f"{title} ({prefix}*)"
+        for title, prefix, needed in (
+            ("the UNet", UNET_PREFIX, True),
+            ("text encoder 1", TEXT_PREFIX, True),
+            ("text encoder 2", TEXT_PREFIX_2, True),
+            ("the VAE", VAE_PREFIX, needs_vae),
+        )
+        if needed and not any(name.startswith(prefix) for name in headers)
+    ]
+    if len(missing) == 1 and missing[0].startswith("the VAE"):
+        raise CheckpointError(f"{path} holds no VAE ({VAE_PREFIX}*)", advice=("give one with ", Field("vae")))
+    if missing:
+        raise CheckpointError(
+            f"{path} lacks {', '.join(missing)}: it looks like {_kind(headers)}",
+            expected="an SDXL base model in the original single-file layout",
+        )
+    if (first := headers.get(f"{UNET_PREFIX}input_blocks.0.0.weight")) is not None and first.shape[1] == 9:
+        raise CheckpointError(f"{path} is an inpainting model with 9 input channels", expected="an SDXL base model")
+
+
+def _kind(headers: "dict[str, Tensor]") -> str:
+    from diffusers.loaders.single_file_utils import infer_diffusers_model_type
+
+    if not any(name.startswith((UNET_PREFIX, "cond_stage_model.", "conditioner.")) for name in headers):
+        return f"no Stable Diffusion model ({len(headers)} tensors, the first is {next(iter(headers), 'absent')})"
+    kind = infer_diffusers_model_type(headers)
+    return _KINDS.get(kind, kind)
+
+
+def convert_unet(network: "nn.Module", tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+    return _nothing_lost(tensors, convert_ldm_unet_checkpoint(tensors, config=dict(network.config)))
+
+
+def convert_vae(network: "nn.Module", tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
+    """Of a single file's VAE, or of a VAE alone, in the original layout or in diffusers' own."""
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
+    if any(name.startswith("encoder.down_blocks.") for name in tensors):
+        return folder_names(network, tensors)
+    # Training leftovers that some files keep beside the VAE.
+    tensors = {name: t for name, t in tensors.items() if not name.startswith(("loss.", "model_ema."))}
+    return _nothing_lost(tensors, convert_ldm_vae_checkpoint(tensors, config=dict(network.config)))
+
+
+def convert_text_encoder(network: "nn.Module", tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
+    from diffusers.loaders.single_file_utils import convert_ldm_clip_checkpoint
+
+    return folder_names(network, convert_ldm_clip_checkpoint(tensors))
+
+
+def convert_text_encoder_2(network: "nn.Module", tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
+    from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
+
+    converted = convert_open_clip_checkpoint(network, tensors, prefix=TEXT_PREFIX_2)
+    kept = {id(tensor) for tensor in converted.values()}
+    # The conversion splits and transposes these, and has no use for CLIP's temperature.
+    used = tuple(TEXT_PREFIX_2 + name for name in ("transformer.", "text_projection", "logit_scale"))
+    dropped = {name: t for name, t in tensors.items() if id(t) not in kept and not name.startswith(used)}
+    return {**converted, **dropped}
+
+
+def _nothing_lost(before: "dict[str, Tensor]", after: "dict[str, Tensor]") -> "dict[str, Tensor]":
+    """`after`, with what the conversion dropped under its old name, so that the comparison reports it.
+
+    The conversions rename tensor by tensor and pass over names they don't know. A renamed tensor stays the same object,
+    except for the matrices of a VAE's attention, which lose their 1x1 dimensions.
+    """
+    if len(before) == len(after):
+        return after
+    kept = {id(tensor) for tensor in after.values()}
+    dropped = {name: t for name, t in before.items() if id(t) not in kept and ".attn_1." not in name}
+    return {**after, **dropped}

@@ -1,12 +1,13 @@
 """LoRAs: does a file fit the model, and fusing it into the weights with diffusers and peft."""
 
+import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from storyadapter.checkpoint.paths import LoraSpec
 from storyadapter.checkpoint.tensor_files import first_line, read_headers, read_metadata, read_tensors
 from storyadapter.method.errors import CheckpointError, Field
 
@@ -18,14 +19,6 @@ _FILE_NAMES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
 _PART = re.compile(r"(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
 _OLD_TEXT_NAME = re.compile(r"(?<=\.self_attn)\.to_(q|k|v|out)_lora\.")
 _OTHER_KINDS = {"dora_scale": "a DoRA", "lokr_": "a LoKr", "hada_": "a LoHa", "lora_magnitude_vector": "a DoRA"}
-
-
-@dataclass(frozen=True)
-class Lora:
-    """A LoRA file that was found, and the factor with which it is fused."""
-
-    path: Path
-    scale: float
 
 
 def lora_file(path: Path) -> Path:
@@ -64,14 +57,11 @@ def check_lora(path: Path, networks: "Mapping[str, nn.Module]") -> None:
         _check_parts(path, name, _peft_names(name, state), networks[name])
 
 
-def fuse_loras(name: str, network: "nn.Module", loras: tuple[Lora, ...], unet: Mapping[str, Any]) -> None:
+def fuse_loras(name: str, network: "nn.Module", loras: tuple[LoraSpec, ...], unet: Mapping[str, Any]) -> None:
     """Add scale · alpha/rank · up·down of every LoRA to the weights of one network, in place.
 
-    Args:
-        name: of `NETWORKS`.
-        network: with its weights.
-        loras: checked ones; applied in order.
-        unet: the UNet's configuration, which says how blocks are numbered in some files.
+    The LoRAs are checked ones, applied in order; `unet` is the UNet's configuration, which says how blocks are numbered
+    in some files.
 
     Raises:
         CheckpointError: the LoRA's own settings are nonsense, or the file changed since it was checked.
@@ -132,8 +122,6 @@ def _without_alphas(path: Path, tensors: "dict[str, Tensor]") -> "dict[str, Tens
 
 def _adapter_metadata(path: Path) -> dict[str, Any] | None:
     """The settings that diffusers keeps in the header of the files it writes; alpha is among them."""
-    import json
-
     from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 
     text = read_metadata(path).get(LORA_ADAPTER_METADATA_KEY, "null")

@@ -1,19 +1,42 @@
-"""Which files make up the five networks of a checkpoint."""
+"""The five networks of a checkpoint and its tokenizers: which files they are, and that they are SDXL's.
 
-from collections.abc import Callable
+What the configuration files must say for the method to run on a model is checked here.
+"""
+
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from storyadapter.checkpoint import configs, single_file
+from storyadapter.checkpoint import component
 from storyadapter.checkpoint.component import Component, Convert, folder_names
-from storyadapter.checkpoint.locate import DIFFUSERS_STEMS, TRANSFORMERS_STEMS, find, read_config, weight_files
-from storyadapter.checkpoint.paths import CheckpointPaths
-from storyadapter.checkpoint.tensor_files import is_safetensors
+from storyadapter.checkpoint.paths import (
+    DIFFUSERS_STEMS,
+    TRANSFORMERS_STEMS,
+    CheckpointPaths,
+    find,
+    read_config,
+    weight_files,
+)
+from storyadapter.checkpoint.tensor_files import first_line, is_safetensors
+from storyadapter.method import constants
 from storyadapter.method.errors import CheckpointError, Field, Text
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from transformers import CLIPTokenizer
+
+Config = Mapping[str, Any]
+
+# UNet options that change what it computes and that the exported denoiser doesn't have.
+_UNSUPPORTED_UNET = ("class_embed_type", "num_class_embeds", "encoder_hid_dim", "time_embedding_act_fn")
+
+# Written by the libraries beside what they describe; no code depends on it.
+_NOTES = ("architectures", "dtype", "torch_dtype", "transformers_version")
+
+_VOCABULARY = ("vocab.json", "merges.txt")
+_WHOLE = "tokenizer.json"  # the vocabulary and everything else in one file
+_TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 def base_parts(paths: CheckpointPaths) -> tuple[dict[str, Component], Path]:
@@ -22,7 +45,8 @@ def base_parts(paths: CheckpointPaths) -> tuple[dict[str, Component], Path]:
     Raises:
         CheckpointError: something is missing, or a configuration isn't SDXL's.
     """
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     base = find("base_model", paths.base_model)
     file = None if base.is_dir() else base
@@ -35,15 +59,39 @@ def base_parts(paths: CheckpointPaths) -> tuple[dict[str, Component], Path]:
             f", but {base} is a folder",
             advice="leave it out",
         )
-    configs.check_pipeline(folder)
+    _check_pipeline(folder)
     if file is not None:
-        single_file.check_kind(file, needs_vae=paths.vae is None)
+        component.check_single_file(file, needs_vae=paths.vae is None)
     source = _Source(file, paths.variant)
+
+    def text_encoder(name: str, title: str, model_class: Any, prefix: str, convert: Convert) -> Component:
+        def build(config: Config) -> "nn.Module":
+            return model_class(CLIPTextConfig.from_dict(config))
+
+        return source.part(title, folder / name, _check_text_encoder, build, TRANSFORMERS_STEMS, prefix, convert)
+
+    second = "text_encoder_2"
     parts = {
-        "unet": _unet(folder / "unet", source),
-        "text_encoder": _text_encoder(folder / "text_encoder", CLIPTextModel, source),
-        "text_encoder_2": _text_encoder(folder / "text_encoder_2", CLIPTextModelWithProjection, source),
-        "vae": _vae(folder / "vae", source) if paths.vae is None else _other_vae(paths, folder),
+        "unet": source.part(
+            "the UNet",
+            folder / "unet",
+            _check_unet,
+            UNet2DConditionModel.from_config,
+            DIFFUSERS_STEMS,
+            component.UNET_PREFIX,
+            component.convert_unet,
+        ),
+        "text_encoder": text_encoder(
+            "text_encoder", "text encoder 1", CLIPTextModel, component.TEXT_PREFIX, component.convert_text_encoder
+        ),
+        second: text_encoder(
+            second,
+            "text encoder 2",
+            CLIPTextModelWithProjection,
+            component.TEXT_PREFIX_2,
+            component.convert_text_encoder_2,
+        ),
+        "vae": _vae(paths, folder, source),
     }
     return parts, folder
 
@@ -60,7 +108,7 @@ def image_encoder_part(paths: CheckpointPaths) -> Component:
     if not folder.is_dir():
         expected = "a folder with config.json and weights"
         raise CheckpointError(Field("image_encoder"), f" {folder} is a file", expected=expected)
-    config = configs.vision_config(folder / "config.json", _config(folder))
+    config = _vision_config(folder / "config.json", _config(folder))
 
     def vision_half(network: "nn.Module", tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
         # A whole CLIP model serves too.
@@ -76,9 +124,47 @@ def image_encoder_part(paths: CheckpointPaths) -> Component:
     )
 
 
+def settings(config: Any) -> Config:
+    """What a network's code depends on, defaults filled in, of the configuration of diffusers or transformers."""
+    values = dict(config) if isinstance(config, Mapping) else config.to_dict()
+    return {name: value for name, value in values.items() if not name.startswith("_") and name not in _NOTES}
+
+
+def check_tokenizer(folder: Path, vocabulary_size: int) -> None:
+    """Check that a tokenizer can be read and that the text encoder knows all its tokens.
+
+    Raises:
+        CheckpointError: it can't, or doesn't.
+    """
+    found = len(load_tokenizer(folder))
+    if found > vocabulary_size:
+        raise CheckpointError(
+            f"{folder} has {found} tokens, its text encoder knows {vocabulary_size}",
+            expected="the tokenizer that belongs to the model",
+        )
+
+
+def tokenizer_files(folder: Path) -> tuple[Path, ...]:
+    """The files of a tokenizer that are there."""
+    return tuple(folder / name for name in (*_VOCABULARY, _WHOLE, *_TOKENIZER_SETTINGS) if (folder / name).exists())
+
+
+def load_tokenizer(folder: Path) -> "CLIPTokenizer":
+    """Raises CheckpointError if files are missing or corrupt."""
+    from transformers import CLIPTokenizer
+
+    missing = [name for name in _VOCABULARY if not (folder / name).exists()]
+    if missing and not (folder / _WHOLE).exists():
+        raise CheckpointError(f"{folder} has no {' and no '.join(missing)}", expected="the tokenizer of an SDXL folder")
+    try:
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # whatever a corrupt vocabulary makes the tokenizers library raise
+        raise CheckpointError(f"{folder} holds no readable CLIP tokenizer: {first_line(error)}") from error
+
+
 @dataclass(frozen=True)
 class _Source:
-    """Where the base model's weights come from: a single file, or the folders of the configurations."""
+    """Where weights come from: a single file, or the folders of the configurations."""
 
     file: Path | None
     variant: str | None
@@ -87,74 +173,37 @@ class _Source:
         self,
         title: Text,
         folder: Path,
-        build: "Callable[[], nn.Module]",
+        check: Callable[[Path, Config], None],
+        build: "Callable[[Config], nn.Module]",
         stems: tuple[str, str],
         prefix: str,
         convert: Convert,
     ) -> Component:
-        config_file = folder / "config.json"
+        config, config_file = _config(folder), folder / "config.json"
+        check(config_file, config)
         if self.file is None:
-            return Component(title, config_file, build, weight_files(folder, stems, self.variant), folder_names)
-        return Component(title, config_file, build, (self.file,), convert, prefix)
+            files = weight_files(folder, stems, self.variant)
+            return Component(title, config_file, lambda: build(config), files, folder_names)
+        return Component(title, config_file, lambda: build(config), (self.file,), convert, prefix)
 
 
-def _unet(folder: Path, source: _Source) -> Component:
-    from diffusers import UNet2DConditionModel
-
-    config = _config(folder)
-    configs.check_unet(folder / "config.json", config)
-    return source.part(
-        "the UNet",
-        folder,
-        lambda: UNet2DConditionModel.from_config(config),
-        DIFFUSERS_STEMS,
-        single_file.UNET_PREFIX,
-        single_file.convert_unet,
-    )
-
-
-def _text_encoder(folder: Path, model_class: Any, source: _Source) -> Component:
-    from transformers import CLIPTextConfig
-
-    config = _config(folder)
-    configs.check_text_encoder(folder / "config.json", config)
-    second = folder.name == "text_encoder_2"
-    return source.part(
-        "text encoder 2" if second else "text encoder 1",
-        folder,
-        lambda: model_class(CLIPTextConfig.from_dict(config)),
-        TRANSFORMERS_STEMS,
-        single_file.TEXT_PREFIX_2 if second else single_file.TEXT_PREFIX,
-        single_file.convert_text_encoder_2 if second else single_file.convert_text_encoder,
-    )
-
-
-def _vae(folder: Path, source: _Source, title: Text = "the VAE") -> Component:
-    config = _config(folder)
-    configs.check_vae(folder / "config.json", config)
-    return source.part(
-        title, folder, _vae_builder(config), DIFFUSERS_STEMS, single_file.VAE_PREFIX, single_file.convert_vae
-    )
-
-
-def _other_vae(paths: CheckpointPaths, base: Path) -> Component:
-    """Another VAE: a folder with a configuration, or a file in either layout that shares the base model's."""
-    path = find("vae", paths.vae or "")
-    title = ("the VAE given with ", Field("vae"))
-    if path.is_dir():
-        return _vae(path, _Source(None, paths.variant), title)
-    if not is_safetensors(path):
-        found = f" {path} is neither a folder nor a .safetensors file"
-        raise CheckpointError(Field("vae"), found, expected="one of these")
-    config = _config(base / "vae")
-    configs.check_vae(base / "vae" / "config.json", config)
-    return Component(title, base / "vae" / "config.json", _vae_builder(config), (path,), single_file.convert_vae)
-
-
-def _vae_builder(config: dict[str, Any]) -> "Callable[[], nn.Module]":
+def _vae(paths: CheckpointPaths, base: Path, source: _Source) -> Component:
+    """The base model's, or the one given: a folder with a configuration, or a file in either layout without one."""
     from diffusers import AutoencoderKL
 
-    return lambda: AutoencoderKL.from_config(config)
+    title: Text = "the VAE"
+    folder, prefix = base / "vae", component.VAE_PREFIX
+    if paths.vae is not None:
+        path, title = find("vae", paths.vae), ("the VAE given with ", Field("vae"))
+        if path.is_dir():
+            folder, source = path, _Source(None, paths.variant)
+        elif is_safetensors(path):
+            source, prefix = _Source(path, None), ""
+        else:
+            found = f" {path} is neither a folder nor a .safetensors file"
+            raise CheckpointError(Field("vae"), found, expected="one of these")
+    build = AutoencoderKL.from_config
+    return source.part(title, folder, _check_vae, build, DIFFUSERS_STEMS, prefix, component.convert_vae)
 
 
 def _base_config(file: Path, paths: CheckpointPaths) -> Path:
@@ -184,3 +233,105 @@ def _config(folder: Path) -> dict[str, Any]:
             f"{folder} is missing", expected=f"a diffusers SDXL folder with a folder {folder.name} in it"
         )
     return read_config(folder / "config.json")
+
+
+def _check_pipeline(folder: Path) -> None:
+    """Raises CheckpointError if `model_index.json`, where there is one, names a pipeline that isn't SDXL's."""
+    index = folder / "model_index.json"
+    if index.exists():
+        found = read_config(index).get("_class_name")
+        if not isinstance(found, str) or not found.startswith("StableDiffusionXL") or "Inpaint" in found:
+            raise CheckpointError(f"{folder} is a {found}", expected="an SDXL base model (StableDiffusionXLPipeline)")
+
+
+def _check_unet(path: Path, config: Config) -> None:
+    """Raises CheckpointError unless this is the UNet of an SDXL base model."""
+    _expect_class(path, config, "UNet2DConditionModel")
+    channels = (config.get("in_channels"), config.get("out_channels"))
+    if channels == (9, constants.LATENT_CHANNELS):
+        raise CheckpointError(
+            f"{path}: an inpainting UNet with 9 input channels", expected="an SDXL base model's with 4"
+        )
+    if channels != (constants.LATENT_CHANNELS,) * 2:
+        raise CheckpointError(f"{path}: {channels[0]} input and {channels[1]} output channels", expected="4 and 4")
+    if config.get("addition_embed_type") != "text_time":
+        raise CheckpointError(
+            f"{path}: not an SDXL UNet: addition_embed_type is {config.get('addition_embed_type')!r} and the text is "
+            f"{config.get('cross_attention_dim')} wide",
+            expected="'text_time' and SDXL's 2048",
+        )
+    if config.get("time_cond_proj_dim") is not None:
+        raise CheckpointError(
+            f"{path}: a guidance-distilled UNet (time_cond_proj_dim is {config['time_cond_proj_dim']}), such as LCM's",
+            expected="an SDXL base model",
+            advice=("use it with the LCM LoRA instead (", Field("lora"), ")"),
+        )
+    for option in _UNSUPPORTED_UNET:
+        if config.get(option) is not None:
+            raise CheckpointError(f"{path}: {option} is {config[option]!r}", expected="a UNet of SDXL, which has none")
+
+
+def check_widths(unet_path: Path, unet: Config, text_width: int, text_width_2: int, pooled_width: int) -> None:
+    """Raises CheckpointError unless the UNet takes the text of these two encoders.
+
+    `projection_class_embeddings_input_dim` counts the pooled text and the embeddings of SDXL's six sizes.
+    """
+    if unet.get("cross_attention_dim") != text_width + text_width_2:
+        raise CheckpointError(
+            f"{unet_path}: the UNet takes text {unet.get('cross_attention_dim')} wide, "
+            f"the text encoders give {text_width} + {text_width_2}",
+            expected="an SDXL base model with both of its text encoders",
+        )
+    embedded = unet.get("addition_time_embed_dim")
+    expected = pooled_width + 6 * embedded if isinstance(embedded, int) else None
+    found = unet.get("projection_class_embeddings_input_dim")
+    if found != expected:
+        raise CheckpointError(
+            f"{unet_path}: projection_class_embeddings_input_dim is {found}",
+            expected=f"{expected} for pooled text {pooled_width} wide and six sizes (a refiner has five)",
+        )
+
+
+def _check_vae(path: Path, config: Config) -> None:
+    """Raises CheckpointError unless this is an SDXL VAE."""
+    _expect_class(path, config, "AutoencoderKL")
+    if config.get("latent_channels") != constants.LATENT_CHANNELS:
+        raise CheckpointError(f"{path}: {config.get('latent_channels')} latent channels", expected="SDXL's 4")
+    for option in ("latents_mean", "latents_std", "shift_factor"):
+        if config.get(option) is not None:
+            raise CheckpointError(f"{path}: {option} is set", expected="an SDXL VAE, whose latents are only scaled")
+
+
+def _check_text_encoder(path: Path, config: Config) -> None:
+    """Raises CheckpointError unless this is a CLIP text model of 77 positions."""
+    if config.get("model_type") != "clip_text_model":
+        raise CheckpointError(f"{path}: a {config.get('model_type')!r} model", expected="'clip_text_model'")
+    positions = config.get("max_position_embeddings", constants.TEXT_TOKENS)
+    if positions != constants.TEXT_TOKENS:
+        raise CheckpointError(f"{path}: {positions} text positions", expected=f"{constants.TEXT_TOKENS}")
+
+
+def _vision_config(path: Path, config: Config) -> Config:
+    """The vision part of a CLIP configuration, of the image encoder alone or of a whole CLIP model.
+
+    Raises:
+        CheckpointError: it isn't CLIP's, or the model takes pictures of another size than CLIP's preprocessing makes.
+    """
+    kind = config.get("model_type")
+    if kind == "clip" and isinstance(config.get("vision_config"), dict):
+        config = {**config["vision_config"], "projection_dim": config.get("projection_dim", 512)}
+    elif kind != "clip_vision_model":
+        found = f"a {kind!r} model" if kind else "no model_type there"
+        raise CheckpointError(
+            f"{path}: {found}",
+            expected="a CLIP image encoder ('clip_vision_model'), such as the folder sdxl_models/image_encoder beside "
+            "the IP-Adapter",
+        )
+    if config.get("image_size", constants.CLIP_PIXELS) != constants.CLIP_PIXELS:
+        raise CheckpointError(f"{path}: pictures of {config['image_size']} pixels", expected=f"{constants.CLIP_PIXELS}")
+    return config
+
+
+def _expect_class(path: Path, config: Config, name: str) -> None:
+    if config.get("_class_name") != name:
+        raise CheckpointError(f"{path}: configuration of {config.get('_class_name')}", expected=name)
