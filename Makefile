@@ -4,6 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
+ROOMS := .venv/rooms
 
 .PHONY: demo test lint clean
 
@@ -15,9 +16,14 @@ demo: $(INSTALLED)
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
+# Types are checked under the import names: ROOMS holds links to the folders that setup.py maps.
 lint: $(INSTALLED)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	rm -rf $(ROOMS)
+	mkdir -p $(ROOMS)/storyadapter
+	ln -s $(addprefix $(CURDIR)/,$(wildcard storyadapter/*) bench engine export kernels) $(ROOMS)/storyadapter
+	$(BIN)/mypy
 
 # The constraints hold the exact versions that were tested, torch's among them.
 $(INSTALLED): setup.py pyproject.toml constraints.txt

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Self
+from typing import Self, cast
 
 import torch
 
@@ -44,14 +44,14 @@ class BenchmarkModel:
 
     Attributes:
         label: for people.
-        checkpoint: its files, or its random weights.
+        checkpoint: its files, or a `SyntheticCheckpoint`, which has the same methods.
         prediction_type: what its UNet predicts.
         engine: what runs it.
         device: where everything runs.
     """
 
     label: str
-    checkpoint: Checkpoint | SyntheticCheckpoint
+    checkpoint: Checkpoint
     prediction_type: str
     engine: EngineChoice
     device: torch.device
@@ -60,7 +60,7 @@ class BenchmarkModel:
     def synthetic(cls, name: str, engine: EngineChoice, device: torch.device) -> Self:
         """A model of random weights, by the name of its sizes."""
         checkpoint = SyntheticCheckpoint(MODELS[name], device)
-        return cls(checkpoint.label, checkpoint, PREDICTION_TYPE, engine, device)
+        return cls(checkpoint.label, cast(Checkpoint, checkpoint), PREDICTION_TYPE, engine, device)
 
     @classmethod
     def from_files(cls, model: ModelChoice, engine: EngineChoice, device: torch.device) -> Self:

@@ -45,8 +45,7 @@ _VAE: Final[dict[str, Any]] = {
 def _clip(width: int, layers: int, heads: int, projection: int, activation: str, **others: Any) -> dict[str, Any]:
     """A CLIP encoder, whose MLPs are 4 times as wide unless `others` says else."""
     sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
-    sizes |= {"num_attention_heads": heads, "projection_dim": projection, "hidden_act": activation}
-    return sizes | others
+    return sizes | {"num_attention_heads": heads, "projection_dim": projection, "hidden_act": activation} | others
 
 
 # Sources: huggingface.co/stabilityai/stable-diffusion-xl-base-1.0 (unet, vae, text_encoder, text_encoder_2) and

@@ -165,6 +165,7 @@ def _measure_cuda(
         single_ms = _elapsed_ms(lambda: [call() for call in calls]) / len(calls)
     torch.cuda.current_stream().wait_stream(side)
 
+    regions: list[Callable[[], object]]
     if graph:
         rounds = max(1, round(MIN_REGION_MS / max(single_ms * len(calls), 1e-3)))
         captured = torch.cuda.CUDAGraph()

@@ -7,6 +7,7 @@ the file computes what eager computes; what rounding to bf16 does to the result,
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import onnx
@@ -66,7 +67,7 @@ def _tensors(model: ModelProto) -> Iterator[TensorProto]:
                 yield from attribute.g.initializer
 
 
-def _as_fp32(tensor: TensorProto, folder: Path, weights: object) -> None:
+def _as_fp32(tensor: TensorProto, folder: Path, weights: BinaryIO) -> None:
     """Copy a tensor's external data into `weights`; bf16 becomes fp32, inside or outside of the file."""
     external = uses_external_data(tensor)
     if external:

@@ -59,6 +59,7 @@ def export_network(
     finally:
         for attention, own in zip(attentions, eager, strict=True):
             attention.grca = own
+    assert program is not None  # as dynamo is on
     program.save(str(path), external_data=True)
     # the exporter's rewriter keeps the last graph for good: it shall not keep the weights with it
     for value in tuple(program.model.graph.initializers.values()):

@@ -190,8 +190,9 @@ class GrcaCase(KernelCase):
         return grca_triton(*inputs)
 
     def launch(self, tiles: GrcaTiles, *inputs: Tensor) -> Tensor:
-        out = torch.empty_like(inputs[0])
-        grid, positional, keywords = launch_arguments(*inputs, out, tiles)
+        q, text_kv, text_row, ref_kv, ref_row, ref_length = inputs
+        out = torch.empty_like(q)
+        grid, positional, keywords = launch_arguments(q, text_kv, text_row, ref_kv, ref_row, ref_length, out, tiles)
         grca_kernel[grid](*positional, **keywords)
         return out
 
@@ -280,8 +281,9 @@ class LayerNormCase(KernelCase):
         return add_layer_norm_triton(*inputs, EPS)
 
     def launch(self, tiles: LayerNormTiles, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        total, normed = torch.empty_like(inputs[0]), torch.empty_like(inputs[0])
-        launch_layer_norm(*inputs, EPS, total, normed, tiles)
+        x, residual, weight, bias = inputs
+        total, normed = torch.empty_like(x), torch.empty_like(x)
+        launch_layer_norm(x, residual, weight, bias, EPS, total, normed, tiles)
         return total, normed
 
     def baselines(self) -> list[Baseline]:

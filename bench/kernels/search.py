@@ -27,7 +27,7 @@ from storyadapter.bench.report import table
 from storyadapter.bench.timing import buffer_sets
 from storyadapter.kernels.grca.aot import compile_kernel
 from storyadapter.kernels.launching import capability
-from storyadapter.kernels.tiles import GRCA_EMBEDDED, Tiles, TileTable
+from storyadapter.kernels.tiles import GRCA_EMBEDDED, GrcaTiles, Tiles, TileTable
 from storyadapter.method.constants import TEXT_TOKENS
 from storyadapter.method.errors import RunError
 
@@ -86,7 +86,9 @@ def compile_one(job: tuple[TileTable[Any], KernelCase, Tiles]) -> str | None:
     tile_table, case, tiles = job
     device = torch.device("cuda", 0)
     try:
-        if tile_table == GRCA_EMBEDDED and isinstance(case, GrcaCase):  # refused if a plain launch can't run it
+        if (
+            tile_table == GRCA_EMBEDDED and isinstance(case, GrcaCase) and isinstance(tiles, GrcaTiles)
+        ):  # refused if a plain launch can't run it
             layer = case.layer
             compile_kernel(capability(device), layer.heads, layer.head_size, "fp16", TEXT_TOKENS, tiles=tiles)
         case.launch(tiles, *case.kernel_inputs(*case.inputs(DTYPE, device, 0)))

@@ -160,7 +160,7 @@ def cost_over_references(found: ThroughputReport) -> dict[str, Any] | None:
     for rung in reversed(list(dict.fromkeys(order))):
         measured = [r for r in found.rungs if r.rung == rung and r.status == MEASURED]
         if len(measured) > 1:
-            rates = {references[result.case]: result.rows_per_second for result in measured}
+            rates = {references[result.case]: result.rows_per_second or 0.0 for result in measured}
             few, many = rates[min(rates)], rates[max(rates)]
             by_references = {str(count): rates[count] for count in sorted(rates)}
             return {"rung": rung, "rows_per_second": by_references, "most_over_fewest": many / few}

@@ -118,7 +118,7 @@ class FrameByFrame:
 def with_eager_vae(networks: Networks, model: BenchmarkModel, precision: Precision) -> Networks:
     """The same networks with a VAE in plain PyTorch, channels last; in fp32 on a GPU, its convolutions use TF32."""
     decoder = VaeDecoder(model.checkpoint.load_vae(TORCH_DTYPES[precision], model.device)).eval()
-    decoder.to(memory_format=torch.channels_last)
+    decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's overloads lack it
     return _with_vae(networks, FrameByFrame(EagerNetwork(networks["vae_decoder"].spec, decoder, precision)), precision)
 
 

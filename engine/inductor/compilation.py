@@ -1,6 +1,7 @@
 """Networks exported and compiled by AOTInductor in this process: code alone, which serves any weights of its kind."""
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -84,7 +85,7 @@ def build_networks(request: BuildRequest, tell: Callable[..., None]) -> dict[str
         EngineBuildError: a network can't be compiled, or computes something else than eager.
     """
     specs, operators = network_specs(request.checkpoint.geometry), operators_for(request.device)
-    built = {}
+    built: dict[str, BuiltNetwork] = {}
     modules = iterate_modules(request.checkpoint, request.numerics, grca, request.networks, request.device)
     while True:
         tell(network="", stage="loading weights")
@@ -92,10 +93,13 @@ def build_networks(request: BuildRequest, tell: Callable[..., None]) -> dict[str
         if module is None:
             return built
         options = NetworkOptions(request.numerics[name], request.letters, operators)
-        built[name] = build_network(
-            specs[name], module, options, request.folder, lambda stage, name=name: tell(network=name, stage=stage)
-        )
+        on_stage = functools.partial(_tell_stage, tell, name)
+        built[name] = build_network(specs[name], module, options, request.folder, on_stage)
         del module
+
+
+def _tell_stage(tell: Callable[..., None], network: str, stage: str) -> None:
+    tell(network=network, stage=stage)
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,7 @@ def build_network(
         package = folder / package_name(spec.name)
         configs = _GPU_OPTIONS if device.type == "cuda" else _OPTIONS
         with analysed_once():
-            torch._inductor.aoti_compile_and_package(program, package_path=str(package), inductor_configs=configs)
+            torch._inductor.aoti_compile_and_package(program, package_path=str(package), inductor_configs={**configs})
     _save(spec, {name: value for name, value in program.constants.items() if name not in weights}, folder)
     on_stage("comparing with eager")
     network = InductorNetwork(spec, folder, options.precision, device, options.letters, weights)

@@ -117,7 +117,7 @@ def fuse_denoiser(denoiser: Denoiser, operators: Operators) -> None:
     """
     names = [name for name, part in denoiser.named_modules() if isinstance(part, Transformer2DModel)]
     for name in names:  # by name: the weights of what was rewritten are let go one after the other
-        model = denoiser.get_submodule(name)
+        model: Transformer2DModel = denoiser.get_submodule(name)
         blocks = model.transformer_blocks
         if not model.use_linear_projection or any(block.norm_type != "layer_norm" for block in blocks):
             raise ValueError(f"{name} isn't a transformer of SDXL's kind; expected linear projections and layer norms")

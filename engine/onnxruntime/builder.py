@@ -1,5 +1,6 @@
 """Build of the backend `onnxruntime`: every network exported to ONNX and compared with eager."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def build_onnx(
     geometry = checkpoint.geometry
     letters = ranges.letters(geometry.pixels_per_latent)
     specs = network_specs(geometry)
-    errors = {}
+    errors: dict[str, float] = {}
     modules = iterate_modules(checkpoint, numerics, grca)
     while True:
         on_progress("", "loading weights")
@@ -45,5 +46,5 @@ def build_onnx(
             letters,
             numerics[name],
             folder,
-            lambda what, name=name: on_progress(name, what),
+            functools.partial(on_progress, name),
         )

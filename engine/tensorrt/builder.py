@@ -1,5 +1,6 @@
 """Build of the backend `tensorrt`: every network exported, compared with eager, and built into an engine."""
 
+import functools
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -70,7 +71,7 @@ def build_tensorrt(
         spec = specs[name]
         onnx_folder.mkdir()
         path, errors[name] = export_compared(
-            spec, module, letters, numerics[name], onnx_folder, lambda what, name=name: on_stage(name, what)
+            spec, module, letters, numerics[name], onnx_folder, functools.partial(on_stage, name)
         )
         on_stage(name, f"building the engine for {', '.join(targets)} with {library}")
         request = build_request(
@@ -86,7 +87,7 @@ def build_tensorrt(
             timing_cache,
             plugin,
         )
-        report = run_worker(spec.name, request, lambda fraction, name=name: on_fraction(name, fraction))
+        report = run_worker(spec.name, request, functools.partial(on_fraction, name))
         reports[name] = asdict(report)
         shutil.rmtree(onnx_folder)
     profiles = {name: tuple(profiles_of(spec, letters, latent_sizes)) for name, spec in specs.items()}

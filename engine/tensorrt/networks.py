@@ -72,7 +72,8 @@ class TensorRTNetwork:
         self._described = described
         self._shared = shared
         self._letters = described.profiles[spec.name][0]
-        self._config = self._cache = None
+        self._config: Any = None
+        self._cache: Any = None
         self._cache_path = runtime_cache
         if runtime_cache is not None:
             self._open_runtime_cache(runtime_cache)
@@ -148,7 +149,7 @@ class TensorRTNetwork:
                 raise RunError(f"{self.spec.name}: TensorRT refused {tensor.name} of shape {list(shape)}")
         outputs = {}
         for tensor in self.spec.outputs:
-            shape = [size_of(dim, values) for dim in tensor.shape]
+            shape = tuple(size_of(dim, values) for dim in tensor.shape)
             dtype = self._dtype(tensor.name)
             buffer = self._buffers[tensor.name][: math.prod(shape) * dtype.itemsize]
             outputs[tensor.name] = buffer.view(dtype).view(shape)
@@ -249,7 +250,7 @@ def check_engine(engine: Any, spec: NetworkSpec, precision: Precision) -> None:
 def _logger(trt: ModuleType) -> Any:
     severity = trt.ILogger.Severity
 
-    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
+    class Logger(trt.ILogger):  # type: ignore[name-defined]
         """TensorRT's messages as Python's: its errors and warnings, and the last error for an exception's text."""
 
         def __init__(self) -> None:

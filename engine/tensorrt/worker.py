@@ -192,7 +192,7 @@ def _timing_cache(config: Any, request: NetworkRequest) -> Any:
 def _logger(trt: ModuleType, log_file: Any) -> Any:
     severity = trt.ILogger.Severity
 
-    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
+    class Logger(trt.ILogger):  # type: ignore[name-defined]
         """Keeps everything above VERBOSE, and of that the layer list."""
 
         def __init__(self) -> None:
@@ -215,7 +215,7 @@ def _logger(trt: ModuleType, log_file: Any) -> Any:
 
 
 def _monitor(trt: ModuleType, tell: Callable[..., None]) -> Any:
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
+    class Monitor(trt.IProgressMonitor):  # type: ignore[name-defined]
         """Tells the progress now and then; called from the builder's threads, one at a time under the GIL."""
 
         def __init__(self) -> None:

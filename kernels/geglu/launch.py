@@ -86,7 +86,10 @@ def launch_geglu(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, tiles: Ge
     if not tiles.descriptors:
         wrap_triton(geglu_kernel)[grid](out, x, weight, bias, rows, **keywords)
         return
-    blocks_of = {"x": [tiles.block_m, tiles.block_k], "weight": [tiles.block_n, tiles.block_k]}
+    blocks_of: dict[str, list[int | torch.SymInt]] = {
+        "x": [tiles.block_m, tiles.block_k],
+        "weight": [tiles.block_n, tiles.block_k],
+    }
     if wrap_triton(geglu_kernel) is geglu_kernel:
         x_blocks = TensorDescriptor.from_tensor(x, blocks_of["x"])
         weight_blocks = TensorDescriptor.from_tensor(weight, blocks_of["weight"])

@@ -32,7 +32,6 @@ from storyadapter.model.contract import Geometry, LayerWidth
 if TYPE_CHECKING:
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    from torch import nn
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
 
 _TOKENIZERS = {"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2"}
@@ -157,7 +156,7 @@ class Checkpoint:
         return network
 
 
-def _geometry(unet_config: Path, empty: "Mapping[str, nn.Module]", layers: tuple[CrossAttention, ...]) -> Geometry:
+def _geometry(unet_config: Path, empty: Mapping[str, Any], layers: tuple[CrossAttention, ...]) -> Geometry:
     """Raises CheckpointError unless the networks fit each other."""
     unet, vae = empty["unet"], empty["vae"]
     text, text_2, image = (empty[name].config for name in ("text_encoder", "text_encoder_2", "image_encoder"))

@@ -7,7 +7,7 @@ the header's shapes for the check and the weights for loading.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from storyadapter.checkpoint.tensor_files import first_line, read_headers, read_tensors
 from storyadapter.method.errors import CheckpointError, Field, Text
@@ -54,7 +54,7 @@ class Component:
     convert: Convert
     prefix: str = ""
 
-    def check(self) -> "nn.Module":
+    def check(self) -> Any:
         """Compare names and shapes in the files' headers with the network, and return the empty network.
 
         Raises:
@@ -77,9 +77,10 @@ class Component:
     def _wanted(self, name: str) -> bool:
         return name.startswith(self.prefix)
 
-    def _read(self, read: "Callable[[Path], dict[str, Tensor]]") -> "tuple[nn.Module, dict[str, Tensor]]":
+    def _read(self, read: "Callable[[Path], dict[str, Tensor]]") -> "tuple[Any, dict[str, Tensor]]":
         """The empty network, and what `read` finds in its files, by the network's names, if that fits."""
-        network, found = self._empty(), {}
+        network = self._empty()
+        found: dict[str, Tensor] = {}
         paths = [path for path in self.files if path.suffix != ".json"]
         for path in paths:
             found |= {name: tensor for name, tensor in read(path).items() if self._wanted(name)}
@@ -92,7 +93,7 @@ class Component:
         compare(where, str(self.config_file), expected, found)
         return network, found
 
-    def _empty(self) -> "nn.Module":
+    def _empty(self) -> Any:
         """The network with all its parameters on the meta device, in evaluation mode."""
         from accelerate import init_empty_weights
 
@@ -181,13 +182,13 @@ def _kind(headers: "dict[str, Tensor]") -> str:
     return _KINDS.get(kind, kind)
 
 
-def convert_unet(network: "nn.Module", tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
+def convert_unet(network: Any, tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
     return _nothing_lost(tensors, convert_ldm_unet_checkpoint(tensors, config=dict(network.config)))
 
 
-def convert_vae(network: "nn.Module", tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
+def convert_vae(network: Any, tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
     """Of a single file's VAE, or of a VAE alone, in the original layout or in diffusers' own."""
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 

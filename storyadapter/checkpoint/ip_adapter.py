@@ -14,7 +14,8 @@ from storyadapter.model.ip_adapter import AdapterLayer, IPAdapterWeights
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from diffusers import UNet2DConditionModel
+    from torch import Tensor
 
 _EXPECTED = "expected the plain 4-token IP-Adapter for SDXL, such as ip-adapter_sdxl.safetensors"
 _PROJECTION = ("image_proj.proj.weight", "image_proj.proj.bias", "image_proj.norm.weight", "image_proj.norm.bias")
@@ -31,7 +32,7 @@ class CrossAttention:
     heads: int
 
 
-def cross_attentions(unet: "nn.Module") -> tuple[CrossAttention, ...]:
+def cross_attentions(unet: "UNet2DConditionModel") -> tuple[CrossAttention, ...]:
     """The UNet's cross-attention layers, in the order of `attn_processors`; self-attentions count in the index."""
     layers = []
     for index, name in enumerate(unet.attn_processors):
@@ -78,10 +79,9 @@ def load_ip_adapter(
 ) -> IPAdapterWeights:
     """The tensors of a checked adapter in `dtype` on `device`, or else the CPU."""
     tensors = read_tensors(path, dtype, device=device)
-    return IPAdapterWeights(
-        *(tensors[name] for name in _PROJECTION),
-        layers=tuple(AdapterLayer(layer.module, *(tensors[name] for name in _layer_names(layer))) for layer in layers),
-    )
+    layers_of = tuple(AdapterLayer(layer.module, *(tensors[name] for name in _layer_names(layer))) for layer in layers)
+    weight, bias, norm_weight, norm_bias = (tensors[name] for name in _PROJECTION)
+    return IPAdapterWeights(weight, bias, norm_weight, norm_bias, layers_of)
 
 
 def _layer_names(layer: CrossAttention) -> tuple[str, str]:

@@ -35,7 +35,7 @@ def lora_file(path: Path) -> Path:
     raise CheckpointError(Field("lora"), f" {path} has no {_FILE_NAMES[0]}", advice="give the file itself")
 
 
-def check_lora(path: Path, networks: "Mapping[str, nn.Module]") -> None:
+def check_lora(path: Path, networks: Mapping[str, Any]) -> None:
     """Compare names and shapes of a LoRA with the empty networks it is meant for.
 
     Raises:

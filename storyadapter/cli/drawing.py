@@ -40,7 +40,7 @@ def draw(
     """
     started = time.perf_counter()
     sampler_of(plan.sampler)
-    frames = len(story.prompts)
+    frames, prompts = len(story.prompts), list(story.final_prompts(style))
     scales = [plan.scale_of(iteration) for iteration in range(plan.iterations)]
     identity = _identity(story, style, plan, session, reporter)
     RunFolder.check(args.out, identity, frames=frames, scales=scales, resume=args.resume)
@@ -55,7 +55,7 @@ def draw(
             "split": [len(batch) for batch in split_evenly(frames, batching.max_frames)],
             "max_frames": batching.max_frames,
             "text_kept": batching.keep_text,
-            "final_prompts": list(story.final_prompts(style)),
+            "final_prompts": prompts,
             "device": str(pipeline.networks.device),
             "versions": versions(),
         }
@@ -67,7 +67,7 @@ def draw(
             resume=args.resume,
             keep=args.keep,
             details=details,
-            text=_frame_text(details["final_prompts"], plan.seed),
+            text=_frame_text(prompts, plan.seed),
         ) as folder:
             try:
                 for notice in folder.notices:

@@ -37,10 +37,11 @@ SAMPLERS: Final = MappingProxyType(
 MAX_STEPS: Final = MappingProxyType({"ddim": 999, "euler": 1000, "dpmpp_2m": 998, "lcm": 50})
 PREDICTION_TYPES: Final = ("epsilon", "v_prediction", "sample")
 
+TRAIN_STEPS: Final = 1000  # time steps of the noise schedule
 # The published sampler's settings, used instead of the checkpoint's own scheduler.
 DDIM_CONFIG: Final = MappingProxyType(
     {
-        "num_train_timesteps": 1000,
+        "num_train_timesteps": TRAIN_STEPS,
         "beta_start": 0.00085,
         "beta_end": 0.012,
         "beta_schedule": "scaled_linear",

@@ -221,7 +221,7 @@ def table_from_scheduler(scheduler: SchedulerMixin | Mapping[str, Any], steps: i
     """
     config = dict(scheduler if isinstance(scheduler, Mapping) else scheduler.config)
     # A scheduler object knows its class; its configuration may still carry the one it was converted from.
-    name = config.get("_class_name") if isinstance(scheduler, Mapping) else type(scheduler).__name__
+    name = str(config.get("_class_name")) if isinstance(scheduler, Mapping) else type(scheduler).__name__
     if name not in _CLASSES:
         raise InputError(f"scheduler {name} is not supported", expected=f"one of {', '.join(_CLASSES)}")
     most = config.get("num_train_timesteps", 1000)  # unless told, diffusers' own; Euler would do more at one time step

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator
 from typing import Final, Protocol
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 
 from storyadapter.model.contract import Geometry
@@ -40,7 +40,7 @@ class ModelParts(Protocol):
 
     def load_ip_adapter(self, dtype: torch.dtype, device: torch.device | None = None) -> IPAdapterWeights: ...
 
-    def load_vae(self, dtype: torch.dtype, device: torch.device | None = None) -> nn.Module: ...
+    def load_vae(self, dtype: torch.dtype, device: torch.device | None = None) -> AutoencoderKL: ...
 
 
 class TextEncoder(nn.Module):
@@ -83,7 +83,7 @@ class ImageEncoder(nn.Module):
 class VaeDecoder(nn.Module):
     """The VAE's decoder, including the step from the sampler's latents to the VAE's."""
 
-    def __init__(self, vae: nn.Module) -> None:
+    def __init__(self, vae: AutoencoderKL) -> None:
         super().__init__()
         self.post_quant_conv = vae.post_quant_conv
         self.decoder = vae.decoder

@@ -9,13 +9,13 @@ steps but put them on the stream.
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, field
-from typing import Final, Self
+from typing import Any, Final, Self
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from storyadapter.method.constants import DDIM_CONFIG, TEXT_TOKENS
+from storyadapter.method.constants import TEXT_TOKENS, TRAIN_STEPS
 from storyadapter.method.noise import Noise
 from storyadapter.method.sampler import COLUMNS, SamplerTable, scale_input, step, timestep_at
 from storyadapter.model.contract import ref_kv_name, text_kv_name
@@ -24,7 +24,7 @@ from storyadapter.runtime.conditioning import TextRow
 from storyadapter.runtime.reference_bank import BankRow, reference_tokens
 from storyadapter.runtime.streams import upload
 
-COEFFICIENT_ROWS: Final[int] = DDIM_CONFIG["num_train_timesteps"]  # of a state, so that it serves any number of steps
+COEFFICIENT_ROWS: Final = TRAIN_STEPS  # of a state, so that it serves any number of steps
 BUFFERS_KEPT: Final = 2  # where padding takes time, iteration 0 has one of its own
 STATES_KEPT: Final = 32  # a lone story's batches have two sizes at the most, mixed ones any up to F
 
@@ -113,7 +113,7 @@ class Conditioning:
     """
 
     def __init__(self, networks: Networks, room: Room) -> None:
-        options = {"dtype": networks.dtype("denoiser"), "device": networks.device}
+        options: dict[str, Any] = {"dtype": networks.dtype("denoiser"), "device": networks.device}
         self.room = room
         self.inputs = {"ref_length": torch.ones(room.bank_rows, dtype=torch.int32, device=networks.device)}
         for width in networks.geometry.widths:

@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Final
+from typing import Any, Final
 
 from torch import Tensor
 
@@ -112,7 +112,7 @@ class Task:
         alone: whether it comes again, because it found no room even by itself.
     """
 
-    owner: object
+    owner: Any
     job: FrameJob
     iteration: int
     frame: int

@@ -1,5 +1,7 @@
 """Reference cross-attention of a whole UNet for training: any number of references per row, its own λ per row."""
 
+from typing import Any
+
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
@@ -33,7 +35,7 @@ class ReferenceAttention:
         text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         query = heads(attn.to_q(hidden_states))
         out = scaled_dot_product_attention(query, heads(attn.to_k(text)), heads(attn.to_v(text)))
-        if self._pair is not None and references is not None:
+        if self._pair is not None and references is not None and reference_scale is not None:
             key, value = self._pair["to_k_ip"](references), self._pair["to_v_ip"](references)
             seen = scaled_dot_product_attention(query, heads(key), heads(value), reference_mask)
             out = out + reference_scale[..., None].to(out.dtype) * seen
@@ -43,7 +45,7 @@ class ReferenceAttention:
 def attach(unet: UNet2DConditionModel, adapter: Adapter) -> None:
     """Give a UNet the adapter: its call then takes `references`, `reference_mask`, `reference_scale` as
     `cross_attention_kwargs`."""
-    pairs = dict(adapter.ip_adapter.items())
+    pairs: dict[str, Any] = dict(adapter.ip_adapter.items())
     unet.set_attn_processor(
         {name: ReferenceAttention(pairs.get(str(i))) for i, name in enumerate(unet.attn_processors)}
     )

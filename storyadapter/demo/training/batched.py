@@ -112,7 +112,7 @@ class BatchedMethod:
     @torch.inference_mode()
     def _draw(self, conditions: Conditions, references: Tensor | None, scale: float) -> Tensor:
         frames = len(conditions.noise)
-        width = self.adapter.image_proj["proj"].in_features
+        width = self.adapter.embedding_width
         embeddings = torch.zeros(2 * frames, 1 if references is None else references.shape[1], width)
         embeddings = embeddings.to(self.device)
         if references is not None:

@@ -36,13 +36,13 @@ def optimize(stage: str, losses: Step, networks: Iterable[nn.Module], budget: Bu
         RunError: a loss is not finite.
     """
     trained = nn.ModuleList(networks).train()
-    used = [p for p in trained.parameters() if p.requires_grad]
+    used: list[Tensor] = [p for p in trained.parameters() if p.requires_grad]
     weights = [p.detach().clone().requires_grad_() for p in used]
     if half:
         trained.bfloat16()
     for p, weight in zip(used, weights, strict=True):
         p.grad, weight.grad = torch.zeros_like(p), torch.zeros_like(weight)
-    gradients = [p.grad for p in used]
+    gradients = [p.grad for p in used if p.grad is not None]
     on_cuda = used[0].is_cuda
     rate = torch.tensor(0.0, device=used[0].device)  # a tensor, so that the graph sees it change
     matrices, vectors = [w for w in weights if w.ndim > 1], [w for w in weights if w.ndim <= 1]
@@ -55,7 +55,7 @@ def optimize(stage: str, losses: Step, networks: Iterable[nn.Module], budget: Bu
         parts = losses()
         torch.stack([part.float() for part in parts.values()]).sum().backward()
         with torch.no_grad():
-            torch._foreach_copy_([weight.grad for weight in weights], gradients)
+            torch._foreach_copy_([weight.grad for weight in weights if weight.grad is not None], gradients)
             nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.step()
             torch._foreach_copy_(used, weights)

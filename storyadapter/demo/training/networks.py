@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -83,7 +84,7 @@ class DemoModel:
     image_encoder: CLIPVisionModelWithProjection
     adapter: Adapter
 
-    def networks(self) -> dict[str, nn.Module]:
+    def networks(self) -> dict[str, Any]:
         """Folder name (for the adapter: file stem) to network."""
         return {
             "unet": self.unet,
@@ -104,7 +105,7 @@ class Adapter(nn.Module):
 
     def __init__(self, unet: UNet2DConditionModel, embedding_width: int) -> None:
         super().__init__()
-        width = unet.config.cross_attention_dim
+        width, self.embedding_width = unet.config.cross_attention_dim, embedding_width
         self.image_proj = nn.ModuleDict(
             {"proj": nn.Linear(embedding_width, TOKENS_PER_IMAGE * width), "norm": nn.LayerNorm(width)}
         )

@@ -12,11 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as nnf
-from diffusers import DDIMScheduler
+from diffusers import AutoencoderKL, DDIMScheduler
 from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
@@ -62,8 +63,8 @@ class Settings:
     seed: int = 0  # of pictures, initial weights and batches
 
 
-_TOY_BUDGET = Budget(steps=2, batch=4, rate=1e-3, average=0.9)
-TOY = Settings(replace(TINY, pixels=128), dataset.WorldSize(3, 4, 2), 32, 16, *[_TOY_BUDGET] * 4, floor=0, seed=1)
+_TOY = Budget(steps=2, batch=4, rate=1e-3, average=0.9)
+TOY = Settings(replace(TINY, pixels=128), dataset.WorldSize(3, 4, 2), 32, 16, _TOY, _TOY, _TOY, _TOY, floor=0, seed=1)
 
 
 class Training:
@@ -81,8 +82,8 @@ class Training:
         heads = nn.Linear(settings.config.embedding_width, sum(TRAIT_SIZES))
         sharpness = nn.ParameterDict({"log": nn.Parameter(torch.tensor(2.3))})
         helpers = {"heads": heads, "sharpness": sharpness, "judge": Judge()}
-        self.networks = nn.ModuleDict(self.model.networks() | helpers).eval()
-        self.networks.to(self.device, memory_format=torch.channels_last)
+        self.networks: Any = nn.ModuleDict(self.model.networks() | helpers).eval()
+        self.networks.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's overloads lack it
 
     def run(self, stages: Sequence[str], again: bool = False) -> None:
         """Run stages in order; those that are finished are left as they are, or trained further (`again`).
@@ -324,7 +325,7 @@ def resizer(device: torch.device) -> Callable[[Tensor], Tensor]:
 
 
 @torch.no_grad()
-def whiten(vae: nn.Module, latents: Tensor) -> None:
+def whiten(vae: AutoencoderKL, latents: Tensor) -> None:
     """Shift and scale the latents' channels inside the VAE's own 1×1 convolutions, an exact change of variables, so
     that published SDXL's `scaling_factor` gives zero mean and unit deviation."""
     mean, spread = latents.mean((0, 2, 3)), latents.std((0, 2, 3)) * vae.config.scaling_factor
