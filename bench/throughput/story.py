@@ -18,8 +18,9 @@ from storyadapter.method.plan import RunPlan
 from storyadapter.method.story import Story
 from storyadapter.model.networks import Networks
 from storyadapter.runtime.conditioning import Tokenizers
-from storyadapter.runtime.executor import LocalExecutor
+from storyadapter.runtime.drive import drive
 from storyadapter.runtime.pipeline import StoryPipeline
+from storyadapter.runtime.story_source import StorySource
 
 
 @dataclass(frozen=True)
@@ -113,12 +114,14 @@ def as_two_stories(networks: Networks, tokenizers: Tokenizers) -> Draw:
     def draw(plan: RunPlan, frames: int) -> Drawn:
         words = prompts(frames)
         halves = (words[: frames // 2], words[frames // 2 :])
-        with LocalExecutor(pipeline) as executor:
-            submitted = [
-                executor.submit(Story(tuple(half), style="none"), replace(plan, seed=plan.seed + number))
-                for number, half in enumerate(halves)
-            ]
-            first, second = (_read(story, networks) for story in submitted)
+        sources = [
+            pipeline.source(Story(tuple(half), style="none"), replace(plan, seed=plan.seed + number))
+            for number, half in enumerate(halves)
+        ]
+        told: dict[StorySource, list[Event]] = {source: [] for source in sources}
+        for source, event in drive(pipeline.worker(), sources):
+            told[source].append(event)
+        first, second = (_read(events, networks) for events in told.values())
         stages = {stage: seconds + second.stages[stage] for stage, seconds in first.stages.items()}
         return Drawn(first.pictures + second.pictures, stages, first.vae_precision, first.at_once + second.at_once)
 

@@ -1,6 +1,12 @@
 """The one loop: from the scheduler to a worker, and back to the stories."""
 
+import time
+from collections.abc import Iterator, Sequence
+
+from storyadapter.method.events import Event
+from storyadapter.runtime.decoding import POLL_SECONDS
 from storyadapter.runtime.scheduler import Scheduler
+from storyadapter.runtime.story_source import StorySource
 from storyadapter.runtime.worker import Worker
 
 
@@ -28,3 +34,26 @@ def turn(scheduler: Scheduler, worker: Worker, *, feed: bool = True) -> bool:
         scheduler.take(report, worker)
         busy = True
     return busy
+
+
+def drive(worker: Worker, sources: Sequence[StorySource]) -> Iterator[tuple[StorySource, Event]]:
+    """Draw stories to their end, together, and tell what happens to each; the worker is closed then.
+
+    Raises:
+        What stopped a story: RunError, torch.OutOfMemoryError.
+    """
+    scheduler = Scheduler()
+    for source in sources:
+        scheduler.add(source)
+    try:
+        while scheduler.sources:
+            if not turn(scheduler, worker):
+                time.sleep(POLL_SECONDS)
+            for source in tuple(scheduler.sources):
+                yield from ((source, event) for event in source.events())
+                if source.is_finished:
+                    scheduler.remove(source)
+                    if source.error is not None:
+                        raise source.error
+    finally:
+        worker.close()

@@ -168,12 +168,14 @@ class LocalExecutor:
                     self._changed.wait_for(lambda: self._arrived or drawn or self._is_closing)
                     if self._is_closing and (self._cancels_rest or not (self._arrived or drawn)):
                         return
+                # all that came by now are there before the next batch is formed, so that they may share it
+                feed = True
+                while feed and self._arrived:
                     # what has to be measured waits until nothing is on its way, and nothing more is begun before it
-                    measured = not self._arrived or self._arrived[0]._is_measured()
-                    arrived = self._arrived.popleft() if self._arrived and (measured or worker.is_idle) else None
-                if arrived is not None and not arrived.has_ended:
-                    self._admit(arrived, scheduler, drawn)
-                happened = turn(scheduler, worker, feed=measured)
+                    feed = self._arrived[0]._is_measured() or worker.is_idle
+                    if feed:
+                        self._admit(self._arrived.popleft(), scheduler, drawn)
+                happened = turn(scheduler, worker, feed=feed)
                 for source, story in list(drawn.items()):
                     try:
                         story._tell(list(source.events()))
@@ -196,6 +198,8 @@ class LocalExecutor:
                     story._finish(end)
 
     def _admit(self, arrived: SubmittedStory, scheduler: Scheduler, drawn: dict[StorySource, SubmittedStory]) -> None:
+        if arrived.has_ended:
+            return
         try:
             source = arrived._begin()
         except Exception as error:  # such as lack of memory for a single frame, or a store that can't be read

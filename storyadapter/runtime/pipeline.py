@@ -15,12 +15,10 @@ from storyadapter.method.story import Story
 from storyadapter.model.contract import Range
 from storyadapter.model.networks import Networks, idle_inputs
 from storyadapter.runtime.conditioning import TEXTS_AT_ONCE, Tokenizers
-from storyadapter.runtime.decoding import POLL_SECONDS
 from storyadapter.runtime.denoising import StatePool
-from storyadapter.runtime.drive import turn
+from storyadapter.runtime.drive import drive
 from storyadapter.runtime.frame_store import FrameStore
 from storyadapter.runtime.memory import Batching, Batchings, unet_letters
-from storyadapter.runtime.scheduler import Scheduler
 from storyadapter.runtime.story_source import FinishedIteration, StorySource
 from storyadapter.runtime.worker import Worker
 
@@ -166,17 +164,9 @@ class StoryPipeline:
         resume: FinishedIteration | None,
         store: FrameStore | None,
     ) -> Generator[Event, None, None]:
-        scheduler, source, worker = Scheduler(), self.source(story, plan, style, resume, store), self.worker()
-        scheduler.add(source)
-        try:
-            while not source.is_finished:
-                if not turn(scheduler, worker):
-                    time.sleep(POLL_SECONDS)
-                yield from source.events()
-        finally:
-            worker.close()
-        if source.error is not None:
-            raise source.error
+        source = self.source(story, plan, style, resume, store)
+        for _, event in drive(self.worker(), [source]):
+            yield event
 
 
 def check_request(networks: Networks, story: Story, plan: RunPlan, resume: FinishedIteration | None = None) -> None:

@@ -18,9 +18,9 @@ from storyadapter.engine import open_networks
 from storyadapter.method.errors import InputError, RunError
 from storyadapter.method.events import Event, FrameFinished, IterationFinished, RunFinished, StepFinished
 from storyadapter.model.contract import Range, ShapeRanges
-from storyadapter.runtime.drive import turn
+from storyadapter.runtime.drive import drive
 from storyadapter.runtime.executor import LocalExecutor, SubmittedStory
-from storyadapter.runtime.scheduler import Scheduler
+from storyadapter.runtime.story_source import StorySource
 from tests.storyadapter.runtime.replaced import CountingNetwork, counting, with_networks
 
 BASE = RunPlan(height=64, width=64, seed=3, steps=3, scales=(0.3, 0.5), max_frames=3)
@@ -72,32 +72,23 @@ def alone(pipeline: StoryPipeline) -> list[list[Event]]:
 
 def drawn_together(pipeline: StoryPipeline, requests=STORIES) -> tuple[list[list[Event]], list[tuple[int, int]]]:
     """Events by story, and of each batch that ready tasks sufficed to fill: frames, and how many it could hold."""
-    scheduler, worker = Scheduler(), pipeline.worker()
-    sources = [pipeline.source(story, plan) for story, plan in requests]
-    for source in sources:
-        scheduler.add(source)
-    told: list[list[Event]] = [[] for _ in sources]
+    worker, sources = pipeline.worker(), [pipeline.source(story, plan) for story, plan in requests]
+    told: dict[StorySource, list[Event]] = {source: [] for source in sources}
     filled = []
     start = worker.start
 
     def counted(batch) -> None:
         key = batch.tasks[0].job.batch_key
-        left = [task for source in scheduler.sources for task in source.ready if task.job.batch_key == key]
+        left = [task for source in sources for task in source.ready if task.job.batch_key == key]
         capacity = min(source.batching.max_frames for source in sources)
         if len(left) + len(batch.tasks) >= capacity:
             filled.append((len(batch.tasks), capacity))
         start(batch)
 
     worker.start = counted
-    while scheduler.sources:
-        turn(scheduler, worker)
-        for source, events in zip(sources, told, strict=True):
-            events += source.events()
-            if source.is_finished and source in scheduler.sources:
-                scheduler.remove(source)
-                assert source.error is None
-    worker.close()
-    return told, filled
+    for source, event in drive(worker, sources):
+        told[source].append(event)
+    return list(told.values()), filled
 
 
 def test_three_stories_draw_what_each_draws_alone_in_fewer_calls(
