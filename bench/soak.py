@@ -1,4 +1,4 @@
-"""`storyadapter-trt bench soak`: many stories in one process; memory must not grow, and pictures must not change."""
+"""`storyadapter-trt bench soak`: many stories in one process, and a run that is killed and resumed."""
 
 import argparse
 
@@ -8,14 +8,17 @@ from storyadapter.cli.options import add_checkpoint_options
 from storyadapter.method.errors import InputError
 from storyadapter.model.contract import check_pixels
 
-HELP = "many stories in one process: memory must not grow, pictures must not change"
+HELP = "many stories in one process, and a run that is killed: memory must not grow, pictures must not change"
 DESCRIPTION = """\
 Draws many stories of random length, size and seed in one process. Every third is the first one again: its pictures must
-be the same each time, and the memory in use after it must not grow. Exit code 1 if one of these fails.
+be the same each time, and the memory in use after it must not grow. Then a run is killed at random moments, and resumed
+each time: its pictures must be those of a run without a stop, and no more frames may be drawn again than were under
+way. Exit code 1 if one of these fails.
 """
 
 MODELS = ("sdxl", "toy")
 _STORIES = 24
+_KILLS = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +28,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stories", type=int, metavar="N", help=f"stories, 9 or more (default: {_STORIES}, without --minutes)"
     )
     length.add_argument("--minutes", type=float, metavar="M", help="no new story after so long")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of stories (default: %(default)s)")
+    parser.add_argument(
+        "--kills",
+        type=int,
+        metavar="N",
+        help=f"how often a run is killed and resumed (default: {_KILLS}, none with --synthetic-weights)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the choice of stories and moments (default: %(default)s)"
+    )
     parser.add_argument("--steps", type=int, default=2, help="denoising steps of each (default: %(default)s)")
     parser.add_argument(
         "--max-references",
@@ -70,17 +81,22 @@ def run(args: argparse.Namespace) -> int:
         UnavailableError: the backend can't serve here.
         RunError: a frame came out with values that aren't finite, or a file can't be written.
     """
-    check_least(args, stories=9, steps=1, max_references=1, max_frames=1)
+    check_least(args, stories=9, steps=1, max_references=1, max_frames=1, kills=0)
     for pixels in args.sizes or ():
         check_pixels("sizes", pixels)
     if args.minutes is not None and not args.minutes > 0:
         raise InputError(f"--minutes is {args.minutes:g}; expected more than 0")
     if args.synthetic_weights:
         refuse_checkpoint_options(args, "--synthetic-weights")
+        if args.kills:
+            raise InputError("--kills with random weights, which no other process can read; leave one of them out")
     check_out(args.out)
-    from storyadapter.bench.soak_run import as_data, markdown, soak
+    from storyadapter.bench.soak_run import as_data, markdown, soak, with_kills
 
     found = soak(args, _STORIES if args.stories is None and args.minutes is None else args.stories)
+    kills = (0 if args.synthetic_weights else _KILLS) if args.kills is None else args.kills
+    if kills:
+        found = with_kills(found, args, kills)
     page = markdown(found)
     print(page)
     write_report(args.out, page, as_data(found))

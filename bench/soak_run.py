@@ -10,21 +10,24 @@ import hashlib
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import count, islice
+from pathlib import Path
 from random import Random
+from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import psutil
 import torch
 
 from storyadapter.bench.environment import describe
+from storyadapter.bench.kills import KilledRun, kill_and_resume
 from storyadapter.bench.model import BenchmarkModel
 from storyadapter.bench.options import EngineChoice
 from storyadapter.bench.report import table
 from storyadapter.bench.throughput.inputs import prompts
 from storyadapter.bench.timing import measure_run
-from storyadapter.cli.options import MAX_REFERENCES, model_choice
+from storyadapter.cli.options import MAX_REFERENCES, given_checkpoint_options, model_choice
 from storyadapter.engine.backend import default_device
 from storyadapter.method import constants
 from storyadapter.method.events import FrameFinished
@@ -83,6 +86,7 @@ class SoakReport:
     growth: int
     allowed: int
     problems: Sequence[str]
+    killed: KilledRun | None = None
 
 
 def stories(seed: int, sizes: Sequence[int], max_references: int) -> Iterator[SoakStory]:
@@ -173,6 +177,21 @@ def soak(args: argparse.Namespace, limit: int | None) -> SoakReport:
     )
 
 
+def with_kills(found: SoakReport, args: argparse.Namespace, kills: int) -> SoakReport:
+    """The report with that of a run that was killed so often: of two batches an iteration, on the same engine."""
+    size, frames = found.stories[0].story.height, min(args.max_references, 2 * args.max_frames)
+    words = ["run", "--prompt", *prompts(frames), "--style", "none", "--seed", args.seed, "--steps", args.steps]
+    words += ["--height", size, "--width", size, "--backend", found.backend, "--precision", found.precision]
+    words += ["--max-frames", args.max_frames, "--iterations", constants.ITERATIONS]
+    words += ["--engine-dir", args.engine_dir] if args.engine_dir else []
+    words += [word for option, values in given_checkpoint_options(args).items() for v in values for word in (option, v)]
+    with TemporaryDirectory() as folder:
+        killed = kill_and_resume(
+            list(map(str, words)), Path(folder), kills=kills, max_frames=args.max_frames, seed=args.seed
+        )
+    return replace(found, killed=killed, problems=[*found.problems, *killed.problems])
+
+
 def _draw(
     pipeline: StoryPipeline, prediction_type: str, story: SoakStory, steps: int, max_frames: int, number: int
 ) -> StoryRecord:
@@ -231,8 +250,11 @@ def markdown(found: SoakReport) -> str:
         "the repeated story": f"{len(repeated)} times, different pictures: {len({i.digest for i in repeated}) - 1}",
         f"memory after it ({kind})": f"first {first}, median {median}, last {last}",
         "growth, last third over middle": f"{found.growth / 2**20:.1f} MiB; allowed {found.allowed / 2**20:.0f} MiB",
-        "verdict": "; ".join(found.problems) or "passed",
     }
+    if killed := found.killed:
+        again = f"{killed.redrawn} of {killed.frames}; allowed {killed.allowed}"
+        facts |= {f"drawn again after {killed.killed} kills": again, "pictures that differ": str(len(killed.different))}
+    facts["verdict"] = "; ".join(found.problems) or "passed"
     rows = []
     for number, item in enumerate(found.stories):
         story, name = item.story, f"{number} (repeated)" if item.repeated else str(number)

@@ -7,7 +7,8 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import count
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 from PIL import Image
 
 from storyadapter.__main__ import main
+from storyadapter.bench.kills import Process, kill_and_resume
 from storyadapter.cli.stopping import INTERRUPTED, TERMINATED
 from tests.small_disk import run_on_small_disk
 from tests.storyadapter.cli.running import Done, Type, pictures, program
@@ -115,6 +117,31 @@ def test_stopped_in_every_way_and_resumed_it_draws_the_same(
     assert pictures(Path("out")) == pictures(Path("uninterrupted"))
 
 
+def test_killed_at_random_moments_and_resumed(
+    processes: multiprocessing.context.ForkServerContext, quick_run: list[str], tmp_path: Path
+) -> None:
+    """The pictures are the same byte by byte, and no more is drawn again than was under way."""
+    numbers = count()
+
+    def start(words: Sequence[str]) -> Process:
+        out, err = tmp_path / f"log-{next(numbers)}", tmp_path / "err"
+        os.mkfifo(out)
+        process = processes.Process(target=program, args=(list(words), out, err))
+        process.start()
+
+        def wait() -> int | None:
+            process.join(60)
+            return process.exitcode
+
+        return Process(out.open(), process.kill, wait)
+
+    words = [*quick_run[: quick_run.index("--out")], *("--prompt", "a tree", "a brook")]
+    words += ["--iterations", "4", "--max-frames", "2"]
+    found = kill_and_resume(words, tmp_path, kills=3, max_frames=2, seed=4, start=start)
+    assert (found.kills, found.killed, found.frames, found.allowed) == (3, 3, 25, 12)
+    assert found.problems == []
+
+
 def test_two_runs_into_one_folder(type_in: Type, stopped, long_run: list[str]) -> None:
     def second_run(process: BaseProcess) -> None:
         done = type_in(*long_run, "--resume")
@@ -159,6 +186,7 @@ SHORT_OF_MEMORY = """
 import resource, sys
 import psutil
 from storyadapter.__main__ import main
+from storyadapter.bench.kills import Process, kill_and_resume
 small, large = (sys.argv[1:-2] + ["--quiet", "--out", name] for name in ("small", "large"))
 assert main(small) == 0  # so that all that a run imports is there
 most = resource.getrlimit(resource.RLIMIT_AS)[1]

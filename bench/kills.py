@@ -1,0 +1,145 @@
+"""A run that is killed at random moments and resumed each time: its pictures must be those of one that never stopped,
+and no more may be drawn again than was under way."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from signal import SIGKILL
+from typing import IO, Final
+
+from storyadapter.method.errors import RunError
+
+BATCHES_UNDER_WAY: Final = 2
+
+
+@dataclass(frozen=True)
+class Process:
+    """A run in a process of its own: the lines of its `--json-log`, and what ends it; `wait` gives its exit code."""
+
+    log: IO[str]
+    kill: Callable[[], object]
+    wait: Callable[[], int | None]
+
+
+@dataclass(frozen=True)
+class KilledRun:
+    """What became of it.
+
+    Attributes:
+        kills: that were asked for; `killed`: of these, those that came before the end.
+        frames: of the story, in all its iterations.
+        redrawn: how many more were drawn.
+        allowed: how many more may be.
+        different: names of the pictures that aren't those of the uninterrupted run.
+    """
+
+    kills: int
+    killed: int
+    frames: int
+    redrawn: int
+    allowed: int
+    different: Sequence[str]
+
+    @property
+    def problems(self) -> list[str]:
+        """What is wrong, in words."""
+        found = []
+        if self.killed < self.kills:
+            found.append(f"only {self.killed} of {self.kills} kills came before the end")
+        if self.different:
+            found.append(f"{len(self.different)} pictures of the resumed run differ, {self.different[0]} among them")
+        if self.redrawn > self.allowed:
+            found.append(f"{self.redrawn} frames were drawn again after {self.kills} kills; allowed are {self.allowed}")
+        return found
+
+
+@dataclass
+class _Progress:
+    """What the processes have told so far."""
+
+    events: int = 0
+    drawn: int = 0
+    kept: set[tuple[int, int]] = field(default_factory=set)
+
+
+def start_program(words: Sequence[str]) -> Process:
+    """The installed program."""
+    process = subprocess.Popen([sys.executable, "-m", "storyadapter", *words], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    return Process(process.stdout, process.kill, process.wait)
+
+
+def kill_and_resume(
+    words: Sequence[str],
+    folder: Path,
+    *,
+    kills: int,
+    max_frames: int,
+    seed: int = 0,
+    start: Callable[[Sequence[str]], Process] = start_program,
+) -> KilledRun:
+    """Draw a story without a stop, then again with `kills` stops by SIGKILL, spread over the whole run.
+
+    Args:
+        words: of a `run`, all but where it writes.
+        folder: gets both runs.
+        max_frames: of a batch.
+        seed: of the moments.
+        start: begins the program with these words.
+
+    Raises:
+        RunError: a run fails; it has told why on standard error.
+    """
+    random, whole, told = Random(seed), _Progress(), _Progress()
+    began = time.monotonic()
+    _follow(start([*words, "--json-log", "--out", str(folder / "uninterrupted")]), whole)
+    pause = (time.monotonic() - began) / whole.events
+    command = [*words, "--json-log", "--out", str(folder / "killed")]
+    killed = 0
+    for left in range(kills, 0, -1):
+        ahead = whole.events * (1 - len(told.kept) / len(whole.kept))
+        moment = random.randint(1, max(1, int(1.8 * ahead / (left + 1))))
+        killed += _follow(start(command), told, moment, random.uniform(0, pause)) == -SIGKILL
+        command = [*words, "--json-log", "--out", str(folder / "killed"), "--resume"]
+    _follow(start(command), told)
+    expected, found = (_pictures(folder / name) for name in ("uninterrupted", "killed"))
+    different = sorted(name for name in expected.keys() | found if expected.get(name) != found.get(name))
+    redrawn, allowed = told.drawn - whole.drawn, kills * BATCHES_UNDER_WAY * max_frames
+    return KilledRun(kills, killed, whole.drawn, redrawn, allowed, different)
+
+
+def _follow(process: Process, told: _Progress, moment: int | None = None, pause: float = 0) -> int | None:
+    """Read a run's log to its end, and kill it so many events after it began to draw; returns the exit code."""
+    events = 0
+    with process.log as lines:
+        for line in lines:
+            if not line.endswith("\n"):  # it was killed in the middle of it
+                continue
+            match json.loads(line):
+                case {"event": "step_finished", "step": step, "steps": steps, "frames": frames} if step == steps:
+                    told.drawn += len(frames)
+                case {"event": "frame_finished", "iteration": iteration, "frame": frame}:
+                    told.kept.add((iteration, frame))
+                case {"event": "run_started"}:
+                    events = 1
+                case _ if not events:
+                    continue
+            events += 1
+            if events - 1 == moment:
+                time.sleep(pause)
+                process.kill()
+    told.events += events
+    code = process.wait()
+    if code not in (0, -SIGKILL):
+        raise RunError(f"a run that was to be killed and resumed ended with exit code {code}")
+    return code
+
+
+def _pictures(folder: Path) -> dict[str, bytes]:
+    paths = [path for path in folder.rglob("*") if path.suffix in (".png", ".gif")]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
