@@ -33,8 +33,8 @@ class KilledRun:
     Attributes:
         kills: that were asked for; `killed`: of these, those that came before the end.
         frames: of the story, in all its iterations.
-        redrawn: how many more were drawn.
-        allowed: how many more may be.
+        redrawn: how many more were begun, so that something of them was lost.
+        allowed: how many may be: those of the batches under way at every kill.
         different: names of the pictures that aren't those of the uninterrupted run.
     """
 
@@ -63,7 +63,7 @@ class _Progress:
     """What the processes have told so far."""
 
     events: int = 0
-    drawn: int = 0
+    begun: int = 0
     kept: set[tuple[int, int]] = field(default_factory=set)
 
 
@@ -109,8 +109,8 @@ def kill_and_resume(
     _follow(start(command), told)
     expected, found = (_pictures(folder / name) for name in ("uninterrupted", "killed"))
     different = sorted(name for name in expected.keys() | found if expected.get(name) != found.get(name))
-    redrawn, allowed = told.drawn - whole.drawn, kills * BATCHES_UNDER_WAY * max_frames
-    return KilledRun(kills, killed, whole.drawn, redrawn, allowed, different)
+    redrawn, allowed = told.begun - whole.begun, kills * BATCHES_UNDER_WAY * max_frames
+    return KilledRun(kills, killed, whole.begun, redrawn, allowed, different)
 
 
 def _follow(process: Process, told: _Progress, moment: int | None = None, pause: float = 0) -> int | None:
@@ -121,8 +121,8 @@ def _follow(process: Process, told: _Progress, moment: int | None = None, pause:
             if not line.endswith("\n"):  # it was killed in the middle of it
                 continue
             match json.loads(line):
-                case {"event": "step_finished", "step": step, "steps": steps, "frames": frames} if step == steps:
-                    told.drawn += len(frames)
+                case {"event": "step_finished", "step": 1, "frames": frames}:
+                    told.begun += len(frames)
                 case {"event": "frame_finished", "iteration": iteration, "frame": frame}:
                     told.kept.add((iteration, frame))
                 case {"event": "run_started"}:

@@ -7,8 +7,7 @@ from typing import Self, cast
 import torch
 
 from storyadapter.bench.options import EngineChoice
-from storyadapter.bench.synthetic import PREDICTION_TYPE, SyntheticCheckpoint
-from storyadapter.bench.synthetic_models import MODELS
+from storyadapter.bench.synthetic import MODELS, PREDICTION_TYPE, SyntheticCheckpoint
 from storyadapter.bench.timing import measure_run
 from storyadapter.checkpoint import Checkpoint
 from storyadapter.cli.options import MAX_REFERENCES, ModelChoice

@@ -19,9 +19,8 @@ from PIL import Image
 from storyadapter.bench.environment import describe
 from storyadapter.bench.model import BenchmarkModel, usual_ranges
 from storyadapter.bench.options import EngineChoice
-from storyadapter.bench.progress import Progress
 from storyadapter.bench.psnr import EQUAL, MIN_MEDIAN_PSNR, MIN_PSNR, psnr_of_each
-from storyadapter.bench.report import table
+from storyadapter.bench.report import Progress, table
 from storyadapter.cli.options import model_choice
 from storyadapter.demo.held_out import held_out_stories
 from storyadapter.engine.backend import default_device

@@ -1,10 +1,12 @@
-"""A benchmark's report: its tables in Markdown, and its files: `--out FILE` gives FILE.md, FILE.json and others."""
+"""A benchmark's report: how far it is, its tables in Markdown, its files (`--out FILE` gives FILE.md, FILE.json …)."""
 
 import json
+import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from storyadapter.method.errors import InputError, RunError
 
@@ -59,3 +61,41 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
     """The lines of a table; bars inside cells are escaped."""
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
     return lines + ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows]
+
+
+class Progress:
+    """Prints a line per part that begins and ends.
+
+    Args:
+        parts: how many there will be.
+        stream: standard error by default.
+    """
+
+    def __init__(self, parts: int, stream: TextIO | None = None) -> None:
+        self._parts = parts
+        self._finished = 0
+        self._stream = stream or sys.stderr
+        self._started = time.perf_counter()
+        self._left_out = 0.0
+
+    def begin(self, name: str) -> None:
+        """A part begins. The time left supposes that parts take as long as those before."""
+        elapsed = time.perf_counter() - self._started
+        left = ""
+        if self._finished:
+            seconds = max(0.0, elapsed - self._left_out) / self._finished * (self._parts - self._finished)
+            left = f", about {seconds:.0f} s left"
+        self.tell(f"[{min(self._finished + 1, self._parts)}/{self._parts}, {elapsed:.0f} s{left}] {name}")
+
+    def done(self, found: str) -> None:
+        """The part that began has ended."""
+        self._finished += 1
+        self.tell(f"    {found}")
+
+    def leave_out(self, seconds: float) -> None:
+        """Seconds that no other part will take again, such as those of a build."""
+        self._left_out += seconds
+
+    def tell(self, line: str) -> None:
+        """Anything else, such as what is being loaded."""
+        print(line, file=self._stream, flush=True)

@@ -178,11 +178,21 @@ def soak(args: argparse.Namespace, limit: int | None) -> SoakReport:
 
 
 def with_kills(found: SoakReport, args: argparse.Namespace, kills: int) -> SoakReport:
-    """The report with that of a run that was killed so often: of two batches an iteration, on the same engine."""
-    size, frames = found.stories[0].story.height, min(args.max_references, 2 * args.max_frames)
-    words = ["run", "--prompt", *prompts(frames), "--style", "none", "--seed", args.seed, "--steps", args.steps]
+    """The report with that of a run that was killed so often, of four batches an iteration, on the same engine."""
+    size = found.stories[0].story.height
+    words = [
+        "run",
+        "--prompt",
+        *prompts(4 * args.max_frames),
+        "--style",
+        "none",
+        "--seed",
+        args.seed,
+        "--steps",
+        args.steps,
+    ]
     words += ["--height", size, "--width", size, "--backend", found.backend, "--precision", found.precision]
-    words += ["--max-frames", args.max_frames, "--iterations", constants.ITERATIONS]
+    words += ["--max-frames", args.max_frames, "--iterations", 5]
     words += ["--engine-dir", args.engine_dir] if args.engine_dir else []
     words += [word for option, values in given_checkpoint_options(args).items() for v in values for word in (option, v)]
     with TemporaryDirectory() as folder:

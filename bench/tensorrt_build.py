@@ -18,8 +18,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from storyadapter.bench.synthetic import SyntheticCheckpoint
-from storyadapter.bench.synthetic_models import SDXL
+from storyadapter.bench.synthetic import SDXL, SyntheticCheckpoint
 from storyadapter.engine.backend import installed_version
 from storyadapter.engine.tensorrt.builder import build_request, run_worker
 from storyadapter.engine.tensorrt.layers import Layer, parse_layers

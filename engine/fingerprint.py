@@ -11,10 +11,16 @@ from threading import Lock
 from typing import Any, Final
 
 from filelock import FileLock
+from platformdirs import user_cache_path
 
-from storyadapter.engine.user_cache import user_cache
 from storyadapter.method.errors import CheckpointError
 from storyadapter.output.files import write_whole
+
+
+def user_cache() -> Path:
+    """The user's cache folder of this program, `~/.cache/storyadapter-trt` or below `$XDG_CACHE_HOME`; not created."""
+    return user_cache_path("storyadapter-trt", appauthor=False)
+
 
 MEMORY_NAME: Final = "fingerprints.json"
 _VERSION: Final = 1

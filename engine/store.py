@@ -21,8 +21,8 @@ from typing import Any, Final
 from filelock import FileLock, Timeout
 
 import storyadapter
+from storyadapter.engine.fingerprint import user_cache
 from storyadapter.engine.identity import STORE_VERSION, EngineIdentity, engine_key
-from storyadapter.engine.user_cache import user_cache
 from storyadapter.engine.uses import MANIFEST_NAME, Use, held_alone, read_uses
 from storyadapter.method.errors import EngineMismatchError, Field, InputError, RunError
 from storyadapter.model.contract import Range, ShapeRanges

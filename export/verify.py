@@ -3,12 +3,20 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import onnxruntime
 import torch
 from torch import Tensor
 
-from storyadapter.export.ort_session import open_session
 from storyadapter.model.examples import Example, compare_with_eager
 from storyadapter.model.numerics import Precision
+
+
+def open_session(path: Path) -> onnxruntime.InferenceSession:
+    """A session on the CPU that tells errors only."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
 
 # ‖ONNX Runtime − eager‖ / ‖eager‖; two orders of summation in half precision differ by a few 1e-3. A bf16 file is run
 # as its fp32 twin (`as_fp32`), and what differs then is the constants that the exporter folded in bf16.

@@ -55,8 +55,7 @@ def run(args: argparse.Namespace) -> int:
         raise UnavailableError(f"--device {args.device}: no CUDA device here; try --device cpu --smoke")
     try:
         from storyadapter.bench.kernels.cases import ALL_CASES, SMOKE_CASES
-        from storyadapter.bench.kernels.report import as_data, markdown
-        from storyadapter.bench.kernels.run import compare
+        from storyadapter.bench.kernels.run import as_data, compare, markdown
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise

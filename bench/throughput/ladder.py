@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from storyadapter.bench.environment import watch
-from storyadapter.bench.progress import Progress
 from storyadapter.bench.psnr import MIN_PSNR, decibels
+from storyadapter.bench.report import Progress
 from storyadapter.bench.throughput.cases import Case
 from storyadapter.bench.throughput.inputs import CaseInputs
 from storyadapter.bench.throughput.rungs import Rung, Steps

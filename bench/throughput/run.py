@@ -11,15 +11,12 @@ import torch
 from storyadapter.bench.environment import describe
 from storyadapter.bench.model import BenchmarkModel
 from storyadapter.bench.options import EngineChoice
-from storyadapter.bench.progress import Progress
 from storyadapter.bench.psnr import MIN_PSNR
-from storyadapter.bench.report import report_file, write_report, writing
+from storyadapter.bench.report import Progress, report_file, write_report, writing
 from storyadapter.bench.throughput import cases as tables
-from storyadapter.bench.throughput.baselines import BASELINES
 from storyadapter.bench.throughput.cases import PAIR, Case, StoryCase, chosen, ranges
-from storyadapter.bench.throughput.chart import chart
 from storyadapter.bench.throughput.inputs import CaseInputs, make_inputs
-from storyadapter.bench.throughput.kernel_classes import KernelTimes, profile_call
+from storyadapter.bench.throughput.kernel_classes import KernelTimes, count_operations, profile_call
 from storyadapter.bench.throughput.ladder import (
     FAILED,
     MEASURED,
@@ -32,10 +29,9 @@ from storyadapter.bench.throughput.ladder import (
     failure,
     runs,
 )
-from storyadapter.bench.throughput.operations import count_operations
-from storyadapter.bench.throughput.page import markdown
+from storyadapter.bench.throughput.page import chart, markdown
 from storyadapter.bench.throughput.report_data import ThroughputReport, Undrawn, as_data
-from storyadapter.bench.throughput.rungs import LADDER, Rung
+from storyadapter.bench.throughput.rungs import BASELINES, LADDER, Rung
 from storyadapter.bench.throughput.story import (
     Draw,
     Drawn,

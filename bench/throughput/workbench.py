@@ -12,7 +12,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from storyadapter.bench.model import BenchmarkModel, Tell
-from storyadapter.bench.progress import Progress
+from storyadapter.bench.report import Progress
 from storyadapter.checkpoint import IPAdapterWeights
 from storyadapter.engine.eager.networks import EagerNetwork
 from storyadapter.method.errors import EngineBuildError

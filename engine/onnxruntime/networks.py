@@ -8,10 +8,9 @@ import torch
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail, RuntimeException
 from torch import Tensor
 
-from storyadapter.engine.loading import load_each
 from storyadapter.export import onnx_name
-from storyadapter.export.ort_session import open_session
-from storyadapter.model.contract import Geometry, NetworkSpec, Range
+from storyadapter.export.verify import open_session
+from storyadapter.model.contract import Geometry, NetworkSpec, Range, network_specs
 from storyadapter.model.networks import Networks, check_inputs
 from storyadapter.model.numerics import Numerics, Precision
 
@@ -70,11 +69,12 @@ def open_onnxruntime(
     """Open the seven exported networks of one engine folder; `on_progress` gets each name before it is loaded."""
 
     def load(spec: NetworkSpec) -> OnnxRuntimeNetwork:
+        on_progress(spec.name)
         path = folder / onnx_name(spec.name)
         return OnnxRuntimeNetwork(spec, path, precision=numerics[spec.name], letters=letters)
 
     return Networks(
-        load_each(geometry, load, on_progress),
+        {name: load(spec) for name, spec in network_specs(geometry).items()},
         geometry=geometry,
         backend="onnxruntime",
         device=DEVICE,

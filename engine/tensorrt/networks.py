@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from storyadapter.engine.graphs import GraphStepRunner
-from storyadapter.engine.loading import load_each
 from storyadapter.engine.tensorrt.engine_folder import TENSORRT_NAMES, EngineFolder, engine_name
 from storyadapter.method.errors import EngineMismatchError, RunError
-from storyadapter.model.contract import Geometry, NetworkSpec, Range, size_of
+from storyadapter.model.contract import Geometry, NetworkSpec, Range, network_specs, size_of
 from storyadapter.model.networks import Networks, check_inputs
 from storyadapter.model.numerics import Numerics, Precision
 from storyadapter.output.files import write_whole
@@ -201,6 +200,7 @@ def open_tensorrt(
     runtime = trt.Runtime(logger)
 
     def load(spec: NetworkSpec) -> tuple[NetworkSpec, Any]:
+        on_progress(spec.name)
         engine = runtime.deserialize_cuda_engine((folder / engine_name(spec.name)).read_bytes())
         if engine is None:
             reason = logger.last_error or "no reason told"
@@ -208,7 +208,7 @@ def open_tensorrt(
         check_engine(engine, spec, numerics[spec.name])
         return spec, engine
 
-    engines = load_each(geometry, load, on_progress)
+    engines = {name: load(spec) for name, spec in network_specs(geometry).items()}
     scratch = max(engine.device_memory_size_v2 for _, engine in engines.values())
     shared = Device(device, torch.cuda.Stream(device), torch.empty(max(scratch, 1), dtype=torch.uint8, device=device))
     keeps_cache = described.module == "tensorrt_rtx"

@@ -5,10 +5,11 @@ import platform
 import psutil
 import torch
 
+import storyadapter
 from storyadapter.cli.engines import engine_table
 from storyadapter.cli.options import typed
 from storyadapter.cli.reporting import print_result
-from storyadapter.cli.versions import versions
+from storyadapter.engine.backend import installed_version
 from storyadapter.engine.backends import AUTO, BACKENDS, find_backend
 from storyadapter.engine.gpu import driver_version
 from storyadapter.engine.store import EngineStore
@@ -42,3 +43,12 @@ def doctor() -> int:
     lines += [f"engines    {len(store.scan()[0])} in {store.root}", *engine_table(store)]
     print_result("\n".join(lines))
     return 0 if usable else 1
+
+
+_PACKAGES = ("torch", "diffusers", "transformers", "onnxruntime", "tensorrt", "tensorrt-rtx", "triton")
+
+
+def versions(*more: str) -> dict[str, str]:
+    """Of this program, Python, and every library that is installed and takes part; `more`: others that are wanted."""
+    found = {package: version for package in (*_PACKAGES, *more) if (version := installed_version(package))}
+    return {"storyadapter-trt": storyadapter.__version__, "python": platform.python_version(), **found}

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from storyadapter.cli.doctor import versions
 from storyadapter.cli.options import build_command, option
 from storyadapter.cli.reporting import Reporter, count, duration
 from storyadapter.cli.session import Session
-from storyadapter.cli.versions import versions
 from storyadapter.engine.model_weights import model_weights
 from storyadapter.engine.opening import open_networks
 from storyadapter.method.errors import EngineMismatchError, RunError, spelled

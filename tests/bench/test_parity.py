@@ -15,8 +15,8 @@ from storyadapter import Checkpoint, RunPlan, Story, StoryPipeline
 from storyadapter.__main__ import main
 from storyadapter.bench import parity
 from storyadapter.bench.parity_run import Drawer, Iteration, Pictures, measure, passes, problems_of
-from storyadapter.bench.progress import Progress
 from storyadapter.bench.psnr import EQUAL
+from storyadapter.bench.report import Progress
 from storyadapter.demo.held_out import FRAMES_AT_MOST
 from storyadapter.engine import open_networks
 from storyadapter.method.errors import InputError

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from storyadapter import Story, StoryPipeline
-from storyadapter.bench.synthetic import PREDICTION_TYPE, SyntheticCheckpoint
-from storyadapter.bench.synthetic_models import MODELS, SDXL, TOY, SyntheticModel
+from storyadapter.bench.synthetic import MODELS, PREDICTION_TYPE, SDXL, TOY, SyntheticCheckpoint, SyntheticModel
 from storyadapter.checkpoint.ip_adapter import cross_attentions
 from storyadapter.engine.eager.networks import open_eager
 from storyadapter.engine.opening import identify

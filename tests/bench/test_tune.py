@@ -16,10 +16,9 @@ pytest.importorskip("triton", reason="needs Triton")
 
 from storyadapter.bench import tune  # noqa: E402
 from storyadapter.bench.kernels import search  # noqa: E402
-from storyadapter.bench.kernels.candidates import SEARCHES, Search  # noqa: E402
 from storyadapter.bench.kernels.cases import LayerNormCase  # noqa: E402
 from storyadapter.bench.kernels.run import Measured  # noqa: E402
-from storyadapter.bench.kernels.search import TILES_FILE, Found, compile_all, markdown, store  # noqa: E402
+from storyadapter.bench.kernels.search import SEARCHES, TILES_FILE, Found, Search, compile_all, markdown, store  # noqa: E402  # noqa: E402
 from storyadapter.bench.timing import Timing  # noqa: E402
 from storyadapter.kernels import tiles as tile_tables  # noqa: E402
 from storyadapter.kernels.tiles import GEGLU, LAYER_NORM, TABLES, GegluTiles, LayerNormTiles, Tiles  # noqa: E402
@@ -42,7 +41,7 @@ from pathlib import Path
 import torch
 from storyadapter.bench import tune
 from storyadapter.bench.kernels import search
-from storyadapter.bench.kernels.candidates import Search
+from storyadapter.bench.kernels.search import Search
 from storyadapter.bench.kernels.cases import GegluCase, GrcaCase, LayerNormCase, LayerShape
 from storyadapter.kernels.tiles import GEGLU, GRCA, LAYER_NORM, GegluTiles, GrcaTiles, LayerNormTiles
 

@@ -175,9 +175,8 @@ def test_errors_of_several_tensors() -> None:
 
 def test_the_report_sets_the_kernel_beside_the_fastest_baseline() -> None:
     from storyadapter.bench.kernels.cases import GegluCase
-    from storyadapter.bench.kernels.report import markdown
     from storyadapter.bench.kernels.roofline import Rates
-    from storyadapter.bench.kernels.run import CaseResult, KernelReport, Measured
+    from storyadapter.bench.kernels.run import CaseResult, KernelReport, Measured, markdown
     from storyadapter.bench.timing import Timing
 
     def measured(milliseconds: float) -> Measured:

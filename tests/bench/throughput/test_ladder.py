@@ -11,10 +11,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from storyadapter.bench.model import BenchmarkModel
 from storyadapter.bench.options import EngineChoice
-from storyadapter.bench.progress import Progress
 from storyadapter.bench.psnr import EQUAL, MIN_PSNR
+from storyadapter.bench.report import Progress
 from storyadapter.bench.throughput import ladder, published, rungs
-from storyadapter.bench.throughput.baselines import BASELINES
 from storyadapter.bench.throughput.cases import SMOKE_CASES, SMOKE_STORIES, Case, ranges
 from storyadapter.bench.throughput.command import BASELINES as BASELINE_NAMES
 from storyadapter.bench.throughput.command import RUNGS as RUNG_NAMES
@@ -32,7 +31,7 @@ from storyadapter.bench.throughput.ladder import (
     check_drawing,
     compare,
 )
-from storyadapter.bench.throughput.rungs import LADDER, Rung, Steps
+from storyadapter.bench.throughput.rungs import BASELINES, LADDER, Rung, Steps
 from storyadapter.bench.throughput.workbench import Workbench, with_eager_vae
 from storyadapter.method.errors import EngineBuildError, UnavailableError
 from storyadapter.model.grca import grca

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from storyadapter.bench.synthetic import SyntheticCheckpoint
-from storyadapter.bench.synthetic_models import SDXL, TOY, SyntheticModel
-from storyadapter.bench.throughput.operations import attended_keys, count_operations
+from storyadapter.bench.synthetic import SDXL, TOY, SyntheticCheckpoint, SyntheticModel
+from storyadapter.bench.throughput.kernel_classes import attended_keys, count_operations
 from storyadapter.engine.eager.networks import open_eager
 from storyadapter.model.networks import Networks
 from storyadapter.model.numerics import Numerics

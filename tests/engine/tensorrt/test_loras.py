@@ -18,7 +18,7 @@ from storyadapter.engine.opening import build_engine, identify
 from storyadapter.engine.store import EngineStore
 from storyadapter.engine.tensorrt.options import BuildOptions
 from storyadapter.export import onnx_name
-from storyadapter.export.ort_session import open_session
+from storyadapter.export.verify import open_session
 from storyadapter.method.errors import EngineMismatchError
 from storyadapter.model.contract import network_specs
 from storyadapter.model.examples import run_examples

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from storyadapter.bench.synthetic_models import SDXL
+from storyadapter.bench.synthetic import SDXL
 from storyadapter.checkpoint import Checkpoint, CheckpointPaths
 from storyadapter.demo.training.networks import MODEL_INDEX, Adapter
 from storyadapter.demo.training.tokenizer import write_tokenizer

@@ -135,10 +135,10 @@ def test_killed_at_random_moments_and_resumed(
 
         return Process(out.open(), process.kill, wait)
 
-    words = [*quick_run[: quick_run.index("--out")], *("--prompt", "a tree", "a brook")]
-    words += ["--iterations", "4", "--max-frames", "2"]
+    words = [*quick_run[: quick_run.index("--out")], *("--prompt", *(f"a tree {number}" for number in range(9)))]
+    words += ["--max-frames", "2"]
     found = kill_and_resume(words, tmp_path, kills=3, max_frames=2, seed=4, start=start)
-    assert (found.kills, found.killed, found.frames, found.allowed) == (3, 3, 25, 12)
+    assert (found.kills, found.killed, found.frames, found.allowed) == (3, 3, 36, 12)
     assert found.problems == []
 
 

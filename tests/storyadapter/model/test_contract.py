@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storyadapter.bench.synthetic_models import SDXL as FULL_SIZE
+from storyadapter.bench.synthetic import SDXL as FULL_SIZE
 from storyadapter.method.errors import InputError
 from storyadapter.model.contract import Geometry, NetworkSpec, Range, ShapeRanges, network_specs, size_of
 from storyadapter.model.numerics import DTYPE_NAMES, PRECISIONS, Numerics, Precision
