@@ -193,23 +193,7 @@ def _draw_batched(stories: list[HeldOutStory], args: argparse.Namespace) -> tupl
 
     from storyadapter.demo.training.batched import BatchedMethod
 
-    precision = "fp32" if args.precision == AUTO else args.precision
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    drawer = BatchedMethod(args.model, device, args.steps, args.guidance, dtype)
-    shape = (len(stories), args.seeds, args.frames)
-    prompts = [prompt for story in stories for _ in range(args.seeds) for prompt in story.prompts]
-    seeds = [seed_of(n, k) for n in range(len(stories)) for k in range(args.seeds) for _ in range(args.frames)]
-    conditions = drawer.conditions(prompts, seeds)
-
-    def references(pictures: Tensor, shift: int) -> Tensor:
-        """Embeddings that each frame sees: of all frames of its story, or of the story `shift` further on."""
-        stories = drawer.embed(pictures).unflatten(0, shape).roll(-shift, 0)
-        return stories[:, :, None].expand(-1, -1, args.frames, -1, -1).flatten(0, 2)
-
-    scales = constants.reference_scales(args.iterations)
-    drawn = [drawer.draw(conditions, None, 0.0)]
-    for scale in scales:
-        drawn.append(drawer.draw(conditions, references(drawn[-1], 0), scale))
-    control = drawer.draw(conditions, references(drawn[-2], 1), scales[-1])
-    return torch.stack([part.unflatten(0, shape) for part in drawn]), control.unflatten(0, shape)
+    drawer = BatchedMethod(args.model, "cuda" if torch.cuda.is_available() else "cpu", args.steps, args.guidance)
+    prompts = [[story.prompts] * args.seeds for story in stories]
+    seeds = [[seed_of(n, k) for k in range(args.seeds)] for n in range(len(stories))]
+    return drawer.draw_stories(prompts, seeds, constants.reference_scales(args.iterations))

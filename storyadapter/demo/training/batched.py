@@ -3,6 +3,7 @@ demo model in seconds. What users run is `storyadapter.StoryPipeline`; `quality`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,6 +109,35 @@ class BatchedMethod:
             seen = None if references is None else references[rows]
             parts.append(self._draw(conditions.of(rows), seen, scale))
         return torch.cat(parts)
+
+    def draw_stories(
+        self, prompts: Sequence[Sequence[Sequence[str]]], seeds: Sequence[Sequence[int]], scales: Sequence[float]
+    ) -> tuple[Tensor, Tensor]:
+        """Stories in all iterations.
+
+        Args:
+            prompts: of every frame of every drawing of every story, of one length each.
+            seeds: of every drawing of every story.
+            scales: of the iterations after the first.
+
+        Returns:
+            Pictures uint8 [iterations, stories, drawings, frames, 3, H, W], and the last iteration drawn with the
+            references of the next story [stories, drawings, …].
+        """
+        shape = (len(prompts), len(prompts[0]), len(prompts[0][0]))
+        texts = [text for story in prompts for drawing in story for text in drawing]
+        conditions = self.conditions(texts, [seed for story in seeds for seed in story for _ in range(shape[2])])
+
+        def references(pictures: Tensor, shift: int) -> Tensor:
+            """Embeddings that each frame sees: of all frames of its story, or of the story `shift` further on."""
+            stories = self.embed(pictures).unflatten(0, shape).roll(-shift, 0)
+            return stories[:, :, None].expand(-1, -1, shape[2], -1, -1).flatten(0, 2)
+
+        drawn = [self.draw(conditions, None, 0.0)]
+        for scale in scales:
+            drawn.append(self.draw(conditions, references(drawn[-1], 0), scale))
+        control = self.draw(conditions, references(drawn[-2], 1), scales[-1])
+        return torch.stack([part.unflatten(0, shape) for part in drawn]), control.unflatten(0, shape)
 
     @torch.inference_mode()
     def _draw(self, conditions: Conditions, references: Tensor | None, scale: float) -> Tensor:
