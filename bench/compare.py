@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from storyadapter.bench.options import number
+from storyadapter.bench.report import table
 from storyadapter.method.errors import InputError
 
 HELP = "what got slower between two reports of throughput"
@@ -70,9 +71,7 @@ def run(args: argparse.Namespace) -> int:
     refuse_different(before, after, args.before.name, args.after.name)
     changes = compare(before, after)
     threshold = args.threshold / 100
-    print("| what | before, rows/s | after, rows/s | change |\n| --- | --- | --- | --- |")
-    for change in changes:
-        print(_row(change))
+    print("\n".join(table(("what", "before, rows/s", "after, rows/s", "change"), map(_row, changes))))
     worse = [change for change in changes if change.is_worse(threshold)]
     for change in worse:
         what = f"slower by {1 - change.ratio:.1%}" if change.ratio is not None else change.lost
@@ -134,10 +133,11 @@ def _cases(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: {k: v for k, v in case.items() if k not in ("rungs", "check_steps")} for name, case in cases.items()}
 
 
-def _row(change: Change) -> str:
-    if change.ratio is None:
-        return f"| {change.name} | {change.before:.2f} | - | {'lost' if change.lost else 'not measured'} |"
-    return f"| {change.name} | {change.before:.2f} | {change.after:.2f} | {change.ratio - 1:+.1%} |"
+def _row(change: Change) -> tuple[str, ...]:
+    after, ratio = ("-", "lost" if change.lost else "not measured"), change.ratio
+    if ratio is not None:
+        after = (f"{change.after:.2f}", f"{ratio - 1:+.1%}")
+    return change.name, f"{change.before:.2f}", *after
 
 
 def _read(path: Path) -> dict[str, Any]:

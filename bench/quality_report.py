@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from storyadapter.bench.report import table
 from storyadapter.demo.held_out import PROMPTED
 from storyadapter.demo.vocabulary import IDENTITY_TRAITS, TRAITS
 
@@ -58,11 +59,11 @@ class Quality:
 
     def table(self) -> str:
         """Markdown: one row per iteration."""
-        lines = ["| iteration | consistency | fidelity | species | action | place | diversity |", "|" + " --- |" * 7]
-        for n, row in enumerate(self.iterations):
-            cells = [row.consistency, row.fidelity, *(row.by_prompt[name] for name in PROMPTED), row.diversity]
-            lines.append(f"| {n} | " + " | ".join(map(str, cells)) + " |")
-        return "\n".join(lines)
+        rows = [
+            [n, row.consistency, row.fidelity, *(row.by_prompt[name] for name in PROMPTED), row.diversity]
+            for n, row in enumerate(self.iterations)
+        ]
+        return "\n".join(table(["iteration", "consistency", "fidelity", *PROMPTED, "diversity"], rows))
 
     def holds(self) -> tuple[bool, bool]:
         """The method's claim: consistency rose (intervals apart); fidelity didn't fall (intervals overlap)."""

@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+from storyadapter.bench.throughput.published import Attend, materialized
 
 
 @dataclass(frozen=True)
@@ -53,20 +53,18 @@ def grca_baselines() -> list[Baseline]:
             ("cuDNN", SDPBackend.CUDNN_ATTENTION),
         )
     ]
-    found.append(Baseline("published (materialized scores)", functools.partial(_two_and_add, _materialized)))
+    found.append(Baseline("published (materialized scores)", functools.partial(_two_and_add, materialized)))
     found.append(_two("FlexAttention", lambda q, k, v: compiled(q, k, v), built_per_shape=True))
     if find_spec("xformers") is not None:
         found.append(_two("xformers", _xformers))
     return found
 
 
-def _two(name: str, attention: Attention, built_per_shape: bool = False) -> Baseline:
+def _two(name: str, attention: Attend, built_per_shape: bool = False) -> Baseline:
     return Baseline(f"{name} ×2 + add", functools.partial(_two_and_add, attention), True, built_per_shape)
 
 
-def _two_and_add(
-    attention: Attention, q: Tensor, text_k: Tensor, text_v: Tensor, ref_k: Tensor, ref_v: Tensor
-) -> Tensor:
+def _two_and_add(attention: Attend, q: Tensor, text_k: Tensor, text_v: Tensor, ref_k: Tensor, ref_v: Tensor) -> Tensor:
     q = q.transpose(1, 2)
     return (attention(q, text_k, text_v) + attention(q, ref_k, ref_v)).transpose(1, 2)
 
@@ -74,15 +72,6 @@ def _two_and_add(
 def _sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     with sdpa_kernel(backend):
         return sdpa(q, k, v)
-
-
-def _materialized(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The published processor: heads folded into the batch, scores written to memory, softmax, second product."""
-    batch, heads, tokens, size = q.shape
-    q, k, v = (tensor.reshape(batch * heads, -1, size) for tensor in (q, k, v))
-    scores = torch.empty(batch * heads, tokens, k.shape[1], dtype=q.dtype, device=q.device)
-    scores = torch.baddbmm(scores, q, k.transpose(1, 2), beta=0, alpha=size**-0.5)
-    return torch.bmm(scores.softmax(-1).to(q.dtype), v).view(batch, heads, tokens, size)
 
 
 def _xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
