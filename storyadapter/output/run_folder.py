@@ -278,17 +278,6 @@ class RunFolder:
             self._remove_pictures(range(iteration))
         self.seconds += time.perf_counter() - started
 
-    def load_iteration(self, iteration: int) -> list[Image.Image]:
-        """The N frames of a finished iteration, RGB.
-
-        Raises:
-            RunError: a picture doesn't open any more.
-            ValueError: the iteration isn't finished, or was removed (the newest never is).
-        """
-        if iteration >= self.finished_iterations() or self._record.iterations[iteration].removed:
-            raise ValueError(f"the pictures of iteration {iteration} aren't there")
-        return [read_picture(path) for path in self._frame_paths(iteration)]
-
     def finish(self, seconds: Mapping[str, float], captions: Sequence[str], title: str | None = None) -> None:
         """Write `frames/`, the contact sheet, the GIF, and the end of `story.json`, once all iterations are finished.
 
