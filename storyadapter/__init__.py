@@ -7,19 +7,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from storyadapter.api import open
     from storyadapter.checkpoint import Checkpoint
     from storyadapter.method.plan import RunPlan
     from storyadapter.method.story import Story
+    from storyadapter.runtime.executor import LocalExecutor
     from storyadapter.runtime.pipeline import StoryPipeline
 
 __version__ = "0.1.0"
-__all__ = ["Checkpoint", "RunPlan", "Story", "StoryPipeline", "__version__"]
+__all__ = ["Checkpoint", "LocalExecutor", "RunPlan", "Story", "StoryPipeline", "__version__", "open"]
 
 _HOMES = {
     "Checkpoint": "storyadapter.checkpoint",
     "RunPlan": "storyadapter.method.plan",
     "Story": "storyadapter.method.story",
     "StoryPipeline": "storyadapter.runtime.pipeline",
+    "LocalExecutor": "storyadapter.runtime.executor",
+    "open": "storyadapter.api",
 }
 
 

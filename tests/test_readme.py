@@ -1,4 +1,4 @@
-"""The README's Python example runs as it stands, and its commands and options exist."""
+"""The README's Python examples run as they stand, and its commands and options exist."""
 
 import re
 import subprocess
@@ -12,9 +12,10 @@ from storyadapter.__main__ import build_parser
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_python_example_draws_its_frames(tmp_path: Path) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    done = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True, check=False)
+def test_the_python_examples_draw_their_frames(tmp_path: Path) -> None:
+    examples = re.findall(r"```python\n(.*?)```", README, re.DOTALL)  # the second goes on from the first
+    code = "".join([*examples, "assert sorted(drawn) == [0, 0, 1, 1], drawn\n"])
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         f"{iteration}-{frame}.png" for iteration in range(3) for frame in range(2)

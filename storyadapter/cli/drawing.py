@@ -10,21 +10,19 @@ from typing import Any
 
 import torch
 
+from storyadapter import api
 from storyadapter.cli.doctor import versions
 from storyadapter.cli.options import build_command, option
 from storyadapter.cli.reporting import Reporter, count, duration
 from storyadapter.cli.session import Session
 from storyadapter.engine.model_weights import model_weights
-from storyadapter.engine.opening import open_networks
 from storyadapter.method.errors import EngineMismatchError, RunError, spelled
 from storyadapter.method.events import FrameFinished, RunFinished, RunStarted
 from storyadapter.method.plan import FRAMES_UNMEASURED, RunPlan, split_evenly
 from storyadapter.method.sampler import sampler_of
 from storyadapter.method.story import Story
 from storyadapter.model.contract import Range, ShapeRanges
-from storyadapter.model.networks import Networks
 from storyadapter.output.run_folder import RunFolder
-from storyadapter.runtime.jobs import digest
 from storyadapter.runtime.pipeline import StoryPipeline
 
 
@@ -45,9 +43,7 @@ def draw(
     identity = _identity(story, style, plan, session, reporter)
     RunFolder.check(args.out, identity, frames=frames, scales=scales, resume=args.resume)
     with _told_when_out_of_memory(plan):
-        pipeline = _open_pipeline(
-            args, plan, frames, session, reporter, digest([identity["weights"], identity["loras"]])
-        )
+        pipeline = _open_pipeline(args, plan, frames, session, reporter)
         batching = pipeline.batching(plan, frames)
         loading = time.perf_counter() - started
         details = {
@@ -110,15 +106,15 @@ def _identity(story: Story, style: str, plan: RunPlan, session: Session, reporte
 
 
 def _open_pipeline(
-    args: argparse.Namespace, plan: RunPlan, frames: int, session: Session, reporter: Reporter, model: str
+    args: argparse.Namespace, plan: RunPlan, frames: int, session: Session, reporter: Reporter
 ) -> StoryPipeline:
     """The networks for the plan's batches; the build command that is told asks for `--max-frames`."""
     references = plan.references(frames)
     height, width = Range(plan.height, plan.height), Range(plan.width, plan.width)
     asked = FRAMES_UNMEASURED if plan.max_frames is None else plan.max_frames
 
-    def opened(together: int) -> Networks:
-        return open_networks(
+    def opened(together: int) -> StoryPipeline:
+        return api.open(
             session.checkpoint,
             backend=session.backend.name,
             numerics=session.numerics,
@@ -135,12 +131,11 @@ def _open_pipeline(
 
     together = len(split_evenly(frames, asked)[0])
     try:
-        networks = opened(together)
+        return opened(together)
     except EngineMismatchError:
         if plan.max_frames is not None or together == 1:
             raise
-        networks = opened(1)  # how many it takes is the engine's own; what is told now is what else differs
-    return StoryPipeline(networks, session.checkpoint.load_tokenizers(), model=model)
+    return opened(1)  # how many it takes is the engine's own; what is told now is what else differs
 
 
 @contextmanager
