@@ -1,7 +1,8 @@
 """Compiled networks, opened with the weights of a checkpoint: nothing is compiled here, and no weight is kept twice."""
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,6 @@ from storyadapter.engine.inductor.comparison import compare
 from storyadapter.engine.inductor.operators import operators_for
 from storyadapter.engine.inductor.preparation import prepare
 from storyadapter.engine.inductor.shapes import compiled_ranges, cut, doubled
-from storyadapter.engine.out_of_memory import told_as_out_of_memory
 from storyadapter.model.contract import NetworkSpec, Range, network_specs
 from storyadapter.model.examples import run_examples
 from storyadapter.model.grca import grca
@@ -109,7 +109,7 @@ class InductorNetwork:
         return [cut(tensor, value, ones) for tensor, value in zip(self.spec.outputs, outputs, strict=True)]
 
     def _call(self, tensors: list[Tensor]) -> list[Tensor]:
-        with torch.inference_mode(), told_as_out_of_memory(self.device):
+        with torch.inference_mode(), as_out_of_memory(self.device):
             outputs = self._package(*tensors)
         return list(outputs) if isinstance(outputs, tuple | list) else [outputs]
 
@@ -196,3 +196,28 @@ def open_inductor(
         padding_is_free=on_gpu,
     )
     return opened, errors
+
+
+@contextmanager
+def as_out_of_memory(device: torch.device) -> Iterator[None]:
+    """Inside, an error in whose course a GPU's memory ran out is a `torch.OutOfMemoryError`.
+
+    A package of AOTInductor passes on only that one of its calls failed.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    before = _times_out_of_memory(device)
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        if _times_out_of_memory(device) == before:
+            raise
+        raise torch.OutOfMemoryError(str(error)) from error
+
+
+def _times_out_of_memory(device: torch.device) -> int:
+    """How often PyTorch's allocator told that memory ran out."""
+    return torch.cuda.memory_stats_as_nested_dict(device).get("num_ooms", 0)

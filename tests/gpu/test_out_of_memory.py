@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from storyadapter.engine.out_of_memory import told_as_out_of_memory
+from storyadapter.engine.inductor.session import as_out_of_memory
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -20,8 +20,8 @@ def hide(size: int) -> None:
 
 def test_memory_that_ran_out_is_told() -> None:
     for _ in range(2):
-        with pytest.raises(torch.OutOfMemoryError, match="^a call failed"), told_as_out_of_memory(CUDA):
+        with pytest.raises(torch.OutOfMemoryError, match="^a call failed"), as_out_of_memory(CUDA):
             hide(1 << 44)
-        with pytest.raises(RuntimeError, match="another call failed") as error, told_as_out_of_memory(CUDA):
+        with pytest.raises(RuntimeError, match="another call failed") as error, as_out_of_memory(CUDA):
             hide(1)
         assert not isinstance(error.value, torch.OutOfMemoryError)
