@@ -18,9 +18,9 @@ BENCHMARKS = {
 
 def add_bench(commands: Commands) -> None:
     """Add the command, with a command for each benchmark."""
-    bench = commands.add_parser("bench", help="measure", description="Measure on this machine.", allow_abbrev=False)
+    bench = commands.add_parser("bench", help="measure", description="Measure on this machine.")
     benchmarks = bench.add_subparsers(dest="bench", required=True, metavar="BENCHMARK", title="benchmarks")
     for name, module in BENCHMARKS.items():
-        parser = benchmarks.add_parser(name, help=module.HELP, description=module.DESCRIPTION, allow_abbrev=False)
+        parser = benchmarks.add_parser(name, help=module.HELP, description=module.DESCRIPTION)
         module.add_arguments(parser)
         parser.set_defaults(run=module.run)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from storyadapter.cli.doctor import versions
+from storyadapter.cli.machine import versions
 from storyadapter.engine.gpu import NvidiaGpu, driver_version
 
 _SAMPLE_SECONDS = 0.25

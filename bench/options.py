@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
-from storyadapter.cli.options import given_checkpoint_options
-from storyadapter.cli.session import choose_engine
+from storyadapter.cli.options import choose_engine, given_checkpoint_options
 from storyadapter.engine.backends import AUTO, BACKENDS
 from storyadapter.method.errors import InputError
 from storyadapter.model.numerics import PRECISIONS, Precision

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 
 from storyadapter import api
-from storyadapter.cli.doctor import versions
-from storyadapter.cli.options import build_command, option
+from storyadapter.cli.machine import versions
+from storyadapter.cli.options import Session, build_command, option
 from storyadapter.cli.reporting import Reporter, count, duration
-from storyadapter.cli.session import Session
 from storyadapter.engine.model_weights import model_weights
 from storyadapter.method.errors import EngineMismatchError, RunError, spelled
 from storyadapter.method.events import FrameFinished, RunFinished, RunStarted

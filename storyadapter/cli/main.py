@@ -1,16 +1,20 @@
-"""The parser of `storyadapter-trt`, and how errors and Ctrl-C end a command."""
+"""The parser of `storyadapter-trt`, and how errors, Ctrl-C and SIGTERM, which is as tidy, end a command."""
 
 import argparse
 import io
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
-from typing import NoReturn, TypeAlias
+from importlib import import_module
+from types import FrameType
+from typing import Any, Final, NoReturn, TypeAlias
 
 import storyadapter
 from storyadapter.cli import options
-from storyadapter.cli.stopping import exit_code_of, sigterm_as_interrupt
 from storyadapter.method import constants
 from storyadapter.method.errors import InputError, StoryAdapterError
 
@@ -64,8 +68,21 @@ iteration), story.gif and story.json (every setting, the seed, versions, seconds
 """
 
 
+# 128 and the signal's number, as shells have it
+INTERRUPTED: Final = 128 + signal.SIGINT
+TERMINATED: Final = 128 + signal.SIGTERM
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM arrived."""
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, as all others of the program."""
+
+    def __init__(self, **settings: Any) -> None:
+        form = argparse.RawDescriptionHelpFormatter if "epilog" in settings else argparse.HelpFormatter
+        super().__init__(**{"formatter_class": form, "allow_abbrev": False, **settings})
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; for all options type {self.prog} --help")
@@ -96,16 +113,14 @@ def build_parser() -> tuple[Parser, Commands]:
         prog="storyadapter-trt",
         description=_DESCRIPTION,
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"storyadapter-trt {storyadapter.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
     _add_build(commands)
     _add_run(commands)
     text = "GPU, driver, versions, which backends can serve here and why the others can't"
-    doctor = commands.add_parser("doctor", help=text, description=f"Tells {text}.", allow_abbrev=False)
-    doctor.set_defaults(run=_doctor)
+    doctor = commands.add_parser("doctor", help=text, description=f"Tells {text}.")
+    doctor.set_defaults(run=_later("machine", "doctor"))
     _add_engines(commands)
     return parser, commands
 
@@ -117,8 +132,6 @@ def _add_build(commands: Commands) -> None:
         description="Exports the networks of a model, checks each against eager PyTorch, and puts them into the\n"
         "engine store, where run finds them. Building the same again takes what is there.",
         epilog=_BUILD_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     options.add_model_options(parser)
     options.add_size_options(parser, as_range=True)
@@ -131,7 +144,7 @@ def _add_build(commands: Commands) -> None:
         help="frames of the longest story (default: %(default)s)",
     )
     options.add_output_options(parser)
-    parser.set_defaults(run=_build)
+    parser.set_defaults(run=_later("commands", "build"))
 
 
 def _add_run(commands: Commands) -> None:
@@ -141,8 +154,6 @@ def _add_run(commands: Commands) -> None:
         description="Draws every frame of a story: from text alone, then again in each further iteration with\n"
         "references to all frames of the one before.",
         epilog=_RUN_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     story = parser.add_argument_group("story").add_mutually_exclusive_group()
     story.add_argument(
@@ -179,29 +190,27 @@ def _add_run(commands: Commands) -> None:
     )
     options.add_model_options(parser)
     options.add_output_options(parser)
-    parser.set_defaults(run=_run)
+    parser.set_defaults(run=_later("commands", "run"))
 
 
 def _add_engines(commands: Commands) -> None:
     text = "what the engine store holds, and delete what of it is old, outdated or too much"
-    parser = commands.add_parser("engines", help=f"tell {text}", description=f"Tells {text}.", allow_abbrev=False)
+    parser = commands.add_parser("engines", help=f"tell {text}", description=f"Tells {text}.")
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", title="actions")
     text = "a table of all engines: for what, for which models, how large, when last used"
-    table = actions.add_parser("list", help=text, description=f"Prints {text}.", allow_abbrev=False)
-    table.set_defaults(run=_list_engines)
+    table = actions.add_parser("list", help=text, description=f"Prints {text}.")
+    table.set_defaults(run=_later("machine", "list_engines"))
     prune = actions.add_parser(
         "prune",
         help="delete engines by age, size and program version",
         description="Deletes engines, the least recently used first; never one that is in use or being built.",
         epilog=_PRUNE_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     prune.add_argument("--older-than", type=float, metavar="DAYS", help="those that were not used for so many days")
     prune.add_argument("--keep-under", type=float, metavar="GIB", help="as many as it takes to keep less than this")
     prune.add_argument("--outdated", action="store_true", help="those that this version of the program can't open")
     prune.add_argument("--dry-run", action="store_true", help="only say what would go")
-    prune.set_defaults(run=_prune_engines)
+    prune.set_defaults(run=_later("machine", "prune_engines"))
     for action in (table, prune):
         options.add_store_option(action)
 
@@ -228,40 +237,36 @@ def run_program(parser: Parser, argv: Sequence[str] | None) -> int:
         return error.exit_code
     except KeyboardInterrupt as stop:
         _tell("; ".join(["stopped", *getattr(stop, "__notes__", ())]))
-        return exit_code_of(stop)
+        return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
     except BrokenPipeError:  # as when the output is piped into head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush would fail again
         return 1
 
 
-def _build(args: argparse.Namespace) -> int:
-    from storyadapter.cli.build import build
+def _later(module: str, function: str) -> Callable[[argparse.Namespace], int]:
+    """What runs a command, in a module of this room that isn't imported before."""
 
-    return build(args)
+    def run(args: argparse.Namespace) -> int:
+        return getattr(import_module(f"storyadapter.cli.{module}"), function)(args)
 
-
-def _run(args: argparse.Namespace) -> int:
-    from storyadapter.cli.run import run
-
-    return run(args)
+    return run
 
 
-def _doctor(args: argparse.Namespace) -> int:
-    from storyadapter.cli.doctor import doctor
+@contextmanager
+def sigterm_as_interrupt() -> Iterator[None]:
+    """Inside, SIGTERM raises `Terminated` in the main thread, so that locks and the terminal are given back."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set a handler
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
-    return doctor()
 
-
-def _list_engines(args: argparse.Namespace) -> int:
-    from storyadapter.cli.engines import list_engines
-
-    return list_engines(args)
-
-
-def _prune_engines(args: argparse.Namespace) -> int:
-    from storyadapter.cli.engines import prune_engines
-
-    return prune_engines(args)
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise Terminated
 
 
 def _tell(text: str) -> None:

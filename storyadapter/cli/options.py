@@ -5,19 +5,20 @@ import re
 import shlex
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from storyadapter.checkpoint.paths import CheckpointPaths, LoraSpec
+from storyadapter.checkpoint import Checkpoint, CheckpointPaths, LoraSpec
 from storyadapter.demo.shipped import MODEL
 from storyadapter.engine.backend import Backend
-from storyadapter.engine.backends import AUTO, BACKENDS
+from storyadapter.engine.backends import AUTO, BACKENDS, find_backend
 from storyadapter.method import constants
 from storyadapter.method.errors import InputError, StoryAdapterError, spelled
 from storyadapter.method.plan import FRAMES_UNMEASURED, RunPlan
 from storyadapter.model.contract import Range, ShapeRanges
-from storyadapter.model.numerics import PRECISIONS, Numerics
+from storyadapter.model.numerics import PRECISIONS, Numerics, Precision
 
 MAX_REFERENCES = 100
+_MODEL = "--base-model, --image-encoder and --ip-adapter"
 PLAN_HELP = {setting.name: setting.metadata["help"] for setting in fields(RunPlan)}
 
 
@@ -233,7 +234,39 @@ def model_choice(args: argparse.Namespace) -> ModelChoice:
     return ModelChoice(paths, str(args.base_model))
 
 
-_MODEL = "--base-model, --image-encoder and --ip-adapter"
+@dataclass(frozen=True)
+class Session:
+    """An opened model and where it is to run."""
+
+    model: ModelChoice
+    checkpoint: Checkpoint
+    backend: Backend
+    numerics: Numerics
+
+    @property
+    def how(self) -> str:
+        """Backend and numerics, for a message."""
+        return f"{self.backend.name} {self.numerics}"
+
+
+def choose_engine(backend: str, precision: str) -> tuple[Backend, Precision]:
+    """What was typed; for `auto`, what serves best on this machine."""
+    found = find_backend(backend)
+    return found, found.default_precision() if precision == AUTO else cast(Precision, precision)
+
+
+def open_session(args: argparse.Namespace, model: ModelChoice) -> Session:
+    """Check the backend and open the model's files; reads no weights.
+
+    Raises:
+        UnavailableError: see `Backend.check`.
+        CheckpointError: see `Checkpoint.open`.
+    """
+    backend, precision = choose_engine(args.backend, args.precision)
+    asked: Precision | None = None if args.vae_precision == AUTO else args.vae_precision
+    backend.check(Numerics.of(precision, vae_decoder=asked))
+    checkpoint = Checkpoint.open(model.paths)
+    return Session(model, checkpoint, backend, checkpoint.geometry.numerics(precision, asked))
 
 
 def shape_ranges(args: argparse.Namespace, default_pixels: int) -> ShapeRanges:

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -25,67 +25,42 @@ from storyadapter.method.events import (
 )
 
 
-class Reporter(Protocol):
-    """Where a command's messages go."""
+class Reporter:
+    """Where a command's messages go: this one tells nothing."""
 
     def note(self, kind: str, text: str, **fields: Any) -> None:
         """One thing worth telling; `kind` and `fields` are for programs, `text` for people."""
-        ...
 
     def result(self, kind: str, text: str, **fields: Any) -> None:
         """What the command has made, at its end; goes to standard output."""
-        ...
 
     def stage(self, network: str, what: str) -> None:
         """A network is being worked on."""
-        ...
 
     def fraction(self, network: str, done: float) -> None:
         """A network's engine is being built: 0 to 1."""
-        ...
 
     def bytes_read(self, done: int, total: int) -> None:
         """Weight files are being hashed."""
-        ...
 
     def event(self, event: Event) -> None:
         """The run went on."""
-        ...
 
     def close(self) -> None:
         """Leave the terminal as it was. Safe to call twice."""
-        ...
 
 
 def reporter_for(args: argparse.Namespace) -> Reporter:
     """The reporter that --quiet and --json-log ask for."""
     if args.quiet:
-        return SilentReporter()
+        return Reporter()
     if args.json_log:
         return JsonReporter()
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     return BarReporter(console) if console.is_terminal else LineReporter()
 
 
-class SilentReporter:
-    """Tells nothing."""
-
-    def note(self, kind: str, text: str, **fields: Any) -> None: ...
-
-    def result(self, kind: str, text: str, **fields: Any) -> None: ...
-
-    def stage(self, network: str, what: str) -> None: ...
-
-    def fraction(self, network: str, done: float) -> None: ...
-
-    def bytes_read(self, done: int, total: int) -> None: ...
-
-    def event(self, event: Event) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class JsonReporter:
+class JsonReporter(Reporter):
     """One JSON object per line on standard output; pictures are named, not written."""
 
     def note(self, kind: str, text: str, **fields: Any) -> None:
@@ -107,13 +82,11 @@ class JsonReporter:
         fields = {name: value for name, value in vars(event).items() if name not in ("picture", "embedding")}
         self._print({"event": _snake(type(event).__name__), **fields})
 
-    def close(self) -> None: ...
-
     def _print(self, value: Mapping[str, Any]) -> None:
         print_result(json.dumps(value, default=_plain, ensure_ascii=False))
 
 
-class LineReporter:
+class LineReporter(Reporter):
     """A line per network and iteration on standard error, for log files."""
 
     def __init__(self) -> None:
@@ -133,8 +106,6 @@ class LineReporter:
     def stage(self, network: str, what: str) -> None:
         if network:
             self.note("stage", f"  {_words(network)}: {what}")
-
-    def fraction(self, network: str, done: float) -> None: ...
 
     def bytes_read(self, done: int, total: int) -> None:
         if done == total:
@@ -158,10 +129,8 @@ class LineReporter:
                     text += f", about {duration((time.perf_counter() - self._started) / self._done * left)} left"
                 self.note("iteration", text)
 
-    def close(self) -> None: ...
 
-
-class BarReporter:
+class BarReporter(Reporter):
     """Bars with the time left: one while networks are read or built; iterations, frames and steps while drawing."""
 
     def __init__(self, console: Console) -> None:

@@ -17,7 +17,6 @@ from PIL import Image
 
 from storyadapter.method.errors import Field, InputError, Text
 from storyadapter.method.events import FrameFinished
-from storyadapter.output.animation import gif
 from storyadapter.output.files import (
     ANOTHER_FOLDER,
     LOCK_NAME,
@@ -29,6 +28,7 @@ from storyadapter.output.files import (
     write_error,
 )
 from storyadapter.output.frame_files import encode_png, job_text, opens, read_job, read_picture
+from storyadapter.output.overview import ThumbnailStrips, gif, iteration_name
 from storyadapter.output.run_record import (
     RECORD_NAME,
     IterationRecord,
@@ -39,7 +39,6 @@ from storyadapter.output.run_record import (
     refuse_foreign,
     stored_or_new,
 )
-from storyadapter.output.thumbnails import ThumbnailStrips, iteration_name
 from storyadapter.runtime.frame_store import StoredFrame
 
 THUMBNAILS_NAME = ".thumbnails"
@@ -52,7 +51,7 @@ class RunFolder:
 
     Layout, under the folder that was asked for:
 
-    - `iteration-00/frame-000.png` …: every frame, with the texts given to `save_frame` in it;
+    - `iteration-00/frame-000.png` …: every frame, with the texts of `text` in it;
     - `frames/000.png` …: copies of the last iteration's; `contact-sheet.png`; `story.gif`;
     - `story.json`: see `RunRecord`;
     - `.thumbnails/iteration-00.png` …: a row of the contact sheet each, so that the sheet can be drawn when the
@@ -90,7 +89,6 @@ class RunFolder:
         self._workers = ThreadPoolExecutor(_WORKERS, "png")
         # of iterations that aren't finished, by iteration and frame: what the contact sheet shows, and the file's hash
         self._written: dict[tuple[int, int], tuple[Image.Image, str]] = {}
-        self._frame_size: tuple[int, int] | None = None
 
     @classmethod
     def open(
@@ -220,30 +218,7 @@ class RunFolder:
 
     def save(self, frame: FrameFinished) -> Future[None]:
         """See `FrameStore.save`."""
-        text = {**self._text(frame), **job_text(frame)}
-        return self._workers.submit(self._save, frame.iteration, frame.frame, frame.picture, text)
-
-    def save_frame(self, iteration: int, frame: int, image: Image.Image, text: Mapping[str, str]) -> Path:
-        """Write one frame, and return where.
-
-        Args:
-            iteration: one that isn't finished.
-            frame: 0 … N-1.
-            image: RGB, of one size for all frames of the run.
-            text: PNG text chunks, keyword (at most 79 Latin-1 letters) -> text.
-
-        Raises:
-            RunError: no space is left, or the folder can't be written.
-            ValueError: arguments other than these.
-        """
-        if not self.finished_iterations() <= iteration < len(self._record.scales):
-            raise ValueError(f"iteration {iteration} isn't being made, {self.finished_iterations()} is")
-        if not 0 <= frame < self._record.frames:
-            raise ValueError(f"frame {frame} isn't in 0 … {self._record.frames - 1}")
-        if image.mode != "RGB" or image.size != (self._frame_size or image.size):
-            raise ValueError(f"frame {frame} is {image.mode} of {image.size}, expected RGB of {self._frame_size}")
-        self._save(iteration, frame, image, text)
-        return self.frame_path(iteration, frame)
+        return self._workers.submit(self._save, frame)
 
     def finish_iteration(self, iteration: int, seconds: Mapping[str, float], split: Sequence[int] = ()) -> None:
         """Record that all frames of the next iteration are written; what `keep` says goes is removed. Nothing to do for
@@ -342,8 +317,6 @@ class RunFolder:
             removed = ("older iterations were removed (", Field("keep"), " last): all iterations are made again")
             self.notices = (*self.notices, removed)
             return 0
-        if count:
-            self._frame_size = read_picture(self.frame_path(count - 1, 0)).size
         return count
 
     def _tell_damage(self, path: Path) -> Literal[False]:
@@ -351,14 +324,14 @@ class RunFolder:
         path.unlink(missing_ok=True)
         return False
 
-    def _save(self, iteration: int, frame: int, image: Image.Image, text: Mapping[str, str]) -> None:
-        data, path = encode_png(image, text), self.frame_path(iteration, frame)
+    def _save(self, frame: FrameFinished) -> None:
+        data = encode_png(frame.picture, {**self._text(frame), **job_text(frame)})
+        path = self.frame_path(frame.iteration, frame.frame)
         make_folder(path.parent)
         write_atomically(path, data)
-        self._note(iteration, frame, image, data)
+        self._note(frame.iteration, frame.frame, frame.picture, data)
 
     def _note(self, iteration: int, frame: int, image: Image.Image, data: bytes) -> None:
-        self._frame_size = image.size
         self._written[iteration, frame] = (self._strips.thumbnail(image), hashlib.sha256(data).hexdigest())
 
     def _write_record(self, record: RunRecord) -> None:

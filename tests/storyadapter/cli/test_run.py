@@ -10,9 +10,8 @@ from PIL import Image
 
 from storyadapter.__main__ import build_parser
 from storyadapter.cli.drawing import draw
-from storyadapter.cli.options import model_choice, run_plan
+from storyadapter.cli.options import model_choice, open_session, run_plan
 from storyadapter.cli.reporting import JsonReporter
-from storyadapter.cli.session import open_session
 from storyadapter.method.events import Event, FrameFinished
 from storyadapter.method.story import Story
 from tests.storyadapter.cli.running import Type, files, pictures

@@ -3,7 +3,7 @@ from io import BytesIO
 import pytest
 from PIL import Image, ImageChops, ImageSequence, ImageStat
 
-from storyadapter.output.animation import gif
+from storyadapter.output.overview import gif
 
 
 def shaded(color: str, size: tuple[int, int] = (256, 192)) -> Image.Image:

@@ -3,7 +3,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from storyadapter.output.contact_sheet import MAX_PIXELS, Row, contact_sheet, fit, join, scaled, thumbnail_size
+from storyadapter.output.overview import MAX_PIXELS, Row, contact_sheet, fit, join, scaled, thumbnail_size
 
 COLORS = ["red", "green", "blue", "yellow", "cyan", "magenta"]
 

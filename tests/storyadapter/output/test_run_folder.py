@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from storyadapter.cli.options import typed
 from storyadapter.method.errors import InputError, RunError
 from storyadapter.method.events import FrameFinished
-from storyadapter.output.frame_files import opens, read_picture
+from storyadapter.output.frame_files import read_picture
 from storyadapter.output.run_folder import RunFolder
 from storyadapter.output.run_record import stored_identity
 from tests.refusals import raises_typed
@@ -31,13 +31,21 @@ def picture(iteration: int, frame: int, size: tuple[int, int] = (40, 32)) -> Ima
 
 
 def open_folder(path: Path, identity: dict = IDENTITY, **options) -> RunFolder:
-    return RunFolder.open(path, identity, frames=FRAMES, scales=SCALES, **options)
+    return RunFolder.open(path, identity, frames=FRAMES, scales=SCALES, text=lambda frame: TEXT, **options)
+
+
+def save(folder: RunFolder, iteration: int, frame: int) -> None:
+    folder.save(FrameFinished(iteration, frame, SCALES[iteration], picture(iteration, frame))).result()
+
+
+def loaded(folder: RunFolder, iteration: int, frames: int = FRAMES) -> list[Image.Image]:
+    return [read_picture(folder.frame_path(iteration, frame)) for frame in range(frames)]
 
 
 def make(folder: RunFolder, iterations: range | None = None) -> None:
     for iteration in iterations or range(folder.finished_iterations(), len(SCALES)):
         for frame in range(FRAMES):
-            folder.save_frame(iteration, frame, picture(iteration, frame), TEXT)
+            save(folder, iteration, frame)
         folder.finish_iteration(iteration, {"denoise": 1.5}, [2, 1])
 
 
@@ -108,23 +116,24 @@ def test_layout(tmp_path: Path) -> None:
 def test_numbers_grow_with_the_story(tmp_path: Path) -> None:
     scales = (None, *[0.3] * 100)
     with RunFolder.open(tmp_path, {}, frames=1001, scales=scales) as folder:
-        path = folder.save_frame(0, 999, picture(0, 0), {})
-    assert path == tmp_path / "iteration-000" / "frame-0999.png"
+        path = folder.frame_path(0, 999)
+        folder.save(FrameFinished(0, 999, None, picture(0, 0))).result()
+    assert path.exists() and path == tmp_path / "iteration-000" / "frame-0999.png"
 
 
 def test_resume_goes_on_after_the_last_finished_iteration(tmp_path: Path) -> None:
     with open_folder(tmp_path) as folder:
         assert folder.finished_iterations() == 0
         make(folder, range(2))
-        folder.save_frame(2, 0, picture(0, 0), TEXT)
+        save(folder, 2, 0)
     (tmp_path / "iteration-02" / ".frame-001.png.0123abcd.part").write_bytes(b"half")
     with open_folder(tmp_path, resume=True) as folder:
         assert folder.finished_iterations() == 2
         assert folder.notices == ()
         assert [path.name for path in (tmp_path / "iteration-02").iterdir()] == ["frame-000.png"]
-        loaded = [read_picture(folder.frame_path(1, frame)) for frame in range(FRAMES)]
-        assert [image.tobytes() for image in loaded] == [picture(1, frame).tobytes() for frame in range(FRAMES)]
-        assert {image.mode for image in loaded} == {"RGB"}
+        images = loaded(folder, 1)
+        assert [image.tobytes() for image in images] == [picture(1, frame).tobytes() for frame in range(FRAMES)]
+        assert {image.mode for image in images} == {"RGB"}
         make(folder)
         folder.finish({}, ["a", "b", "c"], "Cats")
     whole = tmp_path / "whole"
@@ -187,7 +196,7 @@ def test_a_picture_that_is_lost_during_the_run_is_told(tmp_path: Path) -> None:
         with raises_typed(
             RunError, match="frame-001.png doesn't open any more .*; type the command again with --resume"
         ):
-            read_picture(path)
+            loaded(folder, 2)
         path.unlink()
         with raises_typed(
             RunError, match="frame-001.png doesn't open any more .*; type the command again with --resume"
@@ -205,7 +214,7 @@ def test_keep_last(tmp_path: Path) -> None:
         note.write_text("somebody's own file")
     with open_folder(tmp_path / "last", keep="last", resume=True) as folder:
         assert folder.finished_iterations() == 2
-        assert read_picture(folder.frame_path(1, 2)).tobytes() == picture(1, 2).tobytes()
+        assert loaded(folder, 1)[2].tobytes() == picture(1, 2).tobytes()
         make(folder)
         folder.finish({}, ["a", "b", "c"], "Cats")
     complete(tmp_path / "all")
@@ -316,17 +325,7 @@ def test_stored_identity(tmp_path: Path) -> None:
 
 def test_misuse(tmp_path: Path) -> None:
     with open_folder(tmp_path) as folder:
-        for iteration, frame, image in (
-            (3, 0, picture(0, 0)),
-            (0, 3, picture(0, 0)),
-            (0, -1, picture(0, 0)),
-            (0, 0, picture(0, 0).convert("L")),
-        ):
-            with pytest.raises(ValueError):
-                folder.save_frame(iteration, frame, image, {})
-        folder.save_frame(0, 0, picture(0, 0), {})
-        with pytest.raises(ValueError):
-            folder.save_frame(0, 1, picture(0, 0, (32, 32)), {})
+        save(folder, 0, 0)
         with pytest.raises(ValueError, match=r"frames \[1, 2\] are missing"):
             folder.finish_iteration(0, {})
         with pytest.raises(ValueError):
@@ -342,6 +341,7 @@ import os, random, resource, sys
 from PIL import Image
 from storyadapter.cli.options import typed
 from storyadapter.method.errors import RunError
+from storyadapter.method.events import FrameFinished
 from storyadapter.output.run_folder import RunFolder
 out, limit = sys.argv[1], int(sys.argv[2])
 def noise(side):
@@ -352,7 +352,7 @@ try:
             if limit and iteration == 1:  # from here on, no file may be as large as a frame
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
             for frame in range(2):
-                folder.save_frame(iteration, frame, noise(96), {})
+                folder.save(FrameFinished(iteration, frame, None, noise(96))).result()
             folder.finish_iteration(iteration, {})
 except RunError as error:
     print(typed(error))
@@ -377,7 +377,7 @@ def test_stopped_by_a_file_size_limit(tmp_path: Path) -> None:
     check_stopped_run(tmp_path, done, "the file size limit is reached")
     with RunFolder.open(tmp_path, {}, frames=2, scales=(None, *[0.3] * 30), resume=True) as folder:
         assert folder.finished_iterations() == 1
-        assert all(opens(folder.frame_path(0, frame)) for frame in range(2))
+        assert len(loaded(folder, 0, 2)) == 2
 
 
 def test_stopped_by_a_full_disk(tmp_path: Path) -> None:
@@ -389,7 +389,7 @@ def test_stopped_by_a_full_disk(tmp_path: Path) -> None:
     with RunFolder.open(kept, {}, frames=2, scales=(None, *[0.3] * 30), resume=True) as folder:
         count = folder.finished_iterations()
         assert 1 <= count < 30
-        assert all(opens(folder.frame_path(count - 1, frame)) for frame in range(2))
+        assert len(loaded(folder, count - 1, 2)) == 2
 
 
 # Forks from one process, so that a kill costs milliseconds, not an interpreter's start.
@@ -397,6 +397,7 @@ KILL = """
 import os, random, signal, sys, time
 from pathlib import Path
 from PIL import Image
+from storyadapter.method.events import FrameFinished
 from storyadapter.output.run_folder import RunFolder
 out, kills = Path(sys.argv[1]), int(sys.argv[2])
 scales = (None, 0.3, 0.4, 0.5)
@@ -406,7 +407,7 @@ def work():
         with RunFolder.open(out, {"seed": 7}, frames=2, scales=scales, resume=True, keep="last") as folder:
             for iteration in range(folder.finished_iterations(), len(scales)):
                 for frame in range(2):
-                    folder.save_frame(iteration, frame, picture, {"prompt": "a cat"})
+                    folder.save(FrameFinished(iteration, frame, None, picture)).result()
                 folder.finish_iteration(iteration, {})
             folder.finish({}, ["a cat", "a dog"])
         (out / "iteration-03" / "frame-000.png").unlink()

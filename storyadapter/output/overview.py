@@ -1,12 +1,19 @@
-"""The contact sheet: a row of thumbnails per iteration, a column per frame, on one page."""
+"""A run at a glance: the contact sheet, a row of thumbnails per iteration, a column per frame; and an animated GIF."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from io import BytesIO
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from storyadapter.output.files import make_folder, write_atomically
+from storyadapter.output.frame_files import encode_png, read_picture
+
+FRAME_MILLISECONDS = 800
+GIF_PIXELS = 512  # longest side: a hundred frames stay well below what a browser loads
 THUMBNAIL_PIXELS = 256  # longest side
 MAX_PIXELS = 8192  # of the sheet, either way: what viewers and browsers still open
 
@@ -170,3 +177,65 @@ def _shorten(text: str, width: int, size: int) -> str:
 
 def _fits(text: str, width: int, size: int) -> bool:
     return _font(size).getlength(text) <= width
+
+
+class ThumbnailStrips:
+    """The rows of a contact sheet, kept beside a run in a folder that is made when the first is written."""
+
+    def __init__(self, folder: Path, frames: int, iterations: int) -> None:
+        self._folder = folder
+        self._frames = frames
+        self._iterations = iterations
+
+    def path(self, iteration: int) -> Path:
+        return self._folder / f"{iteration_name(iteration, self._iterations)}.png"
+
+    def thumbnail(self, picture: Image.Image) -> Image.Image:
+        """A frame as small as the contact sheet shows it."""
+        return scaled(picture, thumbnail_size(picture.size, self._frames, self._iterations))
+
+    def write(self, iteration: int, thumbnails: Sequence[Image.Image]) -> None:
+        """Write a row.
+
+        Raises:
+            RunError: no space is left, or the folder can't be written.
+        """
+        path = self.path(iteration)
+        make_folder(path.parent)
+        write_atomically(path, encode_png(join(thumbnails), {}))
+
+    def sheet(self, scales: Sequence[float | None], captions: Sequence[str], title: str | None) -> Image.Image:
+        """The contact sheet of all rows, from λ of every iteration (None for the text-only one) and a text per frame.
+
+        Raises:
+            RunError: a row doesn't open any more.
+        """
+        rows = []
+        for index, scale in enumerate(scales):
+            detail = "text only" if scale is None else f"scale {scale:.3g}"  # Pillow's font has no λ
+            rows.append(Row(read_picture(self.path(index)), f"iteration {index}", detail))
+        return contact_sheet(rows, captions, title)
+
+
+def iteration_name(iteration: int, iterations: int) -> str:
+    """ "iteration-00", with as many digits as all of them need."""
+    return f"iteration-{iteration:0{max(2, len(str(iterations - 1)))}d}"
+
+
+def gif(frames: Iterable[Image.Image]) -> bytes:
+    """An endless GIF of RGB pictures of one size, 800 ms each, at most 512 pixels wide or high.
+
+    Every frame has a palette of its own. Equal frames in a row are stored once, with their times added.
+    """
+    first, *rest = _indexed(frames)
+    file = BytesIO()
+    first.save(file, "GIF", save_all=True, append_images=rest, duration=FRAME_MILLISECONDS, loop=0, optimize=False)
+    return file.getvalue()
+
+
+def _indexed(frames: Iterable[Image.Image]) -> Iterator[Image.Image]:
+    for frame in frames:
+        small = scaled(frame, fit(frame.size, GIF_PIXELS))
+        # Two passes: Pillow dithers only towards a palette it is given.
+        palette = small.quantize(256, Image.Quantize.MEDIANCUT)
+        yield small.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG)
