@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from storyadapter.bench.kernels.baselines import Baseline, gate, geglu_baselines, grca_baselines, layer_norm_baselines
-from storyadapter.kernels.geglu.launch import geglu_triton, interleave_geglu, launch_geglu
+from storyadapter.kernels.geglu import geglu_triton, interleave_geglu, launch_geglu
 from storyadapter.kernels.grca.kernel import grca_kernel
 from storyadapter.kernels.grca.launch import grca_triton, launch_arguments
 from storyadapter.kernels.launching import processors
-from storyadapter.kernels.layer_norm.launch import add_layer_norm_triton, launch_layer_norm
+from storyadapter.kernels.layer_norm import add_layer_norm_triton, launch_layer_norm
 from storyadapter.kernels.tiles import GegluTiles, GrcaTiles, LayerNormTiles
 from storyadapter.method.constants import TEXT_TOKENS, TOKENS_PER_IMAGE
 from storyadapter.model.grca import grca

@@ -31,9 +31,9 @@ def operators_for(device: torch.device) -> Operators:
     """The project's Triton kernels on a CUDA device, PyTorch's operators elsewhere."""
     if device.type != "cuda":
         return PLAIN
-    from storyadapter.kernels.geglu.launch import geglu_triton, interleave_geglu
+    from storyadapter.kernels.geglu import geglu_triton, interleave_geglu
     from storyadapter.kernels.grca.launch import grca_triton
-    from storyadapter.kernels.layer_norm.launch import add_layer_norm_triton
+    from storyadapter.kernels.layer_norm import add_layer_norm_triton
 
     return Operators(grca_triton, add_layer_norm_triton, geglu_triton, interleave_geglu)
 

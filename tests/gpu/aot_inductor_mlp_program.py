@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from storyadapter.engine.inductor.target import check_compilers
-from storyadapter.kernels.geglu import launch
-from storyadapter.kernels.geglu.launch import geglu_triton, interleave_geglu
-from storyadapter.kernels.layer_norm.launch import add_layer_norm_triton
+from storyadapter.kernels import geglu
+from storyadapter.kernels.geglu import geglu_triton, interleave_geglu
+from storyadapter.kernels.layer_norm import add_layer_norm_triton
 from storyadapter.kernels.tiles import GegluTiles
 from tests.kernels.mlp_cases import error, geglu_inputs, geglu_reference, norm_inputs, norm_reference
 
@@ -40,7 +40,7 @@ def main() -> None:
     """One line a shape: the error of the sum and of the product."""
     check_compilers(torch.device("cuda"))
     tiles = dataclasses.replace(TILES, descriptors=sys.argv[2] == "descriptors", persistent=True)
-    launch.GEGLU = SimpleNamespace(choose=lambda *_: (tiles, False))
+    geglu.GEGLU = SimpleNamespace(choose=lambda *_: (tiles, False))
     _, weight, bias = geglu_inputs(1, DEPTH, WIDTH, torch.float16, "cuda")
     _, _, scale, shift = norm_inputs(1, DEPTH, torch.float16, "cuda")
     layer = Layer(interleave_geglu(weight, bias), (scale, shift))

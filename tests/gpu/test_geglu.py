@@ -14,8 +14,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 triton = pytest.importorskip("triton", reason="needs Triton")
 
 if torch.cuda.is_available():
-    from storyadapter.kernels.geglu.kernel import geglu_kernel
-    from storyadapter.kernels.geglu.launch import geglu_triton, interleave_geglu, launch_geglu
+    from storyadapter.kernels.geglu import geglu_kernel, geglu_triton, interleave_geglu, launch_geglu
     from storyadapter.kernels.launching import capability
     from storyadapter.kernels.tiles import GegluTiles
 

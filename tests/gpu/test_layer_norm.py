@@ -9,7 +9,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 pytest.importorskip("triton", reason="needs Triton")
 
 if torch.cuda.is_available():
-    from storyadapter.kernels.layer_norm.launch import add_layer_norm_triton, launch_layer_norm
+    from storyadapter.kernels.layer_norm import add_layer_norm_triton, launch_layer_norm
     from storyadapter.kernels.tiles import LAYER_NORM
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)

@@ -11,9 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from storyadapter.kernels.geglu.kernel import gelu
-from storyadapter.kernels.geglu.launch import geglu_triton, interleave_geglu, launch_geglu
-from storyadapter.kernels.layer_norm.launch import add_layer_norm_triton, launch_layer_norm
+from storyadapter.kernels.geglu import geglu_triton, gelu, interleave_geglu, launch_geglu
+from storyadapter.kernels.layer_norm import add_layer_norm_triton, launch_layer_norm
 from storyadapter.kernels.tiles import GegluTiles, LayerNormTiles
 from tests.kernels.mlp_cases import error, geglu_inputs, geglu_reference, norm_inputs, norm_reference
 

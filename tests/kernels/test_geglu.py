@@ -12,11 +12,10 @@ from tests.kernels.mlp_cases import TOLERANCE, error, geglu_inputs
 
 triton = pytest.importorskip("triton", reason="needs Triton")
 
-from storyadapter.kernels import launching  # noqa: E402
-from storyadapter.kernels.geglu import launch  # noqa: E402
-from storyadapter.kernels.geglu.kernel import geglu_kernel  # noqa: E402
-from storyadapter.kernels.geglu.launch import (  # noqa: E402
+from storyadapter.kernels import geglu, launching  # noqa: E402
+from storyadapter.kernels.geglu import (  # noqa: E402
     check_geglu_arguments,
+    geglu_kernel,
     geglu_triton,
     interleave_geglu,
     launch_geglu,
@@ -126,7 +125,7 @@ def test_shapes_without_data() -> None:
 def test_compilers_see_that_the_output_alone_is_written(descriptors: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     # an output that isn't seen is dropped from the graph with its kernel; an input taken for one is copied
     tiles = GegluTiles(128, 256, 64, 8, 8, 4, persistent=True, descriptors=descriptors)
-    monkeypatch.setattr(launch, "GEGLU", SimpleNamespace(choose=lambda *_: (tiles, True)))
+    monkeypatch.setattr(geglu, "GEGLU", SimpleNamespace(choose=lambda *_: (tiles, True)))
     monkeypatch.setattr(launching, "interpreted", lambda _: True)  # lets a fake CPU tensor stand for a CUDA one
     monkeypatch.setattr(triton.runtime.driver, "_active", AbsentDriver())
 
@@ -177,7 +176,7 @@ def _specialization(rows: int, depth: int) -> tuple[Any, ...]:
     )
     x, weight, bias = geglu_inputs(rows, depth, 32, torch.float16)
     tiles, _ = TABLE.choose(80, 2, depth)
-    keywords = launch.geglu_keywords(x, weight, tiles)
+    keywords = geglu.geglu_keywords(x, weight, tiles)
     _, specialization, options = bind(x.new_empty(rows, 32), x, weight, bias, rows, **keywords)
     return tuple(specialization), tuple(sorted(options.items()))
 
@@ -195,7 +194,7 @@ def test_launcher_counts_programs(monkeypatch: pytest.MonkeyPatch) -> None:
             grids.append(grid)
             return lambda *_, **__: None
 
-    monkeypatch.setattr(launch, "wrap_triton", lambda _: Recorder())
+    monkeypatch.setattr(geglu, "wrap_triton", lambda _: Recorder())
     x, weight, bias = geglu_inputs(130, 32, 48, torch.float16)
     for persistent in (False, True):
         tiles = GegluTiles(64, 32, 32, 8, 4, 2, persistent, descriptors=False)

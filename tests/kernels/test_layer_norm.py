@@ -12,8 +12,8 @@ triton = pytest.importorskip("triton", reason="needs Triton")
 
 from storyadapter.kernels import launching  # noqa: E402
 from storyadapter.kernels.grca.aot import SHARED_MEMORY_LIMIT  # noqa: E402
-from storyadapter.kernels.layer_norm.kernel import add_layer_norm_kernel  # noqa: E402
-from storyadapter.kernels.layer_norm.launch import (  # noqa: E402
+from storyadapter.kernels.layer_norm import (  # noqa: E402
+    add_layer_norm_kernel,
     add_layer_norm_triton,
     channel_blocks,
     check_layer_norm_arguments,
