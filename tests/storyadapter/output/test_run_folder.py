@@ -31,7 +31,7 @@ def picture(iteration: int, frame: int, size: tuple[int, int] = (40, 32)) -> Ima
 
 
 def open_folder(path: Path, identity: dict = IDENTITY, **options) -> RunFolder:
-    return RunFolder.open(path, identity, frames=FRAMES, scales=SCALES, text=lambda frame: TEXT, **options)
+    return RunFolder.open(path, identity, frames=FRAMES, scales=SCALES, **{"text": lambda frame: TEXT, **options})
 
 
 def save(folder: RunFolder, iteration: int, frame: int) -> None:
