@@ -25,7 +25,7 @@ from storyadapter.engine.tensorrt.layers import Layer, parse_layers
 from storyadapter.engine.tensorrt.library import AUTO, Library, choose_library, gpu_target, parse_targets
 from storyadapter.engine.tensorrt.options import BuildOptions
 from storyadapter.engine.tensorrt.worker import BuildReport, peak_memory
-from storyadapter.export.compared import export_compared
+from storyadapter.export.onnx_export import export_compared
 from storyadapter.model.contract import Range, ShapeRanges, network_specs
 from storyadapter.model.grca import grca
 from storyadapter.model.networks import TORCH_DTYPES

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from storyadapter.checkpoint import Checkpoint
-from storyadapter.export.compared import export_compared
+from storyadapter.export.onnx_export import export_compared
 from storyadapter.model.contract import ShapeRanges, network_specs
 from storyadapter.model.grca import grca
 from storyadapter.model.modules import iterate_modules

@@ -14,7 +14,7 @@ from storyadapter.engine.tensorrt.engine_folder import TENSORRT_NAMES, EngineFol
 from storyadapter.engine.tensorrt.library import Library
 from storyadapter.engine.tensorrt.options import BuildOptions
 from storyadapter.engine.tensorrt.worker import BuildReport, NetworkRequest, Refusal, TensorBounds, build, peak_memory
-from storyadapter.export.compared import export_compared
+from storyadapter.export.onnx_export import export_compared
 from storyadapter.method.errors import EngineBuildError, Field, Text, UnavailableError
 from storyadapter.model.contract import NetworkSpec, Range, ShapeRanges, TensorSpec, network_specs, size_of, split_dim
 from storyadapter.model.grca import grca

@@ -15,7 +15,7 @@ latent consistency models (arXiv 2310.04378). Time steps and noise levels are th
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass, fields
 from functools import lru_cache
 from typing import Any
 
@@ -96,29 +96,12 @@ COLUMNS = tuple(field.name for field in fields(SamplerTable) if field.name != "i
 
 
 def timestep_at(coefficients: Tensor, step_index: Tensor) -> Tensor:
-    """The time step of one UNet call, without a host synchronisation.
-
-    Args:
-        coefficients: [K, 8] fp32, from `SamplerTable.coefficients`.
-        step_index: [1] int64 on the same device: the step counter.
-
-    Returns:
-        [1] fp32.
-    """
+    """The time step of one UNet call, [1] fp32; arguments as those of `step`."""
     return _row(coefficients, step_index)["timestep"]
 
 
 def scale_input(coefficients: Tensor, step_index: Tensor, x: Tensor) -> Tensor:
-    """The UNet's latents of one call, without a host synchronisation.
-
-    Args:
-        coefficients: [K, 8] fp32, from `SamplerTable.coefficients`.
-        step_index: [1] int64 on the same device: the step counter.
-        x: [F, 4, h, w] fp32.
-
-    Returns:
-        [F, 4, h, w] in x's dtype.
-    """
+    """The UNet's latents of one call, [F, 4, h, w] in x's dtype; arguments as those of `step`."""
     return _row(coefficients, step_index)["input_scale"].to(x.dtype) * x
 
 
@@ -193,18 +176,8 @@ def build_sampler(
 
 @lru_cache(maxsize=16)
 def sampler_of(settings: SamplerSettings) -> SamplerTable:
-    """The sampler that a plan asks for.
-
-    Raises:
-        InputError: see `build_sampler`.
-    """
-    return build_sampler(
-        settings.scheduler,
-        settings.steps,
-        settings.karras,
-        settings.prediction_type,
-        zero_terminal_snr=settings.zero_terminal_snr,
-    )
+    """The sampler that a plan asks for. Raises: InputError, as `build_sampler`."""
+    return build_sampler(*astuple(settings))
 
 
 def table_from_scheduler(scheduler: SchedulerMixin | Mapping[str, Any], steps: int) -> SamplerTable:
@@ -287,8 +260,7 @@ def _solver_rows(scheduler: SchedulerMixin) -> dict[str, Tensor]:
     predicted x0 itself except in the second-order steps of DPM-Solver++.
     """
     alpha, sigma, next_alpha, next_sigma = _noise_levels(scheduler)
-    keeps_variance = not isinstance(scheduler, EulerDiscreteScheduler)
-    if keeps_variance:
+    if not isinstance(scheduler, EulerDiscreteScheduler):  # it keeps the variance
         input_scale, signal, spread = torch.ones_like(alpha), alpha, sigma
     else:
         input_scale = (sigma**2 + 1).rsqrt()

@@ -43,24 +43,22 @@ class ModelParts(Protocol):
     def load_vae(self, dtype: torch.dtype, device: torch.device | None = None) -> AutoencoderKL: ...
 
 
-class TextEncoder(nn.Module):
-    """CLIP text model → penultimate hidden states."""
-
+class _Encoder(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+
+
+class TextEncoder(_Encoder):
+    """CLIP text model → penultimate hidden states."""
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """input_ids [P, T] int32 → text_embedding [P, T, width]."""
         return self.model(input_ids, output_hidden_states=True).hidden_states[-2]
 
 
-class TextEncoder2(nn.Module):
+class TextEncoder2(_Encoder):
     """CLIP text model with projection → penultimate hidden states and pooled text."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         """input_ids [P, T] int32 → text_embedding_2 [P, T, width], pooled_text [P, pooled width]."""
@@ -68,12 +66,8 @@ class TextEncoder2(nn.Module):
         return out.hidden_states[-2], out.text_embeds
 
 
-class ImageEncoder(nn.Module):
+class ImageEncoder(_Encoder):
     """CLIP vision model with projection → image embedding."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels [F, 3, 224, 224], CLIP-normalized → image_embedding [F, width]."""
@@ -124,12 +118,10 @@ def iterate_modules(
     def dtype(name: str) -> torch.dtype:
         return TORCH_DTYPES[numerics[name]]
 
-    if wanted("text_encoder"):
-        yield "text_encoder", TextEncoder(checkpoint.load_text_encoder(dtype("text_encoder"), device)).eval()
-    if wanted("text_encoder_2"):
-        yield "text_encoder_2", TextEncoder2(checkpoint.load_text_encoder_2(dtype("text_encoder_2"), device)).eval()
-    if wanted("image_encoder"):
-        yield "image_encoder", ImageEncoder(checkpoint.load_image_encoder(dtype("image_encoder"), device)).eval()
+    encoders = {"text_encoder": TextEncoder, "text_encoder_2": TextEncoder2, "image_encoder": ImageEncoder}
+    for name, encoder in encoders.items():
+        if wanted(name):
+            yield name, encoder(getattr(checkpoint, f"load_{name}")(dtype(name), device)).eval()
     if any(map(wanted, _UNET_PARTS)):
         unet, adapter = (load(dtype("denoiser"), device) for load in (checkpoint.load_unet, checkpoint.load_ip_adapter))
         parts = split_unet(unet, adapter, grca)

@@ -11,9 +11,8 @@ from torch import nn
 
 from storyadapter.checkpoint import Checkpoint
 from storyadapter.export import OPSET
-from storyadapter.export.as_fp32 import write_as_fp32
-from storyadapter.export.compared import export_compared
-from storyadapter.export.verify import open_session, verify_export
+from storyadapter.export.onnx_export import export_compared
+from storyadapter.export.verify import open_session, verify_export, write_as_fp32
 from storyadapter.method.errors import EngineBuildError
 from storyadapter.model.contract import NetworkSpec, Range, ShapeRanges, TensorSpec, network_specs, size_of
 from storyadapter.model.examples import Example
