@@ -34,65 +34,39 @@ class Tiles:
 
 @dataclass(frozen=True)
 class GrcaTiles(Tiles):
-    """Tiles of `grca_kernel`.
+    """Tiles of `grca_kernel`."""
 
-    Attributes:
-        block_m: queries of a tile; a power of two, at least 16.
-        block_n: reference tokens of a block; a power of two, at least 16.
-        tiles: tiles that one program takes one after the other, keeping what they share in shared memory.
-        num_warps: warps of a program.
-        num_stages: blocks of reference tokens in flight (1: no pipelining).
-        prefetch: reads the next tile's queries while this one is computed.
-        heads_first: neighbouring programs take neighbouring heads (else neighbouring queries of one head).
-        max_registers: cap on the registers of a thread; None leaves it to the assembler. torch.compile ignores it.
-    """
-
-    block_m: int
-    block_n: int
-    tiles: int
-    num_warps: int
-    num_stages: int
-    prefetch: bool
-    heads_first: bool
+    block_m: int  # queries of a tile; a power of two, at least 16
+    block_n: int  # reference tokens of a block; a power of two, at least 16
+    tiles: int  # tiles that one program takes one after the other, keeping what they share in shared memory
+    num_warps: int  # warps of a program
+    num_stages: int  # blocks of reference tokens in flight (1: no pipelining)
+    prefetch: bool  # reads the next tile's queries while this one is computed
+    heads_first: bool  # neighbouring programs take neighbouring heads (else neighbouring queries of one head)
+    # cap on the registers of a thread; None leaves it to the assembler. torch.compile ignores it
     max_registers: int | None = None
 
 
 @dataclass(frozen=True)
 class GegluTiles(Tiles):
-    """Tiles of `geglu_kernel`.
+    """Tiles of `geglu_kernel`."""
 
-    Attributes:
-        block_m: rows of x in a tile; a power of two, at least 16.
-        block_n: columns of the product in a tile, twice the outputs; a power of two, at least 16.
-        block_k: depth of one step; a power of two, at least 16.
-        group_m: blocks of rows that are walked together.
-        num_warps: warps of a program.
-        num_stages: steps in flight.
-        persistent: as many programs as multiprocessors, each taking many tiles.
-        descriptors: loads by the tensor memory accelerator (compute capability 9.0 and later).
-    """
-
-    block_m: int
-    block_n: int
-    block_k: int
-    group_m: int
-    num_warps: int
-    num_stages: int
-    persistent: bool
-    descriptors: bool
+    block_m: int  # rows of x in a tile; a power of two, at least 16
+    block_n: int  # columns of the product in a tile, twice the outputs; a power of two, at least 16
+    block_k: int  # depth of one step; a power of two, at least 16
+    group_m: int  # blocks of rows that are walked together
+    num_warps: int  # warps of a program
+    num_stages: int  # steps in flight
+    persistent: bool  # as many programs as multiprocessors, each taking many tiles
+    descriptors: bool  # loads by the tensor memory accelerator (compute capability 9.0 and later)
 
 
 @dataclass(frozen=True)
 class LayerNormTiles(Tiles):
-    """Tiles of `add_layer_norm_kernel`.
+    """Tiles of `add_layer_norm_kernel`."""
 
-    Attributes:
-        rows: rows of a program; a power of two.
-        num_warps: warps of a program.
-    """
-
-    rows: int
-    num_warps: int
+    rows: int  # rows of a program; a power of two
+    num_warps: int  # warps of a program
 
 
 KernelTiles = TypeVar("KernelTiles", bound=Tiles)
@@ -100,17 +74,11 @@ KernelTiles = TypeVar("KernelTiles", bound=Tiles)
 
 @dataclass(frozen=True)
 class TileTable(Generic[KernelTiles]):
-    """The stored tiles of one kernel.
+    """The stored tiles of one kernel."""
 
-    Attributes:
-        kernel: its name in `tiles.json`.
-        kind: the class of its tiles.
-        letter: of the width that they depend on.
-    """
-
-    kernel: str
-    kind: type[KernelTiles]
-    letter: str
+    kernel: str  # its name in `tiles.json`
+    kind: type[KernelTiles]  # the class of its tiles
+    letter: str  # of the width that they depend on
 
     def key(self, element_bytes: int, width: int) -> str:
         """Under which the tiles of one element size and width are stored."""

@@ -44,17 +44,11 @@ class AheadOfTimeError(RuntimeError):
 
 @dataclass(frozen=True)
 class KernelArgument:
-    """One parameter of the entry.
+    """One parameter of the entry."""
 
-    Attributes:
-        name: as in `grca_kernel`.
-        kind: input pointer, int32, or output pointer.
-        type: `*fp16`, `*bf16`, `*fp32`, `*i32` or `i32`.
-    """
-
-    name: str
-    kind: Literal["input", "integer", "output"]
-    type: str
+    name: str  # as in `grca_kernel`
+    kind: Literal["input", "integer", "output"]  # input pointer, int32, or output pointer
+    type: str  # `*fp16`, `*bf16`, `*fp32`, `*i32` or `i32`
 
 
 @dataclass(frozen=True)

@@ -36,23 +36,14 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class Component:
-    """One network of the checkpoint.
+    """One network of the checkpoint."""
 
-    Attributes:
-        title: what messages call it, such as "the UNet".
-        config_file: where its sizes come from.
-        build: makes the network without weights; called on an empty-weights context.
-        files: weights; a shard index may be among them.
-        convert: from the tensors of the files to those of the network.
-        prefix: only tensors whose names start with it are read: a single file holds several networks.
-    """
-
-    title: Text
-    config_file: Path
-    build: "Callable[[], nn.Module]"
-    files: tuple[Path, ...]
-    convert: Convert
-    prefix: str = ""
+    title: Text  # what messages call it, such as "the UNet"
+    config_file: Path  # where its sizes come from
+    build: "Callable[[], nn.Module]"  # makes the network without weights; called on an empty-weights context
+    files: tuple[Path, ...]  # weights; a shard index may be among them
+    convert: Convert  # from the tensors of the files to those of the network
+    prefix: str = ""  # only tensors whose names start with it are read: a single file holds several networks
 
     def check(self) -> Any:
         """Compare names and shapes in the files' headers with the network, and return the empty network.

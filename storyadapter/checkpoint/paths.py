@@ -52,24 +52,16 @@ class LoraSpec:
 
 @dataclass(frozen=True)
 class CheckpointPaths:
-    """The model files of a run, as typed. A name that is no path is looked up in the local Hugging Face cache.
+    """The model files of a run, as typed. A name that is no path is looked up in the local Hugging Face cache."""
 
-    Attributes:
-        base_model: a diffusers SDXL folder, or a single `.safetensors` file in the original layout.
-        image_encoder: a folder with a CLIP vision model with projection (transformers).
-        ip_adapter: the plain 4-token IP-Adapter for SDXL, `.bin` or `.safetensors`.
-        base_config: for a single file: a diffusers folder with its configuration files and tokenizers.
-        vae: another VAE: a diffusers folder, or a `.safetensors` file.
-        loras: fused into the UNet and the text encoders, in this order.
-        variant: take `*.<variant>.safetensors` and the like where a network has both; without it, the plain files.
-    """
-
-    base_model: Path | str
-    image_encoder: Path | str
-    ip_adapter: Path | str
+    base_model: Path | str  # a diffusers SDXL folder, or a single `.safetensors` file in the original layout
+    image_encoder: Path | str  # a folder with a CLIP vision model with projection (transformers)
+    ip_adapter: Path | str  # the plain 4-token IP-Adapter for SDXL, `.bin` or `.safetensors`
+    # for a single file: a diffusers folder with its configuration files and tokenizers
     base_config: Path | str | None = None
-    vae: Path | str | None = None
-    loras: tuple[LoraSpec, ...] = ()
+    vae: Path | str | None = None  # another VAE: a diffusers folder, or a `.safetensors` file
+    loras: tuple[LoraSpec, ...] = ()  # fused into the UNet and the text encoders, in this order
+    # take `*.<variant>.safetensors` and the like where a network has both; without it, the plain files
     variant: str | None = None
 
 

@@ -12,15 +12,11 @@ from storyadapter.method.sampler import SamplerTable
 
 @dataclass(frozen=True, eq=False)
 class Noise:
-    """Raw (unit variance) noise that every frame of every iteration shares.
+    """Raw (unit variance) noise that every frame of every iteration shares."""
 
-    Attributes:
-        initial: [1, 4, h, w] fp32; `SamplerTable.initial_latents` scales it.
-        per_step: [K, 1, 4, h, w] fp32, so that a step counter finds its row, zeros where the sampler adds no noise;
-            [0, 1, 4, h, w] when it adds none in any step.
-    """
-
-    initial: Tensor
+    initial: Tensor  # [1, 4, h, w] fp32; `SamplerTable.initial_latents` scales it
+    # [K, 1, 4, h, w] fp32, so that a step counter finds its row, zeros where the sampler adds no noise; [0, 1, 4, h, w]
+    # when it adds none in any step
     per_step: Tensor
 
 

@@ -45,28 +45,17 @@ class SamplerTable:
 
     K, the number of calls, is the number of steps asked for, except with a scheduler configuration of trailing time
     steps that don't divide its training steps. Every tensor is [K] fp32 on the CPU, rounded once from fp64.
-
-    Attributes:
-        timestep: what the UNet is told; not always whole.
-        input_scale: factor of x in the UNet's input.
-        x: factor of x in the next x.
-        output: factor of the guided UNet output in the next x.
-        previous_x0: factor of the x0 predicted by the call before; 0 in the first row.
-        noise: factor of this step's fresh noise; 0 where none is drawn.
-        x0_from_x: factor of x in the predicted x0.
-        x0_from_output: factor of the guided UNet output in the predicted x0.
-        initial_sigma: standard deviation of the first x; factor of the initial noise.
     """
 
-    timestep: Tensor
-    input_scale: Tensor
-    x: Tensor
-    output: Tensor
-    previous_x0: Tensor
-    noise: Tensor
-    x0_from_x: Tensor
-    x0_from_output: Tensor
-    initial_sigma: float
+    timestep: Tensor  # what the UNet is told; not always whole
+    input_scale: Tensor  # factor of x in the UNet's input
+    x: Tensor  # factor of x in the next x
+    output: Tensor  # factor of the guided UNet output in the next x
+    previous_x0: Tensor  # factor of the x0 predicted by the call before; 0 in the first row
+    noise: Tensor  # factor of this step's fresh noise; 0 where none is drawn
+    x0_from_x: Tensor  # factor of x in the predicted x0
+    x0_from_output: Tensor  # factor of the guided UNet output in the predicted x0
+    initial_sigma: float  # standard deviation of the first x; factor of the initial noise
 
     @property
     def calls(self) -> int:

@@ -18,16 +18,11 @@ Place = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class StoryFile:
-    """What a story file holds, not yet checked.
+    """What a story file holds, not yet checked."""
 
-    Attributes:
-        path: where it was read.
-        fields: its top-level keys, as text, and their values.
-        lines: the line, counted from 1, of a key `(key,)` or an item `(key, index or name)`, where it is known.
-    """
-
-    path: Path
-    fields: Mapping[Any, Any]
+    path: Path  # where it was read
+    fields: Mapping[Any, Any]  # its top-level keys, as text, and their values
+    # the line, counted from 1, of a key `(key,)` or an item `(key, index or name)`, where it is known
     lines: Mapping[Place, int] = field(default_factory=dict)
 
     def where(self, *place: Any) -> str:

@@ -14,33 +14,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AdapterLayer:
-    """The adapter's keys and values of one cross-attention layer of width C, for image tokens of width X (2048).
+    """The adapter's keys and values of one cross-attention layer of width C, for image tokens of width X (2048)."""
 
-    Attributes:
-        module: name of the layer in the UNet, such as "down_blocks.1.attentions.0.transformer_blocks.0.attn2".
-        to_k: [C, X], weight of a linear layer without bias.
-        to_v: [C, X], likewise.
-    """
-
-    module: str
-    to_k: Tensor
-    to_v: Tensor
+    module: str  # name of the layer in the UNet, such as "down_blocks.1.attentions.0.transformer_blocks.0.attn2"
+    to_k: Tensor  # [C, X], weight of a linear layer without bias
+    to_v: Tensor  # [C, X], likewise
 
 
 @dataclass(frozen=True)
 class IPAdapterWeights:
-    """The plain IP-Adapter (arXiv 2308.06721): image embedding of width D -> 4 tokens of width X -> keys and values.
+    """The plain IP-Adapter (arXiv 2308.06721): image embedding of width D -> 4 tokens of width X -> keys and values."""
 
-    Attributes:
-        projection_weight: [4·X, D], linear layer on the image embedding.
-        projection_bias: [4·X].
-        norm_weight: [X], layer norm of each token.
-        norm_bias: [X].
-        layers: in the order of the UNet's `attn_processors`: down, up, mid.
-    """
-
-    projection_weight: Tensor
-    projection_bias: Tensor
-    norm_weight: Tensor
-    norm_bias: Tensor
-    layers: tuple[AdapterLayer, ...]
+    projection_weight: Tensor  # [4·X, D], linear layer on the image embedding
+    projection_bias: Tensor  # [4·X]
+    norm_weight: Tensor  # [X], layer norm of each token
+    norm_bias: Tensor  # [X]
+    layers: tuple[AdapterLayer, ...]  # in the order of the UNet's `attn_processors`: down, up, mid

@@ -62,22 +62,16 @@ run_directly = DirectStepRunner()
 
 @dataclass(frozen=True)
 class Networks:
-    """The networks of one model on one backend, by the contract's names, with what a run must know of them.
-
-    Attributes:
-        letters: the engine's ranges; None where shapes are free.
-        run_step: how a step of the denoising loop is run.
-        padding_is_free: whether reference tokens behind `ref_length` take no time, as the fused kernel reads only those
-            before it.
-    """
+    """The networks of one model on one backend, by the contract's names, with what a run must know of them."""
 
     by_name: Mapping[str, Network]
     geometry: Geometry
     backend: str
     device: torch.device
     numerics: Numerics
-    letters: Mapping[str, Range] | None
-    run_step: StepRunner = run_directly
+    letters: Mapping[str, Range] | None  # the engine's ranges; None where shapes are free
+    run_step: StepRunner = run_directly  # how a step of the denoising loop is run
+    # whether reference tokens behind `ref_length` take no time, as the fused kernel reads only those before it
     padding_is_free: bool = False
 
     def __getitem__(self, name: str) -> Network:

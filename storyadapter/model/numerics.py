@@ -12,14 +12,10 @@ DTYPE_NAMES: Final[dict[Precision, str]] = {"fp32": "float32", "fp16": "float16"
 
 @dataclass(frozen=True)
 class Numerics:
-    """The arithmetic of each network, by the contract's names: `numerics["vae_decoder"]`.
+    """The arithmetic of each network, by the contract's names: `numerics["vae_decoder"]`."""
 
-    Attributes:
-        precision: of weights and activations of every network that `exceptions` doesn't name.
-        exceptions: network and precision, where that is another; sorted, so that equal numerics are equal values.
-    """
-
-    precision: Precision
+    precision: Precision  # of weights and activations of every network that `exceptions` doesn't name
+    # network and precision, where that is another; sorted, so that equal numerics are equal values
     exceptions: tuple[tuple[str, Precision], ...] = ()
 
     def __post_init__(self) -> None:

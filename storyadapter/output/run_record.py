@@ -20,21 +20,13 @@ _EXCERPT = 40  # letters of a value shown in a message
 
 @dataclass(frozen=True)
 class IterationRecord:
-    """An iteration whose frames are all written.
+    """An iteration whose frames are all written."""
 
-    Attributes:
-        scale: λ of its references; None for the text-only iteration.
-        seconds: of each stage, by name.
-        removed: whether its pictures were removed when the next iteration was finished (`keep="last"`).
-        split: frames of each batch that was drawn.
-        sha256: of each frame's file.
-    """
-
-    scale: float | None
-    seconds: Mapping[str, float]
-    removed: bool = False
-    split: tuple[int, ...] = ()
-    sha256: tuple[str, ...] = ()
+    scale: float | None  # λ of its references; None for the text-only iteration
+    seconds: Mapping[str, float]  # of each stage, by name
+    removed: bool = False  # whether its pictures were removed when the next iteration was finished (`keep="last"`)
+    split: tuple[int, ...] = ()  # frames of each batch that was drawn
+    sha256: tuple[str, ...] = ()  # of each frame's file
 
 
 @dataclass(frozen=True)
@@ -47,40 +39,25 @@ class UnderWay:
 
 @dataclass(frozen=True)
 class Session:
-    """One process's part of a run: a run that was resumed has several.
+    """One process's part of a run: a run that was resumed has several."""
 
-    Attributes:
-        first_iteration: the first one this process worked on.
-        details: what doesn't decide the pictures: versions, device, split into micro-batches, ...
-        seconds: of each stage in this process, by name; written when the run is finished.
-    """
-
-    first_iteration: int
-    details: Mapping[str, Any]
+    first_iteration: int  # the first one this process worked on
+    details: Mapping[str, Any]  # what doesn't decide the pictures: versions, device, split into micro-batches, …
+    # of each stage in this process, by name; written when the run is finished
     seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """The content of `story.json`.
+    """The content of `story.json`."""
 
-    Attributes:
-        identity: everything that decides the pictures, as JSON values.
-        frames: N, the frames of one iteration.
-        scales: λ of every iteration planned, None first.
-        iterations: those that are finished, in order.
-        sessions: the processes that worked on the run, in order.
-        finished: whether everything is written, the overview too.
-        under_way: the iteration that is being drawn, if one was begun.
-    """
-
-    identity: Mapping[str, Any]
-    frames: int
-    scales: tuple[float | None, ...]
-    iterations: tuple[IterationRecord, ...] = ()
-    sessions: tuple[Session, ...] = ()
-    finished: bool = False
-    under_way: UnderWay | None = None
+    identity: Mapping[str, Any]  # everything that decides the pictures, as JSON values
+    frames: int  # N, the frames of one iteration
+    scales: tuple[float | None, ...]  # λ of every iteration planned, None first
+    iterations: tuple[IterationRecord, ...] = ()  # those that are finished, in order
+    sessions: tuple[Session, ...] = ()  # the processes that worked on the run, in order
+    finished: bool = False  # whether everything is written, the overview too
+    under_way: UnderWay | None = None  # the iteration that is being drawn, if one was begun
 
     def to_json(self) -> bytes:
         """The text of `story.json`: UTF-8, keys sorted, two spaces of indentation."""
