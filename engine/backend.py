@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from storyadapter.method.errors import Field, InputError, Text, UnavailableError
 from storyadapter.model.numerics import PRECISIONS, Numerics, Precision
@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from storyadapter.checkpoint import Checkpoint
     from storyadapter.engine.identity import EngineIdentity
     from storyadapter.engine.store import StoredEngine
-    from storyadapter.model.contract import ShapeRanges
+    from storyadapter.model.contract import NetworkSpec, Range, ShapeRanges
     from storyadapter.model.networks import Networks
 
+Loaded = TypeVar("Loaded")
 ReportStage = Callable[[str, str], None]  # network ("" for none in particular), what is being done
 ReportBytes = Callable[[int, int], None]  # bytes read, bytes to be read
 ReportFraction = Callable[[str, float], None]  # network, how much of its engine is built
@@ -28,46 +29,61 @@ ReportFraction = Callable[[str, float], None]  # network, how much of its engine
 
 @dataclass(frozen=True)
 class Setting:
-    """A setting of one backend's builds, which a face spells and reads.
+    """A setting of one backend's builds, which a face spells and reads."""
 
-    Attributes:
-        name: as `Field` names it.
-        placeholder: of its value.
-        help: what it does.
-        kind: of its value.
-        default: what it is if it isn't given.
-        several: whether it may be given several times, and is a list.
-    """
-
-    name: str
-    placeholder: str
-    help: Text
-    kind: type = str
-    default: Any = None
-    several: bool = False
+    name: str  # as `Field` names it
+    placeholder: str  # of its value
+    help: Text  # what it does
+    kind: type = str  # of its value
+    default: Any = None  # what it is if it isn't given
+    several: bool = False  # whether it may be given several times, and is a list
 
 
 @dataclass(frozen=True)
 class EngineRequest:
-    """An engine to be built.
+    """An engine to be built."""
 
-    Attributes:
-        checkpoint: opened model files.
-        identity: what a backend's `identity` gave for them.
-        ranges: the shapes to be served.
-        options: those that the identity was made with.
-        shared: a folder for what this backend's builds share.
-    """
-
-    checkpoint: "Checkpoint"
-    identity: "EngineIdentity"
-    ranges: "ShapeRanges"
-    options: Any
-    shared: Path
+    checkpoint: "Checkpoint"  # opened model files
+    identity: "EngineIdentity"  # what a backend's `identity` gave for them
+    ranges: "ShapeRanges"  # the shapes to be served
+    options: Any  # those that the identity was made with
+    shared: Path  # a folder for what this backend's builds share
 
     @property
     def numerics(self) -> Numerics:
         return self.identity.numerics
+
+
+@dataclass(frozen=True)
+class OpenRequest:
+    """Networks to be opened."""
+
+    checkpoint: "Checkpoint"
+    numerics: Numerics
+    device: "torch.device"  # as a backend's `device` gives it
+    engine: "StoredEngine | None"  # that serves them; None for a backend that doesn't build
+    on_stage: ReportStage
+
+    @property
+    def stored(self) -> "StoredEngine":
+        """The engine, of a backend that builds."""
+        assert self.engine is not None
+        return self.engine
+
+    @property
+    def letters(self) -> "dict[str, Range]":
+        """The range of every dynamic letter that the engine serves."""
+        return self.stored.ranges.letters(self.checkpoint.geometry.pixels_per_latent)
+
+    def load_each(self, load: "Callable[[NetworkSpec], Loaded]") -> "dict[str, Loaded]":
+        """What `load` gives for each of the seven networks, by name; each is told before it is loaded."""
+        from storyadapter.model.contract import network_specs
+
+        loaded = {}
+        for name, spec in network_specs(self.checkpoint.geometry).items():
+            self.on_stage(name, "loading engine")
+            loaded[name] = load(spec)
+        return loaded
 
 
 class Backend(ABC):
@@ -218,19 +234,8 @@ class Backend(ABC):
         return None
 
     @abstractmethod
-    def open(
-        self,
-        checkpoint: "Checkpoint",
-        numerics: Numerics,
-        device: "torch.device",
-        engine: "StoredEngine | None",
-        on_stage: ReportStage,
-    ) -> "Networks":
+    def open(self, request: OpenRequest) -> "Networks":
         """The networks of a checkpoint.
-
-        Args:
-            device: as `device` gives it.
-            engine: that serves them; None for a backend that doesn't build.
 
         Raises:
             EngineMismatchError: the engine isn't what it seems.

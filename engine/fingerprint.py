@@ -17,11 +17,6 @@ from storyadapter.method.errors import CheckpointError
 from storyadapter.output.files import write_whole
 
 
-def user_cache() -> Path:
-    """The user's cache folder of this program, `~/.cache/storyadapter-trt` or below `$XDG_CACHE_HOME`; not created."""
-    return user_cache_path("storyadapter-trt", appauthor=False)
-
-
 MEMORY_NAME: Final = "fingerprints.json"
 _VERSION: Final = 1
 _MAX_REMEMBERED: Final = 1000  # the oldest are forgotten first
@@ -31,6 +26,11 @@ _LOG = logging.getLogger(__name__)
 
 OnProgress = Callable[[int, int], None]
 Stamp = tuple[int, int]  # size in bytes, time of the last change in ns
+
+
+def user_cache() -> Path:
+    """The user's cache folder of this program, `~/.cache/storyadapter-trt` or below `$XDG_CACHE_HOME`; not created."""
+    return user_cache_path("storyadapter-trt", appauthor=False)
 
 
 def fingerprint_files(

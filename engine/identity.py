@@ -47,32 +47,25 @@ class EngineIdentity:
     Not the versions of diffusers and transformers, whose modules are what is compiled: most of them change nothing, and
     an engine is compared with eager when it is built. `bench parity` compares it again.
 
-    Attributes:
-        backend: "onnxruntime", "tensorrt", …
-        backend_version: of the library that reads the engine.
-        architecture: what the engine runs on: "cpu-x86_64-avx2", "sm90-x86_64-avx512", "sm89+sm120", or "any".
-        contract: `contract_digest` of the model's geometry.
-        configuration: `configuration_digest` of the model's networks, where the engine is code for any weights.
-        weights: every file whose contents the engine holds, configuration files included; kept sorted and
-            once each, so the order in which they were listed doesn't matter.
-        loras: in the order in which they are fused; another order is another engine, as sums round differently.
-        build_options: what else decides the result, name and value: the opset, the version of the export, …; sorted.
-        tuning: how the engine was built, where that doesn't change what it computes: part of the key, but nothing that
-            a run asks for; sorted.
-
     Raises:
         ValueError: a build option is named twice.
     """
 
-    backend: str
-    backend_version: str
+    backend: str  # "onnxruntime", "tensorrt", …
+    backend_version: str  # of the library that reads the engine
     numerics: Numerics
-    architecture: str
-    contract: str
-    configuration: str = ""
+    architecture: str  # what the engine runs on: "cpu-x86_64-avx2", "sm90-x86_64-avx512", "sm89+sm120", or "any"
+    contract: str  # `contract_digest` of the model's geometry
+    configuration: str = ""  # `configuration_digest` of the model's networks, where the engine is code for any weights
+    # every file whose contents the engine holds, configuration files included; kept sorted and once each, so the order
+    # in which they were listed doesn't matter
     weights: tuple[WeightFile, ...] = ()
+    # in the order in which they are fused; another order is another engine, as sums round differently
     loras: tuple[FusedLora, ...] = ()
+    # what else decides the result, name and value: the opset, the version of the export, …; sorted
     build_options: tuple[tuple[str, str], ...] = ()
+    # how the engine was built, where that doesn't change what it computes: part of the key, but nothing that a run asks
+    # for; sorted
     tuning: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:

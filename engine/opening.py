@@ -9,7 +9,7 @@ from typing import Any, Final
 import torch
 
 from storyadapter.checkpoint import Checkpoint
-from storyadapter.engine.backend import EngineRequest, ReportBytes, ReportFraction, ReportStage
+from storyadapter.engine.backend import EngineRequest, OpenRequest, ReportBytes, ReportFraction, ReportStage
 from storyadapter.engine.backends import find_backend
 from storyadapter.engine.identity import EngineIdentity, contract_digest
 from storyadapter.engine.model_weights import model_weights
@@ -132,7 +132,7 @@ def open_networks(
         engine = EngineStore(engine_dir).find(identity, ranges or ShapeRanges(1, 1, own, own), build_command)
         release = hold(engine.folder)
     try:
-        networks = chosen.open(checkpoint, numerics, own_device, engine, on_stage)
+        networks = chosen.open(OpenRequest(checkpoint, numerics, own_device, engine, on_stage))
     except BaseException:
         if engine is not None:
             release()

@@ -27,17 +27,11 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Use:
-    """The weights of one model that an engine was used with.
+    """The weights of one model that an engine was used with."""
 
-    Attributes:
-        model: names it for people.
-        last: when it was used last, in seconds since the epoch.
-        details: what the backend noted of it, as plain data.
-    """
-
-    model: str
-    last: float
-    details: Mapping[str, Any]
+    model: str  # names it for people
+    last: float  # when it was used last, in seconds since the epoch
+    details: Mapping[str, Any]  # what the backend noted of it, as plain data
 
 
 def read_uses(folder: Path) -> dict[str, Use]:

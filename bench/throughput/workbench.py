@@ -131,8 +131,8 @@ def with_compiled_vae(
         EngineBuildError: see `build_inductor`.
     """
     from storyadapter.engine.inductor.builder import build_inductor
+    from storyadapter.engine.inductor.fusion import prepare
     from storyadapter.engine.inductor.operators import operators_for
-    from storyadapter.engine.inductor.preparation import prepare
     from storyadapter.engine.inductor.session import InductorNetwork
 
     spec, device, letters = networks["vae_decoder"].spec, model.device, networks.letters

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from storyadapter.engine.backend import Backend, ReportBytes, ReportStage, default_device, installed_version
+from storyadapter.engine.backend import Backend, OpenRequest, ReportBytes, default_device, installed_version
 from storyadapter.engine.identity import EngineIdentity, identity_of
 from storyadapter.model.numerics import Numerics
 
@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     import torch
 
     from storyadapter.checkpoint import Checkpoint
-    from storyadapter.engine.store import StoredEngine
     from storyadapter.model.networks import Networks
 
 
@@ -31,17 +30,13 @@ class Eager(Backend):
     ) -> EngineIdentity:
         return identity_of(self.name, installed_version("torch") or "", "any", checkpoint, numerics, on_bytes)
 
-    def open(
-        self,
-        checkpoint: "Checkpoint",
-        numerics: Numerics,
-        device: "torch.device",
-        engine: "StoredEngine | None",
-        on_stage: ReportStage,
-    ) -> "Networks":
+    def open(self, request: OpenRequest) -> "Networks":
         from storyadapter.engine.eager.networks import open_eager
 
-        return open_eager(checkpoint, numerics, device, lambda network: on_stage(network, "loading weights"))
+        told = request.on_stage
+        return open_eager(
+            request.checkpoint, request.numerics, request.device, lambda network: told(network, "loading weights")
+        )
 
 
 BACKEND = Eager()

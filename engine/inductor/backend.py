@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 from storyadapter.engine.backend import (
     Backend,
     EngineRequest,
+    OpenRequest,
     ReportBytes,
     ReportFraction,
     ReportStage,
@@ -19,8 +20,6 @@ from storyadapter.method.errors import Field, InputError, UnavailableError
 from storyadapter.model.numerics import Numerics
 
 if TYPE_CHECKING:
-    import torch
-
     from storyadapter.checkpoint import Checkpoint
     from storyadapter.engine.store import StoredEngine
     from storyadapter.model.contract import ShapeRanges
@@ -94,18 +93,10 @@ class Inductor(Backend):
         if not was_compared(engine, checkpoint):
             open_stored(engine, checkpoint, self.device(), on_stage)
 
-    def open(
-        self,
-        checkpoint: "Checkpoint",
-        numerics: Numerics,
-        device: "torch.device",
-        engine: "StoredEngine | None",
-        on_stage: ReportStage,
-    ) -> "Networks":
+    def open(self, request: OpenRequest) -> "Networks":
         from storyadapter.engine.inductor.stored import open_stored
 
-        assert engine is not None
-        return open_stored(engine, checkpoint, device, on_stage)
+        return open_stored(request.stored, request.checkpoint, request.device, request.on_stage)
 
 
 BACKEND = Inductor()

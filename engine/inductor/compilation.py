@@ -13,18 +13,17 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from storyadapter.engine.inductor import constants_name, package_name
-from storyadapter.engine.inductor.comparison import compare
+from storyadapter.engine.inductor import TOLERANCE, constants_name, package_name
+from storyadapter.engine.inductor.fusion import prepare
 from storyadapter.engine.inductor.launch_analysis import analysed_once
 from storyadapter.engine.inductor.operators import Operators, operators_for
-from storyadapter.engine.inductor.preparation import prepare
 from storyadapter.engine.inductor.session import InductorNetwork
 from storyadapter.engine.inductor.shapes import compiled_ranges, example_sizes
 from storyadapter.engine.processes import first_error
 from storyadapter.method.errors import EngineBuildError
 from storyadapter.model.contract import NetworkSpec, Range, network_specs
 from storyadapter.model.dynamic_shapes import dynamic_shapes
-from storyadapter.model.examples import example_inputs, run_examples
+from storyadapter.model.examples import compare_with_eager, example_inputs, run_examples
 from storyadapter.model.grca import grca
 from storyadapter.model.modules import ModelParts, iterate_modules
 from storyadapter.model.numerics import Numerics, Precision
@@ -50,22 +49,14 @@ _GPU_OPTIONS: Final[Mapping[str, Any]] = {**_OPTIONS, "cpp.vec_isa_ok": False}
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """Some networks of a model, and what to compile them for.
+    """Some networks of a model, and what to compile them for."""
 
-    Attributes:
-        checkpoint: an opened checkpoint, or anything else that gives the model's parts and can be pickled.
-        networks: their names.
-        letters: the range of every dynamic letter, as `ShapeRanges.letters` gives them.
-        device: to compile for.
-        folder: gets the packages.
-    """
-
-    checkpoint: ModelParts
-    networks: tuple[str, ...]
+    checkpoint: ModelParts  # an opened checkpoint, or anything else that gives the model's parts and can be pickled
+    networks: tuple[str, ...]  # their names
     numerics: Numerics
-    letters: Mapping[str, Range]
-    device: torch.device
-    folder: Path
+    letters: Mapping[str, Range]  # the range of every dynamic letter, as `ShapeRanges.letters` gives them
+    device: torch.device  # to compile for
+    folder: Path  # gets the packages
 
 
 class BuiltNetwork(NamedTuple):
@@ -152,7 +143,7 @@ def build_network(
             f"{spec.name}: the code holds the values of {', '.join(unread)}; expected code that reads all weights"
         )
     del program, inputs, arguments
-    error = compare(network, examples, options.precision)
+    error = compare_with_eager(spec.name, network, examples, options.precision, TOLERANCE[options.precision])
     return BuiltNetwork(error, sum(value.nbytes for value in network.weights.values()))
 
 

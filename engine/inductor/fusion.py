@@ -123,3 +123,26 @@ def fuse_denoiser(denoiser: Denoiser, operators: Operators) -> None:
             raise ValueError(f"{name} isn't a transformer of SDXL's kind; expected linear projections and layer norms")
         parent, _, child = name.rpartition(".")
         denoiser.get_submodule(parent).register_module(child, Transformer(model, operators))
+
+
+def prepare(module: nn.Module, operators: Operators, device: torch.device) -> dict[str, Tensor]:
+    """Bring a module of the contract into the form that is compiled for `device`, in place.
+
+    Returns:
+        Its parameters and buffers by name: the weights that a package reads, of this model or another of its kind.
+    """
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data = tensor.data.contiguous()  # as of a checkpoint saved by pickle, which keeps strides
+    if isinstance(module, Denoiser):
+        fuse_denoiser(module, operators)
+    if device.type == "cuda":
+        channels_last(module)
+    named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    return {name: tensor.detach() for name, tensor in named}
+
+
+def channels_last(module: nn.Module) -> None:
+    """Bring the weights of all 2-D convolutions to channels-last."""
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d):
+            part.weight.data = part.weight.data.to(memory_format=torch.channels_last)

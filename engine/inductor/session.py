@@ -11,13 +11,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from storyadapter.engine.graphs import GraphStepRunner
-from storyadapter.engine.inductor import constants_name, package_name
-from storyadapter.engine.inductor.comparison import compare
+from storyadapter.engine.inductor import TOLERANCE, constants_name, package_name
+from storyadapter.engine.inductor.fusion import prepare
 from storyadapter.engine.inductor.operators import operators_for
-from storyadapter.engine.inductor.preparation import prepare
 from storyadapter.engine.inductor.shapes import compiled_ranges, cut, doubled
 from storyadapter.model.contract import NetworkSpec, Range, network_specs
-from storyadapter.model.examples import run_examples
+from storyadapter.model.examples import compare_with_eager, run_examples
 from storyadapter.model.grca import grca
 from storyadapter.model.modules import ModelParts, iterate_modules
 from storyadapter.model.networks import Networks, check_inputs, run_directly
@@ -181,7 +180,7 @@ def open_inductor(
             weights = {key: value.cpu().pin_memory() for key, value in weights.items()}
         networks[name] = InductorNetwork(spec, folder, precision, device, letters, weights, offloaded=offloaded)
         if examples:
-            errors[name] = compare(networks[name], examples, precision)
+            errors[name] = compare_with_eager(name, networks[name], examples, precision, TOLERANCE[precision])
         del weights, examples
     if on_gpu:
         torch.cuda.empty_cache()  # what rewriting and comparing took is free for frames

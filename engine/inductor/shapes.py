@@ -55,10 +55,3 @@ def cut(tensor: TensorSpec, value: Tensor, letters: Sequence[str]) -> Tensor:
         if isinstance(dim, str) and dim.rpartition("*")[2] in letters:
             value = value.narrow(axis, 0, value.shape[axis] // 2)
     return value.contiguous()
-
-
-def channels_last(module: torch.nn.Module) -> None:
-    """Bring the weights of all 2-D convolutions to channels-last."""
-    for part in module.modules():
-        if isinstance(part, torch.nn.Conv2d):
-            part.weight.data = part.weight.data.to(memory_format=torch.channels_last)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from storyadapter.engine.backend import (
     Backend,
     EngineRequest,
+    OpenRequest,
     ReportBytes,
     ReportFraction,
     ReportStage,
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     import torch
 
     from storyadapter.checkpoint import Checkpoint
-    from storyadapter.engine.store import StoredEngine
     from storyadapter.model.networks import Networks
 
 
@@ -56,25 +56,10 @@ class OnnxRuntime(Backend):
         errors = build_onnx(request.checkpoint, request.numerics, request.ranges, folder, on_stage)
         return {"relative_error_against_eager": errors}
 
-    def open(
-        self,
-        checkpoint: "Checkpoint",
-        numerics: Numerics,
-        device: "torch.device",
-        engine: "StoredEngine | None",
-        on_stage: ReportStage,
-    ) -> "Networks":
+    def open(self, request: OpenRequest) -> "Networks":
         from storyadapter.engine.onnxruntime.networks import open_onnxruntime
 
-        assert engine is not None
-        letters = engine.ranges.letters(checkpoint.geometry.pixels_per_latent)
-        return open_onnxruntime(
-            engine.folder,
-            checkpoint.geometry,
-            numerics,
-            letters,
-            lambda network: on_stage(network, "loading engine"),
-        )
+        return open_onnxruntime(request)
 
 
 BACKEND = OnnxRuntime()

@@ -1,6 +1,6 @@
 """One exported network in ONNX Runtime, on the CPU."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -8,11 +8,12 @@ import torch
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail, RuntimeException
 from torch import Tensor
 
+from storyadapter.engine.backend import OpenRequest
 from storyadapter.export import onnx_name
 from storyadapter.export.verify import open_session
-from storyadapter.model.contract import Geometry, NetworkSpec, Range, network_specs
+from storyadapter.model.contract import NetworkSpec, Range
 from storyadapter.model.networks import Networks, check_inputs
-from storyadapter.model.numerics import Numerics, Precision
+from storyadapter.model.numerics import Precision
 
 DEVICE = torch.device("cpu")
 
@@ -59,23 +60,17 @@ def told_as_memory_error() -> Iterator[None]:
         raise MemoryError(str(error)) from error
 
 
-def open_onnxruntime(
-    folder: Path,
-    geometry: Geometry,
-    numerics: Numerics,
-    letters: Mapping[str, Range],
-    on_progress: Callable[[str], None],
-) -> Networks:
-    """Open the seven exported networks of one engine folder; `on_progress` gets each name before it is loaded."""
+def open_onnxruntime(request: OpenRequest) -> Networks:
+    """Open the seven exported networks of an engine."""
+    numerics, letters = request.numerics, request.letters
 
     def load(spec: NetworkSpec) -> OnnxRuntimeNetwork:
-        on_progress(spec.name)
-        path = folder / onnx_name(spec.name)
+        path = request.stored.folder / onnx_name(spec.name)
         return OnnxRuntimeNetwork(spec, path, precision=numerics[spec.name], letters=letters)
 
     return Networks(
-        {name: load(spec) for name, spec in network_specs(geometry).items()},
-        geometry=geometry,
+        request.load_each(load),
+        geometry=request.checkpoint.geometry,
         backend="onnxruntime",
         device=DEVICE,
         numerics=numerics,

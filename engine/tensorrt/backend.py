@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from storyadapter.engine.backend import Backend, EngineRequest, ReportBytes, ReportFraction, ReportStage
+from storyadapter.engine.backend import Backend, EngineRequest, OpenRequest, ReportBytes, ReportFraction, ReportStage
 from storyadapter.engine.identity import EngineIdentity, identity_of
 from storyadapter.engine.sources import export_recipe
 from storyadapter.engine.tensorrt import SOURCES
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     import torch
 
     from storyadapter.checkpoint import Checkpoint
-    from storyadapter.engine.store import StoredEngine
     from storyadapter.model.networks import Networks
 
 
@@ -94,25 +93,10 @@ class TensorRT(Backend):
             on_fraction,
         )
 
-    def open(
-        self,
-        checkpoint: "Checkpoint",
-        numerics: Numerics,
-        device: "torch.device",
-        engine: "StoredEngine | None",
-        on_stage: ReportStage,
-    ) -> "Networks":
+    def open(self, request: OpenRequest) -> "Networks":
         from storyadapter.engine.tensorrt.networks import open_tensorrt
 
-        assert engine is not None
-        letters = engine.ranges.letters(checkpoint.geometry.pixels_per_latent)
-        return open_tensorrt(
-            engine.folder,
-            checkpoint.geometry,
-            numerics,
-            letters,
-            lambda network: on_stage(network, "loading engine"),
-        )
+        return open_tensorrt(request)
 
 
 BACKEND = TensorRT()

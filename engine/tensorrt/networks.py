@@ -7,7 +7,7 @@ doesn't wait for the GPU: it is put on a stream that the engines share, ordered 
 import logging
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -16,12 +16,13 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from storyadapter.engine.backend import OpenRequest
 from storyadapter.engine.graphs import GraphStepRunner
 from storyadapter.engine.tensorrt.engine_folder import TENSORRT_NAMES, EngineFolder, engine_name
 from storyadapter.method.errors import EngineMismatchError, RunError
-from storyadapter.model.contract import Geometry, NetworkSpec, Range, network_specs, size_of
+from storyadapter.model.contract import NetworkSpec, size_of
 from storyadapter.model.networks import Networks, check_inputs
-from storyadapter.model.numerics import Numerics, Precision
+from storyadapter.model.numerics import Precision
 from storyadapter.output.files import write_whole
 
 SHAPES_AT_MOST: Final = 8  # contexts of one network that are kept, one per (B, P, R, h, w) that occurred
@@ -180,19 +181,14 @@ class TensorRTNetwork:
             _LOG.info("%s can't be written: %s", self._cache_path, error.strerror)
 
 
-def open_tensorrt(
-    folder: Path,
-    geometry: Geometry,
-    numerics: Numerics,
-    letters: Mapping[str, Range],
-    on_progress: Callable[[str], None],
-) -> Networks:
-    """Open the seven engines of one folder on the current GPU; `on_progress` gets each name before it is loaded.
+def open_tensorrt(request: OpenRequest) -> Networks:
+    """Open the seven networks of an engine on the current GPU.
 
     Raises:
         EngineMismatchError: another TensorRT than the one installed built them, or the engine isn't the contract's.
         RunError: TensorRT can't load an engine.
     """
+    folder, numerics = request.stored.folder, request.numerics
     described = EngineFolder.read(folder)
     trt = described.load_module()
     device = torch.device("cuda", torch.cuda.current_device())
@@ -200,7 +196,6 @@ def open_tensorrt(
     runtime = trt.Runtime(logger)
 
     def load(spec: NetworkSpec) -> tuple[NetworkSpec, Any]:
-        on_progress(spec.name)
         engine = runtime.deserialize_cuda_engine((folder / engine_name(spec.name)).read_bytes())
         if engine is None:
             reason = logger.last_error or "no reason told"
@@ -208,7 +203,7 @@ def open_tensorrt(
         check_engine(engine, spec, numerics[spec.name])
         return spec, engine
 
-    engines = {name: load(spec) for name, spec in network_specs(geometry).items()}
+    engines = request.load_each(load)
     scratch = max(engine.device_memory_size_v2 for _, engine in engines.values())
     shared = Device(device, torch.cuda.Stream(device), torch.empty(max(scratch, 1), dtype=torch.uint8, device=device))
     keeps_cache = described.module == "tensorrt_rtx"
@@ -226,11 +221,11 @@ def open_tensorrt(
     }
     return Networks(
         networks,
-        geometry=geometry,
+        geometry=request.checkpoint.geometry,
         backend="tensorrt",
         device=device,
         numerics=numerics,
-        letters=letters,
+        letters=request.letters,
     )
 
 

@@ -41,20 +41,15 @@ SETTINGS: Final = (
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What a user may choose about the build; none of it changes what an engine computes.
+    """What a user may choose about the build; none of it changes what an engine computes."""
 
-    Attributes:
-        optimization_level: 0 (fastest build) to 5 (fastest engine); None is TensorRT's own default, 3. Of `tensorrt`
-            alone.
-        workspace_mib: the most scratch memory of one layer, in MiB; None is TensorRT's own default, all there is.
-        resolutions: (height, width) in pixels, each a profile of its own beside the one for the whole range.
-        targets: architectures to build for, such as "sm89"; by default that of the GPU here.
-    """
-
+    # 0 (fastest build) to 5 (fastest engine); None is TensorRT's own default, 3. Of `tensorrt` alone
     optimization_level: int | None = None
+    # the most scratch memory of one layer, in MiB; None is TensorRT's own default, all there is
     workspace_mib: int | None = None
+    # (height, width) in pixels, each a profile of its own beside the one for the whole range
     resolutions: tuple[tuple[int, int], ...] = ()
-    targets: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ()  # architectures to build for, such as "sm89"; by default that of the GPU here
 
     def __post_init__(self) -> None:
         if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:

@@ -15,7 +15,6 @@ from types import ModuleType
 from typing import Any
 
 from storyadapter.engine.tensorrt.layers import HEADER, fused_attentions, parse_layers
-from storyadapter.engine.tensorrt.progress import Progress
 from storyadapter.method.errors import EngineBuildError
 from storyadapter.output.files import write_whole
 
@@ -24,17 +23,12 @@ _PROGRESS_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class TensorBounds:
-    """An input or output as the contract has it.
-
-    Attributes:
-        shape: -1 where a dimension is dynamic.
-        dtype: TensorRT's name: "HALF", "BF16", "FLOAT", "INT32".
-        profiles: of an input: one (min, opt, max) of shapes per optimization profile.
-    """
+    """An input or output as the contract has it."""
 
     name: str
-    shape: tuple[int, ...]
-    dtype: str
+    shape: tuple[int, ...]  # -1 where a dimension is dynamic
+    dtype: str  # TensorRT's name: "HALF", "BF16", "FLOAT", "INT32"
+    # of an input: one (min, opt, max) of shapes per optimization profile
     profiles: tuple[tuple[tuple[int, ...], ...], ...] = ()
 
 
@@ -69,24 +63,16 @@ class NetworkRequest:
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What a build took and gave.
+    """What a build took and gave."""
 
-    Attributes:
-        seconds: parse, build and write; parse_seconds: of the ONNX file alone.
-        peak_memory_bytes: of the building process, the library included; 0 where the system doesn't tell.
-        engine_bytes: of the file.
-        layers: of the engine; fused_attentions: those that are an attention in one kernel.
-        longest_step_seconds: the longest time without a word from the builder.
-    """
-
-    seconds: float
-    parse_seconds: float
-    peak_memory_bytes: int
-    engine_bytes: int
-    layers: int
-    fused_attentions: int
-    longest_step_seconds: float
-    warnings: int = field(default=0)
+    seconds: float  # parse, build and write
+    parse_seconds: float  # of the ONNX file alone
+    peak_memory_bytes: int  # of the building process, the library included; 0 where the system doesn't tell
+    engine_bytes: int  # of the file
+    layers: int  # of the engine
+    fused_attentions: int  # those layers that are an attention in one kernel
+    longest_step_seconds: float  # the longest time without a word from the builder
+    warnings: int = 0
 
 
 class Refusal(EngineBuildError):
@@ -212,6 +198,56 @@ def _logger(trt: ModuleType, log_file: Any) -> Any:
             log_file.write(f"{level.name} {message}\n")
 
     return Logger()
+
+
+@dataclass
+class _Phase:
+    steps: int
+    done: int = 0
+    children: list["_Phase"] = field(default_factory=list)
+
+    @property
+    def fraction(self) -> float:
+        running = sum(child.fraction for child in self.children) / max(len(self.children), 1)
+        return min(1.0, (self.done + min(running, 1.0)) / max(self.steps, 1))
+
+
+class Progress:
+    """Follows the calls of TensorRT's `IProgressMonitor`; names of phases are unique while they run."""
+
+    def __init__(self) -> None:
+        self._running: dict[str, tuple[_Phase, _Phase | None]] = {}
+        self._root: _Phase | None = None
+        self._fraction = 0.0
+
+    @property
+    def fraction(self) -> float:
+        """How much of the build is done, 0 to 1; steps differ in length, so it isn't the share of the time."""
+        if self._root is not None:
+            self._fraction = max(self._fraction, self._root.fraction)
+        return self._fraction
+
+    def start(self, name: str, parent: str | None, steps: int) -> None:
+        above = self._running.get(parent, (None, None))[0] if parent else None
+        phase = _Phase(steps)
+        if above is not None:
+            above.children = [phase]
+        elif self._root is None:
+            self._root = phase
+        self._running[name] = (phase, above)
+
+    def step(self, name: str, step: int) -> None:
+        if name in self._running:
+            phase, _ = self._running[name]
+            phase.done, phase.children = min(step + 1, phase.steps), []
+
+    def finish(self, name: str) -> None:
+        phase, above = self._running.pop(name, (None, None))
+        if phase is None:
+            return
+        phase.done, phase.children = phase.steps, []
+        if above is not None:
+            above.children = []
 
 
 def _monitor(trt: ModuleType, tell: Callable[..., None]) -> Any:

@@ -7,8 +7,8 @@ from torch import nn
 
 from storyadapter import Checkpoint
 from storyadapter.engine.inductor.compilation import NetworkOptions, build_network
+from storyadapter.engine.inductor.fusion import prepare
 from storyadapter.engine.inductor.operators import operators_for
-from storyadapter.engine.inductor.preparation import prepare
 from storyadapter.engine.inductor.session import InductorNetwork
 from storyadapter.model.contract import Range, ShapeRanges, network_specs
 from storyadapter.model.examples import run_examples

@@ -14,8 +14,8 @@ from PIL import Image
 from storyadapter import Checkpoint, RunPlan, Story, StoryPipeline
 from storyadapter.engine import open_networks
 from storyadapter.engine.inductor import package_name
+from storyadapter.engine.inductor.fusion import prepare
 from storyadapter.engine.inductor.operators import PLAIN
-from storyadapter.engine.inductor.preparation import prepare
 from storyadapter.engine.inductor.session import InductorNetwork
 from storyadapter.method.errors import EngineMismatchError
 from storyadapter.method.events import FrameFinished

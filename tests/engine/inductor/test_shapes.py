@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storyadapter.bench.synthetic import SDXL
-from storyadapter.engine.inductor.shapes import channels_last, compiled_ranges, cut, doubled, example_sizes
+from storyadapter.engine.inductor.fusion import channels_last
+from storyadapter.engine.inductor.shapes import compiled_ranges, cut, doubled, example_sizes
 from storyadapter.model.contract import Range, ShapeRanges, network_specs
 from storyadapter.model.examples import example_inputs
 

@@ -1,6 +1,6 @@
 """Nested phases as one fraction."""
 
-from storyadapter.engine.tensorrt.progress import Progress
+from storyadapter.engine.tensorrt.worker import Progress
 
 
 def test_phases_within_phases_add_up() -> None:
