@@ -58,7 +58,7 @@ def test_bars(capsys: pytest.CaptureFixture[str]) -> None:
     reporter.stage("text_encoder_2", "loading weights")
     assert shown().endswith("text encoder 2: loading weights 0/? 0:00:00 left")
     reporter.note("plan", "the plan [3 frames]")
-    reporter.event(RunStarted(3, 3, 1, batches))  # resumed: one of three iterations is finished
+    reporter.event(RunStarted(3, 3, 1, batches, left=6))  # resumed: one of three iterations is finished
     reporter.event(PromptTruncated(2, "the end [of it]"))
     reporter.event(MicroBatchHalved(1, range(0, 3), 2))
     for iteration, scale in ((1, 0.3), (2, 0.5)):
