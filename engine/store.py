@@ -164,11 +164,7 @@ class EngineStore:
             return None
 
     def build(
-        self,
-        identity: EngineIdentity,
-        ranges: ShapeRanges,
-        write: WriteEngine,
-        on_wait: Callable[[str], None],
+        self, identity: EngineIdentity, ranges: ShapeRanges, write: WriteEngine, on_wait: Callable[[str], None]
     ) -> StoredEngine:
         """The engine of exactly this identity and these ranges; `write` is called only if there is none yet.
 

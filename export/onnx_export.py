@@ -88,11 +88,7 @@ def _pin(path: Path, spec: NetworkSpec, letters: Mapping[str, Range]) -> None:
 
 
 def export_network(
-    spec: NetworkSpec,
-    module: nn.Module,
-    ranges: Mapping[str, Range],
-    precision: Precision,
-    folder: Path,
+    spec: NetworkSpec, module: nn.Module, ranges: Mapping[str, Range], precision: Precision, folder: Path
 ) -> Path:
     """Write `<network>.onnx` and its weights into `folder`.
 

@@ -32,10 +32,7 @@ class EagerNetwork:
 
 
 def open_eager(
-    checkpoint: Checkpoint,
-    numerics: Numerics,
-    device: torch.device,
-    on_progress: Callable[[str], None],
+    checkpoint: Checkpoint, numerics: Numerics, device: torch.device, on_progress: Callable[[str], None]
 ) -> Networks:
     """Load every network of a checkpoint onto a device; `on_progress` gets each network's name before it is loaded."""
     geometry = checkpoint.geometry
@@ -44,11 +41,4 @@ def open_eager(
     for name, module in iterate_modules(checkpoint, numerics, grca, device=device):
         on_progress(name)
         networks[name] = EagerNetwork(specs[name], module, numerics[name])
-    return Networks(
-        networks,
-        geometry=geometry,
-        backend="eager",
-        device=device,
-        numerics=numerics,
-        letters=None,
-    )
+    return Networks(networks, geometry=geometry, backend="eager", device=device, numerics=numerics, letters=None)

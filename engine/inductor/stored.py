@@ -21,10 +21,7 @@ def was_compared(engine: StoredEngine, checkpoint: Checkpoint) -> bool:
 
 
 def open_stored(
-    engine: StoredEngine,
-    checkpoint: Checkpoint,
-    device: torch.device,
-    on_stage: Callable[[str, str], None],
+    engine: StoredEngine, checkpoint: Checkpoint, device: torch.device, on_stage: Callable[[str, str], None]
 ) -> Networks:
     """The networks of a checkpoint on an engine's code.
 

@@ -75,28 +75,14 @@ def build_tensorrt(
         )
         on_stage(name, f"building the engine for {', '.join(targets)} with {library}")
         request = build_request(
-            spec,
-            path,
-            folder,
-            letters,
-            numerics[name],
-            library,
-            targets,
-            options,
-            latent_sizes,
-            timing_cache,
-            plugin,
+            spec, path, folder, letters, numerics[name], library, targets, options, latent_sizes, timing_cache, plugin
         )
         report = run_worker(spec.name, request, functools.partial(on_fraction, name))
         reports[name] = asdict(report)
         shutil.rmtree(onnx_folder)
     profiles = {name: tuple(profiles_of(spec, letters, latent_sizes)) for name, spec in specs.items()}
     EngineFolder(folder, library.module, library.version, targets, plugin, profiles).write()
-    return {
-        "relative_error_against_eager": errors,
-        "builds": reports,
-        "export_peak_memory_bytes": peak_memory(),
-    }
+    return {"relative_error_against_eager": errors, "builds": reports, "export_peak_memory_bytes": peak_memory()}
 
 
 def embeds_kernel(library: Library, targets: tuple[str, ...]) -> bool:

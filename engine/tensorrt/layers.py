@@ -54,11 +54,7 @@ class EngineLayers:
 
 
 def parse_layers(text: str) -> EngineLayers:
-    """Read the builder's `Layers:` message.
-
-    Raises:
-        ValueError: it holds no layers, or a line of another form.
-    """
+    """Read the builder's `Layers:` message. Raises ValueError: it holds no layers, or a line of another form."""
     layers, tensors = [], []
     for line in text.splitlines():
         if match := _TENSOR.match(line):

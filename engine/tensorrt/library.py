@@ -68,11 +68,7 @@ def gpu_target() -> str | None:
 
 
 def parse_targets(text: str) -> tuple[str, ...]:
-    """ "auto" → (); "sm89,sm120" → ("sm89", "sm120"), sorted and once each.
-
-    Raises:
-        InputError: anything else.
-    """
+    """ "auto" → (); "sm89,sm120" → ("sm89", "sm120"), sorted and once each. Raises InputError: anything else."""
     if text == AUTO:
         return ()
     targets = [part.strip() for part in text.split(",")]

@@ -96,13 +96,7 @@ class TensorRTNetwork:
             RunError: TensorRT refused.
         """
         shared = self._shared
-        values = check_inputs(
-            self.spec,
-            inputs,
-            precision=self.precision,
-            device=shared.device,
-            letters=self._letters,
-        )
+        values = check_inputs(self.spec, inputs, precision=self.precision, device=shared.device, letters=self._letters)
         current = torch.cuda.current_stream(shared.device)
         shared.stream.wait_stream(current)
         with torch.cuda.stream(shared.stream):

@@ -59,11 +59,7 @@ class BuildOptions:
 
     @classmethod
     def read(cls, given: Mapping[str, Any]) -> Self:
-        """From the values of `SETTINGS` by name.
-
-        Raises:
-            InputError: a value that can't be served.
-        """
+        """From the values of `SETTINGS` by name. Raises InputError: a value that can't be served."""
         resolutions = tuple(dict.fromkeys(parse_resolution(text) for text in given["resolution"]))
         targets = parse_targets(given["target"])
         return cls(given["optimization_level"], given["workspace"], resolutions, targets)

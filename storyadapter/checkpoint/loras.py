@@ -22,11 +22,7 @@ _OTHER_KINDS = {"dora_scale": "a DoRA", "lokr_": "a LoKr", "hada_": "a LoHa", "l
 
 
 def lora_file(path: Path) -> Path:
-    """The file itself, or the one in a folder that diffusers wrote.
-
-    Raises:
-        CheckpointError: the folder has none.
-    """
+    """The file itself, or the one in a folder that diffusers wrote. Raises CheckpointError: the folder has none."""
     if not path.is_dir():
         return path
     for name in _FILE_NAMES:

@@ -97,11 +97,7 @@ def base_parts(paths: CheckpointPaths) -> tuple[dict[str, Component], Path]:
 
 
 def image_encoder_part(paths: CheckpointPaths) -> Component:
-    """The CLIP vision model with projection.
-
-    Raises:
-        CheckpointError: it isn't one, or its files are missing.
-    """
+    """The CLIP vision model with projection. Raises CheckpointError: it isn't one, or its files are missing."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     folder = find("image_encoder", paths.image_encoder)

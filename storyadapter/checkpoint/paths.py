@@ -94,11 +94,7 @@ def find(field: str, name: Path | str) -> Path:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        CheckpointError: the file is missing, unreadable, or something else.
-    """
+    """A JSON object. Raises CheckpointError: the file is missing, unreadable, or something else."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

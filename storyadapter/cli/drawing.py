@@ -120,10 +120,7 @@ def _open_pipeline(
             ranges=ShapeRanges(together, references, height, width),
             engine_dir=args.engine_dir,
             build_command=build_command(
-                args,
-                session.backend.name,
-                session.numerics,
-                ShapeRanges(asked, references, height, width),
+                args, session.backend.name, session.numerics, ShapeRanges(asked, references, height, width)
             ),
             on_stage=reporter.stage,
         )

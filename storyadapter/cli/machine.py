@@ -65,11 +65,7 @@ def doctor(args: argparse.Namespace) -> int:
 
 
 def list_engines(args: argparse.Namespace) -> int:
-    """Print a table of the store; returns the exit code.
-
-    Raises:
-        InputError: the store can't be read.
-    """
+    """Print a table of the store; returns the exit code. Raises InputError: the store can't be read."""
     store = EngineStore(args.engine_dir)
     print_result("\n".join([f"{count(len(store.scan()[0]), 'engine')} in {store.root}", *engine_table(store)]))
     return 0

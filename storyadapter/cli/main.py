@@ -109,11 +109,7 @@ Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 
 def build_parser() -> tuple[Parser, Commands]:
     """The command line of this room, and its commands, to which others can be added."""
-    parser = Parser(
-        prog="storyadapter-trt",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-    )
+    parser = Parser(prog="storyadapter-trt", description=_DESCRIPTION, epilog=_EPILOG)
     parser.add_argument("--version", action="version", version=f"storyadapter-trt {storyadapter.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
     _add_build(commands)

@@ -277,11 +277,7 @@ def shape_ranges(args: argparse.Namespace, default_pixels: int) -> ShapeRanges:
 
 
 def run_plan(args: argparse.Namespace, default_pixels: int, seed: int) -> RunPlan:
-    """The settings of `run`, checked.
-
-    Raises:
-        InputError: a value that can't be served.
-    """
+    """The settings of `run`, checked. Raises InputError: a value that can't be served."""
     if args.scales is None and args.iterations < 0:
         raise InputError(f"--iterations is {args.iterations}", expected="0 (text only) or more")
     instead = {"height": default_pixels, "width": default_pixels, "scales": constants.reference_scales(args.iterations)}

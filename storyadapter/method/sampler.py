@@ -20,13 +20,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    LCMScheduler,
-    SchedulerMixin,
-)
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, LCMScheduler, SchedulerMixin
 from torch import Tensor
 
 from storyadapter.method.constants import DDIM_CONFIG, PREDICTION_TYPES, SAMPLERS
@@ -128,11 +122,7 @@ def step(
 
 
 def build_sampler(
-    name: str,
-    steps: int,
-    karras: bool = False,
-    prediction_type: str = "epsilon",
-    zero_terminal_snr: bool = False,
+    name: str, steps: int, karras: bool = False, prediction_type: str = "epsilon", zero_terminal_snr: bool = False
 ) -> SamplerTable:
     """The table of a sampler by name, with the noise schedule of SDXL and of the published method.
 

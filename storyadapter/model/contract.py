@@ -224,11 +224,7 @@ class NetworkSpec:
 def network_specs(geometry: Geometry) -> dict[str, NetworkSpec]:
     """The seven networks of a model, in the order in which a run needs them."""
     text, pixels = constants.TEXT_TOKENS, constants.CLIP_PIXELS
-    image, latent, scale = (
-        geometry.image_embedding_width,
-        geometry.latent_channels,
-        geometry.pixels_per_latent,
-    )
+    image, latent, scale = geometry.image_embedding_width, geometry.latent_channels, geometry.pixels_per_latent
     text_kv = tuple(TensorSpec(text_kv_name(w.channels), (w.layers, "P", 2, text, w.channels)) for w in geometry.widths)
     ref_kv = tuple(TensorSpec(ref_kv_name(w.channels), (w.layers, "G", 2, "R", w.channels)) for w in geometry.widths)
     image_kv = tuple(

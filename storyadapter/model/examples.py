@@ -44,10 +44,7 @@ def example_inputs(
 
 
 def run_examples(
-    spec: NetworkSpec,
-    module: nn.Module,
-    ranges: Mapping[str, Range],
-    precision: Precision,
+    spec: NetworkSpec, module: nn.Module, ranges: Mapping[str, Range], precision: Precision
 ) -> tuple[Example, ...]:
     """Run a module eagerly, where its weights lie, at two points of its ranges, to compare an export with."""
     device = next(module.parameters()).device

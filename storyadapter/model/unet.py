@@ -46,10 +46,7 @@ class GlobalReferenceCrossAttention(nn.Module):
         self.grca = grca
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        encoder_hidden_states: CrossAttentionInputs,
-        attention_mask: None = None,
+        self, hidden_states: Tensor, encoder_hidden_states: CrossAttentionInputs, attention_mask: None = None
     ) -> Tensor:
         """hidden_states [B, S, C] → [B, S, C]; the argument names are those by which diffusers' blocks call it."""
         inputs = encoder_hidden_states

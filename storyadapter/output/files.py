@@ -37,11 +37,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """As `write_atomically`, for files that are no part of a run.
-
-    Raises:
-        OSError: it can't be written.
-    """
+    """As `write_atomically`, for files that are no part of a run. Raises OSError: it can't be written."""
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         with part.open("xb") as file:
@@ -56,11 +52,7 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder if it isn't there.
-
-    Raises:
-        RunError: no space is left, or it can't be made.
-    """
+    """Make a folder if it isn't there. Raises RunError: no space is left, or it can't be made."""
     try:
         path.mkdir(exist_ok=True)
     except OSError as error:

@@ -56,11 +56,7 @@ def read_job(path: Path) -> tuple[str, Any] | None:
 
 
 def read_picture(path: Path) -> Image.Image:
-    """A picture as RGB.
-
-    Raises:
-        RunError: it doesn't open any more.
-    """
+    """A picture as RGB. Raises RunError: it doesn't open any more."""
     try:
         with Image.open(path, formats=["PNG"]) as image:
             return image.convert("RGB")

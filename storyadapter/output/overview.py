@@ -195,11 +195,7 @@ class ThumbnailStrips:
         return scaled(picture, thumbnail_size(picture.size, self._frames, self._iterations))
 
     def write(self, iteration: int, thumbnails: Sequence[Image.Image]) -> None:
-        """Write a row.
-
-        Raises:
-            RunError: no space is left, or the folder can't be written.
-        """
+        """Write a row. Raises RunError: no space is left, or the folder can't be written."""
         path = self.path(iteration)
         make_folder(path.parent)
         write_atomically(path, encode_png(join(thumbnails), {}))

@@ -209,11 +209,7 @@ class RunFolder:
         return under_way.split if under_way and under_way.iteration == iteration else None
 
     def begin_iteration(self, iteration: int, split: Sequence[int]) -> None:
-        """See `FrameStore.begin_iteration`.
-
-        Raises:
-            RunError: no space is left, or the folder can't be written.
-        """
+        """See `FrameStore.begin_iteration`. Raises RunError: no space is left, or the folder can't be written."""
         self._write_record(replace(self._record, under_way=UnderWay(iteration, tuple(split))))
 
     def save(self, frame: FrameFinished) -> Future[None]:
