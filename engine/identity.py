@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
 from storyadapter.model.contract import CONTRACT_VERSION, Geometry, ShapeRanges, network_specs
@@ -38,6 +39,20 @@ class FusedLora:
 
     def __str__(self) -> str:
         return f"{self.name}:{self.scale:g} (sha256 {self.sha256[:8]})"
+
+
+@dataclass(frozen=True)
+class ModelWeights:
+    """Every file that a model is made from, configuration files included, and its LoRAs in the order of fusing."""
+
+    files: tuple[WeightFile, ...]
+    loras: tuple[FusedLora, ...]
+
+    @cached_property
+    def key(self) -> str:
+        """32 hexadecimal digits; equal for equal files, whatever their names, and LoRAs of equal scales."""
+        contents, fused = _contents(self.files, self.loras)
+        return _digest([sorted(contents), fused])[:_KEY_DIGITS]
 
 
 @dataclass(frozen=True)
@@ -158,6 +173,24 @@ class EngineIdentity:
         return [f"{components} weights are {mine} in the store, {theirs} asked for" for mine, theirs in by_words]
 
 
+def model_weights(checkpoint: "Checkpoint", on_bytes: Callable[[int, int], None] | None = None) -> ModelWeights:
+    """The weights of a checkpoint, by the hashes of its files. Raises CheckpointError: a file can't be read.
+
+    `on_bytes` is called with (bytes read, bytes to be read) while files are read that were never hashed before.
+    """
+    from storyadapter.engine.fingerprint import fingerprint_files
+
+    components = checkpoint.files_by_component
+    loras = [lora.path for lora in checkpoint.loras]
+    digests = fingerprint_files([*(path for paths in components.values() for path in paths), *loras], on_bytes)
+    return ModelWeights(
+        tuple(
+            WeightFile(component, path.name, digests[path]) for component, paths in components.items() for path in paths
+        ),
+        tuple(FusedLora(lora.path.name, digests[lora.path], lora.scale) for lora in checkpoint.loras),
+    )
+
+
 def identity_of(
     backend: str,
     version: str,
@@ -170,14 +203,9 @@ def identity_of(
 ) -> EngineIdentity:
     """The identity of an engine that holds a checkpoint's weights; see `EngineIdentity`.
 
-    Args:
-        on_bytes: see `model_weights`.
-
     Raises:
         CheckpointError: a file can't be read.
     """
-    from storyadapter.engine.model_weights import model_weights
-
     weights = model_weights(checkpoint, on_bytes)
     return EngineIdentity(
         backend=backend,
@@ -209,12 +237,6 @@ def engine_key(identity: EngineIdentity, ranges: ShapeRanges) -> str:
     data = identity.as_dict()
     data["weights"], data["loras"] = _contents(identity.weights, identity.loras)
     return _digest([STORE_VERSION, data, ranges.as_dict()])[:_KEY_DIGITS]
-
-
-def weights_key(files: tuple[WeightFile, ...], loras: tuple[FusedLora, ...]) -> str:
-    """The name of a model's weights: 32 hexadecimal digits, equal for equal contents."""
-    contents, fused = _contents(files, loras)
-    return _digest([sorted(contents), fused])[:_KEY_DIGITS]
 
 
 def _contents(files: tuple[WeightFile, ...], loras: tuple[FusedLora, ...]) -> tuple[list[Any], list[Any]]:

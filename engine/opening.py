@@ -11,8 +11,7 @@ import torch
 from storyadapter.checkpoint import Checkpoint
 from storyadapter.engine.backend import EngineRequest, OpenRequest, ReportBytes, ReportFraction, ReportStage
 from storyadapter.engine.backends import find_backend
-from storyadapter.engine.identity import EngineIdentity, contract_digest
-from storyadapter.engine.model_weights import model_weights
+from storyadapter.engine.identity import EngineIdentity, contract_digest, model_weights
 from storyadapter.engine.store import EngineStore, StoredEngine
 from storyadapter.engine.uses import ERRORS, hold, note_use
 from storyadapter.model.contract import Geometry, Range, ShapeRanges

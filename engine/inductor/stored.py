@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 
 from storyadapter.checkpoint import Checkpoint
+from storyadapter.engine.identity import model_weights
 from storyadapter.engine.inductor.session import open_inductor
-from storyadapter.engine.model_weights import model_weights
 from storyadapter.engine.store import StoredEngine
 from storyadapter.engine.uses import ERRORS, note_use
 from storyadapter.model.contract import network_specs

@@ -14,7 +14,7 @@ from storyadapter import api
 from storyadapter.cli.machine import versions
 from storyadapter.cli.options import Session, build_command, option
 from storyadapter.cli.reporting import Reporter, count, duration
-from storyadapter.engine.model_weights import model_weights
+from storyadapter.engine.identity import model_weights
 from storyadapter.method.errors import EngineMismatchError, RunError, spelled
 from storyadapter.method.events import FrameFinished, RunFinished, RunStarted
 from storyadapter.method.plan import FRAMES_UNMEASURED, RunPlan, split_evenly
