@@ -21,18 +21,6 @@ from storyadapter.model.numerics import Numerics
 _FP32: Final = Numerics("fp32")
 
 
-def identify(
-    checkpoint: Checkpoint,
-    backend: str,
-    numerics: Numerics,
-    on_bytes: ReportBytes | None = None,
-    *,
-    options: Any = None,
-) -> EngineIdentity:
-    """Everything that what a backend computes with this checkpoint depends on; see `Backend.identity`."""
-    return find_backend(backend).identity(checkpoint, numerics, options, on_bytes)
-
-
 def why_outdated(engine: StoredEngine) -> list[str]:
     """In which fields an engine differs from all that this version of the program asks for, in words; empty if in none.
 

@@ -103,7 +103,9 @@ class TensorRTNetwork:
             key = tuple(sorted(values.items()))
             fresh = key not in self._ready
             if fresh:
-                self._make_room()
+                while len(self._ready) >= SHAPES_AT_MOST:  # those that were used the longest time ago go first
+                    shared.stream.synchronize()  # they may still be running
+                    self._ready.popitem(last=False)
                 self._ready[key] = self._new_context(values)
             self._ready.move_to_end(key)
             ready = self._ready[key]
@@ -119,12 +121,6 @@ class TensorRTNetwork:
             context.set_tensor_address(tensor.name, inputs[tensor.name].data_ptr())
         if not context.execute_async_v3(torch.cuda.current_stream(self._shared.device).cuda_stream):
             raise RunError(f"{self.spec.name}: TensorRT refused to run the engine; its log says why")
-
-    def _make_room(self) -> None:
-        """Throw away the shapes that were used the longest time ago."""
-        while len(self._ready) >= SHAPES_AT_MOST:
-            self._shared.stream.synchronize()  # they may still be running
-            self._ready.popitem(last=False)
 
     def _new_context(self, values: Mapping[str, int]) -> _Ready:
         """A context with its shapes set. Each shape has its own, so that a captured graph never meets another one."""

@@ -102,12 +102,13 @@ class RunRecord:
             raise refusal(f"has schema {value.get('schema')!r},", expected)
         try:
             progress = value["progress"]
+            under_way = progress["under_way"]
             return cls(
                 identity=dict(value["identity"]),
                 frames=int(progress["frames"]),
                 scales=tuple(progress["scales"]),
                 iterations=tuple(map(_iteration, progress["iterations"])),
-                under_way=_under_way(progress["under_way"]),
+                under_way=under_way and UnderWay(int(under_way["iteration"]), tuple(under_way["split"])),
                 sessions=tuple(Session(**item) for item in value["sessions"]),
                 finished=progress["status"] == "finished",
             )
@@ -122,10 +123,6 @@ class RunRecord:
         """The record after the pictures of the first `count` iterations are removed."""
         removed = (replace(iteration, removed=True) for iteration in self.iterations[:count])
         return replace(self, iterations=(*removed, *self.iterations[count:]))
-
-
-def _under_way(item: Mapping[str, Any] | None) -> UnderWay | None:
-    return UnderWay(int(item["iteration"]), tuple(item["split"])) if item else None
 
 
 def _iteration(item: Mapping[str, Any]) -> IterationRecord:

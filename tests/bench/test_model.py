@@ -12,10 +12,10 @@ from storyadapter.bench.model import BenchmarkModel
 from storyadapter.bench.options import EngineChoice
 from storyadapter.engine.identity import engine_key
 from storyadapter.engine.onnxruntime import builder
-from storyadapter.engine.opening import identify
 from storyadapter.method.errors import EngineBuildError
 from storyadapter.model.contract import Range, ShapeRanges
 from storyadapter.model.numerics import Numerics
+from tests.engine.engine_requests import identify
 
 PIXELS = Range(64, 64)
 RANGES = ShapeRanges(2, 3, PIXELS, PIXELS)

@@ -12,13 +12,13 @@ from storyadapter import Story, StoryPipeline
 from storyadapter.bench.synthetic import MODELS, PREDICTION_TYPE, SDXL, TOY, SyntheticCheckpoint, SyntheticModel
 from storyadapter.checkpoint.ip_adapter import cross_attentions
 from storyadapter.engine.eager.networks import open_eager
-from storyadapter.engine.opening import identify
 from storyadapter.method import constants
 from storyadapter.method.events import FrameFinished
 from storyadapter.method.plan import RunPlan
 from storyadapter.model.contract import LayerWidth
 from storyadapter.model.networks import Networks
 from storyadapter.model.numerics import Numerics
+from tests.engine.engine_requests import identify
 
 CPU = torch.device("cpu")
 

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from storyadapter.checkpoint import Checkpoint
+from storyadapter.engine.backends import find_backend
 from storyadapter.engine.identity import EngineIdentity, FusedLora, WeightFile
 from storyadapter.model.contract import Range, ShapeRanges
 from storyadapter.model.numerics import Numerics, Precision
@@ -29,6 +31,11 @@ def identity(*, precision: Precision = "fp16", vae_precision: Precision = "fp32"
         "build_options": (("opset", "23"), ("export version", "1")),
     }
     return EngineIdentity(**(settings | changes))
+
+
+def identify(checkpoint: Checkpoint, backend: str, numerics: Numerics, *, options: Any = None) -> EngineIdentity:
+    """What a run asks the store for; see `Backend.identity`."""
+    return find_backend(backend).identity(checkpoint, numerics, options, None)
 
 
 def ranges(

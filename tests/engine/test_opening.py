@@ -9,12 +9,12 @@ import pytest
 from storyadapter.checkpoint import Checkpoint
 from storyadapter.engine import identity as identity_module
 from storyadapter.engine import open_networks
-from storyadapter.engine.opening import identify, why_outdated
+from storyadapter.engine.opening import why_outdated
 from storyadapter.engine.store import EngineStore
 from storyadapter.method.errors import EngineMismatchError, UnavailableError
 from storyadapter.model.contract import CONTRACT_VERSION
 from storyadapter.model.numerics import Numerics
-from tests.engine.engine_requests import never_waits, ranges
+from tests.engine.engine_requests import identify, never_waits, ranges
 
 
 def test_a_device_that_a_backend_does_not_run_on_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:

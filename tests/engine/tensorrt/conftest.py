@@ -11,13 +11,14 @@ from diffusers.models.unets.unet_2d_blocks import CrossAttnDownBlock2D
 from filelock import FileLock
 
 from storyadapter.checkpoint import Checkpoint
-from storyadapter.engine.opening import build_engine, identify
+from storyadapter.engine.opening import build_engine
 from storyadapter.engine.store import EngineStore
 from storyadapter.engine.tensorrt.library import Library, choose_library
 from storyadapter.export.onnx_export import export_network
 from storyadapter.model.grca import grca
 from storyadapter.model.numerics import Precision
 from storyadapter.model.unet import GlobalReferenceCrossAttention
+from tests.engine.engine_requests import identify
 from tests.engine.tensorrt.building import LETTERS, OPTIONS, RANGES, TARGETS, Built, LayerBlock, layer_block_spec
 
 

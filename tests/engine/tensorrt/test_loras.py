@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from storyadapter.checkpoint import Checkpoint
 from storyadapter.checkpoint.paths import LoraSpec
 from storyadapter.engine.identity import engine_key
-from storyadapter.engine.opening import build_engine, identify
+from storyadapter.engine.opening import build_engine
 from storyadapter.engine.store import EngineStore
 from storyadapter.engine.tensorrt.options import BuildOptions
 from storyadapter.export import onnx_name
@@ -26,6 +26,7 @@ from storyadapter.model.grca import grca
 from storyadapter.model.modules import TextEncoder
 from storyadapter.model.numerics import Numerics, Precision
 from storyadapter.model.unet import split_unet
+from tests.engine.engine_requests import identify
 from tests.engine.tensorrt.building import LETTERS, RANGES, TARGETS, Built
 
 pytest.importorskip("tensorrt_rtx")

@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 
 from storyadapter.checkpoint import Checkpoint
-from storyadapter.engine.opening import identify
 from storyadapter.engine.store import EngineStore, StoredEngine
 from storyadapter.engine.uses import hold, note_use
 from storyadapter.model.contract import Range, ShapeRanges
 from storyadapter.model.numerics import Numerics
-from tests.engine.engine_requests import never_waits
+from tests.engine.engine_requests import identify, never_waits
 from tests.storyadapter.cli.running import Type
 
 MIB = 1 << 20

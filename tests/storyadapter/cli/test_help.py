@@ -13,11 +13,10 @@ from torch._inductor import config
 import storyadapter
 from storyadapter.__main__ import build_parser, main
 from storyadapter.checkpoint import Checkpoint
-from storyadapter.engine.opening import identify
 from storyadapter.engine.store import EngineStore
 from storyadapter.export import OPSET
 from storyadapter.model.numerics import Numerics
-from tests.engine.engine_requests import never_waits, ranges
+from tests.engine.engine_requests import identify, never_waits, ranges
 from tests.storyadapter.cli.running import Type
 
 HEAVY = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "numpy", "PIL", "rich", "yaml")
