@@ -87,33 +87,21 @@ class OpenRequest:
 
 
 class Backend(ABC):
-    """A way to run the networks of the contract.
+    """A way to run the networks of the contract."""
 
-    Attributes:
-        name: as users type it.
-        purpose: for help and overviews.
-        packages: what must be installed to run; `build_packages`: what besides to build.
-        extra: installs both.
-        one_of: of these packages, one must be installed to run or to build; with what each is for. The extra of the
-            same name installs it and both of the others.
-        builds: whether `build` makes an engine that `open` needs.
-        any_device: whether it runs on whatever device it is given.
-        precisions: those it can serve.
-        vae_precisions: those in which it can run the VAE, which needn't have the precision of the other networks.
-        settings: of its builds.
-    """
-
-    name: ClassVar[str]
-    purpose: ClassVar[str]
-    packages: ClassVar[tuple[str, ...]] = ("torch",)
-    build_packages: ClassVar[tuple[str, ...]] = ()
-    extra: ClassVar[str | None] = None
+    name: ClassVar[str]  # as users type it
+    purpose: ClassVar[str]  # for help and overviews
+    packages: ClassVar[tuple[str, ...]] = ("torch",)  # what must be installed to run
+    build_packages: ClassVar[tuple[str, ...]] = ()  # what besides to build
+    extra: ClassVar[str | None] = None  # installs both
+    # of these packages, one must be installed to run or to build; with what each is for. The extra of the same name
+    # installs it and both of the others
     one_of: ClassVar[tuple[tuple[str, str], ...]] = ()
-    builds: ClassVar[bool] = True
-    any_device: ClassVar[bool] = False
-    precisions: ClassVar[tuple[Precision, ...]] = PRECISIONS
-    vae_precisions: ClassVar[tuple[Precision, ...]] = PRECISIONS
-    settings: ClassVar[tuple[Setting, ...]] = ()
+    builds: ClassVar[bool] = True  # whether `build` makes an engine that `open` needs
+    any_device: ClassVar[bool] = False  # whether it runs on whatever device it is given
+    precisions: ClassVar[tuple[Precision, ...]] = PRECISIONS  # those it can serve
+    vae_precisions: ClassVar[tuple[Precision, ...]] = PRECISIONS  # the VAE's needn't be that of the other networks
+    settings: ClassVar[tuple[Setting, ...]] = ()  # of its builds
 
     @abstractmethod
     def rank(self) -> int:
@@ -218,8 +206,7 @@ class Backend(ABC):
 
         Raises:
             InputError: it needs no build, or an option doesn't fit.
-            EngineBuildError: an exported network doesn't compute what eager computes.
-            EngineBuildError: a compiler or TensorRT refused a network.
+            EngineBuildError: a network was refused by a compiler, or doesn't compute what eager computes.
         """
         raise InputError(
             f"backend {self.name} needs no build", advice="type the same command with run instead of build"

@@ -37,24 +37,15 @@ WriteEngine = Callable[[Path], Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class StoredEngine:
-    """A finished engine.
+    """A finished engine."""
 
-    Attributes:
-        folder: holds the engine's files.
-        identity, ranges: what it was built from, and for.
-        created: when it was finished, ISO 8601 in UTC.
-        build_seconds: how long that took.
-        files: size in bytes by path below `folder`, without the manifest.
-        details: what its builder had to say.
-    """
-
-    folder: Path
-    identity: EngineIdentity
-    ranges: ShapeRanges
-    created: str
-    build_seconds: float
-    files: Mapping[str, int]
-    details: Mapping[str, Any]
+    folder: Path  # holds the engine's files
+    identity: EngineIdentity  # what it was built from
+    ranges: ShapeRanges  # and for
+    created: str  # when it was finished, ISO 8601 in UTC
+    build_seconds: float  # how long that took
+    files: Mapping[str, int]  # size in bytes by path below `folder`, without the manifest
+    details: Mapping[str, Any]  # what its builder had to say
 
     @property
     def key(self) -> str:

@@ -22,20 +22,14 @@ def engine_name(network: str) -> str:
 
 @dataclass(frozen=True)
 class EngineFolder:
-    """The builder's description of the engines in one folder.
-
-    Attributes:
-        module, version: of the TensorRT that built them, "tensorrt" or "tensorrt_rtx".
-        targets: architectures that they run on.
-        plugin: whether the denoiser holds the fused kernel.
-        profiles: by network, the ranges of its letters in each optimization profile; the first holds all others.
-    """
+    """The builder's description of the engines in one folder."""
 
     folder: Path
-    module: str
-    version: str
-    targets: tuple[str, ...]
-    plugin: bool
+    module: str  # of the TensorRT that built them, "tensorrt" or "tensorrt_rtx"
+    version: str  # of that
+    targets: tuple[str, ...]  # architectures that they run on
+    plugin: bool  # whether the denoiser holds the fused kernel
+    # by network, the ranges of its letters in each optimization profile; the first holds all others
     profiles: Mapping[str, tuple[Mapping[str, Range], ...]]
 
     def write(self) -> None:

@@ -34,31 +34,20 @@ class TensorBounds:
 
 @dataclass(frozen=True)
 class NetworkRequest:
-    """Everything a build needs; plain data.
+    """Everything a build needs; plain data. Of the files, `onnx` is read, the others are written."""
 
-    Attributes:
-        module: "tensorrt" or "tensorrt_rtx".
-        onnx, engine, log, layers: files; `onnx` is read, the others are written.
-        targets: architectures for `tensorrt_rtx`; `tensorrt` builds for the GPU that is present.
-        inputs, outputs: what the parsed network must have.
-        optimization_level: 0 to 5, None for TensorRT's own default.
-        workspace_bytes: the most scratch memory of one layer, None for TensorRT's own default.
-        timing_cache: read if it is there, then written; `tensorrt` only.
-        plugin: register the fused kernel, so that the parser takes it for our node.
-    """
-
-    module: str
+    module: str  # "tensorrt" or "tensorrt_rtx"
     onnx: str
     engine: str
     log: str
     layers: str
-    targets: tuple[str, ...]
-    inputs: tuple[TensorBounds, ...]
+    targets: tuple[str, ...]  # architectures for `tensorrt_rtx`; `tensorrt` builds for the GPU that is present
+    inputs: tuple[TensorBounds, ...]  # that the parsed network must have, as the outputs
     outputs: tuple[TensorBounds, ...]
-    optimization_level: int | None = None
-    workspace_bytes: int | None = None
-    timing_cache: str | None = None
-    plugin: bool = False
+    optimization_level: int | None = None  # 0 to 5, None for TensorRT's own default
+    workspace_bytes: int | None = None  # the most scratch memory of one layer, None for TensorRT's own default
+    timing_cache: str | None = None  # read if it is there, then written; `tensorrt` only
+    plugin: bool = False  # register the fused kernel, so that the parser takes it for our node
 
 
 @dataclass(frozen=True)

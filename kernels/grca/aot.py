@@ -53,34 +53,21 @@ class KernelArgument:
 
 @dataclass(frozen=True)
 class EmbeddedKernel:
-    """The kernel for one target, width, dtype and T; B, S, P, G, R are free.
+    """The kernel for one target, H, D, T and dtype; B, S, P, G, R are free."""
 
-    Attributes:
-        entry: name of the entry in `ptx` and `cubin`.
-        ptx: text; its target is `sm_90a`, `sm_120a`, … where the architecture has such a variant.
-        cubin: machine code assembled from `ptx`.
-        capability: compute capability, 10·major + minor.
-        heads, head_size, text_tokens, element_type: what it was compiled for.
-        block: threads.
-        shared_bytes: dynamic shared memory of a launch; over 48 KB only if asked for by attribute.
-        arguments: in order.
-        tiles: compile-time choices.
-        tuned: the tiles were measured on this architecture.
-    """
-
-    entry: str
-    ptx: str
-    cubin: bytes
-    capability: int
+    entry: str  # its name in `ptx` and `cubin`
+    ptx: str  # text; its target is `sm_90a`, `sm_120a`, … where the architecture has such a variant
+    cubin: bytes  # machine code assembled from `ptx`
+    capability: int  # compute capability, 10·major + minor
     heads: int
     head_size: int
     text_tokens: int
     element_type: str
-    block: tuple[int, int, int]
-    shared_bytes: int
-    arguments: tuple[KernelArgument, ...]
-    tiles: GrcaTiles
-    tuned: bool
+    block: tuple[int, int, int]  # threads
+    shared_bytes: int  # dynamic shared memory of a launch; over 48 KB only if asked for by attribute
+    arguments: tuple[KernelArgument, ...]  # in order
+    tiles: GrcaTiles  # compile-time choices
+    tuned: bool  # the tiles were measured on this architecture
 
     def grid(self, rows: Any, query_tokens: Any) -> tuple[Any, Any, Any]:
         """Programs of a launch, from B and S, numbers or symbols: see `grid_shape`."""
