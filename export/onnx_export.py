@@ -38,13 +38,8 @@ def export_compared(
     The module is used up: its weights are gone afterwards, as a full-size UNet and the run of its file don't fit into
     24 GB side by side.
 
-    Args:
-        spec, module, precision: see `export_network`.
-        letters: ranges that the file is for; a letter of one value is a constant in it.
-        on_stage: called with what is being done.
-
-    Returns:
-        The ONNX file, and its relative error.
+    Arguments as those of `export_network`, `letters` its `ranges`; `on_stage` is called with what is being done. Gives
+    the ONNX file, and its relative error.
 
     Raises:
         EngineBuildError: the file doesn't compute what eager computes.
@@ -90,15 +85,11 @@ def _pin(path: Path, spec: NetworkSpec, letters: Mapping[str, Range]) -> None:
 def export_network(
     spec: NetworkSpec, module: nn.Module, ranges: Mapping[str, Range], precision: Precision, folder: Path
 ) -> Path:
-    """Write `<network>.onnx` and its weights into `folder`.
+    """Write `<network>.onnx` and its weights into `folder`; returns the file's path.
 
     Args:
-        spec: the network's inputs and outputs.
         module: takes the inputs in the contract's order; on the CPU, in the precision's dtype.
         ranges: of every dynamic letter; a letter whose range is one value is exported as a constant.
-
-    Returns:
-        The file's path.
     """
     letters = example_letters(dict(ranges))
     inputs = example_inputs(spec, letters, precision)

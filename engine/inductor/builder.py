@@ -1,13 +1,14 @@
 """Build of the backend `inductor`: groups of networks compiled at once, each group in a process of its own."""
 
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Final
 
 import torch
 
+from storyadapter.engine.backend import ReportStage
 from storyadapter.engine.inductor.compilation import BuildRequest, BuiltNetwork, build_networks
 from storyadapter.engine.inductor.target import check_compilers
 from storyadapter.engine.processes import EndedEarly, Processes
@@ -23,8 +24,6 @@ _GROUPS: Final = (
     ("text_encoder", "text_encoder_2", "text_projection", "reference_projection"),
 )
 
-ReportStage = Callable[[str, str], None]
-
 
 def build_inductor(
     checkpoint: ModelParts,
@@ -39,10 +38,9 @@ def build_inductor(
     """Compile the seven networks into `folder`, each compared with eager on `device`.
 
     Args:
-        checkpoint: an opened checkpoint, or anything else that gives the model's parts and can be pickled.
+        checkpoint: anything that gives the model's parts and can be pickled.
         ranges: shapes to be served; one package serves them all.
-        on_stage: called with a network's name ("" for none in particular) and what is done to it; from several
-            threads, one at a time.
+        on_stage: called from several threads, one at a time.
         only: names of the networks to compile; None for all.
 
     Raises:

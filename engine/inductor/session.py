@@ -153,7 +153,6 @@ def open_inductor(
 
     Args:
         weight_bytes: of all networks.
-        on_progress: called with each network's name and what is done with it.
         compared: the code was compared with eager with these weights; else it is done now.
 
     Returns:

@@ -25,9 +25,6 @@ def open_stored(
 ) -> Networks:
     """The networks of a checkpoint on an engine's code.
 
-    Args:
-        on_stage: called with each network's name and what is done with it.
-
     Raises:
         EngineBuildError: a network computes something else than eager with these weights; nothing is noted.
     """

@@ -51,10 +51,9 @@ class OnnxRuntime(Backend):
     def build(
         self, request: EngineRequest, folder: Path, on_stage: ReportStage, on_fraction: ReportFraction
     ) -> dict[str, Any]:
-        from storyadapter.engine.onnxruntime.builder import build_onnx
+        from storyadapter.engine.onnxruntime.networks import build_onnx
 
-        errors = build_onnx(request.checkpoint, request.numerics, request.ranges, folder, on_stage)
-        return {"relative_error_against_eager": errors}
+        return {"relative_error_against_eager": build_onnx(request, folder, on_stage)}
 
     def open(self, request: OpenRequest) -> "Networks":
         from storyadapter.engine.onnxruntime.networks import open_onnxruntime

@@ -1,5 +1,6 @@
-"""One exported network in ONNX Runtime, on the CPU."""
+"""The contract's networks in ONNX Runtime, on the CPU: exported and compared with eager, opened, and run."""
 
+import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,10 +9,12 @@ import torch
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail, RuntimeException
 from torch import Tensor
 
-from storyadapter.engine.backend import OpenRequest
+from storyadapter.engine.backend import EngineRequest, OpenRequest, ReportStage
 from storyadapter.export import onnx_name
 from storyadapter.export.verify import open_session
-from storyadapter.model.contract import NetworkSpec, Range
+from storyadapter.model.contract import NetworkSpec, Range, network_specs
+from storyadapter.model.grca import grca
+from storyadapter.model.modules import iterate_modules
 from storyadapter.model.networks import Networks, check_inputs
 from storyadapter.model.numerics import Precision
 
@@ -21,14 +24,7 @@ DEVICE = torch.device("cpu")
 class OnnxRuntimeNetwork:
     """A network of the contract as an ONNX Runtime session."""
 
-    def __init__(
-        self,
-        spec: NetworkSpec,
-        path: Path,
-        *,
-        precision: Precision,
-        letters: Mapping[str, Range],
-    ) -> None:
+    def __init__(self, spec: NetworkSpec, path: Path, *, precision: Precision, letters: Mapping[str, Range]) -> None:
         self.spec = spec
         self.precision: Precision = precision
         self.letters = letters
@@ -36,13 +32,7 @@ class OnnxRuntimeNetwork:
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `storyadapter.model.networks.Network`."""
-        check_inputs(
-            self.spec,
-            inputs,
-            precision=self.precision,
-            device=DEVICE,
-            letters=self.letters,
-        )
+        check_inputs(self.spec, inputs, precision=self.precision, device=DEVICE, letters=self.letters)
         names = [tensor.name for tensor in self.spec.outputs]
         with told_as_memory_error():
             outputs = self.session.run(names, {name: tensor.numpy() for name, tensor in inputs.items()})
@@ -76,3 +66,24 @@ def open_onnxruntime(request: OpenRequest) -> Networks:
         numerics=numerics,
         letters=letters,
     )
+
+
+def build_onnx(request: EngineRequest, folder: Path, on_stage: ReportStage) -> dict[str, float]:
+    """Export the seven networks into `folder`, one after the other; gives the relative error of each against eager.
+
+    Raises:
+        EngineBuildError: a file doesn't compute what eager computes.
+    """
+    from storyadapter.export.onnx_export import export_compared  # most of a second, which a run needn't wait for
+
+    geometry, numerics = request.checkpoint.geometry, request.numerics
+    letters, specs = request.ranges.letters(geometry.pixels_per_latent), network_specs(geometry)
+    errors: dict[str, float] = {}
+    modules = iterate_modules(request.checkpoint, numerics, grca)
+    while True:
+        on_stage("", "loading weights")
+        name, module = next(modules, ("", None))
+        if module is None:
+            return errors
+        told = functools.partial(on_stage, name)
+        _, errors[name] = export_compared(specs[name], module, letters, numerics[name], folder, told)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from storyadapter.checkpoint import Checkpoint
-from storyadapter.engine.backend import installed_version
+from storyadapter.engine.backend import ReportFraction, ReportStage, installed_version
 from storyadapter.engine.processes import EndedEarly, Processes
 from storyadapter.engine.tensorrt.engine_folder import TENSORRT_NAMES, EngineFolder, engine_name
 from storyadapter.engine.tensorrt.library import Library
@@ -20,9 +20,6 @@ from storyadapter.model.contract import NetworkSpec, Range, ShapeRanges, TensorS
 from storyadapter.model.grca import grca
 from storyadapter.model.modules import iterate_modules
 from storyadapter.model.numerics import Numerics, Precision
-
-ReportStage = Callable[[str, str], None]
-ReportFraction = Callable[[str, float], None]  # network, how much of its engine is built
 
 
 def build_tensorrt(

@@ -120,22 +120,10 @@ def launch_arguments(
 def grca_triton(
     q: Tensor, text_kv: Tensor, text_row: Tensor, ref_kv: Tensor, ref_row: Tensor, ref_length: Tensor
 ) -> Tensor:
-    """Text attention plus reference attention of one layer in one kernel.
+    """Text attention plus reference attention of one layer in one kernel, [B, S, H, D], contiguous, dtype of q.
 
-        out = softmax(q·k_textᵀ/√D)·v_text + softmax(q·k_refᵀ/√D)·v_ref
-
-    Source: Story-Adapter (arXiv 2410.06244), section 3.2; λ is folded into v_ref beforehand.
-
-    Args:
-        q: [B, S, H, D], float16, bfloat16 or float32; D 32 or 64; any strides but 1 in the last dimension.
-        text_kv: [P, 2, T, C], keys then values, dtype of q; C = H·D; any strides but 1 in the last dimension.
-        text_row: [B] int32, the prompt each row reads, in 0 … P-1.
-        ref_kv: [G, 2, R, C], keys then values times λ, dtype of q; strides as text_kv.
-        ref_row: [B] int32, the bank row each row reads, in 0 … G-1.
-        ref_length: [G] int32 in 1 … R: valid tokens of each bank row; what lies behind them is never read.
-
-    Returns:
-        [B, S, H, D], contiguous, dtype of q.
+    The arguments are those of `storyadapter.model.grca.grca`, which says what is computed and where it comes from;
+    besides, D is 32 or 64, and q, text_kv and ref_kv have stride 1 in the last dimension.
 
     Raises:
         ValueError: an argument that the kernel can't read; see `check_arguments`.

@@ -23,13 +23,8 @@ class Noise:
 def draw_noise(seed: int, latent_height: int, latent_width: int, table: SamplerTable) -> Noise:
     """All noise of a story in the order in which diffusers draws it: the initial one, then that of each noisy step.
 
-    Everything is drawn in fp32 from one CPU generator; cast or move it afterwards.
-
-    Args:
-        seed: of the whole story.
-        latent_height: h, the pixel height / 8.
-        latent_width: w, the pixel width / 8.
-        table: tells after which calls noise is added.
+    Everything is drawn in fp32 from one CPU generator; cast or move it afterwards. `table` tells after which calls
+    noise is added.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
     shape = (1, LATENT_CHANNELS, latent_height, latent_width)

@@ -126,14 +126,9 @@ def build_sampler(
 ) -> SamplerTable:
     """The table of a sampler by name, with the noise schedule of SDXL and of the published method.
 
-    Args:
-        name: one of `SAMPLERS`. `ddim` is the published one, with the published constants; the others share its
-            noise schedule and, like SDXL's own schedulers, its leading time steps and its offset of 1.
-        steps: number of denoising steps, 1 or more.
-        karras: Karras noise levels, for `euler` and `dpmpp_2m`.
-        prediction_type: what the UNet predicts: `epsilon`, `v_prediction` or `sample`.
-        zero_terminal_snr: betas rescaled so that the first step starts from pure noise, and trailing time steps, as
-            v-prediction models trained in this way need (arXiv 2305.08891).
+    `ddim` is the published one, with the published constants; the others share its noise schedule and, like SDXL's own
+    schedulers, its leading time steps and its offset of 1. The settings are those of a plan: with `zero_terminal_snr`
+    betas are rescaled so that the first step starts from pure noise, and time steps trail (arXiv 2305.08891).
 
     Raises:
         InputError: an unknown name, a combination that doesn't exist, or a number of steps that can't be had.

@@ -105,8 +105,6 @@ def iterate_modules(
     parts come together. LoRAs are fused by the checkpoint.
 
     Args:
-        checkpoint: an opened (that is, validated) checkpoint.
-        numerics: the dtype of every network's weights.
         grca: the attention function of the denoiser's cross-attention layers.
         only: names of the modules to be had; components that none of them needs aren't loaded. None for all.
         device: where the weights are loaded to; by default the CPU.

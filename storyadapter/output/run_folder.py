@@ -106,12 +106,10 @@ class RunFolder:
         """Lock a new or empty folder, or with `resume` that of a run with the same identity, finished or not.
 
         Args:
-            path: the folder; made if it isn't there.
-            identity: everything that decides the pictures (story, seed, steps, sizes, models, …), as JSON values. Two
-                runs with equal identities make the same pictures.
+            path: made if it isn't there.
+            identity: everything that decides the pictures, as JSON values: equal ones make the same pictures.
             frames: N, the frames of one iteration.
             scales: λ of every iteration, the text-only one (None) first.
-            resume: go on with what is there. A new or empty folder is started from the beginning.
             keep: "last" removes the pictures of older iterations when the next one is finished.
             text: PNG text chunks of a frame, besides those that say by which job it was drawn.
             details: what is worth knowing but doesn't decide the pictures: versions, split into micro-batches, …
@@ -217,13 +215,7 @@ class RunFolder:
         return self._workers.submit(self._save, frame)
 
     def finish_iteration(self, iteration: int, seconds: Mapping[str, float], split: Sequence[int] = ()) -> None:
-        """Record that all frames of the next iteration are written; what `keep` says goes is removed. Nothing to do for
-        one that is finished.
-
-        Args:
-            iteration: at most `finished_iterations()`.
-            seconds: of each stage, by name.
-            split: frames of each batch that was drawn.
+        """See `FrameStore.finish_iteration`. What `keep` says goes is removed; nothing to do for one that is finished.
 
         Raises:
             RunError: no space is left, or the folder can't be written.
@@ -252,10 +244,8 @@ class RunFolder:
     def finish(self, seconds: Mapping[str, float], captions: Sequence[str], title: str | None = None) -> None:
         """Write `frames/`, the contact sheet, the GIF, and the end of `story.json`, once all iterations are finished.
 
-        Args:
-            seconds: of each stage of this process's part of the run, by name.
-            captions: one per frame, shown on the contact sheet where there is room.
-            title: of the contact sheet.
+        `seconds`: of each stage of this process's part of the run, by name. `captions`: one per frame, shown on the
+        contact sheet, with the title, where there is room.
 
         Raises:
             RunError: no space is left, or the folder can't be written.
