@@ -16,7 +16,6 @@ from platformdirs import user_cache_path
 from storyadapter.method.errors import CheckpointError
 from storyadapter.output.files import write_whole
 
-
 MEMORY_NAME: Final = "fingerprints.json"
 _VERSION: Final = 1
 _MAX_REMEMBERED: Final = 1000  # the oldest are forgotten first
