@@ -6,7 +6,7 @@ from pathlib import Path
 from storyadapter.checkpoint import Checkpoint
 from storyadapter.engine.backend import ReportBytes
 from storyadapter.engine.backends import AUTO, find_backend
-from storyadapter.engine.model_weights import model_weights
+from storyadapter.engine.identity import model_weights
 from storyadapter.engine.opening import open_networks
 from storyadapter.model.contract import ShapeRanges
 from storyadapter.model.numerics import Numerics
