@@ -63,6 +63,7 @@ class _Progress:
     """What the processes have told so far."""
 
     events: int = 0
+    began: float = 0  # to draw, by `time.monotonic`
     begun: int = 0
     kept: set[tuple[int, int]] = field(default_factory=set)
 
@@ -96,14 +97,13 @@ def kill_and_resume(
         RunError: a run fails; it has told why on standard error.
     """
     random, whole, told = Random(seed), _Progress(), _Progress()
-    began = time.monotonic()
     _follow(start([*words, "--json-log", "--out", str(folder / "uninterrupted")]), whole)
-    pause = (time.monotonic() - began) / whole.events
+    pause = (time.monotonic() - whole.began) / whole.events
     command = [*words, "--json-log", "--out", str(folder / "killed")]
     killed = 0
     for left in range(kills, 0, -1):
         ahead = whole.events * (1 - len(told.kept) / len(whole.kept))
-        moment = random.randint(1, max(1, int(1.8 * ahead / (left + 1))))
+        moment = random.randint(1, max(1, int(1.6 * ahead / (left + 1))))
         killed += _follow(start(command), told, moment, random.uniform(0, pause)) == -SIGKILL
         command = [*words, "--json-log", "--out", str(folder / "killed"), "--resume"]
     _follow(start(command), told)
@@ -126,7 +126,7 @@ def _follow(process: Process, told: _Progress, moment: int | None = None, pause:
                 case {"event": "frame_finished", "iteration": iteration, "frame": frame}:
                     told.kept.add((iteration, frame))
                 case {"event": "run_started"}:
-                    events = 1
+                    told.began, events = time.monotonic(), 1
                 case _ if not events:
                     continue
             events += 1
