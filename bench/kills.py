@@ -28,22 +28,14 @@ class Process:
 
 @dataclass(frozen=True)
 class KilledRun:
-    """What became of it.
+    """What became of it."""
 
-    Attributes:
-        kills: that were asked for; `killed`: of these, those that came before the end.
-        frames: of the story, in all its iterations.
-        redrawn: how many more were begun, so that something of them was lost.
-        allowed: how many may be: those of the batches under way at every kill.
-        different: names of the pictures that aren't those of the uninterrupted run.
-    """
-
-    kills: int
-    killed: int
-    frames: int
-    redrawn: int
-    allowed: int
-    different: Sequence[str]
+    kills: int  # that were asked for
+    killed: int  # of these, those that came before the end
+    frames: int  # of the story, in all its iterations
+    redrawn: int  # how many more were begun, so that something of them was lost
+    allowed: int  # how many may be: those of the batches under way at every kill
+    different: Sequence[str]  # names of the pictures that aren't those of the uninterrupted run
 
     @property
     def problems(self) -> list[str]:

@@ -39,21 +39,13 @@ class Opened:
 
 @dataclass(frozen=True)
 class BenchmarkModel:
-    """A model to be measured.
+    """A model to be measured."""
 
-    Attributes:
-        label: for people.
-        checkpoint: its files, or a `SyntheticCheckpoint`, which has the same methods.
-        prediction_type: what its UNet predicts.
-        engine: what runs it.
-        device: where everything runs.
-    """
-
-    label: str
-    checkpoint: Checkpoint
-    prediction_type: str
-    engine: EngineChoice
-    device: torch.device
+    label: str  # for people
+    checkpoint: Checkpoint  # its files, or a `SyntheticCheckpoint`, which has the same methods
+    prediction_type: str  # what its UNet predicts
+    engine: EngineChoice  # what runs it
+    device: torch.device  # where everything runs
 
     @classmethod
     def synthetic(cls, name: str, engine: EngineChoice, device: torch.device) -> Self:
@@ -63,11 +55,7 @@ class BenchmarkModel:
 
     @classmethod
     def from_files(cls, model: ModelChoice, engine: EngineChoice, device: torch.device) -> Self:
-        """A model's files.
-
-        Raises:
-            CheckpointError: see `Checkpoint.open`.
-        """
+        """A model's files. Raises CheckpointError: see `Checkpoint.open`."""
         return cls(model.label, Checkpoint.open(model.paths), "epsilon", engine, device)
 
     @property

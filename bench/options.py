@@ -39,19 +39,12 @@ def add_engine_options(
 
 @dataclass(frozen=True)
 class EngineChoice:
-    """What runs a model: see `add_engine_options`.
+    """What runs a model: see `add_engine_options`."""
 
-    Attributes:
-        backend: that is measured.
-        precision: of all networks but the VAE.
-        vae: the VAE's; None for what the model asks for.
-        engine_dir: of the engine store; the user's cache folder if None.
-    """
-
-    backend: str
-    precision: Precision
-    vae: Precision | None = None
-    engine_dir: Path | None = None
+    backend: str  # that is measured
+    precision: Precision  # of all networks but the VAE
+    vae: Precision | None = None  # the VAE's; None for what the model asks for
+    engine_dir: Path | None = None  # of the engine store; the user's cache folder if None
 
     @classmethod
     def typed(cls, args: argparse.Namespace, backend: str | None = None) -> Self:

@@ -40,27 +40,16 @@ Pictures = list[list[Image.Image]]  # [iteration][frame]
 
 @dataclass(frozen=True)
 class Iteration:
-    """One iteration: dB of every frame to eager's, in story order.
+    """One iteration: dB of every frame to eager's, in story order."""
 
-    Attributes:
-        scale: its λ; None in iteration 0, which has no references, and whose two lists are one drawing.
-        same_references: drawn from eager's pictures of the iteration before.
-        free_running: drawn from the backend's own.
-    """
-
-    scale: float | None
-    same_references: Sequence[float]
-    free_running: Sequence[float]
+    scale: float | None  # its λ; None in iteration 0, which has no references, and whose two lists are one drawing
+    same_references: Sequence[float]  # drawn from eager's pictures of the iteration before
+    free_running: Sequence[float]  # drawn from the backend's own
 
 
 @dataclass(frozen=True)
 class ParityReport:
-    """A whole comparison; `problems` is empty where it passed.
-
-    Attributes:
-        iterations: from the text-only one on.
-        control: dB of the last iteration, drawn from eager's pictures with half its λ, which must not pass.
-    """
+    """A whole comparison; `problems` is empty where it passed."""
 
     environment: dict[str, str]
     model: str
@@ -69,7 +58,8 @@ class ParityReport:
     vae_precision: str
     device: str
     plan: RunPlan
-    iterations: Sequence[Iteration]
+    iterations: Sequence[Iteration]  # from the text-only one on
+    # dB of the last iteration, drawn from eager's pictures with half its λ, which must not pass
     control: Sequence[float]
     problems: Sequence[str]
 

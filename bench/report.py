@@ -44,11 +44,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_report(out: Path | None, page: str, data: Any, *, indent: int | None = 1) -> None:
-    """Write FILE.md and FILE.json; nothing without `out`.
-
-    Raises:
-        RunError: a file can't be written.
-    """
+    """Write FILE.md and FILE.json; nothing without `out`. Raises RunError: a file can't be written."""
     if out is None:
         return
     for suffix, text in (("md", page), ("json", json.dumps(data, indent=indent) + "\n")):

@@ -56,21 +56,13 @@ class SoakStory:
 
 @dataclass(frozen=True)
 class StoryRecord:
-    """What was noted of one story.
+    """What was noted of one story."""
 
-    Attributes:
-        story: that was drawn.
-        repeated: whether it is the first story, or that again.
-        seconds: it took.
-        digest: SHA-256 of all its pictures.
-        memory: bytes in use after it, see `memory_kept`.
-    """
-
-    story: SoakStory
-    repeated: bool
-    seconds: float
-    digest: str
-    memory: int
+    story: SoakStory  # that was drawn
+    repeated: bool  # whether it is the first story, or that again
+    seconds: float  # it took
+    digest: str  # SHA-256 of all its pictures
+    memory: int  # bytes in use after it, see `memory_kept`
 
 
 @dataclass(frozen=True)

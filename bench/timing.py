@@ -30,17 +30,11 @@ MAX_BUFFER_SETS = 64
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one call, one entry per repeat, in the order measured.
+    """Milliseconds of one call, one entry per repeat, in the order measured."""
 
-    Attributes:
-        milliseconds: raw list; an entry is the mean over the calls of one timed region.
-        calls_per_region: calls between two clock readings.
-        graph: the region was one replay of a CUDA graph.
-    """
-
-    milliseconds: tuple[float, ...]
-    calls_per_region: int
-    graph: bool
+    milliseconds: tuple[float, ...]  # raw list; an entry is the mean over the calls of one timed region
+    calls_per_region: int  # calls between two clock readings
+    graph: bool  # the region was one replay of a CUDA graph
 
     @property
     def median(self) -> float:

@@ -17,21 +17,14 @@ from storyadapter.bench.throughput.published import Attend, materialized
 
 @dataclass(frozen=True)
 class Baseline:
-    """A way to compute a case from the inputs that the case has for baselines.
+    """A way to compute a case from the inputs that the case has for baselines."""
 
-    Attributes:
-        name: as in the report.
-        run: the call that is timed.
-        cuda_only: can't run on a CPU, or takes longer to compile there than the benchmark.
-        built_per_shape: compiles for seconds at every new shape; measured at one batch size only.
-        expected: what it has to give, from the case's inputs, in fp32, if it is only a part of the case's function: a
-            bound, and no alternative.
-    """
-
-    name: str
-    run: Callable[..., Any]
-    cuda_only: bool = False
-    built_per_shape: bool = False
+    name: str  # as in the report
+    run: Callable[..., Any]  # the call that is timed
+    cuda_only: bool = False  # can't run on a CPU, or takes longer to compile there than the benchmark
+    built_per_shape: bool = False  # compiles for seconds at every new shape; measured at one batch size only
+    # what it has to give, from the case's inputs, in fp32, if it is only a part of the case's function: a bound, and no
+    # alternative
     expected: Callable[..., Any] | None = None
 
 

@@ -28,17 +28,11 @@ def _exp2_kernel(data, ROUNDS: tl.constexpr, BLOCK: tl.constexpr):
 
 @dataclass(frozen=True)
 class Rates:
-    """Measured limits of one device.
+    """Measured limits of one device."""
 
-    Attributes:
-        matrix_flops: operations per second of a large matrix product on random data.
-        exp2_per_second: base-2 exponentials per second, fp32.
-        copy_bytes: bytes read plus bytes written per second of a large copy on the device.
-    """
-
-    matrix_flops: float
-    exp2_per_second: float
-    copy_bytes: float
+    matrix_flops: float  # operations per second of a large matrix product on random data
+    exp2_per_second: float  # base-2 exponentials per second, fp32
+    copy_bytes: float  # bytes read plus bytes written per second of a large copy on the device
 
     def floor_ms(self, operations: int, exponentials: int, bytes_moved: int) -> dict[str, float]:
         """The least milliseconds for each; the largest of the three is the roofline."""

@@ -39,17 +39,11 @@ class Measured:
 
 @dataclass(frozen=True)
 class CaseResult:
-    """All contenders on one case.
+    """All contenders on one case."""
 
-    Attributes:
-        case: what was computed.
-        measured: by the contender's name, in the order measured.
-        parts: those of the contenders that compute only a part: bounds, and no alternatives.
-    """
-
-    case: KernelCase
-    measured: dict[str, Measured]
-    parts: frozenset[str] = frozenset()
+    case: KernelCase  # what was computed
+    measured: dict[str, Measured]  # by the contender's name, in the order measured
+    parts: frozenset[str] = frozenset()  # those of the contenders that compute only a part: bounds, and no alternatives
 
     @property
     def ours(self) -> Timing | None:

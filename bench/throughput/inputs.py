@@ -81,23 +81,14 @@ def encode_prompts(
 
 @dataclass(frozen=True, eq=False)
 class CaseInputs:
-    """Inputs of one case, in the precision of the networks and on their device.
+    """Inputs of one case, in the precision of the networks and on their device."""
 
-    Attributes:
-        case: the case.
-        text: of its F frames.
-        image_embedding: [N, width].
-        table: of the drawings that are compared.
-        timed_table: of the loop that is timed.
-        noise: raw, shared by all frames.
-    """
-
-    case: Case
-    text: TextInputs
-    image_embedding: Tensor
-    table: SamplerTable
-    timed_table: SamplerTable
-    noise: Noise
+    case: Case  # the case
+    text: TextInputs  # of its F frames
+    image_embedding: Tensor  # [N, width]
+    table: SamplerTable  # of the drawings that are compared
+    timed_table: SamplerTable  # of the loop that is timed
+    noise: Noise  # raw, shared by all frames
 
 
 def make_inputs(

@@ -32,17 +32,11 @@ MEASURED, WRONG, FAILED, NOT_RUN = "measured", "wrong", "failed", "not run"
 
 @dataclass(frozen=True)
 class Comparison:
-    """How a rung's drawings differ from those of another.
+    """How a rung's drawings differ from those of another."""
 
-    Attributes:
-        other: the rung it was compared with.
-        psnr: dB, of the frame that differs most, from pictures decoded in fp32.
-        latents: ‖difference‖ / ‖other‖ of all frames' latents.
-    """
-
-    other: str
-    psnr: float
-    latents: float
+    other: str  # the rung it was compared with
+    psnr: float  # dB, of the frame that differs most, from pictures decoded in fp32
+    latents: float  # ‖difference‖ / ‖other‖ of all frames' latents
 
 
 @dataclass(frozen=True)
@@ -137,19 +131,12 @@ def compare(other: str, found: Drawing, expected: Drawing) -> Comparison:
 
 @dataclass
 class Ladder:
-    """One run over rungs and cases.
+    """One run over rungs and cases."""
 
-    Attributes:
-        workbench: gives each rung its model.
-        inputs: of each case, by name.
-        pictures: decodes what is compared.
-        progress: tells how far it is.
-    """
-
-    workbench: Workbench
-    inputs: dict[str, CaseInputs]
-    pictures: Pictures
-    progress: Progress
+    workbench: Workbench  # gives each rung its model
+    inputs: dict[str, CaseInputs]  # of each case, by name
+    pictures: Pictures  # decodes what is compared
+    progress: Progress  # tells how far it is
 
     def run(self, rungs: Sequence[Rung], baselines: Sequence[Rung]) -> list[RungResult]:
         """All rungs over their cases, then the baselines, which are compared with the highest rung that draws alike."""

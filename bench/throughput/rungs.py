@@ -37,21 +37,14 @@ Steps = Callable[[CaseInputs, SamplerTable, range], Iterator[Tensor]]
 
 @dataclass(frozen=True)
 class Rung:
-    """A way to denoise.
+    """A way to denoise."""
 
-    Attributes:
-        name: as typed after `--rungs`.
-        adds: what it has that the rung below has not; or what a baseline is.
-        prepare: makes the steps; raises UnavailableError where it can't run, with the reason.
-        frame_by_frame: draws one frame at a time.
-        baseline: not a rung of the ladder, but what others offer.
-    """
-
-    name: str
-    adds: str
+    name: str  # as typed after `--rungs`
+    adds: str  # what it has that the rung below has not; or what a baseline is
+    # makes the steps; raises UnavailableError where it can't run, with the reason
     prepare: Callable[[Workbench], Steps]
-    frame_by_frame: bool = False
-    baseline: bool = False
+    frame_by_frame: bool = False  # draws one frame at a time
+    baseline: bool = False  # not a rung of the ladder, but what others offer
 
     def at_once(self, frames: int) -> int:
         """Frames of one UNet call."""

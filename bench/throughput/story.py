@@ -39,33 +39,20 @@ Draw = Callable[[RunPlan, int], Drawn]
 
 @dataclass(frozen=True)
 class StoryResult:
-    """What was found of one whole story.
+    """What was found of one whole story."""
 
-    Attributes:
-        case: its name.
-        way: "one after the other" or "overlapped".
-        vae_precision: and where the VAE runs.
-        seconds: of the whole run, from prompts to pictures.
-        stages: seconds by stage; where stages overlap, their sum is more than `seconds`.
-        frames: of the story; drawn: in all iterations; unet_rows: of all its UNet calls.
-        psnr: dB of the last iteration's worst picture to the first way's; None for the first.
-        same_vae: whether that had the same VAE.
-        peak_bytes: most memory of the device in use by tensors; None on a CPU.
-        at_once: frames of a micro-batch.
-    """
-
-    case: str
-    way: str
-    vae_precision: str
-    seconds: float
-    stages: dict[str, float]
-    frames: int
-    drawn: int
-    unet_rows: int
-    psnr: float | None
-    same_vae: bool
-    peak_bytes: int | None
-    at_once: int
+    case: str  # its name
+    way: str  # "one after the other" or "overlapped"
+    vae_precision: str  # and where the VAE runs
+    seconds: float  # of the whole run, from prompts to pictures
+    stages: dict[str, float]  # seconds by stage; where stages overlap, their sum is more than `seconds`
+    frames: int  # of the story
+    drawn: int  # in all iterations
+    unet_rows: int  # of all its UNet calls
+    psnr: float | None  # dB of the last iteration's worst picture to the first way's; None for the first
+    same_vae: bool  # whether that had the same VAE
+    peak_bytes: int | None  # most memory of the device in use by tensors; None on a CPU
+    at_once: int  # frames of a micro-batch
     load: dict[str, float] = field(default_factory=dict)
 
     @property
