@@ -11,7 +11,7 @@ from filelock import FileLock
 from storyadapter.bench.model import BenchmarkModel
 from storyadapter.bench.options import EngineChoice
 from storyadapter.engine.identity import engine_key
-from storyadapter.engine.onnxruntime import builder
+from storyadapter.engine.onnxruntime import networks
 from storyadapter.method.errors import EngineBuildError
 from storyadapter.model.contract import Range, ShapeRanges
 from storyadapter.model.numerics import Numerics
@@ -29,7 +29,7 @@ def test_a_build_is_told_before_it_begins(tmp_path: Path, monkeypatch: pytest.Mo
         told.append("it begins")
         raise EngineBuildError("refused")
 
-    monkeypatch.setattr(builder, "build_onnx", refuse)
+    monkeypatch.setattr(networks, "build_onnx", refuse)
     model = BenchmarkModel.synthetic(
         "toy", EngineChoice("onnxruntime", "fp32", engine_dir=tmp_path), torch.device("cpu")
     )
