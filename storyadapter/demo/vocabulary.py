@@ -1,7 +1,7 @@
 """The words of the demo model's world: what captions name of a picture, and what they never name.
 
 A caption is Character + Interaction + Scene. It names a character's species, body colour and garment colour, and
-never one of `IDENTITY_TRAITS`: those are what text alone cannot keep constant over a story's frames.
+never one of the traits of `Identity`: those are what text alone cannot keep constant over a story's frames.
 """
 
 from collections.abc import Mapping
@@ -58,6 +58,19 @@ class Visible:
     species: str
     body: str
     garment: str
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What no caption ever names."""
+
+    marking: str
+    marking_colour: str
+    ears: str
+    hat: str
+    eyes: str
+    build: str
+    knit: str
 
 
 def all_visible() -> list[Visible]:

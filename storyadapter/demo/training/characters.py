@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from storyadapter.demo.training.painter import Colour, Painter, Point, shade
-from storyadapter.demo.vocabulary import Visible
+from storyadapter.demo.vocabulary import Identity, Visible
 
 BODY_COLOURS: dict[str, Colour] = {
     "orange": (238, 130, 48),
@@ -39,19 +39,6 @@ BLACK: Colour = (34, 30, 36)
 WHITE: Colour = (252, 250, 246)
 CREAM: Colour = (255, 240, 214)
 LINE = 1.3  # width of the ink around shapes
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What no caption ever names."""
-
-    marking: str
-    marking_colour: str
-    ears: str
-    hat: str
-    eyes: str
-    build: str
-    knit: str
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from random import Random
 
 from PIL import Image
 
-from storyadapter.demo.training.characters import Identity, draw_character
+from storyadapter.demo.training.characters import draw_character
 from storyadapter.demo.training.painter import Painter
 from storyadapter.demo.training.places import GROUND, draw_place, sky
 from storyadapter.demo.vocabulary import (
@@ -16,6 +16,7 @@ from storyadapter.demo.vocabulary import (
     IDENTITY_TRAITS,
     PLACE_PHRASES,
     TRAITS,
+    Identity,
     Visible,
     character_phrase,
 )

@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storyadapter.demo.training import characters
-from storyadapter.demo.training.characters import Identity
 from storyadapter.demo.training.scenes import Character, Scene, caption, draw, labels, random_identity
 from storyadapter.demo.vocabulary import (
     ACTION_PHRASES,
     IDENTITY_TRAITS,
     PLACE_PHRASES,
     VISIBLE_TRAITS,
+    Identity,
     Visible,
     all_visible,
 )
