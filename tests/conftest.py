@@ -112,10 +112,11 @@ def _build_as_told(tiny_model_dir: Path, folder: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny_inductor_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_inductor_dir(tiny_model_dir: Path, session_folder: Path) -> Path:
     """An engine store with one inductor engine of the tiny model for the CPU: fp32, 64×64, 2 frames at once,
-    8 references. It takes a minute or two of a C++ compiler, and no ONNX package. Read only."""
-    folder = tmp_path_factory.mktemp("inductor-engines")
+    8 references. It takes a minute or two of a C++ compiler, and no ONNX package. Built once for all processes; read
+    only."""
+    folder = session_folder / "inductor-engines"
     build = [
         *(sys.executable, "-m", "storyadapter", "build", "--base-model", str(tiny_model_dir)),
         *("--image-encoder", str(tiny_model_dir / "image_encoder")),
@@ -123,5 +124,7 @@ def tiny_inductor_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFac
         *("--precision", "fp32", "--max-frames", "2", "--max-references", "8"),
         *("--engine-dir", str(folder), "--quiet"),
     ]
-    subprocess.run(build, check=True, env=WITHOUT_ONNX)
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            subprocess.run(build, check=True, env=WITHOUT_ONNX)
     return folder

@@ -5,10 +5,12 @@ import os
 import re
 import secrets
 from pathlib import Path
-
-from filelock import FileLock, Timeout
+from typing import TYPE_CHECKING
 
 from storyadapter.method.errors import Field, InputError, RunError
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 LOCK_NAME = ".lock"
 ANOTHER_FOLDER = ("choose another folder with ", Field("out"))
@@ -77,13 +79,15 @@ def is_part(path: Path) -> bool:
     return _PART.fullmatch(path.name) is not None
 
 
-def lock_folder(folder: Path) -> FileLock:
+def lock_folder(folder: Path) -> "FileLock":
     """Take the lock of an existing folder without waiting; `release()` gives it back, as does the process's end.
 
     Raises:
         InputError: another process holds it, or the folder can't be written.
         RunError: no space is left for the lock file.
     """
+    from filelock import FileLock, Timeout  # what only writes files needs no more than Python
+
     # Not thread-local: the run may be closed by another thread than the one that opened it.
     lock = FileLock(folder / LOCK_NAME, timeout=0, thread_local=False)
     try:

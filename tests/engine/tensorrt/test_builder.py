@@ -375,8 +375,9 @@ def test_options_reach_the_builder(layer_block_onnx: Callable[[int], Path], rtx:
 
 
 def test_what_the_options_do(layer_block_onnx: Callable[[int], Path], rtx: Library, tmp_path: Path) -> None:
-    """One architecture gives a smaller engine than two, and little workspace another order of the layers. A level gives
-    the same: so `BuildOptions` takes none for TensorRT-RTX."""
+    """Another architecture gives an engine of another size (two of them as large as the larger one, give or take what
+    alignment adds), and little workspace another order of the layers. A level gives the same: so `BuildOptions` takes
+    none for TensorRT-RTX."""
     request = block_request(640, layer_block_onnx(640), tmp_path, rtx)
 
     def build(**changes: Any) -> tuple[int, str]:
@@ -385,7 +386,7 @@ def test_what_the_options_do(layer_block_onnx: Callable[[int], Path], rtx: Libra
 
     one = {"targets": ("sm89",)}
     size, layers = build(**one)
-    assert size < build()[0]
+    assert build(targets=("sm120",))[0] != size <= build()[0]
     assert build(**one, workspace_bytes=1 << 30) == (size, layers)
     assert build(**one, workspace_bytes=1 << 20)[1] != layers
     assert build(**one, optimization_level=0) == build(**one, optimization_level=5) == (size, layers)
