@@ -115,7 +115,7 @@ class LocalExecutor:
     def __init__(self, pipeline: StoryPipeline) -> None:
         self._pipeline = pipeline
         self._arrived: deque[SubmittedStory] = deque()
-        self._is_closing = False
+        self._is_closing = self._cancels_rest = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="stories", daemon=True)
         self._thread.start()

@@ -13,7 +13,6 @@ from weakref import WeakSet
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from storyadapter.method.noise import draw_noise
 from storyadapter.method.sampler import sampler_of
@@ -70,15 +69,14 @@ class Worker:
     def __init__(
         self,
         networks: Networks,
-        tokenizers: Tokenizers | tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase],
-        states: StatePool | None = None,
+        tokenizers: Tokenizers,
+        states: StatePool,
         *,
         overlapped: bool | None = None,
     ) -> None:
         self.networks = networks
-        self.tokenizers = tokenizers if isinstance(tokenizers, Tokenizers) else Tokenizers(*tokenizers)
-        self._states = states or StatePool(networks)
-        self._texts = TextCache(networks, self.tokenizers)
+        self._states = states
+        self._texts = TextCache(networks, tokenizers)
         self._bank = ReferenceBank(networks)
         self._samplers: OrderedDict[tuple[object, ...], SamplerInputs] = OrderedDict()
         on_gpu = networks.device.type == "cuda"
