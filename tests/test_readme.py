@@ -1,4 +1,4 @@
-"""The README's Python examples run as they stand, and its commands and options exist."""
+"""The Python examples of the documentation run as they stand; commands, options and links of its pages exist."""
 
 import re
 import subprocess
@@ -9,11 +9,14 @@ import pytest
 
 from storyadapter.__main__ import build_parser
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 
 
 def test_the_python_examples_draw_their_frames(tmp_path: Path) -> None:
-    examples = re.findall(r"```python\n(.*?)```", README, re.DOTALL)  # the second goes on from the first
+    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    examples = re.findall(r"```python\n(.*?)```", page, re.DOTALL)  # the second goes on from the first
     code = "".join([*examples, "assert sorted(drawn) == [0, 0, 1, 1], drawn\n"])
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -35,7 +38,7 @@ def test_every_option_named_exists(command: str, capsys: pytest.CaptureFixture[s
     assert options and all(option in known for option in options)
 
 
-def test_pictures_and_links_exist() -> None:
-    root = Path(__file__).parent.parent
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert target.startswith("https://") or (root / target).exists(), target
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pictures_and_links_exist(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
