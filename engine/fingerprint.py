@@ -13,7 +13,7 @@ from typing import Any, Final
 from filelock import FileLock
 from platformdirs import user_cache_path
 
-from storyadapter.method.errors import CheckpointError
+from storyadapter.method.errors import CheckpointError, can_not_be_read
 from storyadapter.output.files import write_whole
 
 MEMORY_NAME: Final = "fingerprints.json"
@@ -105,7 +105,7 @@ def _hash(path: Path, stamp: Stamp, advance: Callable[[int], None]) -> str:
                 bytes_read += count
                 advance(count)
     except OSError as error:
-        raise CheckpointError(f"{path} can't be read: {error.strerror}") from error
+        raise CheckpointError(can_not_be_read(path, error)) from error
     if _stamp(path) != stamp or bytes_read != stamp[0]:
         raise CheckpointError(f"{path} changed while it was read; wait until it is written completely, then try again")
     return digest.hexdigest()
@@ -115,7 +115,7 @@ def _stamp(path: Path) -> Stamp:
     try:
         status = path.stat()
     except OSError as error:
-        raise CheckpointError(f"{path} can't be read: {error.strerror}") from error
+        raise CheckpointError(can_not_be_read(path, error)) from error
     return status.st_size, status.st_mtime_ns
 
 

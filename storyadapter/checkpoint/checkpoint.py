@@ -14,7 +14,7 @@ from storyadapter.checkpoint.ip_adapter import (
     cross_attentions,
     load_ip_adapter,
 )
-from storyadapter.checkpoint.loras import check_lora, fuse_loras, lora_file
+from storyadapter.checkpoint.loras import Lora, fuse_lora, lora_file, open_lora
 from storyadapter.checkpoint.parts import (
     base_parts,
     check_tokenizer,
@@ -24,7 +24,7 @@ from storyadapter.checkpoint.parts import (
     settings,
     tokenizer_files,
 )
-from storyadapter.checkpoint.paths import CheckpointPaths, LoraSpec, find
+from storyadapter.checkpoint.paths import CheckpointPaths, LoraSpec, below, find, give
 from storyadapter.demo.shipped import MODEL
 from storyadapter.method.errors import CheckpointError, Field
 from storyadapter.model.contract import Geometry, LayerWidth
@@ -58,6 +58,7 @@ class Checkpoint:
     _adapter: Path
     _cross_attentions: tuple[CrossAttention, ...]
     _config_folder: Path
+    _opened_loras: tuple[Lora, ...]
 
     @classmethod
     def open(cls, paths: CheckpointPaths | None = None, **typed: Any) -> "Checkpoint":
@@ -75,8 +76,9 @@ class Checkpoint:
         components["image_encoder"] = image_encoder_part(paths)
         adapter = find("ip_adapter", paths.ip_adapter)
         if adapter.is_dir():
-            found = f" {adapter} is a folder"
-            raise CheckpointError(Field("ip_adapter"), found, expected="a .safetensors or .bin file")
+            files = below(adapter, lambda path: path.suffix in (".safetensors", ".bin") and "ip-adapter" in path.name)
+            found, expected = f" {adapter} is a folder", "a .safetensors or .bin file"
+            raise CheckpointError(Field("ip_adapter"), found, expected=expected, advice=give(files))
         loras = tuple(LoraSpec(lora_file(find("lora", spec.path)), spec.scale) for spec in paths.loras)
         empty = {name: component.check() for name, component in components.items()}
         for part, encoder in _TOKENIZERS.items():
@@ -86,20 +88,20 @@ class Checkpoint:
         image_encoder = components["image_encoder"].config_file.parent
         text_width = geometry.text_width + geometry.text_width_2
         check_ip_adapter(adapter, layers, text_width, geometry.image_embedding_width, image_encoder)
-        for lora in loras:
-            check_lora(lora.path, empty)
+        opened = tuple(open_lora(lora.path, empty) for lora in loras)
         configuration = {name: settings(network.config) for name, network in empty.items()}
-        return cls(paths, geometry, loras, configuration, components, adapter, layers, config_folder)
+        return cls(paths, geometry, loras, configuration, components, adapter, layers, config_folder, opened)
 
     @property
     def files_by_component(self) -> dict[str, tuple[Path, ...]]:
         """Every file that what is loaded depends on, except LoRAs, by the part of the model that reads it.
 
-        A single file is in several parts. LoRAs and their scales are in `loras`.
+        A single file is in several parts. LoRAs and their scales are in `loras`; what lies beside them is here.
         """
         files = {name: (part.config_file, *part.files) for name, part in self._components.items()}
         files |= {part: tokenizer_files(self._config_folder / part) for part in _TOKENIZERS}
-        return {**files, "ip_adapter": (self._adapter,)}
+        beside = tuple(lora.settings for lora in self._opened_loras if lora.settings)
+        return {**files, "ip_adapter": (self._adapter,), **({"lora": beside} if beside else {})}
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled as its paths: another process opens the same files."""
@@ -152,7 +154,8 @@ class Checkpoint:
 
     def _load_with_loras(self, name: str, dtype: "torch.dtype", device: "torch.device | None") -> Any:
         network = self._components[name].load(dtype, device)
-        fuse_loras(name, network, self.loras, self.configuration["unet"])
+        for spec, lora in zip(self.loras, self._opened_loras, strict=True):
+            fuse_lora(name, network, lora, spec.scale)
         return network
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from storyadapter.checkpoint.tensor_files import first_line, read_headers, read_tensors
-from storyadapter.method.errors import CheckpointError, Field, Text
+from storyadapter.checkpoint.tensor_files import read_headers, read_tensors
+from storyadapter.method.errors import CheckpointError, Field, Text, said
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +23,8 @@ UNET_PREFIX = "model.diffusion_model."
 TEXT_PREFIX = "conditioner.embedders.0.transformer."
 TEXT_PREFIX_2 = "conditioner.embedders.1.model."
 VAE_PREFIX = "first_stage_model."
+
+_WHOLE = "a whole SDXL checkpoint"
 
 # What diffusers calls the kinds of single files, in words.
 _KINDS = {
@@ -79,7 +81,9 @@ class Component:
         try:
             found = self.convert(network, found)
         except KeyError as error:  # the conversions of diffusers look some names up
-            raise CheckpointError(where, f" lacks the tensor {error}", expected="a whole SDXL checkpoint") from error
+            raise CheckpointError(where, f" lacks the tensor {error}", expected=_WHOLE) from error
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:  # … and take names apart
+            raise CheckpointError(where, f" can't be converted: {said(error)}", expected=_WHOLE) from error
         expected = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
         compare(where, str(self.config_file), expected, found)
         return network, found
@@ -92,9 +96,7 @@ class Component:
             with init_empty_weights(include_buffers=False):
                 return self.build().eval().requires_grad_(False)
         except Exception as error:  # anything a nonsensical configuration makes the constructors raise
-            raise CheckpointError(
-                f"{self.config_file} doesn't describe ", self.title, f": {first_line(error)}"
-            ) from error
+            raise CheckpointError(f"{self.config_file} doesn't describe ", self.title, f": {said(error)}") from error
 
 
 def compare(where: Text, target: str, expected: Mapping[str, list[int]], found: "Mapping[str, Tensor]") -> None:

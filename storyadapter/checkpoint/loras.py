@@ -1,171 +1,273 @@
-"""LoRAs: does a file fit the model, and fusing it into the weights with diffusers and peft."""
+"""LoRAs: what a file changes in which layers, whether it fits the model, and adding it to the weights."""
 
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
-from storyadapter.checkpoint.paths import LoraSpec
-from storyadapter.checkpoint.tensor_files import first_line, read_headers, read_metadata, read_tensors
+from storyadapter.checkpoint.lora_names import NETWORKS, PEFT_PREFIX, Ambiguous, LoraNames, Unknown, other_kind
+from storyadapter.checkpoint.paths import below, give, is_there, read_config
+from storyadapter.checkpoint.tensor_files import read_headers, read_metadata, read_tensors
 from storyadapter.method.errors import CheckpointError, Field
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-NETWORKS = ("unet", "text_encoder", "text_encoder_2")
-_FILE_NAMES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
-_PART = re.compile(r"(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
-_OLD_TEXT_NAME = re.compile(r"(?<=\.self_attn)\.to_(q|k|v|out)_lora\.")
-_OTHER_KINDS = {"dora_scale": "a DoRA", "lokr_": "a LoKr", "hada_": "a LoHa", "lora_magnitude_vector": "a DoRA"}
+_FILE_NAMES: Final = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")  # diffusers'
+_FILE_NAMES_PEFT: Final = ("adapter_model.safetensors", "adapter_model.bin")
+_SETTINGS_PEFT: Final = "adapter_config.json"
+_SETTINGS_IN_HEADER: Final = "lora_adapter_metadata"  # as diffusers names it: JSON, keys "<network>.<setting>"
+_KOHYA_ARGUMENTS: Final = "ss_network_args"
+_EXPECTED: Final = "a LoRA or LoCon (down and up matrices, with or without a middle), or plain differences (diff)"
+# Settings of peft that decide nothing once the matrices are there; any other that is set is refused.
+_HARMLESS: Final = frozenset(
+    ("auto_mapping", "base_model_name_or_path", "bias", "corda_config", "eva_config", "exclude_modules")
+    + ("inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_dropout")
+    + ("low_cpu_mem_usage", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern")
+    + ("revision", "runtime_config", "target_modules", "task_type")
+)
+_READ: Final = frozenset(("lora_alpha", "alpha_pattern", "use_rslora"))
+# Ways to begin the training that leave the weights themselves as they are.
+_HARMLESS_STARTS: Final = (True, False, None, "gaussian", "orthogonal", "eva")
+
+
+@dataclass(frozen=True)
+class LayerChange:
+    """What a LoRA adds to one layer: to its weight `factor` · up · (mid ·) down, or a difference; to its bias one."""
+
+    module: str  # within the network
+    names: Mapping[str, str]  # by part, see `lora_names`
+    factor: float | None  # alpha / rank where settings say it; None: by the file's own alpha, else 1
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA that was found to fit: its files, and what it changes in each network."""
+
+    path: Path
+    settings: Path | None  # a file of peft's beside it that says its alpha
+    changes: Mapping[str, tuple[LayerChange, ...]]
 
 
 def lora_file(path: Path) -> Path:
-    """The file itself, or the one in a folder that diffusers wrote. Raises CheckpointError: the folder has none."""
+    """The file itself, or the one in a folder that diffusers or peft wrote.
+
+    Raises:
+        CheckpointError: the folder has none.
+    """
     if not path.is_dir():
         return path
-    for name in _FILE_NAMES:
-        if (path / name).exists():
+    for name in (*_FILE_NAMES, *_FILE_NAMES_PEFT):
+        if is_there(path / name):
             return path / name
-    raise CheckpointError(Field("lora"), f" {path} has no {_FILE_NAMES[0]}", advice="give the file itself")
+    files = below(path, lambda file: file.suffix == ".safetensors")
+    advice = give(files) or "give the file itself"
+    raise CheckpointError(Field("lora"), f" {path} has no {_FILE_NAMES[0]}", advice=advice)
 
 
-def check_lora(path: Path, networks: Mapping[str, Any]) -> None:
-    """Compare names and shapes of a LoRA with the empty networks it is meant for.
-
-    Raises:
-        CheckpointError: it is corrupt, of another kind (DoRA, LoKr, LoHa), or for another model.
-    """
-    headers = read_headers(path)
-    for mark, kind in _OTHER_KINDS.items():
-        if any(mark in name for name in headers):
-            raise CheckpointError(f"{path} is {kind}, not a plain LoRA", expected="lora_down and lora_up matrices only")
-    _adapter_metadata(path)
-    state = _diffusers_names(path, headers, networks["unet"].config)
-    unknown = [name for name in state if name.split(".")[0] not in NETWORKS]
-    if unknown or not state:
-        raise CheckpointError(
-            f"{path} is no LoRA for SDXL: expected matrices for its UNet and text encoders, found "
-            f"{unknown[0] if unknown else 'no tensors'}"
-        )
-    for name in NETWORKS:
-        _check_parts(path, name, _peft_names(name, state), networks[name])
-
-
-def fuse_loras(name: str, network: "nn.Module", loras: tuple[LoraSpec, ...], unet: Mapping[str, Any]) -> None:
-    """Add scale · alpha/rank · up·down of every LoRA to the weights of one network, in place.
-
-    The LoRAs are checked ones, applied in order; `unet` is the UNet's configuration, which says how blocks are numbered
-    in some files.
+def open_lora(path: Path, networks: Mapping[str, Any]) -> Lora:
+    """Read names and shapes of a LoRA, and compare them with the empty networks that it is meant for.
 
     Raises:
-        CheckpointError: the LoRA's own settings are nonsense, or the file changed since it was checked.
+        CheckpointError: it is corrupt, of another kind (DoRA, LoKr, LoHa, …), or for another model.
     """
-    for lora in loras:
-        state = _diffusers_names(lora.path, read_tensors(lora.path), unet)
-        if not any(key.startswith(f"{name}.") for key in state):
-            continue
-        try:
-            _fuse(name, network, state, _adapter_metadata(lora.path), lora.scale)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"{lora.path} can't be fused into {name}: {first_line(error)}") from error
+    headers, names = read_headers(path), LoraNames(networks)
+    for name in headers:
+        if kind := other_kind(name):
+            raise CheckpointError(f"{path} is {kind} ({name})", expected=_EXPECTED)
+    parts: dict[tuple[str, str], dict[str, str]] = {}
+    for name in headers:
+        meant = names.read(name)
+        if isinstance(meant, Ambiguous):
+            found = f"{path}: {name} doesn't say whether it is of {' or of '.join(meant.networks)}"
+            raise CheckpointError(found, expected="names that begin with the network")
+        if isinstance(meant, Unknown) and meant.network:
+            found = f"{path} doesn't fit this model: its {meant.network} has no layer {meant.layer} ({name})"
+            raise CheckpointError(found, expected="a LoRA for SDXL")
+        if meant is None or isinstance(meant, Unknown):
+            expected = "matrices for SDXL's UNet and text encoders, such as lora_down and lora_up"
+            raise CheckpointError(f"{path} is no LoRA for SDXL: it holds {name}", expected=expected)
+        other = parts.setdefault((meant.network, meant.module), {}).setdefault(meant.part, name)
+        if other != name:
+            raise CheckpointError(f"{path} has the same part of one layer twice: {other} and {name}")
+    if not parts:
+        raise CheckpointError(f"{path} is no LoRA for SDXL: it holds no tensors", expected=_EXPECTED)
+    peft_settings = _peft_settings(path, headers)
+    settings = _settings(path, peft_settings)
+    changes: dict[str, list[LayerChange]] = {name: [] for name in NETWORKS}
+    for (network, module), found in parts.items():
+        _check_layer(path, found, headers, networks[network].get_submodule(module))
+        factor = None
+        if "down" in found and "alpha" not in found:
+            factor = _factor(settings[network], module, headers[found["down"]].shape[0])
+        changes[network].append(LayerChange(module, found, factor))
+    return Lora(path, peft_settings, {name: tuple(layers) for name, layers in changes.items()})
 
 
-def _fuse(name: str, network: Any, state: "dict[str, Tensor]", metadata: dict[str, Any] | None, scale: float) -> None:
-    from diffusers import StableDiffusionXLPipeline
-    from diffusers.loaders.lora_base import fuse_text_encoder_lora
-    from diffusers.utils import recurse_remove_peft_layers
+def fuse_lora(name: str, network: "nn.Module", lora: Lora, scale: float) -> None:
+    """Add `scale` times what a LoRA changes to the weights of one network, in place, computed in fp32.
 
-    arguments = {"network_alphas": None, "adapter_name": "lora", "metadata": metadata}
-    if name == "unet":
-        StableDiffusionXLPipeline.load_lora_into_unet(state, unet=network, **arguments)
-        network.fuse_lora(lora_scale=scale)
-        network.unload_lora()
+    Raises:
+        CheckpointError: the file changed since it was checked.
+    """
+    import torch
+
+    wanted = {file_name for change in lora.changes[name] for file_name in change.names.values()}
+    device = next(network.parameters()).device
+    tensors = read_tensors(lora.path, torch.float32, wanted.__contains__, device) if wanted else {}
+    with torch.no_grad():
+        for change in lora.changes[name]:
+            module: Any = network.get_submodule(change.module)
+            try:
+                part = {part: tensors[file_name] for part, file_name in change.names.items()}
+                for difference in _weight_differences(part, change.factor):
+                    _add(module.weight, difference.reshape(module.weight.shape), scale)
+                if "diff_b" in part:
+                    _add(module.bias, part["diff_b"], scale)
+            except (KeyError, RuntimeError) as error:
+                raise CheckpointError(f"{lora.path} changed since it was checked; type the command again") from error
+
+
+def _weight_differences(part: "Mapping[str, Tensor]", factor: float | None) -> "Iterator[Tensor]":
+    import torch
+
+    if "diff" in part:
+        yield part["diff"]
+    if "down" not in part:
+        return
+    down, up = part["down"], part["up"].flatten(1)
+    rank = down.shape[0]
+    if factor is None:
+        factor = float(part["alpha"]) / rank if "alpha" in part else 1.0
+    if "mid" in part:  # three convolutions in a row, of which only the middle one is wider than a pixel
+        yield factor * torch.einsum("or,rs...,si->oi...", up, part["mid"], down.flatten(1))
     else:
-        StableDiffusionXLPipeline.load_lora_into_text_encoder(state, text_encoder=network, prefix=name, **arguments)
-        fuse_text_encoder_lora(network, lora_scale=scale)
-        recurse_remove_peft_layers(network)
-        del network.peft_config
-        network._hf_peft_config_loaded = False
-    network.requires_grad_(False)
+        yield factor * (up @ down.flatten(1))
 
 
-def _diffusers_names(path: Path, tensors: "dict[str, Tensor]", unet: Mapping[str, Any]) -> "dict[str, Tensor]":
-    """The matrices in diffusers' spelling ("unet.…", "text_encoder.…"), alpha/rank multiplied into `lora_up`."""
-    from diffusers import StableDiffusionXLPipeline
-
-    config = SimpleNamespace(**unet)
-    try:
-        state, _ = StableDiffusionXLPipeline.lora_state_dict(_without_alphas(path, tensors), unet_config=config)
-    except (ValueError, KeyError, IndexError, RuntimeError) as error:
-        raise CheckpointError(f"{path} is no LoRA for SDXL: {first_line(error)}") from error
-    # Of a text encoder's attention, diffusers knows its own old names only where all four projections are there.
-    return {_OLD_TEXT_NAME.sub(r".\1_proj.lora_linear_layer.", name): tensor for name, tensor in state.items()}
+def _add(weight: "Tensor", difference: "Tensor", scale: float) -> None:
+    weight.copy_((weight.float() + scale * difference).to(weight.dtype))
 
 
-def _without_alphas(path: Path, tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
-    """kohya's files scale each pair by alpha/rank; here it is done on the spot, exactly, and for each pair alone."""
-    result = {name: t for name, t in tensors.items() if not name.endswith(".alpha")}
-    for name in tensors.keys() - result.keys():
-        layer = name.removesuffix(".alpha")
-        up, down = f"{layer}.lora_up.weight", f"{layer}.lora_down.weight"
-        if up not in result or down not in result:
-            raise CheckpointError(f"{path} is not whole: {name} is there without lora_up and lora_down")
-        result[up] = result[up].float() * (tensors[name].float() / result[down].shape[0])
-    return result
+def _check_layer(path: Path, names: Mapping[str, str], headers: "Mapping[str, Tensor]", layer: Any) -> None:
+    """Raises CheckpointError unless the parts for one layer are complete and of its shape."""
+    for part, others in (("down", ("up",)), ("up", ("down",)), ("mid", ("down", "up")), ("alpha", ("down", "up"))):
+        if part in names and (missing := [other for other in others if other not in names]):
+            without = " and ".join(f"lora_{other}" for other in missing)
+            raise CheckpointError(f"{path} is not whole: {names[part]} is there without its {without}")
+    for part, name in names.items():
+        found, target = headers[name], layer.bias if part == "diff_b" else layer.weight
+        shape = list(found.shape)
+        if target is None:
+            raise CheckpointError(f"{path}: {name} is there for a layer without a bias", expected=_EXPECTED)
+        if not found.is_floating_point():
+            raise CheckpointError(f"{path}: {name} holds whole numbers", expected="fp32, fp16 or bf16")
+        if not _fits(part, shape, list(target.shape), names, headers):
+            raise CheckpointError(
+                f"{path} doesn't fit this model: {name} is {shape} for a layer of {list(target.shape)}",
+                expected="a LoRA for SDXL",
+            )
 
 
-def _adapter_metadata(path: Path) -> dict[str, Any] | None:
-    """The settings that diffusers keeps in the header of the files it writes; alpha is among them."""
-    from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+def _fits(
+    part: str, shape: list[int], layer: list[int], names: Mapping[str, str], headers: "Mapping[str, Tensor]"
+) -> bool:
+    if part == "alpha":
+        return math.prod(shape) == 1
+    if part in ("diff", "diff_b"):
+        return shape == layer
+    down, up = (list(headers[names[part]].shape) for part in ("down", "up"))
+    if min(len(down), len(up), len(layer), len(shape)) < 2 or 0 in (*down, *up):
+        return False
+    if part == "up":
+        rank = up[1] if "mid" in names else down[0]  # the middle is compared with both
+        return up[:2] == [layer[0], rank] and all(size == 1 for size in up[2:])
+    if part == "mid":
+        return len(layer) == 4 and shape == [up[1], down[0], *layer[2:]]
+    return _trimmed(down[1:]) == _trimmed(layer[1:2] if "mid" in names else layer[1:])
 
-    text = read_metadata(path).get(LORA_ADAPTER_METADATA_KEY, "null")
-    try:
-        settings = json.loads(text)
-    except ValueError:
-        settings = text
-    if settings is not None and not isinstance(settings, dict):
-        raise CheckpointError(f"{path}: {LORA_ADAPTER_METADATA_KEY} in its header is not a JSON object of settings")
+
+def _trimmed(shape: list[int]) -> list[int]:
+    """Without sizes of 1 at the end: a matrix is a convolution of one pixel."""
+    while shape and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape
+
+
+def _peft_settings(path: Path, headers: Mapping[str, Any]) -> Path | None:
+    """The file in which peft keeps what its own files don't hold: alpha, for one.
+
+    Raises:
+        CheckpointError: these are peft's names, but it isn't there.
+    """
+    settings = path.with_name(_SETTINGS_PEFT)
+    first = next((name for name in headers if name.startswith(PEFT_PREFIX)), None)
+    if first is None or _SETTINGS_IN_HEADER in read_metadata(path):
+        return None
+    if not is_there(settings):
+        raise CheckpointError(
+            f"{path} is a LoRA as peft saves it ({first}), and {_SETTINGS_PEFT}, which has its alpha, is not beside it",
+            expected="both in one folder",
+        )
     return settings
 
 
-def _peft_names(network: str, state: "dict[str, Tensor]") -> "dict[str, Tensor]":
-    """The matrices for one network, under peft's names "<module>.lora_A.weight" and "…lora_B.weight"."""
-    from diffusers.utils import (
-        convert_state_dict_to_diffusers,
-        convert_state_dict_to_peft,
-        convert_unet_state_dict_to_peft,
-    )
+def _settings(path: Path, file: Path | None) -> dict[str, dict[str, Any]]:
+    """By network, the settings that a LoRA was trained with, from its header or from peft's file.
 
-    prefix = f"{network}."
-    mine = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
-    if network == "unet" or not mine:
-        return convert_unet_state_dict_to_peft(mine)
-    return convert_state_dict_to_peft(convert_state_dict_to_diffusers(mine))
+    Raises:
+        CheckpointError: they are nonsense, or ask for what is no plain LoRA.
+    """
+    header = read_metadata(path)
+    arguments = _json_object(header.get(_KOHYA_ARGUMENTS, "{}")) or {}
+    if dora := next((n for n in ("dora_wd", "use_dora") if str(arguments.get(n)).lower() == "true"), None):
+        found = f"{path} is a DoRA without its magnitudes ({_KOHYA_ARGUMENTS} in its header says {dora})"
+        raise CheckpointError(found, expected=_EXPECTED)
+    if file is not None:
+        return dict.fromkeys(NETWORKS, _checked(file, read_config(file)))
+    flat = _json_object(header.get(_SETTINGS_IN_HEADER, "{}"))
+    if flat is None:
+        raise CheckpointError(f"{path}: {_SETTINGS_IN_HEADER} in its header is not a JSON object of settings")
+    by_network = {}
+    for network in NETWORKS:
+        mine = {key.removeprefix(f"{network}."): v for key, v in flat.items() if key.startswith(f"{network}.")}
+        by_network[network] = _checked(path, mine)
+    return by_network
 
 
-def _check_parts(path: Path, name: str, parts: "Mapping[str, Tensor]", network: "nn.Module") -> None:
-    modules = dict(network.named_modules())
-    for key, tensor in parts.items():
-        match = _PART.fullmatch(key)
-        if match is None:
-            raise CheckpointError(
-                f"{path}: {name}.{key} is no part of a plain LoRA", expected="lora_A and lora_B weights"
-            )
-        target = match["module"] if match["module"] in modules else match["module"].removeprefix("text_model.")
-        weight = getattr(modules.get(target), "weight", None)
-        if weight is None:
-            raise CheckpointError(
-                f"{path} doesn't fit this model: its {name} has no layer {match['module']}", expected="a LoRA for SDXL"
-            )
-        axis = 1 if match["part"] == "A" else 0
-        if tensor.ndim != weight.ndim or tensor.shape[axis] != weight.shape[axis]:
-            raise CheckpointError(
-                f"{path} doesn't fit this model: {name}.{key} is {list(tensor.shape)} for a layer of "
-                f"{list(weight.shape)}",
-                expected="a LoRA for SDXL",
-            )
-        other = match["module"] + f".lora_{'B' if match['part'] == 'A' else 'A'}.weight"
-        if other not in parts:
-            raise CheckpointError(f"{path} is not whole: {name}.{key} is there without {other}")
+def _json_object(text: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _checked(where: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    for name, value in settings.items():
+        start = name == "init_lora_weights" and value not in _HARMLESS_STARTS
+        if start or (value and name not in _HARMLESS | _READ):
+            kind = "is a DoRA: it" if name == "use_dora" else "was trained in a way that isn't read here: it"
+            raise CheckpointError(f"{where} {kind} says {name}: {json.dumps(value)[:80]}", expected=_EXPECTED)
+    alphas = settings.get("alpha_pattern") or {}
+    numbers = [settings.get("lora_alpha") or 0, *(alphas.values() if isinstance(alphas, dict) else [None])]
+    if not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers):
+        raise CheckpointError(f"{where}: lora_alpha and alpha_pattern", expected="numbers")
+    if odd := next((key for key in alphas if re.search(r"[^\w.^$-]", key)), None):
+        raise CheckpointError(f"{where}: alpha_pattern has the pattern {odd!r}", expected="names of layers")
+    return settings
+
+
+def _factor(settings: Mapping[str, Any], module: str, rank: int) -> float | None:
+    """alpha / rank by the settings, or alpha / √rank; None if they have no alpha."""
+    alpha = settings.get("lora_alpha")
+    for key, own in (settings.get("alpha_pattern") or {}).items():
+        if f".{module}".endswith(f".{key.strip('^$')}"):
+            alpha = own
+            break
+    if alpha is None:
+        return None
+    return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)

@@ -10,17 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 from storyadapter.checkpoint import component
 from storyadapter.checkpoint.component import Component, Convert, folder_names
+from storyadapter.checkpoint.file_kinds import FileKind, file_kind
 from storyadapter.checkpoint.paths import (
     DIFFUSERS_STEMS,
     TRANSFORMERS_STEMS,
     CheckpointPaths,
+    below,
     find,
+    give,
+    is_there,
     read_config,
     weight_files,
 )
-from storyadapter.checkpoint.tensor_files import first_line, is_safetensors
 from storyadapter.method import constants
-from storyadapter.method.errors import CheckpointError, Field, Text
+from storyadapter.method.errors import CheckpointError, Field, Text, said
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -59,6 +62,7 @@ def base_parts(paths: CheckpointPaths) -> tuple[dict[str, Component], Path]:
             f", but {base} is a folder",
             advice="leave it out",
         )
+    _check_base("base_model" if file is None else "base_config", folder)
     _check_pipeline(folder)
     if file is not None:
         component.check_single_file(file, needs_vae=paths.vae is None)
@@ -104,6 +108,7 @@ def image_encoder_part(paths: CheckpointPaths) -> Component:
     if not folder.is_dir():
         expected = "a folder with config.json and weights"
         raise CheckpointError(Field("image_encoder"), f" {folder} is a file", expected=expected)
+    _check_folder("image_encoder", folder, lambda config: config.get("model_type") in ("clip", "clip_vision_model"))
     config = _vision_config(folder / "config.json", _config(folder))
 
     def vision_half(network: "nn.Module", tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
@@ -142,20 +147,20 @@ def check_tokenizer(folder: Path, vocabulary_size: int) -> None:
 
 def tokenizer_files(folder: Path) -> tuple[Path, ...]:
     """The files of a tokenizer that are there."""
-    return tuple(folder / name for name in (*_VOCABULARY, _WHOLE, *_TOKENIZER_SETTINGS) if (folder / name).exists())
+    return tuple(folder / name for name in (*_VOCABULARY, _WHOLE, *_TOKENIZER_SETTINGS) if is_there(folder / name))
 
 
 def load_tokenizer(folder: Path) -> "CLIPTokenizer":
     """Raises CheckpointError if files are missing or corrupt."""
     from transformers import CLIPTokenizer
 
-    missing = [name for name in _VOCABULARY if not (folder / name).exists()]
-    if missing and not (folder / _WHOLE).exists():
+    missing = [name for name in _VOCABULARY if not is_there(folder / name)]
+    if missing and not is_there(folder / _WHOLE):
         raise CheckpointError(f"{folder} has no {' and no '.join(missing)}", expected="the tokenizer of an SDXL folder")
     try:
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # whatever a corrupt vocabulary makes the tokenizers library raise
-        raise CheckpointError(f"{folder} holds no readable CLIP tokenizer: {first_line(error)}") from error
+        raise CheckpointError(f"{folder} holds no readable CLIP tokenizer: {said(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -192,23 +197,25 @@ def _vae(paths: CheckpointPaths, base: Path, source: _Source) -> Component:
     if paths.vae is not None:
         path, title = find("vae", paths.vae), ("the VAE given with ", Field("vae"))
         if path.is_dir():
+            _check_folder("vae", path, lambda config: config.get("_class_name") == "AutoencoderKL")
             folder, source = path, _Source(None, paths.variant)
-        elif is_safetensors(path):
-            source, prefix = _Source(path, None), ""
         else:
-            found = f" {path} is neither a folder nor a .safetensors file"
-            raise CheckpointError(Field("vae"), found, expected="one of these")
+            _check_single("vae", path)
+            source, prefix = _Source(path, None), ""
     build = AutoencoderKL.from_config
     return source.part(title, folder, _check_vae, build, DIFFUSERS_STEMS, prefix, component.convert_vae)
 
 
+def _check_single(field: str, file: Path) -> None:
+    """Raises CheckpointError unless the file is `.safetensors`, whatever its name."""
+    kind = file_kind(file)
+    if kind is not FileKind.SAFETENSORS:
+        found = f" {file} is {kind.value}"
+        raise CheckpointError(Field(field), found, expected="a diffusers folder, or one .safetensors file")
+
+
 def _base_config(file: Path, paths: CheckpointPaths) -> Path:
-    if not is_safetensors(file):
-        raise CheckpointError(
-            Field("base_model"),
-            f" {file} is neither a diffusers folder nor a .safetensors file",
-            expected="one of these",
-        )
+    _check_single("base_model", file)
     if paths.base_config is None:
         raise CheckpointError(
             Field("base_model"),
@@ -231,10 +238,35 @@ def _config(folder: Path) -> dict[str, Any]:
     return read_config(folder / "config.json")
 
 
+def _check_folder(field: str, folder: Path, fits: Callable[[Config], bool]) -> None:
+    """Raises CheckpointError if a network's folder has no configuration; told is which folder below it has one."""
+    if is_there(folder / "config.json"):
+        return
+    places = below(folder, lambda path: path.name == "config.json" and fits(read_config(path)))
+    raise CheckpointError(
+        Field(field),
+        f" {folder} has no config.json",
+        expected="" if places else "the folder of a model, which has one",
+        advice=give([place.parent for place in places]),
+    )
+
+
+def _check_base(field: str, folder: Path) -> None:
+    """Raises CheckpointError if the folder isn't a model's, but one above or below is."""
+    if is_there(folder / "unet"):
+        return
+    unets = below(folder, lambda path: path.name == "unet" and is_there(path / "config.json"))
+    places = [path.parent for path in unets]
+    if not places and is_there(folder.absolute().parent / "model_index.json"):
+        places = [folder.absolute().parent]
+    if places:
+        raise CheckpointError(Field(field), f" {folder} has no unet in it", advice=give(places))
+
+
 def _check_pipeline(folder: Path) -> None:
     """Raises CheckpointError if `model_index.json`, where there is one, names a pipeline that isn't SDXL's."""
     index = folder / "model_index.json"
-    if index.exists():
+    if is_there(index):
         found = read_config(index).get("_class_name")
         if not isinstance(found, str) or not found.startswith("StableDiffusionXL") or "Inpaint" in found:
             raise CheckpointError(f"{folder} is a {found}", expected="an SDXL base model (StableDiffusionXLPipeline)")

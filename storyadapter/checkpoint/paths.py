@@ -2,15 +2,19 @@
 
 import json
 import math
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from storyadapter.method.errors import CheckpointError, Field, InputError
+from storyadapter.method.errors import CheckpointError, Field, InputError, can_not_be_read, said
 
 _HUB_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?P<inner>/.+)?", re.ASCII)
+_LEVELS, _LOOKED_AT = 3, 5000  # below a folder that isn't the one that is needed
+_MAX_CONFIG = 16 << 20  # bytes; the index of a sharded model has some hundred thousand
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
@@ -71,9 +75,12 @@ def find(field: str, name: Path | str) -> Path:
     Raises:
         CheckpointError: neither is there; the message names the `field` of `CheckpointPaths`.
     """
-    path = Path(name).expanduser()
-    if path.exists():
-        return path
+    path = Path(os.path.expanduser(name))  # pathlib's raises an error for users that don't exist
+    try:
+        if is_there(path):
+            return path
+    except CheckpointError as error:
+        raise CheckpointError(Field(field), " ", *error.args) from error
     hub_name = _HUB_NAME.fullmatch(str(name))
     if hub_name is None:
         raise CheckpointError(Field(field), f" {name}: there is no such file or folder")
@@ -87,22 +94,66 @@ def find(field: str, name: Path | str) -> Path:
     except (LocalEntryNotFoundError, HFValidationError):
         found = "there is no such file or folder, and no model of that name in the local Hugging Face cache"
         raise CheckpointError(Field(field), f" {name}: {found}", advice=f"give a path, or {advice}") from None
-    if not path.exists():
+    if not is_there(path):
         found = f"{repo} is in the local Hugging Face cache, but without {inside}"
         raise CheckpointError(Field(field), f" {name}: {found}", advice=advice)
     return path
 
 
+def is_there(path: Path) -> bool:
+    """Whether there is a file or folder, links followed.
+
+    Raises:
+        CheckpointError: the system can't say, such as for want of permission, or it is a link to what isn't there.
+    """
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        if path.is_symlink():
+            raise CheckpointError(f"{path} is a link to {os.readlink(path)}, which isn't there") from None
+        return False
+    except (OSError, ValueError) as error:  # ValueError: a null byte, which no path has
+        raise CheckpointError(can_not_be_read(path, error)) from error
+    return True
+
+
+def below(folder: Path, wanted: Callable[[Path], bool]) -> list[Path]:
+    """What is wanted of a folder's contents, up to three levels down, in order; the first thousands are looked at."""
+    found, level = [], [folder]
+    for _ in range(_LEVELS):
+        try:
+            level = sorted(islice((p for parent in level if parent.is_dir() for p in parent.iterdir()), _LOOKED_AT))
+            found += [path for path in level if wanted(path)]
+        except (OSError, CheckpointError):  # it is advice only
+            break
+    return found
+
+
+def give(paths: Sequence[Path]) -> str:
+    """The advice to give one of these; empty where there are none."""
+    if len(paths) > 1:
+        return f"give one of {', '.join(map(str, paths[:3]))}{', …' if len(paths) > 3 else ''}"
+    return f"give {paths[0]}" if paths else ""
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """A JSON object. Raises CheckpointError: the file is missing, unreadable, or something else."""
+    if not is_there(path):
+        raise CheckpointError(f"{path} is missing", expected="the folder of a model, which has one")
+    if not (path.is_file() or path.is_dir()):  # reading a pipe or a device may never end
+        raise CheckpointError(f"{path} is no regular file", expected="a configuration in JSON")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing", expected="the folder of a model, which has one") from None
+        with path.open("rb") as file:
+            data = file.read(_MAX_CONFIG + 1)
+        if len(data) > _MAX_CONFIG:
+            raise CheckpointError(f"{path} is longer than {_MAX_CONFIG >> 20} MiB", expected="a configuration in JSON")
+        config = json.loads(data.decode())
     except OSError as error:
-        raise CheckpointError(f"{path} can't be read: {error.strerror}") from error
+        raise CheckpointError(can_not_be_read(path, error)) from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); the file is corrupt, fetch it again") from error
+        raise CheckpointError(
+            f"{path} is not valid JSON ({said(error)}); the file is corrupt, fetch it again"
+        ) from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} holds a JSON {type(config).__name__}", expected="an object with settings")
     return config
@@ -140,10 +191,10 @@ def _files_of_variant(folder: Path, stems: tuple[str, str], variant: str | None)
     infix = f".{variant}" if variant else ""
     for stem, suffix in zip(stems, ("safetensors", "bin"), strict=True):
         whole = folder / f"{stem}{infix}.{suffix}"
-        if whole.exists():
+        if is_there(whole):
             return (whole,)
         index = folder / f"{stem}.{suffix}.index{infix}.json"
-        if index.exists():
+        if is_there(index):
             return (index, *_shards(index))
     return ()
 
@@ -156,7 +207,7 @@ def _shards(index: Path) -> tuple[Path, ...]:
     for name, shard in shards.items():
         if shard.parent != index.parent:
             raise CheckpointError(f"{index} names {name!r}", expected="files beside it")
-        if not shard.exists():
+        if not is_there(shard):
             raise CheckpointError(f"{shard} is missing; {index.name} lists {len(shards)} shards")
     return tuple(shards.values())
 

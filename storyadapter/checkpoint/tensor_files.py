@@ -1,17 +1,23 @@
 """Tensors in `.safetensors` files and PyTorch pickles: names and shapes from the header, and the tensors themselves."""
 
 import re
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Final
 
-from storyadapter.method.errors import CheckpointError
+from storyadapter.checkpoint.file_kinds import FileKind, file_kind
+from storyadapter.method.errors import CheckpointError, can_not_be_read, said
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+# Of a pickle's nested dictionaries; those that are shared would else be written out once for each of their places.
+_MAX_DEPTH: Final = 8
+_MAX_TENSORS: Final = 100_000
+_MAX_NAME: Final = 1000
 
 
 def read_headers(path: Path) -> "dict[str, Tensor]":
@@ -24,8 +30,8 @@ def read_headers(path: Path) -> "dict[str, Tensor]":
     """
     import torch
 
-    if not is_safetensors(path):
-        return _flatten(path, _unpickle(path, "meta"))
+    if (kind := file_kind(path)) is not FileKind.SAFETENSORS:
+        return dict(_flatten(path, _unpickle(path, kind, "meta")))
 
     def header(file: Any, name: str) -> torch.Tensor:
         piece = file.get_slice(name)
@@ -49,10 +55,10 @@ def read_tensors(
     Raises:
         CheckpointError: as for `read_headers`.
     """
-    if is_safetensors(path):
+    if (kind := file_kind(path)) is FileKind.SAFETENSORS:
         pairs = _safetensors(path, lambda file, name: file.get_tensor(name), wanted)
     else:
-        pairs = ((name, t) for name, t in _flatten(path, _unpickle(path, "cpu")).items() if wanted(name))
+        pairs = ((name, t) for name, t in _flatten(path, _unpickle(path, kind, "cpu")) if wanted(name))
     return {name: t.to(device, dtype if t.is_floating_point() else None) for name, t in pairs}
 
 
@@ -60,14 +66,10 @@ def read_metadata(path: Path) -> dict[str, str]:
     """The text fields in a `.safetensors` header; empty for a pickle."""
     from safetensors import safe_open
 
-    if not is_safetensors(path):
+    if file_kind(path) is not FileKind.SAFETENSORS:
         return {}
     with safe_open(path, framework="pt") as file:
         return file.metadata() or {}
-
-
-def is_safetensors(path: Path) -> bool:
-    return path.suffix == ".safetensors"
 
 
 def _safetensors(
@@ -80,12 +82,10 @@ def _safetensors(
             for name in file.keys():  # noqa: SIM118 (not a dictionary)
                 if wanted(name):
                     yield name, get(file, name)
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"{path} is not a whole .safetensors file ({first_line(error)}); fetch it again"
-        ) from error
     except OSError as error:
-        raise CheckpointError(f"{path} can't be read: {error.strerror or first_line(error)}") from error
+        raise CheckpointError(can_not_be_read(path, error)) from error
+    except (SafetensorError, RuntimeError, OverflowError, TypeError) as error:  # sizes that PyTorch can't count, too
+        raise CheckpointError(f"{path} is not a whole .safetensors file ({said(error)}); fetch it again") from error
 
 
 def _dtype(name: str) -> "torch.dtype":
@@ -97,12 +97,15 @@ def _dtype(name: str) -> "torch.dtype":
     return floating.get(name, torch.int64)
 
 
-def _unpickle(path: Path, device: str) -> Any:
+def _unpickle(path: Path, kind: FileKind, device: str) -> Any:
     import torch
 
     try:
-        # Files older than PyTorch 1.6 are no zip archives and can't be mapped.
-        return torch.load(path, map_location=device, mmap=zipfile.is_zipfile(path), weights_only=True)
+        with TemporaryDirectory() as folder:
+            name = Path(folder) / "weights"  # torch.load goes by the name where that ends with ".safetensors"
+            name.symlink_to(path.absolute())
+            # Files older than PyTorch 1.6 are no zip archives and can't be mapped.
+            return torch.load(name, map_location=device, mmap=kind is FileKind.ZIP, weights_only=True)
     except UnpicklingError as error:
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
         if code is None:
@@ -111,25 +114,27 @@ def _unpickle(path: Path, device: str) -> Any:
             f"{path} is a pickle that wants to run code ({code[1]}) and was not loaded", expected="tensors only"
         ) from error
     except OSError as error:
-        raise CheckpointError(f"{path} can't be read: {error.strerror or first_line(error)}") from error
+        raise CheckpointError(can_not_be_read(path, error)) from error
     except Exception as error:  # struct.error, KeyError, …: whatever damaged bytes lead the unpickler to
         raise CheckpointError(f"{path} is not a whole PyTorch file; fetch it again") from error
 
 
-def _flatten(path: Path, value: Any, prefix: str = "") -> "dict[str, Tensor]":
+def _flatten(path: Path, content: Any) -> "Iterator[tuple[str, Tensor]]":
+    """The tensors in nested dictionaries, by their keys joined with dots."""
     import torch
 
-    if isinstance(value, torch.Tensor):
-        return {prefix: value}
-    if not isinstance(value, dict):
-        where = f" under {prefix!r}" if prefix else ""
-        raise CheckpointError(f"{path} holds a {type(value).__name__}{where}", expected="named tensors")
-    flat: dict[str, Tensor] = {}
-    for key, item in value.items():
-        flat |= _flatten(path, item, f"{prefix}.{key}" if prefix else str(key))
-    return flat
-
-
-def first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
+    found = 0
+    left: list[tuple[tuple[str, ...], Any]] = [((), content)]
+    while left:
+        keys, value = left.pop()
+        name = ".".join(keys)
+        if isinstance(value, dict) and len(keys) <= _MAX_DEPTH and len(name) <= _MAX_NAME:
+            left += [((*keys, str(key)), item) for key, item in reversed(value.items())]
+        elif isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_quantized:
+            found += 1
+            yield name, value
+        else:
+            where = f" under {name[:_MAX_NAME]!r}" if name else ""
+            raise CheckpointError(f"{path} holds a {type(value).__name__}{where}", expected="named tensors")
+        if found + len(left) > _MAX_TENSORS:
+            raise CheckpointError(f"{path} holds more than {_MAX_TENSORS:,} tensors", expected="a model's weights")

@@ -62,7 +62,8 @@ def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="P[:SCALE]",
-        help="LoRA fused into the model, with its scale (default 1); may be given several times",
+        help="LoRA or LoCon fused into the model, with its scale (default 1); may be given several times. Read are the "
+        "layouts of kohya, diffusers, peft, OneTrainer, ComfyUI and LyCORIS (docs/model-files.md)",
     )
 
 

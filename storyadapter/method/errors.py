@@ -5,7 +5,10 @@ A setting is named as a `Field`, never by an option's spelling: each face spells
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeAlias
+from pathlib import Path
+from typing import Final, TypeAlias
+
+_SAID_AT_MOST: Final = 500  # letters of another library's error
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,25 @@ def _parts(text: Text) -> Iterator[str | Field]:
             yield from _parts(part)
     else:
         yield text
+
+
+def said(error: BaseException) -> str:
+    """What another library or the system says in an error, as one line, never empty and never cut at a colon.
+
+    Libraries put the fact on the lines that follow on a heading such as "Error(s) in loading state_dict for X:".
+    """
+    text = getattr(error, "strerror", None) or str(error)
+    line = ""
+    for part in filter(None, map(str.strip, text.splitlines())):
+        line = f"{line} {part}".strip()
+        if not line.endswith(":"):
+            break
+    return line.rstrip(".:; ")[:_SAID_AT_MOST] or type(error).__name__
+
+
+def can_not_be_read(path: Path, error: Exception) -> str:
+    """That a file can't be read, and the system's own reason."""
+    return f"{path} can't be read: {said(error)}"
 
 
 class StoryAdapterError(Exception):

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
-from storyadapter.method.errors import Field, InputError, Text
+from storyadapter.method.errors import Field, InputError, Text, can_not_be_read
 from storyadapter.output.files import ANOTHER_FOLDER, LOCK_NAME, is_part
 
 FORMAT = "storyadapter-trt run"
@@ -143,14 +143,18 @@ def stored_identity(path: str | Path) -> dict[str, Any] | None:
 
 def refuse_foreign(path: Path) -> None:
     """Refuse a folder that holds something, but no run. Writes nothing, so it comes before the lock."""
-    if not path.exists():
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
         return
+    except (OSError, ValueError) as error:  # such as for want of permission; ValueError: a null byte
+        raise InputError(can_not_be_read(path, error), advice=ANOTHER_FOLDER) from error
     if not path.is_dir():
         raise InputError(f"{path} is a file,", expected="a folder", advice=_ANOTHER_ONE)
     try:
         names = {item.name for item in path.iterdir() if item.name != LOCK_NAME and not is_part(item)}
     except OSError as error:
-        raise InputError(f"{path} can't be read: {error.strerror}", advice=ANOTHER_FOLDER) from error
+        raise InputError(can_not_be_read(path, error), advice=ANOTHER_FOLDER) from error
     if RECORD_NAME in names:
         RunRecord.read(path / RECORD_NAME)  # a file of that name may be anything
     elif names:

@@ -120,9 +120,9 @@ def test_vae_of_training_has_a_loss(tiny_model_dir: Path, tiny_checkpoint: Check
 
 
 def test_vae_that_is_neither(tiny_model_dir: Path, tmp_path: Path) -> None:
-    (tmp_path / "vae.ckpt").write_bytes(b"")
+    torch.save({"a": torch.zeros(1)}, tmp_path / "vae.ckpt")
     paths = tiny_paths(tiny_model_dir, vae=tmp_path / "vae.ckpt")
-    refuses("--vae … vae.ckpt is neither a folder nor a .safetensors file", paths)
+    refuses("--vae … vae.ckpt is a PyTorch file; expected a diffusers folder, or one .safetensors file", paths)
 
 
 def test_vae_that_is_something_else(tiny_model_dir: Path) -> None:
@@ -166,9 +166,9 @@ def test_variant_of_a_single_file(tiny_model_dir: Path, file: Path) -> None:
 
 
 def test_pickled_single_file(tiny_model_dir: Path, tmp_path: Path) -> None:
-    (tmp_path / "sdxl.ckpt").write_bytes(b"")
+    torch.save({"a": torch.zeros(1)}, tmp_path / "sdxl.ckpt")
     paths = tiny_paths(tiny_model_dir, base_model=tmp_path / "sdxl.ckpt", base_config=tiny_model_dir)
-    refuses("sdxl.ckpt is neither a diffusers folder nor a .safetensors file", paths)
+    refuses("--base-model … sdxl.ckpt is a PyTorch file; expected a diffusers folder, or one .safetensors", paths)
 
 
 def test_cut_short(paths: CheckpointPaths, file: Path) -> None:

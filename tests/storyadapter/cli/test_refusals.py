@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from storyadapter.output.files import lock_folder
+from tests.permissions import without_permission
 from tests.storyadapter.cli.running import Type, files
 
 
@@ -180,6 +181,23 @@ def test_an_output_folder_that_holds_something_else(resume: list[str], refused, 
     )
     assert refused(*words, "photos/cat.jpg/out") == (
         f"photos/cat.jpg/out can't be made: {Path.cwd()}/photos/cat.jpg is no folder; choose another folder with --out"
+    )
+
+
+def test_an_output_folder_that_the_system_refuses(type_in: Type, refused, quick_run: list[str], tmp_path: Path) -> None:
+    """Before anything is loaded, in the system's own words."""
+    loop = Path("loop")
+    loop.symlink_to(loop)
+    another = "; choose another folder with --out"
+    gone = [*quick_run, "--base-model", "gone", "--out"]
+    assert refused(*gone, "loop") == f"loop can't be read: Too many levels of symbolic links{another}"
+    assert refused(*gone, "x" * 300) == f"{'x' * 300} can't be read: File name too long{another}"
+    Path("locked").mkdir()
+    with without_permission(tmp_path / "locked"):
+        done = type_in(*gone, "locked/out")
+    assert (done.code, done.err) == (
+        2,
+        f"storyadapter-trt: error: locked/out can't be read: Permission denied{another}\n",
     )
 
 
