@@ -4,9 +4,10 @@ A caption is Character + Interaction + Scene. It names a character's species, bo
 never one of the traits of `Identity`: those are what text alone cannot keep constant over a story's frames.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain, product
 
 VISIBLE_TRAITS: Mapping[str, tuple[str, ...]] = {
     "species": ("fox", "rabbit", "bear", "cat", "owl", "elephant"),
@@ -84,3 +85,52 @@ def character_phrase(visible: Visible, form: int = 0) -> str:
     return CHARACTER_PHRASES[form].format(
         a=article, body=visible.body, species=visible.species, g="a", garment=visible.garment
     )
+
+
+# What people call the traits, for a word that isn't known.
+KINDS: Mapping[str, str] = {
+    "species": "animals",
+    "body": "colours of animals",
+    "garment": "colours of sweaters",
+    "action": "actions",
+    "place": "places",
+}
+
+
+def known_words() -> frozenset[str]:
+    """Every word that captions have: all that the model was taught, style words aside."""
+    phrases = chain(*VISIBLE_TRAITS.values(), *ACTION_PHRASES.values(), *PLACE_PHRASES.values(), CHARACTER_PHRASES)
+    return frozenset(re.findall("[a-z]+", re.sub(r"{\w+}", "", " ".join((*phrases, "a an is")))))
+
+
+def unknown_words(prompts: Iterable[str]) -> dict[str, list[str]]:
+    """The words of prompts that the model was never taught, by the trait that each seems to stand for, in order.
+
+    A caption has a place for each: "a *blue* *fox* wearing a *red* sweater *running* in the *forest*".
+    """
+    known = known_words()
+    found: dict[str, dict[str, None]] = {}
+    for prompt in prompts:
+        words = re.findall(r"[^\W\d_]+", prompt.lower())
+        for index, word in enumerate(words):
+            if word not in known:
+                kind = _kind(word, words[:index], words[index + 1 :])
+                found.setdefault(kind, {})[word] = None
+    return {kind: list(found[kind]) for kind in KINDS if kind in found}
+
+
+def examples(kind: str) -> tuple[str, ...]:
+    """What the model knows of a kind, as captions say it."""
+    phrases = {"action": ACTION_PHRASES, "place": PLACE_PHRASES}.get(kind)
+    return tuple(words[0] for words in phrases.values()) if phrases else VISIBLE_TRAITS[kind]
+
+
+def _kind(word: str, before: list[str], after: list[str]) -> str:
+    if "sweater" in after[:2]:
+        return "garment"
+    if after[:1] and after[0] in VISIBLE_TRAITS["species"]:
+        return "body"
+    if word.endswith("ing"):
+        return "action"
+    named = any(earlier in VISIBLE_TRAITS["species"] for earlier in before)
+    return "place" if named or {"in", "on", "at", "under"} & set(before[-3:]) else "species"

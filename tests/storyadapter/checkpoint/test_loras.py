@@ -410,7 +410,9 @@ def test_lora_for_layers_that_are_not_there(tiny_model_dir, tmp_path) -> None:
     name = "unet.single_transformer_blocks.0.attn.to_q.lora_{}.weight"
     save_file({name.format("A"): torch.zeros(4, 64), name.format("B"): torch.zeros(64, 4)}, path)
     refuses_lora(
-        "its unet has no layer single_transformer_blocks.0.attn.to_q; expected a LoRA for SDXL", tiny_model_dir, path
+        "its unet has no layer single_transformer_blocks.0.attn.to_q (unet. … ); expected a LoRA for SDXL",
+        tiny_model_dir,
+        path,
     )
 
 
