@@ -23,7 +23,7 @@ _LOGGERS: Final = ("diffusers", "huggingface_hub", "transformers")  # whose hand
 
 @contextmanager
 def libraries_silenced() -> Iterator[None]:
-    """Inside, other libraries print nothing: no warnings, no logs, no bars. Their errors are exceptions all the same."""
+    """Inside, other libraries print nothing: no warnings, logs or bars. Their errors are exceptions all the same."""
     added = {name: value for name, value in _SILENCE.items() if name not in os.environ}
     levels = {name: logging.getLogger(name).level for name in _LOGGERS}
     nowhere = logging.NullHandler()  # or Python prints what has no handler
