@@ -1,19 +1,18 @@
-"""`storyadapter-trt bench`: the benchmarks by name. Imports nothing heavy."""
+"""`storyadapter-trt bench`: the benchmarks by name. Imports nothing heavy.
+
+Each is a module with HELP, DESCRIPTION, `add_arguments`, and `run`, which measures what was typed, prints a page and
+writes the files that were asked for. It returns the exit code: 0, or 1 where something isn't as the module demands. It
+raises InputError for options that don't fit together, UnavailableError for what can't be had here, EngineBuildError,
+and RunError for a frame with values that aren't finite or a file that can't be written.
+"""
 
 from storyadapter.bench import compare, parity, quality, soak
 from storyadapter.bench.kernels import command as kernel
 from storyadapter.bench.throughput import command as throughput
 from storyadapter.cli.main import Commands
 
-# each has HELP, DESCRIPTION, add_arguments and run
-BENCHMARKS = {
-    "kernel": kernel,
-    "quality": quality,
-    "parity": parity,
-    "throughput": throughput,
-    "compare": compare,
-    "soak": soak,
-}
+BENCHMARKS = {"kernel": kernel, "quality": quality, "parity": parity, "throughput": throughput}
+BENCHMARKS |= {"compare": compare, "soak": soak}
 
 
 def add_bench(commands: Commands) -> None:

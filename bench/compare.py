@@ -23,18 +23,12 @@ _SAME = ("device", "power limit", "device memory")
 
 @dataclass(frozen=True)
 class Change:
-    """One thing that the earlier report measured.
-
-    Attributes:
-        name: case and rung, or story and way.
-        before, after: rows per second; `after` is None where the later report has no number.
-        lost: why it has none, if it was tried; None if it was not.
-    """
+    """One thing that the earlier report measured, by its name: case and rung, or story and way."""
 
     name: str
-    before: float
-    after: float | None
-    lost: str | None = None
+    before: float  # rows per second
+    after: float | None  # None where the later report has no number
+    lost: str | None = None  # why it has none, if it was tried; None if it was not
 
     @property
     def ratio(self) -> float | None:
@@ -46,7 +40,6 @@ class Change:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's options; imports nothing heavy."""
     parser.add_argument("before", type=Path, metavar="A.json", help="the earlier report of bench throughput --out")
     parser.add_argument("after", type=Path, metavar="B.json", help="the later one, of the same device, model and cases")
     parser.add_argument(
@@ -59,14 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print a table of all changes, then what got slower.
-
-    Returns:
-        0, or 1 if something got slower or gives no number any more.
-
-    Raises:
-        InputError: a file is no such report, or the two can't be compared.
-    """
+    """Exit code 1 if something got slower or gives no number any more."""
     before, after = _read(args.before), _read(args.after)
     refuse_different(before, after, args.before.name, args.after.name)
     changes = compare(before, after)
@@ -82,12 +68,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def refuse_different(before: dict[str, Any], after: dict[str, Any], first: str, second: str) -> None:
-    """Raises InputError unless device, model, precision and the cases that both have are the same.
-
-    Args:
-        before, after: the reports.
-        first, second: what messages call them.
-    """
+    """Raises InputError unless device, model, precision and the cases that both reports have are the same; `first` and
+    `second` are what messages call them."""
     pairs = [(key, *(report["environment"].get(key, "not told") for report in (before, after))) for key in _SAME]
     pairs += [(key, before[key], after[key]) for key in ("model", "precision")]
     for key, one, other in pairs:
@@ -96,16 +78,13 @@ def refuse_different(before: dict[str, Any], after: dict[str, Any], first: str, 
     mine, theirs = _cases(before), _cases(after)
     shared = mine.keys() & theirs.keys()
     if not shared:
-        raise InputError(
-            f"{first} has cases {', '.join(mine)}, {second} has {', '.join(theirs)}; expected a common one"
-        )
+        found = f"{first} has cases {', '.join(mine)}, {second} has {', '.join(theirs)}"
+        raise InputError(found, expected="a common one")
     for name in sorted(shared):
         for key, value in mine[name].items():
-            if theirs[name].get(key) != value:
-                raise InputError(
-                    f"case {name} has {key} {value} in {first} and {theirs[name].get(key)} in {second}; "
-                    "expected the same cases"
-                )
+            if (other := theirs[name].get(key)) != value:
+                found = f"case {name} has {key} {value} in {first} and {other} in {second}"
+                raise InputError(found, expected="the same cases")
 
 
 def compare(before: dict[str, Any], after: dict[str, Any]) -> list[Change]:

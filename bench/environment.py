@@ -52,25 +52,21 @@ def describe(device: torch.device, source_commit: str | None = None) -> dict[str
         found["device"] = properties.name
         found["compute capability"] = f"{properties.major}.{properties.minor}"
         found["driver"] = driver_version()
-        if gpu := NvidiaGpu.of(device):
-            if gpu.power_limit is not None:
-                found["power limit"] = f"{gpu.power_limit:.2f} W"
-            if gpu.highest_sm_clock is not None:
-                found["highest SM clock"] = f"{gpu.highest_sm_clock} MHz"
+        gpu = NvidiaGpu.of(device)
+        if gpu and gpu.power_limit is not None:
+            found["power limit"] = f"{gpu.power_limit:.2f} W"
+        if gpu and gpu.highest_sm_clock is not None:
+            found["highest SM clock"] = f"{gpu.highest_sm_clock} MHz"
         found["CUDA"] = str(torch.version.cuda)
         found["cuDNN"] = str(torch.backends.cudnn.version())
     else:
         found["device"] = platform.processor() or platform.machine()
     found |= versions("xformers")
     found["commit"] = source_commit or commit()
-    found["command"] = " ".join([*_program(), *sys.argv[1:]])
-    return found
-
-
-def _program() -> list[str]:
-    """How this program is called, without its folder: `storyadapter-trt`, or `python -m MODULE`."""
     spec = sys.modules["__main__"].__spec__
-    return [Path(sys.argv[0]).name] if spec is None else ["python", "-m", spec.name.removesuffix(".__main__")]
+    program = Path(sys.argv[0]).name if spec is None else f"python -m {spec.name.removesuffix('.__main__')}"
+    found["command"] = " ".join([program, *sys.argv[1:]])
+    return found
 
 
 @dataclass

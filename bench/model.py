@@ -1,24 +1,32 @@
 """What is benchmarked: a model, its precision, its device, and networks of it on any backend."""
 
-from collections.abc import Callable
+import argparse
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Self, cast
+from functools import partial
+from typing import Any, Self, cast
 
 import torch
+from PIL import Image
 
 from storyadapter.bench.options import EngineChoice
 from storyadapter.bench.synthetic import MODELS, PREDICTION_TYPE, SyntheticCheckpoint
 from storyadapter.bench.timing import measure_run
 from storyadapter.checkpoint import Checkpoint
-from storyadapter.cli.options import MAX_REFERENCES, ModelChoice
+from storyadapter.cli.options import MAX_REFERENCES, ModelChoice, model_choice
+from storyadapter.engine.backend import default_device
 from storyadapter.engine.backends import find_backend
 from storyadapter.engine.opening import build_engine, open_networks
 from storyadapter.engine.store import EngineStore
+from storyadapter.method import constants
 from storyadapter.method.errors import UnavailableError
+from storyadapter.method.events import Event, FrameFinished, IterationFinished, IterationStarted
+from storyadapter.method.plan import RunPlan
 from storyadapter.model.contract import Geometry, Range, ShapeRanges
 from storyadapter.model.networks import Networks
 from storyadapter.model.numerics import Numerics
 from storyadapter.runtime.conditioning import Tokenizers
+from storyadapter.runtime.pipeline import StoryPipeline
 
 Tell = Callable[[str], None]
 
@@ -27,6 +35,21 @@ def usual_ranges(geometry: Geometry, max_frames: int, frames: int) -> ShapeRange
     """Those of `build --max-frames F`, so that its engine serves, unless the story has more frames than it expects."""
     own = Range(geometry.default_pixels, geometry.default_pixels)
     return ShapeRanges(max_frames, max(MAX_REFERENCES, frames), own, own)
+
+
+def frames_by_iteration(
+    events: Iterable[Event], begin: Callable[[int], object] | None = None
+) -> Iterator[list[Image.Image]]:
+    """The frames of each iteration in story order, when it ends; `begin` is told the number of each that begins."""
+    frames: dict[int, Image.Image] = {}
+    for event in events:
+        match event:
+            case IterationStarted() if begin is not None:
+                begin(event.iteration)
+            case FrameFinished():
+                frames[event.frame] = event.picture
+            case IterationFinished():
+                yield [frames.pop(frame) for frame in sorted(frames)]
 
 
 @dataclass(frozen=True)
@@ -48,6 +71,13 @@ class BenchmarkModel:
     device: torch.device  # where everything runs
 
     @classmethod
+    def typed(cls, args: argparse.Namespace, engine: EngineChoice, synthetic: str | None = None) -> Self:
+        """The model of random weights by its name, or else that of the options; on the device that is there."""
+        if synthetic:
+            return cls.synthetic(synthetic, engine, default_device())
+        return cls.from_files(model_choice(args), engine, default_device())
+
+    @classmethod
     def synthetic(cls, name: str, engine: EngineChoice, device: torch.device) -> Self:
         """A model of random weights, by the name of its sizes."""
         checkpoint = SyntheticCheckpoint(MODELS[name], device)
@@ -62,8 +92,17 @@ class BenchmarkModel:
     def numerics(self) -> Numerics:
         return self.checkpoint.geometry.numerics(self.engine.precision, self.engine.vae)
 
+    def plan(self, *, iterations: int, height: int = 0, width: int = 0, **settings: Any) -> RunPlan:
+        """A story's settings: the published λ, and the model's own size where none is given."""
+        own, scales = self.checkpoint.geometry.default_pixels, constants.reference_scales(iterations)
+        settings |= {"height": height or own, "width": width or own, "prediction_type": self.prediction_type}
+        return RunPlan(scales=scales, **settings)
+
     def tokenizers(self) -> Tokenizers:
         return Tokenizers(*self.checkpoint.load_tokenizers())
+
+    def pipeline(self, networks: Networks) -> StoryPipeline:
+        return StoryPipeline(networks, self.checkpoint.load_tokenizers())
 
     def open(
         self, ranges: ShapeRanges, tell: Tell, backend: str | None = None, numerics: Numerics | None = None
@@ -84,9 +123,8 @@ class BenchmarkModel:
         chosen.check(numerics, ranges if chosen.builds else None)
         if reason := chosen.why_it_cant_run():
             raise UnavailableError(f"backend {name}: {reason}")
-        build_seconds = 0.0
+        built, seconds = False, 0.0
         if chosen.builds:
-            built = False
 
             def on_stage(network: str, what: str) -> None:
                 nonlocal built
@@ -97,18 +135,8 @@ class BenchmarkModel:
             identity = chosen.identity(self.checkpoint, numerics, None, None)
             if EngineStore(engine_dir).get(identity, ranges) is None:
                 tell(f"    the store has no engine of {name} for exactly this: it is built first, for minutes")
-            _, seconds = measure_run(
-                lambda: build_engine(
-                    self.checkpoint,
-                    identity,
-                    ranges,
-                    engine_dir=engine_dir,
-                    on_stage=on_stage,
-                    on_wait=lambda message: tell(f"    {message}"),
-                ),
-                self.device,
-            )
-            build_seconds = seconds if built else 0.0
+            build = partial(build_engine, self.checkpoint, identity, ranges, engine_dir=engine_dir, on_stage=on_stage)
+            _, seconds = measure_run(partial(build, on_wait=lambda message: tell(f"    {message}")), self.device)
         networks = open_networks(
             self.checkpoint,
             backend=name,
@@ -117,4 +145,4 @@ class BenchmarkModel:
             ranges=ranges,
             engine_dir=engine_dir,
         )
-        return Opened(networks, build_seconds)
+        return Opened(networks, seconds if built else 0.0)

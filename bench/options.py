@@ -37,6 +37,14 @@ def add_engine_options(
     parser.add_argument("--engine-dir", type=Path, metavar="D", help="engine store (default: in the user's cache)")
 
 
+def add_count(
+    parser: argparse._ActionsContainer, name: str, default: int, help_text: str = "", metavar: str | None = None
+) -> None:
+    """An option for a whole number, whose help ends with its default."""
+    help_text = f"{help_text} (default: %(default)s)".strip()
+    parser.add_argument(name, type=int, default=default, metavar=metavar, help=help_text)
+
+
 @dataclass(frozen=True)
 class EngineChoice:
     """What runs a model: see `add_engine_options`."""

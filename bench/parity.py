@@ -2,7 +2,7 @@
 
 import argparse
 
-from storyadapter.bench.options import add_engine_options, add_report_options, check_least
+from storyadapter.bench.options import add_count, add_engine_options, add_report_options, check_least
 from storyadapter.bench.report import check_out, write_report
 from storyadapter.cli.options import add_checkpoint_options
 from storyadapter.method import constants
@@ -18,26 +18,11 @@ precision may take it, or if half the λ isn't seen.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's options; imports nothing heavy."""
-    parser.add_argument(
-        "--frames", type=int, default=32, metavar="N", help="frames of the story (default: %(default)s)"
-    )
-    parser.add_argument("--steps", type=int, default=20, help="denoising steps (default: %(default)s)")
-    parser.add_argument(
-        "--iterations",
-        type=int,
-        default=constants.ITERATIONS,
-        metavar="K",
-        help="iterations after the first (default: %(default)s)",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the story's noise (default: %(default)s)")
-    parser.add_argument(
-        "--max-frames",
-        type=int,
-        default=FRAMES_UNMEASURED,
-        metavar="F",
-        help="frames of a micro-batch at the most (default: %(default)s)",
-    )
+    add_count(parser, "--frames", 32, "frames of the story", "N")
+    add_count(parser, "--steps", 20, "denoising steps")
+    add_count(parser, "--iterations", constants.ITERATIONS, "iterations after the first", "K")
+    add_count(parser, "--seed", 0, "of the story's noise")
+    add_count(parser, "--max-frames", FRAMES_UNMEASURED, "frames of a micro-batch at the most", "F")
     text = "what is compared; the engine that build makes by default is built first where the store has none"
     add_engine_options(parser, backend=text)
     add_report_options(parser)
@@ -45,18 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Draw the story in all ways, print the page, write the files.
-
-    Returns:
-        0, or 1 if pictures drawn from the same references are further from eager's than half precision may take them,
-        or if a wrong λ is no further than that.
-
-    Raises:
-        InputError: options that don't fit together.
-        UnavailableError: the backend can't serve here.
-        EngineBuildError: its engine can't be built.
-        RunError: a frame came out with values that aren't finite, or a file can't be written.
-    """
+    """Exit code 1 if pictures drawn from the same references are further from eager's than half precision may bring
+    them, or if a wrong λ is no further than that."""
     check_least(args, frames=1, steps=1, iterations=1, max_frames=1)
     from storyadapter.bench.parity_run import as_data, compare, markdown
     from storyadapter.demo.held_out import FRAMES_AT_MOST

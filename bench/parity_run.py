@@ -11,29 +11,23 @@ import gc
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Final, Self
+from typing import Any, Self
 
 import torch
 from PIL import Image
 
 from storyadapter.bench.environment import describe
-from storyadapter.bench.model import BenchmarkModel, usual_ranges
+from storyadapter.bench.model import BenchmarkModel, frames_by_iteration, usual_ranges
 from storyadapter.bench.options import EngineChoice
 from storyadapter.bench.psnr import EQUAL, MIN_MEDIAN_PSNR, MIN_PSNR, psnr_of_each
-from storyadapter.bench.report import Progress, table
-from storyadapter.cli.options import model_choice
+from storyadapter.bench.report import Progress, opening, table
 from storyadapter.demo.held_out import held_out_stories
-from storyadapter.engine.backend import default_device
 from storyadapter.engine.backends import BACKENDS
-from storyadapter.method import constants
 from storyadapter.method.errors import InputError
-from storyadapter.method.events import FrameFinished, IterationFinished, IterationStarted
 from storyadapter.method.plan import RunPlan
 from storyadapter.method.story import Story
 from storyadapter.model.numerics import Numerics
 from storyadapter.runtime.pipeline import FinishedIteration, StoryPipeline
-
-KIND: Final = "parity"
 
 Pictures = list[list[Image.Image]]  # [iteration][frame]
 
@@ -80,16 +74,12 @@ class Drawer:
     def draw(self, plan: RunPlan, resume: FinishedIteration | None = None) -> Pictures:
         """Every iteration that is left, each from the pictures of the one before."""
         drawn: Pictures = []
-        frames: dict[int, Image.Image] = {}
-        for event in self.pipeline.run(self.story, plan, resume=resume):
-            match event:
-                case IterationStarted():
-                    self.progress.begin(f"{self.name}: iteration {event.iteration}")
-                case FrameFinished():
-                    frames[event.frame] = event.picture
-                case IterationFinished():
-                    drawn.append([frames.pop(frame) for frame in range(len(self.story.prompts))])
-                    self.progress.done(f"{len(drawn[-1])} frames drawn")
+        events = self.pipeline.run(self.story, plan, resume=resume)
+        for frames in frames_by_iteration(
+            events, lambda number: self.progress.begin(f"{self.name}: iteration {number}")
+        ):
+            drawn.append(frames)
+            self.progress.done(f"{len(frames)} frames drawn")
         return drawn
 
     def draw_from(self, references: Pictures, iteration: int, plan: RunPlan) -> list[Image.Image]:
@@ -104,39 +94,20 @@ def compare(args: argparse.Namespace) -> ParityReport:
     engine = EngineChoice.typed(args)
     if not BACKENDS[engine.backend].builds and engine.precision == "fp32":
         raise InputError("eager in fp32 is what others are compared with; expected another --backend or --precision")
-    model = BenchmarkModel.from_files(model_choice(args), engine, default_device())
-    geometry = model.checkpoint.geometry
-    plan = RunPlan(
-        height=geometry.default_pixels,
-        width=geometry.default_pixels,
-        seed=args.seed,
-        scales=constants.reference_scales(args.iterations),
-        steps=args.steps,
-        prediction_type=model.prediction_type,
-        max_frames=args.max_frames,
-    )
+    model = BenchmarkModel.typed(args, engine)
+    settings = {name: getattr(args, name) for name in ("iterations", "seed", "steps", "max_frames")}
+    plan = model.plan(**settings)
     story = Story(tuple(held_out_stories(1, args.frames)[0].prompts), style="none")
     progress = Progress(3 * args.iterations + 3)
     name, vae = f"{engine.backend} {engine.precision}", model.numerics["vae_decoder"]
     progress.tell(f"{model.label}: {name} (VAE {vae}) against eager fp32, on {model.device}")
-    ranges = usual_ranges(geometry, args.max_frames, args.frames)
+    ranges = usual_ranges(model.checkpoint.geometry, args.max_frames, args.frames)
     # opened first: what can't be had or built is told before anything is drawn
     networks = model.open(ranges, progress.tell).networks
     expected = _draw_reference(model, plan, story, progress)
-    pipeline = StoryPipeline(networks, model.checkpoint.load_tokenizers())
-    iterations, control = measure(Drawer(name, pipeline, story, progress), plan, expected)
-    return ParityReport(
-        environment=describe(model.device, args.commit),
-        model=model.label,
-        backend=engine.backend,
-        precision=engine.precision,
-        vae_precision=vae,
-        device=str(networks.device),
-        plan=plan,
-        iterations=iterations,
-        control=control,
-        problems=problems_of(iterations, control),
-    )
+    iterations, control = measure(Drawer(name, model.pipeline(networks), story, progress), plan, expected)
+    facts = (describe(model.device, args.commit), model.label, engine.backend, engine.precision, vae)
+    return ParityReport(*facts, str(networks.device), plan, iterations, control, problems_of(iterations, control))
 
 
 def measure(drawer: Drawer, plan: RunPlan, expected: Pictures) -> tuple[list[Iteration], list[float]]:
@@ -165,10 +136,9 @@ def measure(drawer: Drawer, plan: RunPlan, expected: Pictures) -> tuple[list[Ite
 def _draw_reference(model: BenchmarkModel, plan: RunPlan, story: Story, progress: Progress) -> Pictures:
     ranges = usual_ranges(model.checkpoint.geometry, 1, len(story.prompts))
     networks = model.open(ranges, progress.tell, "eager", Numerics("fp32")).networks
-    pipeline = StoryPipeline(networks, model.checkpoint.load_tokenizers())
     # by default PyTorch rounds the factors of a GPU's convolutions to TF32, which has fp16's ten bits
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        drawn = Drawer("eager fp32", pipeline, story, progress).draw(plan)
+        drawn = Drawer("eager fp32", model.pipeline(networks), story, progress).draw(plan)
     gc.collect()
     return drawn
 
@@ -196,7 +166,7 @@ def _told(values: Sequence[float]) -> str:
 
 def as_data(found: ParityReport) -> dict[str, Any]:
     """The report as JSON data."""
-    return {"kind": KIND, "version": 1, "passed": not found.problems, **asdict(found)}
+    return {"kind": "parity", "version": 1, "passed": not found.problems, **asdict(found)}
 
 
 def markdown(found: ParityReport) -> str:
@@ -217,14 +187,11 @@ def markdown(found: ParityReport) -> str:
         both = (iteration.same_references, iteration.free_running)
         rows.append([str(number), scale, *(f"{f(v):.1f}" for v in both for f in (statistics.median, min))])
     vae = "" if found.vae_precision == found.precision else f" (VAE {found.vae_precision})"
-    lines = [
-        f"# Parity: {found.model}, {found.backend} {found.precision}{vae} against eager fp32",
-        "",
+    title = f"Parity: {found.model}, {found.backend} {found.precision}{vae} against eager fp32"
+    text = (
         f"PSNR in dB of a frame to eager's; {EQUAL:g}: equal. Same references: drawn from eager's pictures of the",
         "iteration before. Free-running: from the backend's own, so that differences add up. Iteration 0 has none.",
         "",
-        *table(["what", "value"], facts.items()),
-        "",
-        *table(["iteration", "λ", "same: median", "worst", "free-running: median", "worst"], rows),
-    ]
-    return "\n".join(lines) + "\n"
+    )
+    header = ["iteration", "λ", "same: median", "worst", "free-running: median", "worst"]
+    return "\n".join([*opening(title, facts, *text), *table(header, rows)]) + "\n"

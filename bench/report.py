@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -24,9 +24,8 @@ def check_out(out: Path | None) -> None:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(
-            f"--out {out}: {out.parent} can't be made: {error.strerror}; expected a folder that can be written"
-        ) from error
+        found = f"--out {out}: {out.parent} can't be made: {error.strerror}"
+        raise InputError(found, expected="a folder that can be written") from error
 
 
 def report_file(out: Path, suffix: str) -> Path:
@@ -57,6 +56,11 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
     """The lines of a table; bars inside cells are escaped."""
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
     return lines + ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows]
+
+
+def opening(title: str, facts: Mapping[str, object], *text: str) -> list[str]:
+    """The lines that a page begins with: its title, what it explains, and a table of facts."""
+    return [f"# {title}", "", *text, *table(("what", "value"), facts.items()), ""]
 
 
 class Progress:

@@ -2,7 +2,13 @@
 
 import argparse
 
-from storyadapter.bench.options import add_engine_options, add_report_options, check_least, refuse_checkpoint_options
+from storyadapter.bench.options import (
+    add_count,
+    add_engine_options,
+    add_report_options,
+    check_least,
+    refuse_checkpoint_options,
+)
 from storyadapter.bench.report import check_out, write_report
 from storyadapter.cli.options import add_checkpoint_options
 from storyadapter.method.errors import InputError
@@ -22,7 +28,6 @@ _KILLS = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's options; imports nothing heavy."""
     length = parser.add_argument_group("how long (whatever ends first)")
     length.add_argument(
         "--stories", type=int, metavar="N", help=f"stories, 9 or more (default: {_STORIES}, without --minutes)"
@@ -34,24 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"how often a run is killed and resumed (default: {_KILLS}, none with --synthetic-weights)",
     )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the choice of stories and moments (default: %(default)s)"
-    )
-    parser.add_argument("--steps", type=int, default=2, help="denoising steps of each (default: %(default)s)")
-    parser.add_argument(
-        "--max-references",
-        type=int,
-        default=6,
-        metavar="N",
-        help="frames of a story at the most (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--max-frames",
-        type=int,
-        default=3,
-        metavar="F",
-        help="frames of a micro-batch at the most (default: %(default)s)",
-    )
+    add_count(parser, "--seed", 0, "of the choice of stories and moments")
+    add_count(parser, "--steps", 2, "denoising steps of each")
+    add_count(parser, "--max-references", 6, "frames of a story at the most", "N")
+    add_count(parser, "--max-frames", 3, "frames of a micro-batch at the most", "F")
     parser.add_argument(
         "--sizes",
         type=_sizes,
@@ -71,16 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Draw the stories, print the page, write the files.
-
-    Returns:
-        0, or 1 if memory grew or a repeated story gave other pictures.
-
-    Raises:
-        InputError: options that don't fit together.
-        UnavailableError: the backend can't serve here.
-        RunError: a frame came out with values that aren't finite, or a file can't be written.
-    """
+    """Exit code 1 if memory grew, or a story that was repeated or killed gave other pictures."""
     check_least(args, stories=9, steps=1, max_references=1, max_frames=1, kills=0)
     for pixels in args.sizes or ():
         check_pixels("sizes", pixels)

@@ -22,21 +22,18 @@ import torch
 
 from storyadapter.bench.environment import describe
 from storyadapter.bench.kills import KilledRun, kill_and_resume
-from storyadapter.bench.model import BenchmarkModel
+from storyadapter.bench.model import BenchmarkModel, frames_by_iteration
 from storyadapter.bench.options import EngineChoice
-from storyadapter.bench.report import table
+from storyadapter.bench.report import opening, table
 from storyadapter.bench.throughput.inputs import prompts
 from storyadapter.bench.timing import measure_run
-from storyadapter.cli.options import MAX_REFERENCES, given_checkpoint_options, model_choice
-from storyadapter.engine.backend import default_device
+from storyadapter.cli.options import MAX_REFERENCES, given_checkpoint_options
 from storyadapter.method import constants
-from storyadapter.method.events import FrameFinished
 from storyadapter.method.plan import RunPlan
 from storyadapter.method.story import Story
 from storyadapter.model.contract import Range, ShapeRanges
 from storyadapter.runtime.pipeline import StoryPipeline
 
-KIND: Final = "soak"
 REPEATED_EVERY: Final = 3
 # What memory after the repeated story may differ by, in bytes and as a share: the resident memory of a process wanders
 # as its allocator keeps pages; a GPU's memory is taken in segments, each kept as long as anything in it is in use.
@@ -86,13 +83,8 @@ def stories(seed: int, sizes: Sequence[int], max_references: int) -> Iterator[So
     random = Random(seed)
 
     def fresh() -> SoakStory:
-        return SoakStory(
-            random.randint(1, max_references),
-            random.choice(sizes),
-            random.choice(sizes),
-            random.randrange(2**32),
-            random.randint(0, 2),
-        )
+        frames, height, width = random.randint(1, max_references), random.choice(sizes), random.choice(sizes)
+        return SoakStory(frames, height, width, random.randrange(2**32), random.randint(0, 2))
 
     first = fresh()
     # all that a story can do, so that it leaves behind what any of them leaves
@@ -135,94 +127,55 @@ def picture_sizes(default: int) -> list[int]:
 
 def soak(args: argparse.Namespace, limit: int | None) -> SoakReport:
     """Draw up to `limit` stories, or until `args.minutes` are over; see `soak.run`."""
-    engine = EngineChoice.typed(args)
-    if args.synthetic_weights:  # in the numerics of bench throughput: one engine serves both
-        model = BenchmarkModel.synthetic(args.synthetic_weights, engine.with_fast_vae(), default_device())
-    else:
-        model = BenchmarkModel.from_files(model_choice(args), engine, default_device())
+    name, engine = args.synthetic_weights, EngineChoice.typed(args)
+    # random weights in the numerics of bench throughput: one engine serves both
+    model = BenchmarkModel.typed(args, engine.with_fast_vae() if name else engine, name)
     sizes = args.sizes or picture_sizes(model.checkpoint.geometry.default_pixels)
     pixels = Range(sizes[0], sizes[-1])
     # as many references as `build` and the other benchmarks expect, so that one engine serves them all
     ranges = ShapeRanges(args.max_frames, max(MAX_REFERENCES, args.max_references), pixels, pixels)
     networks = model.open(ranges, lambda line: print(line, flush=True)).networks
     device = networks.device  # onnxruntime runs on the CPU beside a GPU, too
-    pipeline = StoryPipeline(networks, model.checkpoint.load_tokenizers())
+    pipeline = model.pipeline(networks)
     drawn: list[StoryRecord] = []
     started = time.monotonic()
-    for story in islice(stories(args.seed, sizes, args.max_references), limit):
-        drawn.append(_draw(pipeline, model.prediction_type, story, args.steps, args.max_frames, len(drawn)))
+    for number, story in enumerate(islice(stories(args.seed, sizes, args.max_references), limit)):
+        settings = {name: value for name, value in asdict(story).items() if name != "frames"}
+        plan = model.plan(steps=args.steps, max_frames=args.max_frames, **settings)
+        digest, seconds = measure_run(lambda: _draw(pipeline, plan, story.frames), device)  # noqa: B023 (called here)
+        drawn.append(StoryRecord(story, number % REPEATED_EVERY == 0, seconds, digest, memory_kept(device)))
+        size, again = f"{story.width}x{story.height}", " (the repeated story)" if drawn[-1].repeated else ""
+        told = f"{number}: {story.frames} frames of {size}, {1 + story.iterations} iterations: {seconds:.1f} s"
+        print(f"{told}, {drawn[-1].memory / 2**20:.0f} MiB in use{again}", flush=True)
         if args.minutes is not None and time.monotonic() - started > args.minutes * 60:
             break
     memory = [item.memory for item in drawn if item.repeated]
     floor, share = TOLERANCE[device.type]
     growth, allowed = growth_of(memory), max(floor, int(share * memory[0]))
-    return SoakReport(
-        environment=describe(device, args.commit),
-        model=model.label,
-        backend=engine.backend,
-        precision=engine.precision,
-        device=str(device),
-        stories=drawn,
-        growth=growth,
-        allowed=allowed,
-        problems=problems_of(drawn, growth, allowed),
-    )
+    facts = (describe(device, args.commit), model.label, engine.backend, engine.precision, str(device))
+    return SoakReport(*facts, drawn, growth, allowed, problems_of(drawn, growth, allowed))
 
 
 def with_kills(found: SoakReport, args: argparse.Namespace, kills: int) -> SoakReport:
     """The report with that of a run that was killed so often, of four batches an iteration, on the same engine."""
     size = found.stories[0].story.height
-    words = [
-        "run",
-        "--prompt",
-        *prompts(4 * args.max_frames),
-        "--style",
-        "none",
-        "--seed",
-        args.seed,
-        "--steps",
-        args.steps,
-    ]
-    words += ["--height", size, "--width", size, "--backend", found.backend, "--precision", found.precision]
-    words += ["--max-frames", args.max_frames, "--iterations", 5]
-    words += ["--engine-dir", args.engine_dir] if args.engine_dir else []
+    words = ["run", "--prompt", *prompts(4 * args.max_frames), "--style", "none", "--iterations", "5"]
+    words += ["--height", str(size), "--width", str(size), "--backend", found.backend, "--precision", found.precision]
+    words += [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in ("seed", "steps", "max_frames")]
+    words += [f"--engine-dir={args.engine_dir}"] if args.engine_dir else []
     words += [word for option, values in given_checkpoint_options(args).items() for v in values for word in (option, v)]
     with TemporaryDirectory() as folder:
-        killed = kill_and_resume(
-            list(map(str, words)), Path(folder), kills=kills, max_frames=args.max_frames, seed=args.seed
-        )
+        killed = kill_and_resume(words, Path(folder), kills=kills, max_frames=args.max_frames, seed=args.seed)
     return replace(found, killed=killed, problems=[*found.problems, *killed.problems])
 
 
-def _draw(
-    pipeline: StoryPipeline, prediction_type: str, story: SoakStory, steps: int, max_frames: int, number: int
-) -> StoryRecord:
-    device = pipeline.networks.device
-    plan = RunPlan(
-        height=story.height,
-        width=story.width,
-        seed=story.seed,
-        scales=constants.reference_scales(story.iterations),
-        steps=steps,
-        prediction_type=prediction_type,
-        max_frames=max_frames,
-    )
+def _draw(pipeline: StoryPipeline, plan: RunPlan, frames: int) -> str:
+    """SHA-256 of all pictures of a story."""
     digest = hashlib.sha256()
-
-    def draw() -> None:
-        pictures = {}
-        for event in pipeline.run(Story(tuple(prompts(story.frames)), style="none"), plan):
-            if isinstance(event, FrameFinished):
-                pictures[event.iteration, event.frame] = event.picture.tobytes()
-        for key in sorted(pictures):
-            digest.update(pictures[key])
-
-    _, seconds = measure_run(draw, device)
-    record = StoryRecord(story, number % REPEATED_EVERY == 0, seconds, digest.hexdigest(), memory_kept(device))
-    size, again = f"{story.width}x{story.height}", " (the repeated story)" if record.repeated else ""
-    told = f"{number}: {story.frames} frames of {size}, {1 + story.iterations} iterations: {seconds:.1f} s"
-    print(f"{told}, {record.memory / 2**20:.0f} MiB in use{again}", flush=True)
-    return record
+    for pictures in frames_by_iteration(pipeline.run(Story(tuple(prompts(frames)), style="none"), plan)):
+        for picture in pictures:
+            digest.update(picture.tobytes())
+    return digest.hexdigest()
 
 
 def memory_kept(device: torch.device) -> int:
@@ -237,7 +190,7 @@ def memory_kept(device: torch.device) -> int:
 
 def as_data(found: SoakReport) -> dict[str, Any]:
     """The report as JSON data."""
-    return {"kind": KIND, "version": 2, "passed": not found.problems, **asdict(found)}
+    return {"kind": "soak", "version": 2, "passed": not found.problems, **asdict(found)}
 
 
 def markdown(found: SoakReport) -> str:
@@ -263,6 +216,5 @@ def markdown(found: SoakReport) -> str:
         size, memory_after = f"{story.width}x{story.height}", f"{item.memory / 2**20:.0f}"
         rows.append([name, story.frames, size, 1 + story.iterations, f"{item.seconds:.2f}", memory_after])
     header = ["story", "frames", "size", "iterations", "s", "MiB in use after it"]
-    lines = [f"# Soak: {found.model}, {found.backend}, {found.precision}", ""]
-    lines += [*table(["what", "value"], facts.items()), "", *table(header, rows)]
+    lines = [*opening(f"Soak: {found.model}, {found.backend}, {found.precision}", facts), *table(header, rows)]
     return "\n".join(lines) + "\n"

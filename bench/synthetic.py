@@ -6,8 +6,9 @@ references matter in it: a path that forgets one draws other pictures.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partialmethod
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,7 +23,6 @@ from transformers import (
     CLIPTokenizer,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
-    PretrainedConfig,
 )
 
 from storyadapter.checkpoint import AdapterLayer, IPAdapterWeights
@@ -36,23 +36,31 @@ from storyadapter.model.contract import Geometry, LayerWidth
 
 @dataclass(frozen=True)
 class SyntheticModel:
-    """One model's configurations: what differs from the defaults of the libraries' own configuration classes.
+    """One model's configurations: what differs from the defaults of the libraries' own configuration classes."""
 
-    Attributes:
-        name: as typed after `--synthetic-weights`.
-        unet, vae: of diffusers' `UNet2DConditionModel` and `AutoencoderKL`.
-        text_encoder, text_encoder_2: of transformers' `CLIPTextConfig`.
-        image_encoder: of transformers' `CLIPVisionConfig`.
-        geometry: what `Checkpoint.geometry` would be for files of these configurations.
-    """
-
-    name: str
-    unet: dict[str, Any]
-    vae: dict[str, Any]
-    text_encoder: dict[str, Any]
+    name: str  # as typed after `--synthetic-weights`
+    unet: dict[str, Any]  # of diffusers' `UNet2DConditionModel`
+    vae: dict[str, Any]  # of diffusers' `AutoencoderKL`
+    text_encoder: dict[str, Any]  # of transformers' `CLIPTextConfig`
     text_encoder_2: dict[str, Any]
-    image_encoder: dict[str, Any]
-    geometry: Geometry
+    image_encoder: dict[str, Any]  # of transformers' `CLIPVisionConfig`
+
+    @property
+    def geometry(self) -> Geometry:
+        """What `Checkpoint.geometry` would be for files of these configurations."""
+        unet, depths = self.unet, self.unet["transformer_layers_per_block"][1:]  # the first level has no attention
+        layers = [(2 * unet["layers_per_block"] + 1) * depth for depth in depths]  # of a level, downwards and upwards
+        layers[-1] += depths[-1]  # in the middle
+        levels = zip(unet["block_out_channels"][1:], layers, unet["attention_head_dim"][1:], strict=True)
+        return Geometry(
+            widths=tuple(LayerWidth(*level) for level in levels),
+            time_embedding=4 * unet["block_out_channels"][0],
+            text_width=self.text_encoder["hidden_size"],
+            text_width_2=self.text_encoder_2["hidden_size"],
+            pooled_width=self.text_encoder_2["projection_dim"],
+            image_embedding_width=self.image_encoder["projection_dim"],
+            sample_size=unet["sample_size"],
+        )
 
 
 _UNET_CONFIG: Final[dict[str, Any]] = {
@@ -95,15 +103,6 @@ SDXL: Final = SyntheticModel(
     text_encoder=_clip(768, 12, 12, 768, "quick_gelu", vocab_size=49408),
     text_encoder_2=_clip(1280, 32, 20, 1280, "gelu", vocab_size=49408),
     image_encoder=_clip(1664, 48, 16, 1280, "gelu", intermediate_size=8192, patch_size=14),
-    geometry=Geometry(
-        widths=(LayerWidth(640, 10, 10), LayerWidth(1280, 60, 20)),
-        time_embedding=1280,
-        text_width=768,
-        text_width_2=1280,
-        pooled_width=1280,
-        image_embedding_width=1280,
-        sample_size=128,
-    ),
 )
 
 TOY: Final = SyntheticModel(
@@ -130,19 +129,9 @@ TOY: Final = SyntheticModel(
     text_encoder=_clip(32, 2, 1, 32, "quick_gelu", vocab_size=1000),
     text_encoder_2=_clip(32, 2, 1, 32, "gelu", vocab_size=1000),
     image_encoder=_clip(32, 2, 1, 32, "gelu", patch_size=32),
-    geometry=Geometry(
-        widths=(LayerWidth(32, 3, 1), LayerWidth(64, 4, 2)),
-        time_embedding=128,
-        text_width=32,
-        text_width_2=32,
-        pooled_width=32,
-        image_embedding_width=32,
-        sample_size=8,
-    ),
 )
 
 MODELS: Final = {model.name: model for model in (SDXL, TOY)}
-
 
 # With a network that knows nothing of its input, this is the prediction under which a sampler's state keeps its size:
 # each step turns it towards the prediction instead of dividing by what little signal there is at first.
@@ -164,7 +153,15 @@ _SCALES: Final[Mapping[str, float]] = {
 _BIAS: Final = 0.05
 _NORM_SPREAD: Final = 0.1
 
-_UNET, _ADAPTER, _VAE, _TEXT, _TEXT_2, _IMAGE = range(6)  # seeds of the parts, so that each can be made alone
+# in the order of their seeds, so that each can be made alone
+_PARTS: Final = {
+    "unet": UNet2DConditionModel,
+    "ip_adapter": IPAdapterWeights,
+    "vae": AutoencoderKL,
+    "text_encoder": CLIPTextModel,
+    "text_encoder_2": CLIPTextModelWithProjection,
+    "image_encoder": CLIPVisionModelWithProjection,
+}
 
 
 class SyntheticCheckpoint:
@@ -196,44 +193,41 @@ class SyntheticCheckpoint:
 
     @property
     def configuration(self) -> Mapping[str, Mapping[str, Any]]:
-        parts = ("unet", "vae", "text_encoder", "text_encoder_2", "image_encoder")
-        return {part: getattr(self.model, part) for part in parts}
+        return {part: getattr(self.model, part) for part in _PARTS if part != "ip_adapter"}
 
     @property
     def label(self) -> str:
         """For people."""
         return f"{self.model.name} with random weights (seed {self.seed})"
 
-    def load_unet(self, dtype: torch.dtype, device: torch.device | None = None) -> UNet2DConditionModel:
-        """The UNet in `dtype` on `device`, or else the checkpoint's. The other networks are made alike."""
-        return self._make(lambda: UNet2DConditionModel(**self.model.unet), dtype, device, _UNET)
+    def _load(self, part: str, dtype: torch.dtype, device: torch.device | None = None) -> Any:
+        """A network in `dtype` on `device`, or else the checkpoint's."""
+        sizes = getattr(self.model, part)
+        if part in ("unet", "vae"):
+            options = sizes
+        else:  # transformers' attention through PyTorch's own, as for models loaded from files
+            config = self._vision_config if part == "image_encoder" else self._text_config
+            options = {"config": config(attn_implementation="sdpa", **sizes)}
+        with init_empty_weights(include_buffers=False):
+            network = _PARTS[part](**options).eval()
+        generator = self._generator(part)
+        for prefix, module in network.named_modules():
+            for name, empty in list(module.named_parameters(recurse=False)):
+                # in fp32 first, so that every precision rounds the same numbers
+                weight = torch.empty(empty.shape, device=self.device)
+                _fill(weight, prefix, name, module, generator)
+                module.register_parameter(name, nn.Parameter(weight.to(dtype), requires_grad=False))
+        return nn.Module.to(network, device or self.device)
 
-    def load_vae(self, dtype: torch.dtype, device: torch.device | None = None) -> AutoencoderKL:
-        """The VAE."""
-        return self._make(lambda: AutoencoderKL(**self.model.vae), dtype, device, _VAE)
-
-    def load_text_encoder(self, dtype: torch.dtype, device: torch.device | None = None) -> CLIPTextModel:
-        """Text encoder 1."""
-        config = self._text_config(self.model.text_encoder)
-        return self._make(lambda: CLIPTextModel(config), dtype, device, _TEXT)
-
-    def load_text_encoder_2(
-        self, dtype: torch.dtype, device: torch.device | None = None
-    ) -> CLIPTextModelWithProjection:
-        """Text encoder 2."""
-        config = self._text_config(self.model.text_encoder_2)
-        return self._make(lambda: CLIPTextModelWithProjection(config), dtype, device, _TEXT_2)
-
-    def load_image_encoder(
-        self, dtype: torch.dtype, device: torch.device | None = None
-    ) -> CLIPVisionModelWithProjection:
-        """The CLIP image encoder."""
-        config = _config(CLIPVisionConfig, image_size=constants.CLIP_PIXELS, **self.model.image_encoder)
-        return self._make(lambda: CLIPVisionModelWithProjection(config), dtype, device, _IMAGE)
+    load_unet = partialmethod(_load, "unet")
+    load_vae = partialmethod(_load, "vae")
+    load_text_encoder = partialmethod(_load, "text_encoder")
+    load_text_encoder_2 = partialmethod(_load, "text_encoder_2")
+    load_image_encoder = partialmethod(_load, "image_encoder")
 
     def load_ip_adapter(self, dtype: torch.dtype, device: torch.device | None = None) -> IPAdapterWeights:
         """The IP-Adapter of this UNet."""
-        generator = self._generator(_ADAPTER)
+        generator = self._generator("ip_adapter")
         width = self.model.unet["cross_attention_dim"]
         embedding = self.geometry.image_embedding_width
 
@@ -262,32 +256,18 @@ class SyntheticCheckpoint:
         """The demo model's: they know fewer words than these text encoders."""
         return load_tokenizer(MODEL / "tokenizer"), load_tokenizer(MODEL / "tokenizer_2")
 
-    def _text_config(self, sizes: Mapping[str, Any]) -> CLIPTextConfig:
+    def _text_config(self, **sizes: Any) -> CLIPTextConfig:
         first, _ = self.load_tokenizers()
         ids = {"bos_token_id": first.bos_token_id, "eos_token_id": first.eos_token_id}
-        return _config(CLIPTextConfig, max_position_embeddings=constants.TEXT_TOKENS, **ids, **sizes)
+        return CLIPTextConfig(max_position_embeddings=constants.TEXT_TOKENS, **ids, **sizes)
 
-    def _make(self, build: Callable[[], Any], dtype: torch.dtype, device: torch.device | None, part: int) -> Any:
-        with init_empty_weights(include_buffers=False):
-            network = build().eval()
-        generator = self._generator(part)
-        for prefix, module in network.named_modules():
-            for name, empty in list(module.named_parameters(recurse=False)):
-                # in fp32 first, so that every precision rounds the same numbers
-                weight = torch.empty(empty.shape, device=self.device)
-                _fill(weight, prefix, name, module, generator)
-                module.register_parameter(name, nn.Parameter(weight.to(dtype), requires_grad=False))
-        return nn.Module.to(network, device or self.device)
+    def _vision_config(self, **sizes: Any) -> CLIPVisionConfig:
+        return CLIPVisionConfig(image_size=constants.CLIP_PIXELS, **sizes)
 
-    def _generator(self, part: int) -> torch.Generator | None:
+    def _generator(self, part: str) -> torch.Generator | None:
         if self.device.type == "meta":
             return None
-        return torch.Generator(self.device).manual_seed(self.seed * 100 + part)
-
-
-def _config(kind: type[PretrainedConfig], **sizes: Any) -> Any:
-    # transformers' attention through PyTorch's own, as for models loaded from files
-    return kind(attn_implementation="sdpa", **sizes)
+        return torch.Generator(self.device).manual_seed(self.seed * 100 + list(_PARTS).index(part))
 
 
 @torch.no_grad()

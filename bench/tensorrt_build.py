@@ -18,6 +18,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from storyadapter.bench.options import add_count
+from storyadapter.bench.report import opening, table
 from storyadapter.bench.synthetic import SDXL, SyntheticCheckpoint
 from storyadapter.engine.backend import installed_version
 from storyadapter.engine.tensorrt.builder import build_request, run_worker
@@ -53,17 +55,11 @@ class Measured:
 
 def fused_by_kind(layers: Sequence[Layer]) -> dict[str, int]:
     """How many attentions of each kind are one kernel."""
-    kinds: Counter[str] = Counter({SELF: 0, TEXT: 0, REFERENCES: 0})
-    for layer in layers:
-        if layer.is_fused_attention:
-            nodes = " ".join(layer.nodes)
-            if re.search(r"GlobalReferenceCrossAttention/Attention", nodes):
-                kinds[TEXT] += 1
-            elif re.search(r"GlobalReferenceCrossAttention/(MatMul|Softmax)", nodes):
-                kinds[REFERENCES] += 1
-            else:
-                kinds[SELF] += 1
-    return dict(kinds)
+    found = dict.fromkeys((SELF, TEXT, REFERENCES), 0)
+    for nodes in (" ".join(layer.nodes) for layer in layers if layer.is_fused_attention):
+        operator = re.search(r"GlobalReferenceCrossAttention/(Attention|MatMul|Softmax)", nodes)
+        found[SELF if operator is None else TEXT if operator[1] == "Attention" else REFERENCES] += 1
+    return found
 
 
 def measure(args: argparse.Namespace) -> Measured:
@@ -89,55 +85,41 @@ def measure(args: argparse.Namespace) -> Measured:
     request = build_request(spec, path, args.folder, letters, args.precision, library, targets, BuildOptions())
     report = run_worker(spec.name, request, lambda fraction: None)
     layers = parse_layers(Path(request.layers).read_text(encoding="utf-8")).layers
-    return Measured(
-        library,
-        targets,
-        args.precision,
-        ranges,
-        export_seconds,
-        export_peak,
-        error,
-        report,
-        layers,
-    )
+    return Measured(library, targets, args.precision, ranges, export_seconds, export_peak, error, report, layers)
 
 
 def write_report(measured: Measured, command: str) -> str:
     """The page on one build, in Markdown."""
-    m, report = measured, measured.report
-    letters = m.ranges.letters()
+    m, report, letters = measured, measured.report, measured.ranges.letters()
     blocks = sum(width.layers for width in SDXL.geometry.widths)
-    fused = fused_by_kind(m.layers)
-    attention = "\n".join(f"| {kind} | {count} of {blocks} |" for kind, count in fused.items())
-    kinds = Counter(layer.type for layer in m.layers)
-    types = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
-    memory = psutil.virtual_memory().total / 2**30
-    return f"""# Building the full-size denoiser with TensorRT
-
-SDXL's denoiser (the UNet without the layers that the two projections took over) with random weights, built for
-{" and ".join(m.targets)} in one build, on a CPU without a GPU or a driver. The engine was not executed: no machine here
-has a GPU that this library runs on.
-
-Command: `{command}`
-
-| | |
-| --- | --- |
-| machine | {platform.machine()}, {psutil.cpu_count()} cores, {memory:.0f} GiB memory, no GPU |
-| versions | {m.library}, PyTorch {torch.__version__}, onnx {installed_version("onnx")}, onnxruntime {installed_version("onnxruntime")} |
-| precision | {m.precision}, strongly typed |
-| ranges | {", ".join(f"{name} {letters[name]}" for name in ("B", "P", "G", "R", "h", "w"))} |
-| export to ONNX and comparison with eager | {m.export_seconds:.0f} s, peak memory {m.export_peak_bytes / 2**30:.1f} GiB, relative error {m.error:.1e} |
-| parse and build | {report.seconds:.0f} s, of which parse {report.parse_seconds:.0f} s; peak memory {report.peak_memory_bytes / 2**30:.1f} GiB |
-| engine | {report.engine_bytes / 2**30:.2f} GiB for {len(m.targets)} architectures |
-| layers | {report.layers}: {types} |
-| longest time without a word from the builder | {report.longest_step_seconds:.0f} s |
-
-Attentions that are one kernel, of the {blocks} transformer blocks:
-
-| attention | fused |
-| --- | --- |
-{attention}
-"""  # noqa: E501 (rows of a table)
+    types = ", ".join(f"{count} {kind}" for kind, count in Counter(layer.type for layer in m.layers).most_common())
+    memory = f"{psutil.virtual_memory().total / 2**30:.0f} GiB memory"
+    onnx, onnxruntime = installed_version("onnx"), installed_version("onnxruntime")
+    peaks = [f"peak memory {peak / 2**30:.1f} GiB" for peak in (m.export_peak_bytes, report.peak_memory_bytes)]
+    facts = {
+        "machine": f"{platform.machine()}, {psutil.cpu_count()} cores, {memory}, no GPU",
+        "versions": f"{m.library}, PyTorch {torch.__version__}, onnx {onnx}, onnxruntime {onnxruntime}",
+        "precision": f"{m.precision}, strongly typed",
+        "ranges": ", ".join(f"{name} {letters[name]}" for name in ("B", "P", "G", "R", "h", "w")),
+        "export to ONNX and comparison with eager": f"{m.export_seconds:.0f} s, {peaks[0]}, "
+        f"relative error {m.error:.1e}",
+        "parse and build": f"{report.seconds:.0f} s, of which parse {report.parse_seconds:.0f} s; {peaks[1]}",
+        "engine": f"{report.engine_bytes / 2**30:.2f} GiB for {len(m.targets)} architectures",
+        "layers": f"{report.layers}: {types}",
+        "longest time without a word from the builder": f"{report.longest_step_seconds:.0f} s",
+    }
+    text = (
+        "SDXL's denoiser (the UNet without the layers that the two projections took over) with random weights, built",
+        f"for {' and '.join(m.targets)} in one build, on a CPU without a GPU or a driver. The engine was not executed:",
+        "no machine here has a GPU that this library runs on.",
+        "",
+        f"Command: `{command}`",
+        "",
+    )
+    fused = [(kind, f"{count} of {blocks}") for kind, count in fused_by_kind(m.layers).items()]
+    lines = opening("Building the full-size denoiser with TensorRT", facts, *text)
+    lines += [f"Attentions that are one kernel, of the {blocks} transformer blocks:", ""]
+    return "\n".join([*lines, *table(("attention", "fused"), fused)]) + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -147,9 +129,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--target", default=AUTO, help="architectures, such as sm89,sm120 (default: this machine's GPU)"
     )
     parser.add_argument("--precision", default="fp16", choices=[name for name in PRECISIONS if name != "fp32"])
-    parser.add_argument("--pixels", type=int, default=1024, help="height and width (default: %(default)s)")
-    parser.add_argument("--max-frames", type=int, default=8)
-    parser.add_argument("--max-references", type=int, default=100)
+    add_count(parser, "--pixels", 1024, "height and width")
+    add_count(parser, "--max-frames", 8)
+    add_count(parser, "--max-references", 100)
     parser.add_argument("--folder", type=Path, required=True, help="a new folder for the ONNX file and the engine")
     parser.add_argument("--report", type=Path, required=True, help="Markdown file to write")
     args = parser.parse_args(arguments)

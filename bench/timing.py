@@ -83,7 +83,6 @@ def measure(
     Args:
         calls: the same work over different sets of buffers, taken in turn.
         check: raises if the work's result is wrong; runs before anything is timed.
-        device: where the work runs.
         repeats: timed regions, at least 30.
         warmup_seconds: how long the work runs untimed beforehand (at least one round over `calls`).
         graph: capture the calls in one CUDA graph and time its replays; False for work that can't be captured. No
@@ -99,10 +98,10 @@ def measure(
     if not calls:
         raise ValueError("no calls to measure")
     check()
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            return _measure_cuda(calls, repeats, warmup_seconds, graph, budget_seconds)
-    return _measure_host(calls, repeats, warmup_seconds, budget_seconds)
+    if device.type != "cuda":
+        return _measure_host(calls, repeats, warmup_seconds, budget_seconds)
+    with torch.cuda.device(device):
+        return _measure_cuda(calls, repeats, warmup_seconds, graph, budget_seconds)
 
 
 def repeats_within(region_ms: float, repeats: int, budget_seconds: float | None) -> int:
@@ -117,13 +116,14 @@ def measure_run(run: Callable[[], Result], device: torch.device) -> tuple[Result
 
     For runs of thousands of calls, whose average is in them: they are timed once. Warm up what a run warms up first.
     """
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    result = run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return result, time.perf_counter() - start
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    start = now()
+    return run(), now() - start
 
 
 def _measure_host(
@@ -144,11 +144,7 @@ def _measure_host(
 
 
 def _measure_cuda(
-    calls: Sequence[Callable[[], object]],
-    repeats: int,
-    warmup_seconds: float,
-    graph: bool,
-    budget_seconds: float | None,
+    calls: Sequence[Callable[[], object]], repeats: int, warmup_seconds: float, graph: bool, budget: float | None
 ) -> Timing:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -159,29 +155,23 @@ def _measure_cuda(
         single_ms = _elapsed_ms(lambda: [call() for call in calls]) / len(calls)
     torch.cuda.current_stream().wait_stream(side)
 
-    regions: list[Callable[[], object]]
+    regions: Sequence[Callable[[], object]]
     if graph:
         rounds = max(1, round(MIN_REGION_MS / max(single_ms * len(calls), 1e-3)))
         captured = torch.cuda.CUDAGraph()
-        results = []  # every call of a round keeps its own output: a reused one would stay in the cache
+        results: list[object] = [None] * len(calls)  # each call's own: one that is reused would stay in the cache
         with torch.cuda.graph(captured):
-            for round_ in range(rounds):
+            for _ in range(rounds):
                 for index, call in enumerate(calls):
-                    result = call()
-                    if round_ == 0:
-                        results.append(result)
-                    else:
-                        results[index] = result
-        per_region = rounds * len(calls)
-        regions = [captured.replay]
+                    results[index] = call()
+        per_region, regions = rounds * len(calls), [captured.replay]
     else:
-        per_region = 1
-        regions = list(calls)
+        per_region, regions = 1, list(calls)
 
     region_ms = max(_elapsed_ms(regions[0]), 1e-3)
     for index in range(max(len(regions), min(10_000, int(warmup_seconds * 1e3 / region_ms)))):
         regions[index % len(regions)]()
-    count = repeats_within(region_ms, repeats, budget_seconds)
+    count = repeats_within(region_ms, repeats, budget)
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
     for index, (start, stop) in enumerate(events):
         start.record()

@@ -28,12 +28,7 @@ def build_parser() -> Parser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compiles, measures, prints the report, and stores the winners if asked.
-
-    Raises:
-        UnavailableError: no CUDA device, or no Triton.
-        RunError: nothing can be stored; the report was printed.
-    """
+    """See `search.tune`. Raises UnavailableError: no CUDA device, or no Triton."""
     import torch
 
     if not torch.cuda.is_available():

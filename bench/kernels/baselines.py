@@ -39,15 +39,12 @@ def grca_baselines() -> list[Baseline]:
     torch.compiler.reset()  # else the shapes of earlier cases use up the recompile limit, and it runs unfused
     compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
     found = [
-        _two(f"SDPA {name}", functools.partial(_sdpa, backend))
-        for name, backend in (
-            ("flash", SDPBackend.FLASH_ATTENTION),
-            ("memory-efficient", SDPBackend.EFFICIENT_ATTENTION),
-            ("cuDNN", SDPBackend.CUDNN_ATTENTION),
-        )
+        _two("SDPA flash", functools.partial(_sdpa, SDPBackend.FLASH_ATTENTION)),
+        _two("SDPA memory-efficient", functools.partial(_sdpa, SDPBackend.EFFICIENT_ATTENTION)),
+        _two("SDPA cuDNN", functools.partial(_sdpa, SDPBackend.CUDNN_ATTENTION)),
+        Baseline("published (materialized scores)", functools.partial(_two_and_add, materialized)),
+        _two("FlexAttention", lambda q, k, v: compiled(q, k, v), built_per_shape=True),
     ]
-    found.append(Baseline("published (materialized scores)", functools.partial(_two_and_add, materialized)))
-    found.append(_two("FlexAttention", lambda q, k, v: compiled(q, k, v), built_per_shape=True))
     if find_spec("xformers") is not None:
         found.append(_two("xformers", _xformers))
     return found

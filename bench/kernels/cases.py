@@ -1,6 +1,8 @@
 """Cases of the kernel benchmark as data, their inputs, their functions' meaning, and what they cost at least."""
 
+import functools
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Final
 
@@ -30,15 +32,20 @@ class KernelCase(ABC):
 
     Attributes:
         kernel: what the benchmark calls it.
-        operator: the operator that is measured.
+        operator: name of `run`.
+        run: the operator that is measured, with the stored tiles, from `kernel_inputs`.
         columns: of a report, and what `as_data` calls them.
         warmup_seconds: until clocks have settled.
+        operations, exponentials: floating-point operations of matrix products, and exponentials, that can't be avoided.
     """
 
     kernel: ClassVar[str]
     operator: ClassVar[str]
+    run: ClassVar[Callable[..., Any]]
     columns: ClassVar[dict[str, str]]
     warmup_seconds: ClassVar[float] = 0.05
+    operations: int = 0
+    exponentials: int = 0
 
     def as_data(self) -> dict[str, Any]:
         """The shape, as JSON data."""
@@ -48,16 +55,6 @@ class KernelCase(ABC):
     def cells(self) -> list[str]:
         """The shape, for a report."""
         return [str(self.as_data()[name]) for name in self.columns.values()]
-
-    @property
-    def operations(self) -> int:
-        """Floating-point operations of matrix products."""
-        return 0
-
-    @property
-    def exponentials(self) -> int:
-        """That can't be avoided."""
-        return 0
 
     @abstractmethod
     def bytes_moved(self, element_bytes: int) -> int:
@@ -82,10 +79,6 @@ class KernelCase(ABC):
     @abstractmethod
     def expected(self, *inputs: Tensor) -> Any:
         """The result in fp32: a tensor, or several."""
-
-    @abstractmethod
-    def run(self, *inputs: Tensor) -> Any:
-        """The operator, with the stored tiles, from `kernel_inputs`."""
 
     @abstractmethod
     def launch(self, tiles: Any, *inputs: Tensor) -> Any:
@@ -116,6 +109,7 @@ class GrcaCase(KernelCase):
 
     kernel: ClassVar[str] = "grca"
     operator: ClassVar[str] = "grca_triton"
+    run: ClassVar[Callable[..., Any]] = staticmethod(grca_triton)
     columns: ClassVar[dict[str, str]] = {"case": "layer", "B": "B", "N": "N"}
 
     def as_data(self) -> dict[str, Any]:
@@ -153,24 +147,18 @@ class GrcaCase(KernelCase):
 
     def inputs(self, dtype: torch.dtype, device: torch.device, seed: int) -> tuple[Tensor, ...]:
         """The operator's arguments: P = F + 1 prompts, bank row 0 unconditional (4 tokens), bank row 1 the story."""
-        generator = torch.Generator(device).manual_seed(seed)
         layer, unconditional = self.layer, self.rows // 2
-        frames = self.rows - unconditional
-        width = layer.heads * layer.head_size
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator, device=device, dtype=dtype)
-
-        def integers(*values: int) -> Tensor:
-            return torch.tensor(values, dtype=torch.int32, device=device)
-
-        ref_kv = normal(2, 2, self.ref_tokens, width)
+        frames, width = self.rows - unconditional, layer.heads * layer.head_size
+        bank, prompts = (2, 2, self.ref_tokens, width), (frames + 1, 2, TEXT_TOKENS, width)
+        queries = (self.rows, layer.query_tokens, layer.heads, layer.head_size)
+        ref_kv, q, text_kv = _normal(seed, dtype, device, bank, queries, prompts)
         ref_kv[0, :, TOKENS_PER_IMAGE:] = 0
-        q = normal(self.rows, layer.query_tokens, layer.heads, layer.head_size)
-        text_kv = normal(frames + 1, 2, TEXT_TOKENS, width)
-        text_row = integers(*[0] * unconditional, *range(1, frames + 1))
-        ref_row = integers(*[0] * unconditional, *[1] * frames)
-        return q, text_kv, text_row, ref_kv, ref_row, integers(TOKENS_PER_IMAGE, self.ref_tokens)
+        tables = ([0] * unconditional + [*range(1, frames + 1)], [0] * unconditional + [1] * frames)
+        text_row, ref_row, ref_length = (
+            torch.tensor(values, dtype=torch.int32, device=device)
+            for values in (*tables, [TOKENS_PER_IMAGE, self.ref_tokens])
+        )
+        return q, text_kv, text_row, ref_kv, ref_row, ref_length
 
     def baseline_inputs(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """What kernels without row tables and lengths need: q, and k and v [B, H, keys, D] of text and references per
@@ -186,13 +174,9 @@ class GrcaCase(KernelCase):
         q, text_kv, text_row, ref_kv, ref_row, ref_length = inputs
         return grca(q.float(), text_kv.float(), text_row, ref_kv.float(), ref_row, ref_length)
 
-    def run(self, *inputs: Tensor) -> Tensor:
-        return grca_triton(*inputs)
-
     def launch(self, tiles: GrcaTiles, *inputs: Tensor) -> Tensor:
-        q, text_kv, text_row, ref_kv, ref_row, ref_length = inputs
-        out = torch.empty_like(q)
-        grid, positional, keywords = launch_arguments(q, text_kv, text_row, ref_kv, ref_row, ref_length, out, tiles)
+        out = torch.empty_like(inputs[0])
+        grid, positional, keywords = launch_arguments(*inputs, out, tiles)
         grca_kernel[grid](*positional, **keywords)
         return out
 
@@ -210,6 +194,7 @@ class GegluCase(KernelCase):
 
     kernel: ClassVar[str] = "geglu"
     operator: ClassVar[str] = "geglu_triton"
+    run: ClassVar[Callable[..., Any]] = staticmethod(geglu_triton)
     columns: ClassVar[dict[str, str]] = {"M": "M", "K": "K", "N": "N"}
     warmup_seconds: ClassVar[float] = 0.15  # products at full rate run into the power limit
 
@@ -234,9 +219,6 @@ class GegluCase(KernelCase):
     def expected(self, *inputs: Tensor) -> Tensor:
         return gate(functional.linear(*(tensor.float() for tensor in inputs)))
 
-    def run(self, *inputs: Tensor) -> Tensor:
-        return geglu_triton(*inputs)
-
     def launch(self, tiles: GegluTiles, *inputs: Tensor) -> Tensor:
         x, weight, bias = inputs
         out = x.new_empty(x.shape[0], weight.shape[0] // 2)
@@ -256,6 +238,7 @@ class LayerNormCase(KernelCase):
 
     kernel: ClassVar[str] = "layer_norm"
     operator: ClassVar[str] = "add_layer_norm_triton"
+    run: ClassVar[Callable[..., Any]] = staticmethod(functools.partial(add_layer_norm_triton, eps=EPS))
     columns: ClassVar[dict[str, str]] = {"M": "M", "C": "C"}
     warmup_seconds: ClassVar[float] = 0.15
 
@@ -276,9 +259,6 @@ class LayerNormCase(KernelCase):
         x, residual, weight, bias = inputs
         total = (x + residual).float()
         return total, functional.layer_norm(total, total.shape[-1:], weight.float(), bias.float(), EPS)
-
-    def run(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        return add_layer_norm_triton(*inputs, EPS)
 
     def launch(self, tiles: LayerNormTiles, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         x, residual, weight, bias = inputs

@@ -15,7 +15,6 @@ KERNELS = ("grca", "geglu", "layer_norm")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's options; imports neither PyTorch nor Triton."""
     parser.add_argument("--kernel", choices=KERNELS, help="only this one (default: all)")
     parser.add_argument(
         "--dtype", choices=("float16", "bfloat16"), default="float16", help="element type (%(default)s)"
@@ -27,15 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the benchmark, prints the Markdown report, writes it and its JSON if asked.
-
-    Returns:
-        0.
-
-    Raises:
-        UnavailableError: no CUDA device, or no Triton.
-        InputError: fewer than 30 repeats, or a CPU without `--smoke` or with bf16.
-    """
+    """Exit code 0, unless a contender computes something else, which raises `WrongResult`."""
     import torch
 
     from storyadapter.bench.timing import MIN_REPEATS

@@ -32,14 +32,14 @@ class Rates:
 
     matrix_flops: float  # operations per second of a large matrix product on random data
     exp2_per_second: float  # base-2 exponentials per second, fp32
-    copy_bytes: float  # bytes read plus bytes written per second of a large copy on the device
+    copy_bytes_per_second: float  # bytes read plus bytes written per second of a large copy on the device
 
     def floor_ms(self, operations: int, exponentials: int, bytes_moved: int) -> dict[str, float]:
         """The least milliseconds for each; the largest of the three is the roofline."""
         return {
             "matrix": operations / self.matrix_flops * 1e3,
             "exp2": exponentials / self.exp2_per_second * 1e3,
-            "bytes": bytes_moved / self.copy_bytes * 1e3,
+            "bytes": bytes_moved / self.copy_bytes_per_second * 1e3,
         }
 
 
@@ -50,17 +50,18 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     a, b = (torch.randn(size, generator=generator, device=device).to(dtype) for _ in range(2))
     # Short bursts, so that the power limit doesn't lower the rate: a kernel among others runs at the burst's clock.
     burst = functools.partial(measure, device=device, warmup_seconds=0.002, graph=False)
-    product = burst([lambda: a @ b], functools.partial(_finite, a @ b))
+    product = burst([lambda: a @ b], lambda: _check(bool((a @ b).isfinite().all()), "matrix product is not finite"))
 
     sources = [torch.empty(_COPY_BYTES // 4, device=device).normal_(generator=generator) for _ in range(2)]
     target = torch.empty_like(sources[0])
-    copies = [
-        burst(
-            [functools.partial(copy, source, target) for source in sources],
-            functools.partial(_copied, copy, sources[0], target),
-        )
-        for copy in (_copy_engine, _copy_kernel)
-    ]
+
+    def copied(copy: Callable[[torch.Tensor], object]) -> None:
+        target.zero_()
+        copy(sources[0])
+        _check(torch.equal(sources[0], target), "copy copied something else")
+
+    ways = (target.copy_, lambda source: torch.mul(source, 1.0, out=target))  # the copy engine, and a kernel
+    copies = [burst([functools.partial(way, s) for s in sources], functools.partial(copied, way)) for way in ways]
 
     programs = torch.cuda.get_device_properties(device).multi_processor_count * 64
     values = torch.rand(programs * _EXP2_BLOCK, generator=generator, device=device)
@@ -68,35 +69,19 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     def exponentials() -> None:
         _exp2_kernel[(programs,)](values, ROUNDS=_EXP2_ROUNDS, BLOCK=_EXP2_BLOCK, num_warps=8)
 
-    exp2 = measure([exponentials], functools.partial(_settled, exponentials, values), device)
+    def settled() -> None:
+        exponentials()
+        right = torch.allclose(values, torch.full_like(values, 0.6411857), atol=1e-4)
+        _check(right, "loop of exponentials did not settle at its fixed point")
+
+    exp2 = measure([exponentials], settled, device)
     return Rates(
         matrix_flops=2 * _MATRIX_SIZE**3 / product.median * 1e3,
         exp2_per_second=programs * _EXP2_BLOCK * _EXP2_ROUNDS / exp2.median * 1e3,
-        copy_bytes=2 * _COPY_BYTES / min(copy.median for copy in copies) * 1e3,
+        copy_bytes_per_second=2 * _COPY_BYTES / min(copy.median for copy in copies) * 1e3,
     )
 
 
-def _copy_engine(source: torch.Tensor, target: torch.Tensor) -> None:
-    target.copy_(source)
-
-
-def _copy_kernel(source: torch.Tensor, target: torch.Tensor) -> None:
-    torch.mul(source, 1.0, out=target)
-
-
-def _copied(copy: Callable[[torch.Tensor, torch.Tensor], None], source: torch.Tensor, target: torch.Tensor) -> None:
-    target.zero_()
-    copy(source, target)
-    if not torch.equal(source, target):
-        raise RuntimeError("the copy that measures the memory's rate copied something else")
-
-
-def _finite(product: torch.Tensor) -> None:
-    if not bool(product.isfinite().all()):
-        raise RuntimeError("the matrix product that measures the matrix rate is not finite")
-
-
-def _settled(run: Callable[[], None], values: torch.Tensor) -> None:
-    run()
-    if not torch.allclose(values, torch.full_like(values, 0.6411857), atol=1e-4):
-        raise RuntimeError("the loop that measures the exp2 rate did not settle at its fixed point")
+def _check(right: bool, wrong: str) -> None:
+    if not right:
+        raise RuntimeError(f"the {wrong}, by which a limit of the device was to be measured")

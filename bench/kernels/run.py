@@ -3,7 +3,7 @@
 import functools
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
 import torch
@@ -13,7 +13,7 @@ from storyadapter.bench.environment import describe
 from storyadapter.bench.kernels.baselines import Baseline
 from storyadapter.bench.kernels.cases import REPORTED_ROWS, GrcaCase, KernelCase
 from storyadapter.bench.kernels.roofline import Rates, measure_rates
-from storyadapter.bench.report import table
+from storyadapter.bench.report import opening, table
 from storyadapter.bench.timing import MIN_REPEATS, Timing, buffer_sets, measure
 from storyadapter.kernels.grca.kernel import grca_kernel
 from storyadapter.kernels.launching import interpreted
@@ -36,6 +36,10 @@ class Measured:
     timing: Timing | None
     refusal: str | None = None
 
+    def as_data(self) -> dict[str, Any]:
+        """JSON form."""
+        return {"refusal": self.refusal} if self.timing is None else {"error": self.error, **self.timing.as_data()}
+
 
 @dataclass(frozen=True)
 class CaseResult:
@@ -46,20 +50,21 @@ class CaseResult:
     parts: frozenset[str] = frozenset()  # those of the contenders that compute only a part: bounds, and no alternatives
 
     @property
+    def times(self) -> dict[str, Timing]:
+        """Of the contenders that were measured."""
+        return {name: item.timing for name, item in self.measured.items() if item.timing is not None}
+
+    @property
     def ours(self) -> Timing | None:
         """The kernel's time, if it was measured."""
-        found = self.measured.get(self.case.operator)
-        return None if found is None else found.timing
+        return self.times.get(self.case.operator)
 
     @property
     def fastest_baseline(self) -> tuple[str, float] | None:
         """Name and median milliseconds of the fastest contender that is neither the kernel nor a part of it."""
-        times = {
-            name: item.timing.median
-            for name, item in self.measured.items()
-            if item.timing is not None and name != self.case.operator and name not in self.parts
-        }
-        return min(times.items(), key=lambda item: item[1], default=None)
+        others = {name: time.median for name, time in self.times.items() if name not in self.parts}
+        others.pop(self.case.operator, None)
+        return min(others.items(), key=lambda item: item[1], default=None)
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,10 @@ class KernelReport:
     dtype: torch.dtype
     rates: Rates | None
     results: list[CaseResult] = field(default_factory=list)
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
 
     def roofline_share(self, result: CaseResult) -> tuple[float, str] | None:
         """The kernel's share of the roofline and the limit that sets it."""
@@ -94,7 +103,7 @@ class KernelReport:
             if share is not None and case.layer.query_tokens == 4096:
                 shares[str(case.frames)] = share[0]
         return {
-            "speedup_B16_N8_or_more_least": min(faster) if faster else None,
+            "speedup_B16_N8_or_more_least": min(faster, default=None),
             "speedup_B16_N8_or_more_median": statistics.median(faster) if faster else None,
             "roofline_share_B16_S4096_by_N": shares,
         }
@@ -190,54 +199,40 @@ _HEADER = (
 
 def _row(report: KernelReport, result: CaseResult) -> list[str]:
     case, ours, baseline = result.case, result.ours, result.fastest_baseline
-    cells, share = list(case.cells), report.roofline_share(result)
+    own, best, share = ["-"] * 5, ["-"] * 3, report.roofline_share(result)
     if ours is not None:
-        cells += [
-            f"{ours.median:.4f}",
-            f"{ours.spread:.4f}",
-            f"{result.measured[case.operator].error:.1e}",
-            f"{case.operations / ours.median / 1e9:.0f}" if case.operations else "-",
-            f"{case.bytes_moved(report.dtype.itemsize) / 1e6:.0f}",
-        ]
-    else:
-        cells += ["-"] * 5
-    cells += [f"{share[0]:.0%}", share[1]] if share else ["-", "-"]
-    if baseline is None:
-        return [*cells, "-", "-", "-"]
-    return [*cells, baseline[0], f"{baseline[1]:.4f}", "-" if ours is None else f"{baseline[1] / ours.median:.2f}×"]
+        error, rate = result.measured[case.operator].error, case.operations / ours.median / 1e9
+        own = [f"{ours.median:.4f}", f"{ours.spread:.4f}", f"{error:.1e}", f"{rate:.0f}" if rate else "-"]
+        own.append(f"{case.bytes_moved(report.dtype.itemsize) / 1e6:.0f}")
+    if baseline is not None:
+        best = [baseline[0], f"{baseline[1]:.4f}", "-" if ours is None else f"{baseline[1] / ours.median:.2f}×"]
+    return [*case.cells, *own, *([f"{share[0]:.0%}", share[1]] if share else ["-", "-"]), *best]
 
 
 def _kernel(report: KernelReport, kernel: str) -> list[str]:
     results = [result for result in report.results if result.case.kernel == kernel]
     columns = results[0].case.columns
-    lines = [f"## {kernel}", "", *table((*columns, *_HEADER), [_row(report, result) for result in results]), ""]
     names = list(dict.fromkeys(name for result in results for name in result.measured))
-    rows = [[*result.case.cells, *(_milliseconds(result, name) for name in names)] for result in results]
+    rows = []
+    for result in results:
+        times = {name: f"{time.median:.4f}" for name, time in result.times.items()}
+        rows.append([*result.case.cells, *(times.get(name, "-") for name in names)])
+    told = {(name, item.refusal) for result in results for name, item in result.measured.items() if item.refusal}
+    refusals = [f"- could not run: {name}: {refusal}" for name, refusal in sorted(told)]
+    lines = [f"## {kernel}", "", *table((*columns, *_HEADER), [_row(report, result) for result in results]), ""]
     lines += ["Every contender, milliseconds:", "", *table((*columns, *names), rows), ""]
-    refusals = {
-        f"- could not run: {name}: {item.refusal}"
-        for result in results
-        for name, item in result.measured.items()
-        if item.refusal is not None
-    }
-    return lines + ([*sorted(refusals), ""] if refusals else [])
-
-
-def _milliseconds(result: CaseResult, name: str) -> str:
-    item = result.measured.get(name)
-    return "-" if item is None or item.timing is None else f"{item.timing.median:.4f}"
+    return lines + ([*refusals, ""] if refusals else [])
 
 
 def markdown(report: KernelReport) -> str:
     """The report as Markdown."""
-    kernels = dict.fromkeys(result.case.kernel for result in report.results)
-    lines = [f"# The kernels in {_dtype(report)}: {', '.join(kernels)}", ""]
-    lines += table(("what", "value"), list(report.environment.items())) + [""]
-    if report.rates is not None:
+    kernels, rates = dict.fromkeys(result.case.kernel for result in report.results), report.rates
+    lines = opening(f"The kernels in {report.dtype_name}: {', '.join(kernels)}", report.environment)
+    if rates is not None:
         lines += [
-            f"Measured limits: matrix products {report.rates.matrix_flops / 1e12:.0f} TFLOP/s, "
-            f"exp2 {report.rates.exp2_per_second / 1e12:.2f} T/s, copy {report.rates.copy_bytes / 1e12:.2f} TB/s "
-            "(read and written).",
+            f"Measured limits: matrix products {rates.matrix_flops / 1e12:.0f} TFLOP/s, exp2 "
+            f"{rates.exp2_per_second / 1e12:.2f} T/s, copy {rates.copy_bytes_per_second / 1e12:.2f} TB/s (read and "
+            "written).",
             "",
         ]
     lines += [
@@ -253,15 +248,11 @@ def markdown(report: KernelReport) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _dtype(report: KernelReport) -> str:
-    return str(report.dtype).removeprefix("torch.")
-
-
 def as_data(report: KernelReport) -> dict[str, Any]:
     """The report as JSON data: everything in the Markdown and the raw lists."""
     results = []
     for result in report.results:
-        case, share = result.case, report.roofline_share(result)
+        case, (share, limit) = result.case, report.roofline_share(result) or (None, None)
         results.append(
             {
                 "kernel": case.kernel,
@@ -269,27 +260,11 @@ def as_data(report: KernelReport) -> dict[str, Any]:
                 "operations": case.operations,
                 "exponentials": case.exponentials,
                 "bytes": case.bytes_moved(report.dtype.itemsize),
-                "roofline_share": None if share is None else share[0],
-                "roofline_limit": None if share is None else share[1],
-                "contenders": {
-                    name: {"refusal": item.refusal}
-                    if item.timing is None
-                    else {"error": item.error, **item.timing.as_data()}
-                    for name, item in result.measured.items()
-                },
+                "roofline_share": share,
+                "roofline_limit": limit,
+                "contenders": {name: item.as_data() for name, item in result.measured.items()},
             }
         )
-    rates = report.rates
-    return {
-        "environment": report.environment,
-        "dtype": _dtype(report),
-        "rates": None
-        if rates is None
-        else {
-            "matrix_flops": rates.matrix_flops,
-            "exp2_per_second": rates.exp2_per_second,
-            "copy_bytes_per_second": rates.copy_bytes,
-        },
-        "summary": report.summary(),
-        "results": results,
-    }
+    rates = None if report.rates is None else asdict(report.rates)
+    page = {"environment": report.environment, "dtype": report.dtype_name, "rates": rates}
+    return {**page, "summary": report.summary(), "results": results}

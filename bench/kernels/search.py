@@ -6,10 +6,10 @@ The winner of a table's entry has the least geometric mean of its times relative
 import functools
 import itertools
 import json
-import math
 import multiprocessing
 import os
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -30,7 +30,7 @@ from storyadapter.bench.kernels.cases import (
     KernelCase,
 )
 from storyadapter.bench.kernels.run import TOLERANCE, Measured, WrongResult, measure_contender
-from storyadapter.bench.report import table
+from storyadapter.bench.report import opening, table
 from storyadapter.bench.timing import buffer_sets
 from storyadapter.kernels.grca.aot import compile_kernel
 from storyadapter.kernels.launching import capability
@@ -108,7 +108,6 @@ SEARCHES: Final = (
     Search(LAYER_NORM, LAYER_NORM_CASES, _LAYER_NORM_TILES),
 )
 
-
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
@@ -131,14 +130,11 @@ class Found:
     @functools.cached_property
     def scores(self) -> dict[Tiles, float]:
         """Geometric mean of the times relative to the best of each case, from the best candidate on."""
-        times = {
-            tiles: [item.timing.median for item in items if item.timing is not None]
-            for tiles, items in self.measured.items()
-        }
+        times = {tiles: [item.timing.median for item in row if item.timing] for tiles, row in self.measured.items()}
         whole = {tiles: row for tiles, row in times.items() if len(row) == len(self.cases)}
         best = [min(column) for column in zip(*whole.values(), strict=True)]
         found = {
-            tiles: math.exp(sum(math.log(ms / least) for ms, least in zip(row, best, strict=True)) / len(best))
+            tiles: statistics.geometric_mean(ms / least for ms, least in zip(row, best, strict=True))
             for tiles, row in whole.items()
         }
         return dict(sorted(found.items(), key=lambda item: item[1]))
@@ -164,9 +160,8 @@ def compile_one(job: tuple[TileTable[Any], KernelCase, Tiles]) -> str | None:
     tile_table, case, tiles = job
     device = torch.device("cuda", 0)
     try:
-        if (
-            tile_table == GRCA_EMBEDDED and isinstance(case, GrcaCase) and isinstance(tiles, GrcaTiles)
-        ):  # refused if a plain launch can't run it
+        # refused if a plain launch can't run it
+        if tile_table == GRCA_EMBEDDED and isinstance(case, GrcaCase) and isinstance(tiles, GrcaTiles):
             layer = case.layer
             compile_kernel(capability(device), layer.heads, layer.head_size, "fp16", TEXT_TOKENS, tiles=tiles)
         case.launch(tiles, *case.kernel_inputs(*case.inputs(DTYPE, device, 0)))
@@ -182,10 +177,7 @@ def tune(kernels: Sequence[str], device: torch.device, *, write: bool) -> None:
     Raises:
         RunError: nothing can be stored; the report was printed.
     """
-    found: list[Found] = []
-    for wanted in SEARCHES:
-        if wanted.table.kernel in kernels:
-            found += search(wanted, device)
+    found = [item for wanted in SEARCHES if wanted.table.kernel in kernels for item in search(wanted, device)]
     print(markdown(describe(device), found))
     if write:
         store(TILES_FILE, capability(device), found)
@@ -194,8 +186,8 @@ def tune(kernels: Sequence[str], device: torch.device, *, write: bool) -> None:
 def search(wanted: Search, device: torch.device) -> list[Found]:
     """Compiles and measures the candidates of a table, an entry after the other."""
     tell = functools.partial(print, file=sys.stderr, flush=True)
-    jobs = [(wanted.table, case.smallest(), tiles) for case in wanted.cases for tiles in wanted.candidates]
-    jobs = list(dict.fromkeys(jobs))
+    smallest = dict.fromkeys(case.smallest() for case in wanted.cases)
+    jobs = [(wanted.table, case, tiles) for case in smallest for tiles in wanted.candidates]
     tell(f"{wanted.table.kernel}: compiling {len(jobs)} candidates")
     refusals = compile_all(compile_one, jobs)
     by_key: dict[str, list[KernelCase]] = {}
@@ -235,25 +227,23 @@ def _measure(
 
 def markdown(environment: dict[str, str], found: Iterable[Found]) -> str:
     """The report: a table of candidates per entry, the best first."""
-    lines = ["# Tiles in float16", "", *table(("what", "value"), list(environment.items())), ""]
+    lines = opening("Tiles in float16", environment)
     lines += [
         "Median milliseconds of one layer's call over cold buffers. Everything was checked against fp32 before it was",
         "timed. The score is the geometric mean of the times relative to the best of each case.",
         "",
     ]
     for item in found:
-        cases = [" ".join(case.cells) for case in item.cases]
         rows = [
             [_words(tiles), f"{score:.3f}", *(f"{one.timing.median:.4f}" for one in item.measured[tiles] if one.timing)]
             for tiles, score in item.scores.items()
         ]
-        lines += [f"## {item.table.kernel}, {item.key}", "", *table(("tiles", "score", *cases), rows), ""]
+        header = ("tiles", "score", *(" ".join(case.cells) for case in item.cases))
         refusals = {tiles: one.refusal for tiles, items in item.measured.items() for one in items if one.refusal}
+        best = f"`{json.dumps(asdict(item.winner))}`" if item.winner else "none: no candidate could be measured"
+        lines += [f"## {item.table.kernel}, {item.key}", "", *table(header, rows), ""]
         lines += [f"- could not run: {_words(tiles)}: {refusal}" for tiles, refusal in refusals.items()]
-        chosen = (
-            "none: no candidate could be measured" if item.winner is None else f"`{json.dumps(asdict(item.winner))}`"
-        )
-        lines += ["", f"Fastest: {chosen}", ""]
+        lines += ["", f"Fastest: {best}", ""]
     return "\n".join(lines)
 
 

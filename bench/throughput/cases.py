@@ -10,24 +10,15 @@ from storyadapter.model.contract import Range, ShapeRanges
 
 @dataclass(frozen=True)
 class Case:
-    """One micro-batch that rungs of the ladder denoise.
+    """One micro-batch that rungs of the ladder denoise; UNet calls have B = 2·F rows."""
 
-    Attributes:
-        name: as typed after `--cases`.
-        references: N, all of which every frame attends to.
-        frames: F; a UNet call has B = 2·F rows.
-        height, width: in pixels.
-        check_steps: steps of the drawings by which a rung is compared with the one below.
-        rungs: names of those that run it; None for all of them and the baselines.
-    """
-
-    name: str
-    references: int
-    frames: int
-    height: int
+    name: str  # as typed after `--cases`
+    references: int  # N, all of which every frame attends to
+    frames: int  # F
+    height: int  # in pixels
     width: int
-    check_steps: int = 3
-    rungs: tuple[str, ...] | None = None
+    check_steps: int = 3  # of the drawings by which a rung is compared with the one below
+    rungs: tuple[str, ...] | None = None  # names of those that run it; None for all of them and the baselines
 
     @property
     def rows(self) -> int:
@@ -94,10 +85,7 @@ def chosen(names: list[str] | None, known: tuple[Any, ...], option: str) -> tupl
 def ranges(cases: tuple[Case, ...], stories: tuple[StoryCase, ...]) -> ShapeRanges:
     """What an engine must be built for to serve all of them."""
     sized: tuple[Case | StoryCase, ...] = (*cases, *stories)
-    heights, widths = [case.height for case in sized], [case.width for case in sized]
-    return ShapeRanges(
-        max([case.frames for case in cases] + [story.max_frames or 1 for story in stories]),
-        max([case.references for case in cases] + [story.frames for story in stories]),
-        Range(min(heights), max(heights)),
-        Range(min(widths), max(widths)),
-    )
+    at_once = [case.frames for case in cases] + [story.max_frames or 1 for story in stories]
+    references = [case.references for case in cases] + [story.frames for story in stories]
+    height, width = (Range(min(sides), max(sides)) for sides in zip(*((c.height, c.width) for c in sized), strict=True))
+    return ShapeRanges(max(at_once), max(references), height, width)

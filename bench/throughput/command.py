@@ -31,7 +31,6 @@ MODELS = ("sdxl", "toy")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's options; imports nothing heavy."""
     parser.epilog, parser.formatter_class = _EPILOG, argparse.RawDescriptionHelpFormatter
     parser.add_argument(
         "--synthetic-weights",
@@ -78,38 +77,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the ladder and the stories, print the page, write the files.
-
-    Returns:
-        0, or 1 if a rung draws wrong pictures or fails.
-
-    Raises:
-        InputError: options that don't fit together, or an unknown name.
-        UnavailableError: the full-size model or --device-memory without a GPU.
-        RunError: a file can't be written.
-    """
-    _check(args)
-    check_out(args.out)
-    if args.device_memory is None:
-        from storyadapter.bench.throughput.run import measure
-
-        return measure(args)
-    from storyadapter.bench.device_memory import only_device_memory
-    from storyadapter.bench.throughput.run import measure
-    from storyadapter.engine.backend import default_device
-
-    with only_device_memory(int(args.device_memory * 2**30), default_device()):
-        return measure(args)
-
-
-def _check(args: argparse.Namespace) -> None:
+    """Exit code 1 if a rung draws wrong pictures or fails."""
     if args.smoke and args.synthetic_weights == "sdxl":
         raise InputError("--smoke is for the toy model; expected no --synthetic-weights sdxl with it")
     if args.smoke or args.synthetic_weights:
         refuse_checkpoint_options(args, "--synthetic-weights", "--smoke")
-    unknown = [name for name in args.rungs or () if name not in (*RUNGS, *BASELINES)]
-    if unknown:
+    if unknown := [name for name in args.rungs or () if name not in (*RUNGS, *BASELINES)]:
         raise InputError(f"--rungs {unknown[0]}: expected some of {','.join((*RUNGS, *BASELINES))}")
+    check_out(args.out)
+    from storyadapter.bench.device_memory import only_device_memory
+    from storyadapter.bench.throughput.run import measure
+    from storyadapter.engine.backend import default_device
+
+    if args.device_memory is None:
+        return measure(args)
+    with only_device_memory(int(args.device_memory * 2**30), default_device()):
+        return measure(args)
 
 
 def _names(text: str) -> list[str]:

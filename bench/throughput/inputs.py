@@ -12,28 +12,18 @@ from storyadapter.bench.throughput.cases import Case
 from storyadapter.method import constants
 from storyadapter.method.noise import Noise, draw_noise
 from storyadapter.method.sampler import SamplerTable, build_sampler
-from storyadapter.model.contract import text_kv_name
 from storyadapter.model.networks import Networks
-from storyadapter.runtime.conditioning import TextRow, Tokenizers
+from storyadapter.runtime.conditioning import Tokenizers, encode_texts, project_texts
 from storyadapter.runtime.denoising import FrameRows, SamplerInputs
+from storyadapter.runtime.jobs import TextGroup
 from storyadapter.runtime.reference_bank import project
 
 SCALE: Final = 0.4  # λ, the middle of the published schedule
 SEED: Final = 0
 TIMED_STEPS: Final = constants.STEPS  # of the loop that is timed step by step
 _WORDS: Final = (
-    "fox",
-    "owl",
-    "forest",
-    "river",
-    "castle",
-    "snow",
-    "night",
-    "boat",
-    "garden",
-    "mountain",
-    "soup",
-    "lamp",
+    *("fox", "owl", "forest", "river", "castle", "snow"),
+    *("night", "boat", "garden", "mountain", "soup", "lamp"),
 )
 
 
@@ -52,39 +42,11 @@ def image_embeddings(networks: Networks, count: int) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class TextInputs:
-    """Encoded prompts, the negative prompt first, then one per frame: P of them, on the networks' device.
-
-    text_embedding, text_embedding_2: [P, T, width]; pooled_text: [P, width]; sizes: [P, 6] fp32.
-    """
-
-    text_embedding: Tensor
-    text_embedding_2: Tensor
-    pooled_text: Tensor
-    sizes: Tensor
-
-
-def encode_prompts(
-    networks: Networks, tokenizers: Tokenizers, texts: Sequence[str], height: int, width: int
-) -> TextInputs:
-    """Run the two text encoders."""
-    ids, ids_2 = (ids.to(networks.device) for ids in tokenizers.input_ids(texts))
-    second = networks["text_encoder_2"]({"input_ids": ids_2})
-    size = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32, device=networks.device)
-    return TextInputs(
-        networks["text_encoder"]({"input_ids": ids})["text_embedding"].clone(),
-        second["text_embedding_2"].clone(),
-        second["pooled_text"].clone(),
-        size.repeat(len(texts), 1),
-    )
-
-
-@dataclass(frozen=True, eq=False)
 class CaseInputs:
     """Inputs of one case, in the precision of the networks and on their device."""
 
     case: Case  # the case
-    text: TextInputs  # of its F frames
+    text: dict[str, Tensor]  # inputs of `text_projection`: the negative prompt's, then those of the F frames
     image_embedding: Tensor  # [N, width]
     table: SamplerTable  # of the drawings that are compared
     timed_table: SamplerTable  # of the loop that is timed
@@ -98,38 +60,23 @@ def make_inputs(
     embeddings = image_embeddings(networks, max(case.references for case in cases))
     made = {}
     for case in cases:
-        texts = [constants.NEGATIVE_PROMPT, *prompts(case.frames)]
+        texts = TextGroup((constants.NEGATIVE_PROMPT, *prompts(case.frames)), case.height, case.width)
         with torch.inference_mode():
-            text = encode_prompts(networks, tokenizers, texts, case.height, case.width)
-        table = build_sampler(constants.SCHEDULER, case.check_steps, prediction_type=prediction_type)
-        scale = networks.geometry.pixels_per_latent
-        made[case.name] = CaseInputs(
-            case,
-            text,
-            embeddings[: case.references],
-            table,
-            build_sampler(constants.SCHEDULER, TIMED_STEPS, prediction_type=prediction_type),
-            draw_noise(SEED, case.height // scale, case.width // scale, table),
+            encoded = encode_texts(networks, tokenizers, texts)
+        table, timed = (
+            build_sampler(constants.SCHEDULER, steps, prediction_type=prediction_type)
+            for steps in (case.check_steps, TIMED_STEPS)
         )
+        scale = networks.geometry.pixels_per_latent
+        noise = draw_noise(SEED, case.height // scale, case.width // scale, table)
+        text = {name: tensor.clone() for name, tensor in encoded.items()}
+        made[case.name] = CaseInputs(case, text, embeddings[: case.references], table, timed, noise)
     return made
 
 
 def bind(networks: Networks, inputs: CaseInputs, table: SamplerTable) -> list[FrameRows]:
     """What all frames of a case read in the contract's UNet calls, by these networks' own projections."""
-    text = inputs.text
-    outputs = networks["text_projection"](
-        {
-            "text_embedding": text.text_embedding,
-            "text_embedding_2": text.text_embedding_2,
-            "pooled_text": text.pooled_text,
-            "sizes": text.sizes,
-        }
-    )
-    kv = {width.channels: outputs[text_kv_name(width.channels)].clone() for width in networks.geometry.widths}
-    added = outputs["added_embedding"].clone()
-    negative, *prompted = (
-        TextRow({channels: value[:, row] for channels, value in kv.items()}, added[row]) for row in range(len(added))
-    )
+    negative, *prompted = project_texts(networks, inputs.text)
     story = project(networks, inputs.image_embedding, SCALE)
     nothing = project(networks, torch.zeros_like(inputs.image_embedding[:1]), SCALE)
     sampler = SamplerInputs.upload(table, inputs.noise, networks.device)

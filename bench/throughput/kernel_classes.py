@@ -97,15 +97,8 @@ def count_operations(networks: Networks, frames: int, references: int, height: i
         references: N, all of which the conditional rows attend to.
         height, width: of the pictures, in pixels.
     """
-    scale = networks.geometry.pixels_per_latent
-    letters = {
-        "B": 2 * frames,
-        "P": frames + 1,
-        "G": 2,
-        "R": constants.TOKENS_PER_IMAGE * references,
-        "h": height // scale,
-        "w": width // scale,
-    }
+    scale, tokens = networks.geometry.pixels_per_latent, constants.TOKENS_PER_IMAGE * references
+    letters = {"B": 2 * frames, "P": frames + 1, "G": 2, "R": tokens, "h": height // scale, "w": width // scale}
     keys = attended_keys(frames, references)
 
     def grca_operations(q_shape: torch.Size, *shapes: Any, out_shape: Any = None, **named: Any) -> int:

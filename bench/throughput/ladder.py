@@ -24,7 +24,7 @@ from storyadapter.method.plan import split_evenly
 from storyadapter.method.sampler import SamplerTable
 from storyadapter.model.networks import Network
 
-BUDGET_SECONDS: Final = 4.0  # of timed steps, per rung and case
+BUDGET_SECONDS: float | None = 4.0  # of timed steps, per rung and case
 WARMUP_SECONDS: Final = 0.5
 
 MEASURED, WRONG, FAILED, NOT_RUN = "measured", "wrong", "failed", "not run"
@@ -41,30 +41,19 @@ class Comparison:
 
 @dataclass(frozen=True)
 class RungResult:
-    """What was found of one rung on one case.
-
-    Attributes:
-        case, rung, adds, baseline: what it is.
-        status: "measured", "wrong" (its pictures differ: not timed), "failed" or "not run".
-        reason: why it isn't measured.
-        comparison: with the rung below; None for the lowest.
-        rows: of one UNet call.
-        timing: of one step: UNet call, guidance and sampler.
-        peak_bytes: most memory of the device in use by tensors, the model's own included; None on a CPU.
-        load: clock and power while it was timed.
-    """
+    """What was found of one rung on one case."""
 
     case: str
     rung: str
-    adds: str
+    adds: str  # what the rung adds to the one below
     baseline: bool
-    status: str
-    reason: str = ""
-    comparison: Comparison | None = None
-    rows: int = 0
-    timing: Timing | None = None
-    peak_bytes: int | None = None
-    load: dict[str, float] = field(default_factory=dict)
+    status: str  # "measured", "wrong" (its pictures differ: not timed), "failed" or "not run"
+    reason: str = ""  # why it isn't measured
+    comparison: Comparison | None = None  # with the rung below; None for the lowest
+    rows: int = 0  # of one UNet call
+    timing: Timing | None = None  # of one step: UNet call, guidance and sampler
+    peak_bytes: int | None = None  # most memory of the device in use by tensors, the model's included; None on a CPU
+    load: dict[str, float] = field(default_factory=dict)  # clock and power while it was timed
 
     @property
     def rows_per_second(self) -> float | None:
@@ -103,22 +92,18 @@ def endless(rung: Rung, steps: Steps, inputs: CaseInputs) -> Callable[[], Tensor
     return functools.partial(next, forever())
 
 
+@dataclass(frozen=True)
 class Pictures:
-    """Latents to pictures in fp32, the same decoder for all.
+    """Latents to pictures in fp32, the same for all: by the eager network `vae_decoder`, which lies on `device`."""
 
-    Args:
-        decoder: the eager network `vae_decoder` in fp32.
-        device: where it lies.
-    """
-
-    def __init__(self, decoder: Network, device: torch.device) -> None:
-        self._decoder = decoder
-        self._device = device
+    decoder: Network
+    device: torch.device
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents [F, 4, h, w] fp32 → pictures [F, 3, 8h, 8w] in -1 to 1, both on the CPU."""
+        """Latents [F, 4, h, w] fp32 → pictures [F, 3, 8h, 8w] in -1 to 1, both on the CPU, one by one."""
         with torch.inference_mode():
-            return self._decoder({"latents": latents.to(self._device)})["image"].cpu().clamp(-1, 1)
+            frames = [self.decoder({"latents": frame})["image"].cpu() for frame in latents.to(self.device).split(1)]
+        return torch.cat(frames).clamp(-1, 1)
 
 
 def compare(other: str, found: Drawing, expected: Drawing) -> Comparison:
@@ -174,14 +159,8 @@ class Ladder:
                         torch.cuda.reset_peak_memory_stats(device)  # the decoder's is no part of it
                     found["load"] = stack.enter_context(watch(device))
 
-                timing = measure(
-                    [endless(rung, steps, inputs)],
-                    check,
-                    device,
-                    warmup_seconds=WARMUP_SECONDS,
-                    graph=False,
-                    budget_seconds=BUDGET_SECONDS,
-                )
+                limits = {"warmup_seconds": WARMUP_SECONDS, "budget_seconds": BUDGET_SECONDS}
+                timing = measure([endless(rung, steps, inputs)], check, device, graph=False, **limits)
             peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
         except WrongPictures as error:
             return blank(WRONG, str(error), found.get("comparison")), None
@@ -191,15 +170,8 @@ class Ladder:
             return blank(NOT_RUN, f"doesn't fit: {str(error).split('. GPU')[0]}"), None
         except Exception as error:  # whatever a compiler or a library raises: the other rungs are still worth measuring
             return blank(FAILED, failure(error)), None
-        result = blank(
-            MEASURED,
-            comparison=found.get("comparison"),
-            rows=2 * rung.at_once(inputs.case.frames),
-            timing=timing,
-            peak_bytes=peak,
-            load=found["load"].as_data(),
-        )
-        return result, found["drawing"]
+        measured = (2 * rung.at_once(inputs.case.frames), timing, peak, found["load"].as_data())
+        return blank(MEASURED, "", found.get("comparison"), *measured), found["drawing"]
 
 
 def check_drawing(drawing: Drawing, comparison: Comparison | None) -> None:
@@ -226,10 +198,8 @@ def describe(result: RungResult) -> str:
     """One line for the progress."""
     if result.rows_per_second is None:
         return f"{result.status}: {result.reason}"
-    text = f"{result.rows_per_second:.2f} rows/s"
-    return (
-        text if result.comparison is None else f"{text}, {result.comparison.psnr:.1f} dB to {result.comparison.other}"
-    )
+    compared = "" if result.comparison is None else f", {result.comparison.psnr:.1f} dB to {result.comparison.other}"
+    return f"{result.rows_per_second:.2f} rows/s{compared}"
 
 
 def failure(error: Exception) -> str:

@@ -88,9 +88,9 @@ def reference_tokens(adapter: IPAdapterWeights, image_embedding: Tensor) -> Tens
 def text_rows(inputs: CaseInputs, frames: range) -> tuple[Tensor, Tensor, Tensor]:
     """Text embeddings [2·F, T, X], pooled text and sizes of some frames, unconditional rows first."""
     encoded = inputs.text
-    rows = torch.tensor([0] * len(frames) + [1 + frame for frame in frames], device=encoded.sizes.device)
-    text = torch.cat((encoded.text_embedding, encoded.text_embedding_2), dim=-1)
-    return text[rows], encoded.pooled_text[rows], encoded.sizes[rows]
+    rows = torch.tensor([0] * len(frames) + [1 + frame for frame in frames], device=encoded["sizes"].device)
+    text = torch.cat((encoded["text_embedding"], encoded["text_embedding_2"]), dim=-1)
+    return text[rows], encoded["pooled_text"][rows], encoded["sizes"][rows]
 
 
 def denoise_with(predict: Callable[[Tensor, Tensor], Tensor], inputs: CaseInputs, table: SamplerTable,

@@ -14,34 +14,16 @@ from storyadapter.bench.options import EngineChoice
 from storyadapter.bench.psnr import MIN_PSNR
 from storyadapter.bench.report import Progress, report_file, write_report, writing
 from storyadapter.bench.throughput import cases as tables
+from storyadapter.bench.throughput import command, ladder
 from storyadapter.bench.throughput.cases import PAIR, Case, StoryCase, chosen, ranges
 from storyadapter.bench.throughput.inputs import CaseInputs, make_inputs
 from storyadapter.bench.throughput.kernel_classes import KernelTimes, count_operations, profile_call
-from storyadapter.bench.throughput.ladder import (
-    FAILED,
-    MEASURED,
-    NOT_RUN,
-    WRONG,
-    Ladder,
-    Pictures,
-    RungResult,
-    endless,
-    failure,
-    runs,
-)
-from storyadapter.bench.throughput.page import chart, markdown
-from storyadapter.bench.throughput.report_data import ThroughputReport, Undrawn, as_data
+from storyadapter.bench.throughput.ladder import FAILED, MEASURED, NOT_RUN, WRONG, RungResult, failure
+from storyadapter.bench.throughput.report import ThroughputReport, Undrawn, as_data, chart, markdown
 from storyadapter.bench.throughput.rungs import BASELINES, LADDER, Rung
-from storyadapter.bench.throughput.story import (
-    Draw,
-    Drawn,
-    as_two_stories,
-    in_sequence,
-    measure_story,
-    overlapped,
-)
+from storyadapter.bench.throughput.story import Draw, Drawn, as_two_stories, in_sequence, measure_story, overlapped
 from storyadapter.bench.throughput.workbench import Workbench, with_compiled_vae, with_eager_vae
-from storyadapter.cli.options import model_choice, typed
+from storyadapter.cli.options import typed
 from storyadapter.engine.backend import default_device
 from storyadapter.method.errors import InputError, RunError, UnavailableError
 from storyadapter.model.grca import grca
@@ -62,43 +44,32 @@ def measure(args: argparse.Namespace) -> int:
         torch.set_num_threads(1)  # on tensors as small as the toy's, threads that wait for each other take longer
     model = _model(args, device)
     small = model.checkpoint.geometry.default_pixels <= _SMALL
-    all_cases = tables.SMOKE_CASES if small else tables.CASES
-    all_stories = tables.SMOKE_STORIES if small else tables.STORIES
+    all_cases, all_stories = (tables.SMOKE_CASES, tables.SMOKE_STORIES) if small else (tables.CASES, tables.STORIES)
     picked = chosen(args.cases, (*all_cases, *all_stories), "--cases")
     cases = tuple(case for case in picked if isinstance(case, Case))
     stories = tuple(case for case in picked if isinstance(case, StoryCase))
-    names = args.rungs
-    rungs = tuple(rung for rung in LADDER if names is None or rung.name in names)
-    baselines = tuple(rung for rung in BASELINES if names is None or rung.name in names)
-    if names is not None and OVERLAPPED not in names:
+    names = (*command.RUNGS, *command.BASELINES) if args.rungs is None else args.rungs
+    rungs, baselines = (tuple(rung for rung in known if rung.name in names) for known in (LADDER, BASELINES))
+    if OVERLAPPED not in names:
         stories = ()
 
-    parts = sum(runs(rung, case) for rung in (*rungs, *baselines) for case in cases)
+    parts = sum(ladder.runs(rung, case) for rung in (*rungs, *baselines) for case in cases)
     if not parts and not stories:
         raise InputError("none of these --rungs runs any of these --cases; a story needs the rung overlapped")
     ways = {story: _ways(story, model.numerics["vae_decoder"], args.device_memory) for story in stories}
-    engine_ranges = ranges(all_cases, all_stories)
     if args.device_memory is not None:
         # as many as fit
         ways = {dataclasses.replace(story, max_frames=None): drawn for story, drawn in ways.items()}
     parts += sum(map(len, ways.values()))
     progress = Progress(parts)
     # for all cases, so that an engine built for some of them serves a later run of the others
-    workbench = Workbench(model, engine_ranges, progress)
+    workbench = Workbench(model, ranges(all_cases, all_stories), progress)
     progress.tell(f"{model.label}, {model.engine.precision}, on {device}")
     environment = describe(device, args.commit)
     if args.device_memory is not None:
         environment["device memory"] = f"{args.device_memory:g} GiB; a second process holds the rest"
-    found = ThroughputReport(
-        environment=environment,
-        model=model.label,
-        precision=model.engine.precision,
-        cases=cases,
-        stories=tuple(ways),
-        matrix_flops=_matrix_rate(model),
-        gpu_price=args.gpu_price,
-        build_seconds=workbench.build_seconds,
-    )
+    rates = (_matrix_rate(model), args.gpu_price, workbench.build_seconds)
+    found = ThroughputReport(environment, model.label, model.engine.precision, cases, tuple(ways), *rates)
     if cases:
         found = _climb(found, workbench, rungs, baselines)
         try:
@@ -133,9 +104,7 @@ def _model(args: argparse.Namespace, device: torch.device) -> BenchmarkModel:
     if name == "sdxl" and device.type == "cpu":
         raise UnavailableError("--synthetic-weights sdxl takes hours on a CPU; expected a CUDA GPU, or --smoke")
     engine = EngineChoice.typed(args, "inductor").with_fast_vae()
-    if name:
-        return BenchmarkModel.synthetic(name, engine, device)
-    return BenchmarkModel.from_files(model_choice(args), engine, device)
+    return BenchmarkModel.typed(args, engine, name)
 
 
 def _matrix_rate(model: BenchmarkModel) -> float | None:
@@ -154,9 +123,9 @@ def _climb(
     eager = workbench.eager(grca)
     inputs = make_inputs(eager, model.tokenizers(), cases, model.prediction_type)
     operations = {c.name: count_operations(eager, c.frames, c.references, c.height, c.width) for c in cases}
-    pictures = Pictures(with_eager_vae(eager, model, "fp32")["vae_decoder"], model.device)
+    pictures = ladder.Pictures(with_eager_vae(eager, model, "fp32")["vae_decoder"], model.device)
     del eager
-    results = Ladder(workbench, inputs, pictures, workbench.progress).run(rungs, baselines)
+    results = ladder.Ladder(workbench, inputs, pictures, workbench.progress).run(rungs, baselines)
     profiled = _profile(workbench, inputs, results, rungs) if model.device.type == "cuda" else None
     return dataclasses.replace(found, rungs=results, operations=operations, profiled=profiled)
 
@@ -173,7 +142,7 @@ def _profile(
     rung = next(rung for rung in rungs if rung.name == fastest.rung)
     workbench.progress.tell(f"kernels of {rung.name} on {case}")
     try:
-        step = endless(rung, rung.prepare(workbench), inputs[case])
+        step = ladder.endless(rung, rung.prepare(workbench), inputs[case])
         for _ in range(3):  # the second may be recorded, the third is a replay
             step()
         times = profile_call(step, workbench.model.device)

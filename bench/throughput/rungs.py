@@ -71,13 +71,17 @@ def contract_steps(networks: Networks, inputs: CaseInputs, table: SamplerTable, 
         yield state
 
 
+def _need_gpu(workbench: Workbench, what: str) -> None:
+    if workbench.model.device.type != "cuda":
+        raise UnavailableError(f"{what} a CUDA GPU")
+
+
 def _cached(workbench: Workbench) -> Steps:
     return functools.partial(contract_steps, workbench.eager(grca))
 
 
 def _fused(workbench: Workbench) -> Steps:
-    if workbench.model.device.type != "cuda":
-        raise UnavailableError("the fused kernel needs a CUDA GPU")
+    _need_gpu(workbench, "the fused kernel needs")
     try:
         from storyadapter.kernels.grca.launch import grca_triton
     except ModuleNotFoundError as error:
@@ -92,8 +96,7 @@ def _compiled(workbench: Workbench) -> Steps:
 
 
 def _graphs(workbench: Workbench) -> Steps:
-    if workbench.model.device.type != "cuda":
-        raise UnavailableError("CUDA graphs need a CUDA GPU")
+    _need_gpu(workbench, "CUDA graphs need")
     return functools.partial(contract_steps, workbench.networks("inductor"))
 
 
@@ -121,16 +124,10 @@ LADDER: Final = (
 def _load_ip_adapter(unet: UNet2DConditionModel, adapter: IPAdapterWeights, scale: float) -> None:
     """Give the UNet diffusers' own processors and image projection, as `pipeline.load_ip_adapter` does."""
     index = {layer.module: layer.index for layer in cross_attentions(unet)}
-    layers = {}
-    for layer in adapter.layers:
-        layers[f"{index[layer.module]}.to_k_ip.weight"] = layer.to_k
-        layers[f"{index[layer.module]}.to_v_ip.weight"] = layer.to_v
-    projection = {
-        "proj.weight": adapter.projection_weight,
-        "proj.bias": adapter.projection_bias,
-        "norm.weight": adapter.norm_weight,
-        "norm.bias": adapter.norm_bias,
-    }
+    layers = {f"{index[layer.module]}.to_k_ip.weight": layer.to_k for layer in adapter.layers}
+    layers |= {f"{index[layer.module]}.to_v_ip.weight": layer.to_v for layer in adapter.layers}
+    projection = {"proj.weight": adapter.projection_weight, "proj.bias": adapter.projection_bias}
+    projection |= {"norm.weight": adapter.norm_weight, "norm.bias": adapter.norm_bias}
     unet._load_ip_adapter_weights([{"image_proj": projection, "ip_adapter": layers}])
     for processor in unet.attn_processors.values():
         if hasattr(processor, "to_k_ip"):
@@ -147,11 +144,8 @@ def _steps(
     with torch.inference_mode():
         text, pooled, sizes = text_rows(inputs, frames)
         images = inputs.image_embedding.expand(len(frames), -1, -1)
-        added = {
-            "text_embeds": pooled,
-            "time_ids": sizes,
-            "image_embeds": [torch.cat((torch.zeros_like(images), images))],
-        }
+        added = {"text_embeds": pooled, "time_ids": sizes}
+        added |= {"image_embeds": [torch.cat((torch.zeros_like(images), images))]}
 
     def predict(latents: Tensor, timestep: Tensor) -> Tensor:
         return call(latents, timestep, text, added_cond_kwargs=added, return_dict=False)[0]
@@ -159,31 +153,25 @@ def _steps(
     return denoise_with(predict, inputs, table, frames, unet.dtype)
 
 
-def _diffusers(workbench: Workbench) -> Steps:
-    unet, adapter = workbench.unet("diffusers")
+def _diffusers(workbench: Workbench, user: str = "diffusers") -> Steps:
+    unet, adapter = workbench.unet(user)
+    if user == "diffusers, xformers":
+        unet.enable_xformers_memory_efficient_attention()
     _load_ip_adapter(unet, adapter, SCALE)
-    return functools.partial(_steps, unet, unet)
+    call = torch.compile(unet, dynamic=False) if user == "diffusers, compiled" else unet
+    return functools.partial(_steps, unet, call)
 
 
 def _diffusers_compiled(workbench: Workbench) -> Steps:
-    if workbench.model.device.type != "cuda":
-        raise UnavailableError(
-            "this baseline is for CUDA GPUs: on a CPU its compilation takes longer than the benchmark"
-        )
-    unet, adapter = workbench.unet("diffusers, compiled")
-    _load_ip_adapter(unet, adapter, SCALE)
-    return functools.partial(_steps, unet, torch.compile(unet, dynamic=False))
+    _need_gpu(workbench, "this baseline's compilation takes longer on a CPU than the benchmark; it needs")
+    return _diffusers(workbench, "diffusers, compiled")
 
 
 def _diffusers_xformers(workbench: Workbench) -> Steps:
     if find_spec("xformers") is None:
         raise UnavailableError("xformers is not installed; type: pip install 'storyadapter-trt[xformers]'")
-    if workbench.model.device.type != "cuda":
-        raise UnavailableError("xformers needs a CUDA GPU")
-    unet, adapter = workbench.unet("diffusers, xformers")
-    unet.enable_xformers_memory_efficient_attention()
-    _load_ip_adapter(unet, adapter, SCALE)
-    return functools.partial(_steps, unet, unet)
+    _need_gpu(workbench, "xformers needs")
+    return _diffusers(workbench, "diffusers, xformers")
 
 
 def _tensorrt(workbench: Workbench) -> Steps:

@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from PIL import Image
@@ -68,15 +69,9 @@ class StoryResult:
 
 def plan_of(case: StoryCase, prediction_type: str) -> RunPlan:
     """The settings of a case."""
-    return RunPlan(
-        height=case.height,
-        width=case.width,
-        seed=SEED,
-        scales=constants.reference_scales(case.iterations),
-        steps=case.steps,
-        prediction_type=prediction_type,
-        max_frames=case.max_frames,
-    )
+    sizes = {"height": case.height, "width": case.width, "steps": case.steps, "max_frames": case.max_frames}
+    scales = constants.reference_scales(case.iterations)
+    return RunPlan(seed=SEED, scales=scales, prediction_type=prediction_type, **sizes)
 
 
 def overlapped(networks: Networks, tokenizers: Tokenizers, *, overlap: bool | None = None) -> Draw:
@@ -89,9 +84,8 @@ def overlapped(networks: Networks, tokenizers: Tokenizers, *, overlap: bool | No
     return draw
 
 
-def in_sequence(networks: Networks, tokenizers: Tokenizers) -> Draw:
-    """The same, but a batch is decoded and embedded before the next is begun."""
-    return overlapped(networks, tokenizers, overlap=False)
+# the same, but a batch is decoded and embedded before the next is begun
+in_sequence = partial(overlapped, overlap=False)
 
 
 def as_two_stories(networks: Networks, tokenizers: Tokenizers) -> Draw:
@@ -152,7 +146,7 @@ def measure_story(
     """
     device = networks.device
     plan = plan_of(case, prediction_type)
-    warm_up = RunPlan(**{**plan.as_dict(), "steps": 2, "scales": plan.scales[:1]})
+    warm_up = replace(plan, steps=2, scales=plan.scales[:1])
     with torch.inference_mode():
         # graphs are recorded anew, and the peak is that of both drawings: a replay's scratch memory isn't counted
         networks.run_step.forget()
@@ -164,19 +158,8 @@ def measure_story(
         gc.collect()
         with watch(device) as load:
             drawn, seconds = measure_run(lambda: draw(plan, case.frames), device)
-    result = StoryResult(
-        case=case.name,
-        way=way,
-        vae_precision=networks.numerics["vae_decoder"],
-        seconds=seconds,
-        stages=drawn.stages,
-        frames=case.frames,
-        drawn=case.drawn,
-        unet_rows=case.unet_rows,
-        psnr=None if other is None else min(psnr_of_each(drawn.pictures, other.pictures)),
-        same_vae=other is None or other.vae_precision == drawn.vae_precision,
-        peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
-        at_once=drawn.at_once,
-        load=load.as_data(),
-    )
-    return result, drawn
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    psnr = None if other is None else min(psnr_of_each(drawn.pictures, other.pictures))
+    same_vae = other is None or other.vae_precision == drawn.vae_precision
+    sizes, found = (case.frames, case.drawn, case.unet_rows), (psnr, same_vae, peak, drawn.at_once, load.as_data())
+    return StoryResult(case.name, way, drawn.vae_precision, seconds, drawn.stages, *sizes, *found), drawn

@@ -3,13 +3,11 @@
 import dataclasses
 import gc
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from torch import Tensor
 
 from storyadapter.bench.model import BenchmarkModel, Tell
 from storyadapter.bench.report import Progress
@@ -56,12 +54,7 @@ class Workbench:
         return self._form
 
     def networks(self, backend: str) -> Networks:
-        """The contract's networks on a backend.
-
-        Raises:
-            UnavailableError: see `BenchmarkModel.open`.
-            EngineBuildError: see `BenchmarkModel.open`.
-        """
+        """The contract's networks on a backend; raises what `BenchmarkModel.open` does."""
         if self._name != backend:
             self.clear()
             if backend in self._refused:
@@ -101,25 +94,11 @@ def without_graphs(networks: Networks) -> Networks:
     return dataclasses.replace(networks, run_step=run_directly)
 
 
-class FrameByFrame:
-    """A network that runs one frame at a time: memory for one, however many are asked for."""
-
-    def __init__(self, network: Network) -> None:
-        self.spec = network.spec
-        self._network = network
-
-    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """See `storyadapter.model.networks.Network`; every input has the frames in front."""
-        names, tensors = inputs.keys(), (value.split(1) for value in inputs.values())
-        outputs = [self._network(dict(zip(names, frame, strict=True))) for frame in zip(*tensors, strict=True)]
-        return {name: torch.cat([output[name] for output in outputs]) for name in outputs[0]}
-
-
 def with_eager_vae(networks: Networks, model: BenchmarkModel, precision: Precision) -> Networks:
     """The same networks with a VAE in plain PyTorch, channels last; in fp32 on a GPU, its convolutions use TF32."""
     decoder = VaeDecoder(model.checkpoint.load_vae(TORCH_DTYPES[precision], model.device)).eval()
     decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's overloads lack it
-    return _with_vae(networks, FrameByFrame(EagerNetwork(networks["vae_decoder"].spec, decoder, precision)), precision)
+    return _with_vae(networks, EagerNetwork(networks["vae_decoder"].spec, decoder, precision), precision)
 
 
 def with_compiled_vae(

@@ -2,7 +2,7 @@
 
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -92,20 +92,28 @@ class TextCache:
         return self._kept[group]
 
     def _encode(self, group: TextGroup) -> list[TextRow]:
-        """Original and target size are the frame's, without a crop, for conditional and unconditional rows alike."""
-        networks = self._networks
-        ids, ids_2 = (upload(ids, networks.device) for ids in self._tokenizers.input_ids(group.texts))
-        size = [group.height, group.width, 0, 0, group.height, group.width]
-        inputs = networks["text_encoder"]({"input_ids": ids})
-        inputs |= networks["text_encoder_2"]({"input_ids": ids_2})
-        inputs["sizes"] = upload(torch.tensor([size] * len(group.texts), dtype=torch.float32), networks.device)
-        outputs = networks["text_projection"](inputs)
-        # a backend may use the memory of its outputs again
-        kv = {width.channels: outputs[text_kv_name(width.channels)].clone() for width in networks.geometry.widths}
-        added = outputs["added_embedding"].clone()
-        return [
-            TextRow({channels: value[:, row] for channels, value in kv.items()}, added[row]) for row in range(len(ids))
-        ]
+        return project_texts(self._networks, encode_texts(self._networks, self._tokenizers, group))
+
+
+def encode_texts(networks: Networks, tokenizers: Tokenizers, group: TextGroup) -> dict[str, Tensor]:
+    """The inputs of `text_projection` for P texts, by name, in memory that a backend may use again.
+
+    Original and target size are the frame's, without a crop, for conditional and unconditional rows alike.
+    """
+    ids, ids_2 = (upload(ids, networks.device) for ids in tokenizers.input_ids(group.texts))
+    size = [group.height, group.width, 0, 0, group.height, group.width]
+    inputs = networks["text_encoder"]({"input_ids": ids})
+    inputs |= networks["text_encoder_2"]({"input_ids": ids_2})
+    return inputs | {"sizes": upload(torch.tensor([size] * len(ids), dtype=torch.float32), networks.device)}
+
+
+def project_texts(networks: Networks, inputs: Mapping[str, Tensor]) -> list[TextRow]:
+    """What UNet rows read of each of the P texts, from `encode_texts`; in memory of its own."""
+    outputs = networks["text_projection"](inputs)
+    kv = {width.channels: outputs[text_kv_name(width.channels)].clone() for width in networks.geometry.widths}
+    added = outputs["added_embedding"].clone()
+    rows = range(len(added))
+    return [TextRow({channels: value[:, row] for channels, value in kv.items()}, added[row]) for row in rows]
 
 
 def text_bytes(geometry: Geometry, dtype: torch.dtype, prompts: int) -> int:

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storyadapter.bench import quality
-from storyadapter.bench.quality_report import (
+from storyadapter.bench import quality, quality_run
+from storyadapter.bench.quality_run import (
     COLUMNS,
     IDENTITY_COLUMNS,
     PROMPT_COLUMNS,
@@ -154,8 +154,8 @@ def test_the_pipeline_and_the_plain_implementation_draw_the_same(tiny: Path) -> 
     options = ("--model", str(tiny), "--iterations", "2", "--steps", "3", "--stories", "2", "--frames", "2")
     args = _arguments(*options, "--seeds", "1", "--precision", "fp32")
     stories = held_out_stories(2, 2)
-    ours, our_control = quality._draw_by_pipeline(stories, args)
-    plain, plain_control = quality._draw_batched(stories, args)
+    ours, our_control = quality_run.draw_by_pipeline(stories, args)
+    plain, plain_control = quality_run.draw_batched(stories, args)
     assert ours.shape == plain.shape == (3, 2, 1, 2, 3, 128, 128)
     assert (ours.float() - plain.float()).abs().mean() < 0.5
     assert (our_control.float() - plain_control.float()).abs().mean() < 0.5
@@ -181,4 +181,4 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
 
 def test_labels_are_read_off_pictures_of_any_leading_shape() -> None:
     pictures = torch.randint(0, 255, (2, 3, 3, 128, 128), dtype=torch.uint8)
-    assert quality.read_labels(pictures).shape == (2, 3, len(COLUMNS))
+    assert quality_run.read_labels(pictures).shape == (2, 3, len(COLUMNS))

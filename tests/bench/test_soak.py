@@ -107,9 +107,9 @@ def test_memory_is_that_of_the_device_that_runs_the_networks(
     tiny_model_dir: Path, tiny_engine_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where there is a GPU, onnxruntime runs on the CPU all the same, and the GPU's memory says nothing."""
-    from storyadapter.bench import soak_run
+    from storyadapter.bench import model, soak_run
 
-    monkeypatch.setattr(soak_run, "default_device", lambda: torch.device("meta"))
+    monkeypatch.setattr(model, "default_device", lambda: torch.device("meta"))
     args = _arguments(
         *("--backend", "onnxruntime", "--max-frames", "3", "--max-references", "100", "--sizes", "64"),
         *("--base-model", str(tiny_model_dir), "--image-encoder", str(tiny_model_dir / "image_encoder")),

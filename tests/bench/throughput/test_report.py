@@ -14,8 +14,7 @@ from storyadapter.bench.throughput import command, ladder
 from storyadapter.bench.throughput.cases import PUBLISHED, Case, StoryCase, chosen
 from storyadapter.bench.throughput.kernel_classes import summarize
 from storyadapter.bench.throughput.ladder import FAILED, MEASURED, NOT_RUN, WRONG, Comparison, RungResult
-from storyadapter.bench.throughput.page import chart, markdown
-from storyadapter.bench.throughput.report_data import ThroughputReport, Undrawn, as_data
+from storyadapter.bench.throughput.report import ThroughputReport, Undrawn, as_data, chart, markdown
 from storyadapter.bench.throughput.story import StoryResult
 from storyadapter.bench.throughput.workbench import Workbench
 from storyadapter.bench.timing import Timing

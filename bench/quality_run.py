@@ -1,4 +1,4 @@
-"""From what the judge reads off drawn stories to a table: measures with intervals by bootstrap over stories.
+"""Held-out stories, drawn and judged; and measures of what the judge reads, with intervals by bootstrap over stories.
 
 Labels are integers [stories, repeats, frames, traits]; a repeat is the same story with another seed. Every measure
 gives one number per story (its repeats averaged), so that stories, the independent unit, are what is resampled.
@@ -6,14 +6,29 @@ gives one number per story (its repeats averaged), so that stories, the independ
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
 
+from storyadapter.bench.model import BenchmarkModel, frames_by_iteration, usual_ranges
+from storyadapter.bench.options import EngineChoice
 from storyadapter.bench.report import table
-from storyadapter.demo.held_out import PROMPTED
+from storyadapter.checkpoint.paths import CheckpointPaths
+from storyadapter.cli.options import ModelChoice
+from storyadapter.demo.held_out import PROMPTED, HeldOutStory, held_out_stories
+from storyadapter.demo.judge import load_judge
 from storyadapter.demo.vocabulary import IDENTITY_TRAITS, TRAITS
+from storyadapter.engine.backend import default_device
+from storyadapter.method import constants
+from storyadapter.method.plan import FRAMES_UNMEASURED
+from storyadapter.method.story import Story
+from storyadapter.runtime.pipeline import FinishedIteration
 
 COLUMNS = list(TRAITS)
 IDENTITY_COLUMNS = [COLUMNS.index(name) for name in IDENTITY_TRAITS]
@@ -69,6 +84,77 @@ class Quality:
         """The method's claim: consistency rose (intervals apart); fidelity didn't fall (intervals overlap)."""
         first, last = self.iterations[0], self.iterations[-1]
         return first.consistency.high < last.consistency.low, last.fidelity.high >= first.fidelity.low
+
+
+def judge(args: argparse.Namespace) -> tuple[Tensor, Quality]:
+    """Draw the stories and measure them: all pictures, see `draw_by_pipeline`, and what was found."""
+    stories = held_out_stories(args.stories, args.frames)
+    drawn, control = (draw_batched if args.sampler == "batched" else draw_by_pipeline)(stories, args)
+    truth = np.stack([story.truth for story in stories])
+    return drawn, measure(read_labels(drawn), read_labels(control), truth)
+
+
+def save_sheets(drawn: Tensor, folder: Path) -> None:
+    """A sheet of the first drawing of each story: a row per iteration."""
+    for number, pictures in enumerate(drawn[:, :, 0].unbind(1)):
+        rows, columns, _, height, width = pictures.shape
+        sheet = pictures.permute(0, 3, 1, 4, 2).reshape(rows * height, columns * width, 3)
+        Image.fromarray(sheet.contiguous().numpy()).save(folder / f"story-{number:02d}.png")
+
+
+def seed_of(story: int, repeat: int) -> int:
+    """The seed of one drawing of one story."""
+    return 1000 * (repeat + 1) + story
+
+
+def read_labels(pictures: Tensor) -> np.ndarray:
+    """What the judge reads off pictures uint8 [..., 3, H, W]: int64 [..., traits]."""
+    lead = pictures.shape[:-3]
+    judge = load_judge(device=default_device())
+    return judge.read(pictures.flatten(0, len(lead) - 1)).unflatten(0, lead).numpy()
+
+
+def draw_by_pipeline(stories: list[HeldOutStory], args: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """Pictures uint8 [iterations, stories, seeds, frames, 3, H, W], and of the control [stories, seeds, …]."""
+    paths = CheckpointPaths(args.model, args.model / "image_encoder", args.model / "ip-adapter.safetensors")
+    model = BenchmarkModel.from_files(ModelChoice(paths, str(args.model)), EngineChoice.typed(args), default_device())
+    # for frames of one micro-batch
+    ranges = usual_ranges(model.checkpoint.geometry, max(args.frames, FRAMES_UNMEASURED), args.frames)
+    networks = model.open(ranges, lambda line: print(line, flush=True)).networks
+    pipeline = model.pipeline(networks)
+
+    def draw(number: int, repeat: int, resume: FinishedIteration | None = None) -> list[list[Image.Image]]:
+        """The frames of each iteration that is left."""
+        settings = {"steps": args.steps, "guidance": args.guidance, "max_frames": args.frames}
+        plan = model.plan(iterations=args.iterations, seed=seed_of(number, repeat), **settings)
+        story = Story(tuple(stories[number].prompts), style="none")
+        return list(frames_by_iteration(pipeline.run(story, plan, resume=resume)))
+
+    def tensor(iterations: list[list[Image.Image]]) -> Tensor:
+        pixels = np.stack([np.stack([np.asarray(frame) for frame in frames]) for frames in iterations])
+        return torch.from_numpy(pixels).movedim(-1, -3)
+
+    shape = (len(stories), args.seeds)
+    drawn = {}
+    for n, k in np.ndindex(shape):
+        drawn[n, k] = draw(n, k)
+        print(f"story {n + 1} of {len(stories)}, seed {k + 1} of {args.seeds} drawn", flush=True)
+    before = args.iterations - 1
+    control = [
+        tensor(draw(n, k, FinishedIteration(before, drawn[(n + 1) % len(stories), k][before]))) for n, k in drawn
+    ]
+    pictures = torch.stack([tensor(iterations) for iterations in drawn.values()])
+    return pictures.unflatten(0, shape).movedim(2, 0), torch.cat(control).unflatten(0, shape)
+
+
+def draw_batched(stories: list[HeldOutStory], args: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """The same by the plain second implementation of the method."""
+    from storyadapter.demo.training.batched import BatchedMethod
+
+    drawer = BatchedMethod(args.model, str(default_device()), args.steps, args.guidance)
+    prompts = [[story.prompts] * args.seeds for story in stories]
+    seeds = [[seed_of(n, k) for k in range(args.seeds)] for n in range(len(stories))]
+    return drawer.draw_stories(prompts, seeds, constants.reference_scales(args.iterations))
 
 
 def measure(labels: np.ndarray, control: np.ndarray, truth: np.ndarray) -> Quality:
