@@ -36,7 +36,6 @@ class KernelCase(ABC):
         run: the operator that is measured, with the stored tiles, from `kernel_inputs`.
         columns: of a report, and what `as_data` calls them.
         warmup_seconds: until clocks have settled.
-        operations, exponentials: floating-point operations of matrix products, and exponentials, that can't be avoided.
     """
 
     kernel: ClassVar[str]
@@ -44,8 +43,6 @@ class KernelCase(ABC):
     run: ClassVar[Callable[..., Any]]
     columns: ClassVar[dict[str, str]]
     warmup_seconds: ClassVar[float] = 0.05
-    operations: int = 0
-    exponentials: int = 0
 
     def as_data(self) -> dict[str, Any]:
         """The shape, as JSON data."""
@@ -55,6 +52,16 @@ class KernelCase(ABC):
     def cells(self) -> list[str]:
         """The shape, for a report."""
         return [str(self.as_data()[name]) for name in self.columns.values()]
+
+    @property
+    def operations(self) -> int:
+        """Floating-point operations of matrix products."""
+        return 0
+
+    @property
+    def exponentials(self) -> int:
+        """That can't be avoided."""
+        return 0
 
     @abstractmethod
     def bytes_moved(self, element_bytes: int) -> int:
@@ -175,8 +182,9 @@ class GrcaCase(KernelCase):
         return grca(q.float(), text_kv.float(), text_row, ref_kv.float(), ref_row, ref_length)
 
     def launch(self, tiles: GrcaTiles, *inputs: Tensor) -> Tensor:
-        out = torch.empty_like(inputs[0])
-        grid, positional, keywords = launch_arguments(*inputs, out, tiles)
+        q, text_kv, text_row, ref_kv, ref_row, ref_length = inputs
+        out = torch.empty_like(q)
+        grid, positional, keywords = launch_arguments(q, text_kv, text_row, ref_kv, ref_row, ref_length, out, tiles)
         grca_kernel[grid](*positional, **keywords)
         return out
 

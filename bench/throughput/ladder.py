@@ -159,8 +159,8 @@ class Ladder:
                         torch.cuda.reset_peak_memory_stats(device)  # the decoder's is no part of it
                     found["load"] = stack.enter_context(watch(device))
 
-                limits = {"warmup_seconds": WARMUP_SECONDS, "budget_seconds": BUDGET_SECONDS}
-                timing = measure([endless(rung, steps, inputs)], check, device, graph=False, **limits)
+                timed = functools.partial(measure, graph=False, warmup_seconds=WARMUP_SECONDS)
+                timing = timed([endless(rung, steps, inputs)], check, device, budget_seconds=BUDGET_SECONDS)
             peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
         except WrongPictures as error:
             return blank(WRONG, str(error), found.get("comparison")), None

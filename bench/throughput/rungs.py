@@ -144,8 +144,8 @@ def _steps(
     with torch.inference_mode():
         text, pooled, sizes = text_rows(inputs, frames)
         images = inputs.image_embedding.expand(len(frames), -1, -1)
-        added = {"text_embeds": pooled, "time_ids": sizes}
-        added |= {"image_embeds": [torch.cat((torch.zeros_like(images), images))]}
+        both = [torch.cat((torch.zeros_like(images), images))]
+        added = {"text_embeds": pooled, "time_ids": sizes, "image_embeds": both}
 
     def predict(latents: Tensor, timestep: Tensor) -> Tensor:
         return call(latents, timestep, text, added_cond_kwargs=added, return_dict=False)[0]

@@ -4,6 +4,7 @@ import gc
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from PIL import Image
@@ -69,7 +70,12 @@ class StoryResult:
 
 def plan_of(case: StoryCase, prediction_type: str) -> RunPlan:
     """The settings of a case."""
-    sizes = {"height": case.height, "width": case.width, "steps": case.steps, "max_frames": case.max_frames}
+    sizes: dict[str, Any] = {
+        "height": case.height,
+        "width": case.width,
+        "steps": case.steps,
+        "max_frames": case.max_frames,
+    }
     scales = constants.reference_scales(case.iterations)
     return RunPlan(seed=SEED, scales=scales, prediction_type=prediction_type, **sizes)
 
@@ -161,5 +167,5 @@ def measure_story(
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     psnr = None if other is None else min(psnr_of_each(drawn.pictures, other.pictures))
     same_vae = other is None or other.vae_precision == drawn.vae_precision
-    sizes, found = (case.frames, case.drawn, case.unet_rows), (psnr, same_vae, peak, drawn.at_once, load.as_data())
-    return StoryResult(case.name, way, drawn.vae_precision, seconds, drawn.stages, *sizes, *found), drawn
+    result = partial(StoryResult, case.name, way, drawn.vae_precision, seconds, drawn.stages, case.frames)
+    return result(case.drawn, case.unet_rows, psnr, same_vae, peak, drawn.at_once, load.as_data()), drawn
