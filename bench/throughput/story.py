@@ -70,12 +70,7 @@ class StoryResult:
 
 def plan_of(case: StoryCase, prediction_type: str) -> RunPlan:
     """The settings of a case."""
-    sizes: dict[str, Any] = {
-        "height": case.height,
-        "width": case.width,
-        "steps": case.steps,
-        "max_frames": case.max_frames,
-    }
+    sizes: dict[str, Any] = {name: getattr(case, name) for name in ("height", "width", "steps", "max_frames")}
     scales = constants.reference_scales(case.iterations)
     return RunPlan(seed=SEED, scales=scales, prediction_type=prediction_type, **sizes)
 
