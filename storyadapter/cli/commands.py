@@ -3,25 +3,30 @@
 import argparse
 import secrets
 import time
-from collections.abc import Mapping
-from contextlib import closing
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Final
 
+from storyadapter.cli.devices import only_device
 from storyadapter.cli.options import Session, backend_options, model_choice, open_session, run_plan, shape_ranges
-from storyadapter.cli.reporting import Reporter, count, duration, reporter_for
+from storyadapter.cli.reporting import Reporter, count, duration, reporting
 from storyadapter.demo.shipped import STORY
+from storyadapter.demo.vocabulary import KINDS, examples, unknown_words
 from storyadapter.method import constants
 from storyadapter.method.errors import InputError
-from storyadapter.method.story import Story, check_style
 from storyadapter.model.contract import ShapeRanges
 from storyadapter.output.run_record import stored_identity
 
+if TYPE_CHECKING:
+    from storyadapter.method.story import Story
+
 DEFAULT_STYLE = "comic"
+OPENING: Final = "importing PyTorch, opening the model"
+_NAMED, _LETTERS = 5, 30  # of words that the demo model doesn't know: how many are named, and how much of each
 _ANY_SIZE = constants.PIXEL_MULTIPLE  # until the model's own is known
 
 
 def build(args: argparse.Namespace) -> int:
-    """Build the engine of a model and say where it lies; returns the exit code.
+    """Build the engine of a model, on the device that was asked for, and say where it lies; returns the exit code.
 
     Raises:
         InputError: it can't be built as typed, or the store can't be written.
@@ -29,10 +34,11 @@ def build(args: argparse.Namespace) -> int:
         RunError: no space is left.
     """
     shape_ranges(args, _ANY_SIZE)  # checks what was typed
-    session = open_session(args, model_choice(args))
-    options = backend_options(args, session.backend)
-    ranges = shape_ranges(args, session.checkpoint.geometry.default_pixels)
-    with closing(reporter_for(args)) as reporter:
+    with reporting(args) as reporter, only_device(args.device):
+        reporter.stage("", OPENING)
+        session = open_session(args, model_choice(args))
+        options = backend_options(args, session.backend)
+        ranges = shape_ranges(args, session.checkpoint.geometry.default_pixels)
         if session.backend.builds:
             _build(args, session, ranges, options, reporter)
         else:
@@ -78,20 +84,28 @@ def run(args: argparse.Namespace) -> int:
         InputError: it can't be drawn as typed; nothing was written.
         RunError: it had to stop; finished iterations are kept.
     """
-    story = _story(args)
-    style = check_style(args.style or story.style or DEFAULT_STYLE)
-    seed = _seed(args, stored_identity(args.out))
-    run_plan(args, _ANY_SIZE, seed)
-    session = open_session(args, model_choice(args))
-    plan = run_plan(args, session.checkpoint.geometry.default_pixels, seed)
-    from storyadapter.cli.drawing import draw
+    with reporting(args) as reporter, only_device(args.device):
+        from storyadapter.method.story import check_style  # a third of a second, while the status is told
 
-    with closing(reporter_for(args)) as reporter:
+        story = _story(args)
+        style = check_style(args.style or story.style or DEFAULT_STYLE)
+        seed = _seed(args, stored_identity(args.out))
+        run_plan(args, _ANY_SIZE, seed)
+        reporter.stage("", OPENING)
+        session = open_session(args, model_choice(args))
+        plan = run_plan(args, session.checkpoint.geometry.default_pixels, seed)
+        from storyadapter.cli.drawing import draw
+
+        if session.model.is_demo:
+            for text in _words_it_does_not_know(story):
+                reporter.note("warning", text)
         draw(args, story, style, plan, session, reporter)
     return 0
 
 
-def _story(args: argparse.Namespace) -> Story:
+def _story(args: argparse.Namespace) -> "Story":
+    from storyadapter.method.story import Story
+
     if args.story:
         return Story.from_arguments(args.story)
     if args.prompt:
@@ -99,6 +113,14 @@ def _story(args: argparse.Namespace) -> Story:
     if args.base_model:
         raise InputError("no story; type --story FILE, or --prompt TEXT with a text per frame")
     return Story.from_file(STORY)
+
+
+def _words_it_does_not_know(story: "Story") -> Iterator[str]:
+    """What is to be said of a story for the demo model: a warning for each kind of words that it was never taught."""
+    for kind, words in unknown_words(story.final_prompts("none")).items():
+        named = ", ".join(f'"{word[:_LETTERS]}"' for word in words[:_NAMED]) + (", …" if len(words) > _NAMED else "")
+        known = ", ".join(examples(kind))
+        yield f"the demo model doesn't know {named}; {KINDS[kind]} it knows: {known}. Others need an SDXL checkpoint"
 
 
 def _seed(args: argparse.Namespace, stored: Mapping[str, Any] | None) -> int:

@@ -67,13 +67,18 @@ def draw(
             try:
                 for notice in folder.notices:
                     reporter.note("warning", spelled(notice, option))
+                rows = 0
                 with closing(pipeline.run(story, plan, style=style, store=folder)) as events:
                     for event in events:
                         if isinstance(event, RunFinished):
                             seconds = {"load": loading, **event.seconds, "save": folder.seconds}
                             folder.finish(seconds, story.prompts, story.title)
-                        reporter.event(event)
+                        if isinstance(event, FrameFinished):
+                            reporter.event(event, path=str(folder.frame_path(event.iteration, event.frame)))
+                        else:
+                            reporter.event(event)
                         if isinstance(event, RunStarted):
+                            rows = _rows(plan, event)
                             _tell_plan(plan, session, pipeline, event, reporter)
             except KeyboardInterrupt as stop:
                 done = folder.finished_iterations()
@@ -83,10 +88,23 @@ def draw(
                 )
                 raise
     sheet = Path(args.out) / "contact-sheet.png"
-    seconds = time.perf_counter() - started
     text = f"{sheet} ({count(frames, 'frame')}, {count(plan.iterations, 'iteration')}, "
-    text += f"seed {plan.seed}, {duration(seconds)})"
-    reporter.result("drawn", text, out=str(args.out), contact_sheet=str(sheet), seed=plan.seed, seconds=seconds)
+    text += f"seed {plan.seed}, {duration(reporter.seconds)})"
+    reporter.result(
+        "drawn",
+        text,
+        out=str(args.out),
+        contact_sheet=str(sheet),
+        seed=plan.seed,
+        seconds=reporter.seconds,
+        cost={"seconds": reporter.seconds, "unet_rows": rows, "device": str(pipeline.networks.device)},
+    )
+    reporter.hint(f"pictures: {sheet.parent}/frames, of the last round; all in a row: {sheet.parent}/story.gif")
+    if session.model.is_demo:
+        own = 'storyadapter-trt run --out mine --prompt "a blue cat is reading a book" "a blue cat is running at night"'
+        reporter.hint(f"next, your own words: {own}")
+    else:
+        reporter.hint(f"next: change a prompt and draw again with --seed {plan.seed} and another --out")
 
 
 def _identity(story: Story, style: str, plan: RunPlan, session: Session, reporter: Reporter) -> dict[str, Any]:
@@ -159,20 +177,21 @@ def _tell_plan(
     plan: RunPlan, session: Session, pipeline: StoryPipeline, started: RunStarted, reporter: Reporter
 ) -> None:
     """The line before slow work; the time is that of the rows that are left, from one timed UNet call."""
-    frames, first, left = started.frames, started.first_iteration, plan.unet_rows(1) // plan.iterations * started.left
+    frames, first, left = started.frames, started.first_iteration, _rows(plan, started)
+    reporter.stage("", "timing one step")
     together = len(started.batches[0])
     seconds = pipeline.seconds_per_row(plan, together, plan.references(frames)) * left if left else 0.0
     memory = pipeline.memory_in_use()
     split = " + ".join(str(len(batch)) for batch in started.batches)
     text = "once" if started.text_kept else "again for each of them, to save memory"
     needs = pipeline.batching(plan, frames).needs
+    finished = f" ({first} finished)" if first else ""
     reporter.note(
         "plan",
-        f"{session.model.label}, {session.how} on {pipeline.networks.device}: "
-        f"{count(frames, 'frame')} of {plan.width}x{plan.height}, {count(plan.iterations, 'iteration')}"
-        + (f" ({first} finished)" if first else "")
-        + f", {left:,} UNet rows in micro-batches of {split}; text projected {text}; {memory / 2**20:,.0f} MiB in use; "
-        f"seed {plan.seed}; about {duration(seconds)}",
+        f"{session.model.label}: {count(frames, 'frame')} of {plan.width}x{plan.height}, "
+        f"{count(plan.iterations, 'round')}{finished}, about {duration(seconds)} (seed {plan.seed})",
+        detail=f"  {session.how} on {pipeline.networks.device}: {left:,} UNet rows in micro-batches of {split}; "
+        f"text projected {text}; {memory / 2**20:,.0f} MiB in use",
         frames=frames,
         iterations=plan.iterations,
         finished=first,
@@ -184,6 +203,11 @@ def _tell_plan(
         seconds=round(seconds, 1),
         seed=plan.seed,
     )
+
+
+def _rows(plan: RunPlan, started: RunStarted) -> int:
+    """UNet rows of the frames that are to be drawn."""
+    return plan.unet_rows(1) // plan.iterations * started.left
 
 
 def _frame_text(prompts: Sequence[str], seed: int) -> Callable[[FrameFinished], Mapping[str, str]]:

@@ -1,11 +1,15 @@
 """What this machine has: `doctor`, what it can run and why not the rest, and `engines`, what the engine store holds."""
 
 import argparse
+import json
 import platform
 import shlex
 import textwrap
 import time
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, Final
 
 import psutil
 import torch
@@ -18,9 +22,10 @@ from storyadapter.engine.backends import AUTO, BACKENDS, find_backend
 from storyadapter.engine.gpu import driver_version
 from storyadapter.engine.opening import why_outdated
 from storyadapter.engine.store import EngineStore, StoredEngine
-from storyadapter.method.errors import InputError
+from storyadapter.method.errors import InputError, said
 
 _PACKAGES = ("torch", "diffusers", "transformers", "onnxruntime", "tensorrt", "tensorrt-rtx", "triton")
+DOCTOR_SCHEMA: Final = 1  # of `doctor --json`; raised where a value goes or changes its meaning
 _DAY = 86400.0
 _GIB = 2**30
 _WIDTH = 80
@@ -36,32 +41,79 @@ def versions(*more: str) -> dict[str, str]:
 
 def doctor(args: argparse.Namespace) -> int:
     """Print GPU, driver, versions, backends and engines; returns 0 as long as some backend can serve."""
-    memory = psutil.virtual_memory().total / 2**30
-    lines = [f"machine    {platform.machine()}, {psutil.cpu_count(logical=False)} cores, {memory:.0f} GiB memory"]
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            device = torch.cuda.get_device_properties(index)
-            lines.append(
-                f"GPU {index}      {device.name}, {device.total_memory / 2**30:.0f} GiB, compute capability "
-                f"{device.major}.{device.minor}, driver {driver_version()}, CUDA {torch.version.cuda}"
-            )
-    else:
-        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
-        lines.append(f"GPU        none that PyTorch can use (it is {built})")
-    lines.append("versions   " + ", ".join(f"{name} {version}" for name, version in versions().items()))
-    usable = []
-    for backend in BACKENDS.values():
-        reason = backend.why_unavailable() or backend.why_it_cant_run()
-        usable += [] if reason else [backend]
-        why = backend.why_it_cant_build()
-        served = f"can run what was built elsewhere, not build: {typed(why)}" if why else "can serve"
-        lines.append(f"backend    {backend.name}: {backend.purpose}; " + (f"NO: {reason}" if reason else served))
-    lines += [f"{heading:<10} {text}" for backend in BACKENDS.values() for heading, text in backend.describe()]
-    lines.append(f"default    --backend {find_backend(AUTO).name}")
+    found = look_around()
     store = EngineStore()
-    lines += [f"engines    {len(store.scan()[0])} in {store.root}", *engine_table(store)]
-    print_result("\n".join(lines))
-    return 0 if usable else 1
+    if args.json:
+        print_result(json.dumps(found, ensure_ascii=False))
+    else:
+        print_result("\n".join([*_in_words(found), *engine_table(store)]))
+    return 0 if any(backend["serves"] for backend in found["backends"]) else 1
+
+
+def look_around() -> dict[str, Any]:
+    """What this machine has and can do, as JSON values: what `doctor` tells."""
+    with warnings.catch_warnings(record=True) as told:  # such as that the driver is too old
+        warnings.simplefilter("always")
+        available = torch.cuda.is_available()
+    gpus = []
+    for index in range(torch.cuda.device_count() if available else 0):
+        gpu = torch.cuda.get_device_properties(index)
+        capability = f"{gpu.major}.{gpu.minor}"
+        gpus.append(
+            {"device": f"cuda:{index}", "name": gpu.name, "memory": gpu.total_memory, "compute_capability": capability}
+        )
+    backends = []
+    for backend in BACKENDS.values():
+        why = backend.why_unavailable() or backend.why_it_cant_run()
+        cant_build = None if why else backend.why_it_cant_build()
+        backends.append(
+            {
+                "name": backend.name,
+                "purpose": backend.purpose,
+                "serves": why is None,
+                "builds": why is None and cant_build is None and backend.builds,
+                "why_not": why or (cant_build and typed(cant_build)),
+                "more": [list(pair) for pair in backend.describe()],
+            }
+        )
+    store = EngineStore()
+    return {
+        "schema": DOCTOR_SCHEMA,
+        "machine": {
+            "architecture": platform.machine(),
+            "cores": psutil.cpu_count(logical=False),
+            "memory": psutil.virtual_memory().total,
+        },
+        "gpus": gpus,
+        "driver": driver_version() if gpus else None,
+        "cuda": torch.version.cuda,
+        "why_no_gpu": None if available else next((said(each.message) for each in told), None),  # type: ignore[arg-type]
+        "versions": versions(),
+        "backends": backends,
+        "default_backend": find_backend(AUTO).name,
+        "engines": {"folder": str(store.root), "count": len(store.scan()[0])},
+    }
+
+
+def _in_words(found: Mapping[str, Any]) -> Iterator[str]:
+    machine, cuda = found["machine"], found["cuda"]
+    yield f"machine    {machine['architecture']}, {machine['cores']} cores, {machine['memory'] / _GIB:.0f} GiB memory"
+    for index, gpu in enumerate(found["gpus"]):
+        yield (
+            f"GPU {index}      {gpu['name']}, {gpu['memory'] / _GIB:.0f} GiB, compute capability "
+            f"{gpu['compute_capability']}, driver {found['driver']}, CUDA {cuda}"
+        )
+    if not found["gpus"]:
+        why = f"; {found['why_no_gpu']}" if found["why_no_gpu"] else ""
+        yield f"GPU        none that PyTorch can use (it is {f'built for CUDA {cuda}' if cuda else 'a CPU build'}{why})"
+    yield "versions   " + ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    for backend in found["backends"]:
+        why_not = backend["why_not"]
+        can = f"can run what was built elsewhere, not build: {why_not}" if why_not else "can serve"
+        yield f"backend    {backend['name']}: {backend['purpose']}; " + (can if backend["serves"] else f"NO: {why_not}")
+    yield from (f"{heading:<10} {text}" for backend in found["backends"] for heading, text in backend["more"])
+    yield f"default    --backend {found['default_backend']}"
+    yield f"engines    {found['engines']['count']} in {found['engines']['folder']}"
 
 
 def list_engines(args: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from difflib import get_close_matches
 from importlib import import_module
 from types import FrameType
@@ -15,6 +15,7 @@ from typing import Any, Final, NoReturn, TypeAlias
 
 import storyadapter
 from storyadapter.cli import options
+from storyadapter.cli.libraries import libraries_silenced
 from storyadapter.method import constants
 from storyadapter.method.errors import InputError, StoryAdapterError
 
@@ -116,6 +117,7 @@ def build_parser() -> tuple[Parser, Commands]:
     _add_run(commands)
     text = "GPU, driver, versions, which backends can serve here and why the others can't"
     doctor = commands.add_parser("doctor", help=text, description=f"Tells {text}.")
+    doctor.add_argument("--json", action="store_true", help="as one JSON object")
     doctor.set_defaults(run=_later("machine", "doctor"))
     _add_engines(commands)
     return parser, commands
@@ -227,16 +229,22 @@ def run_program(parser: Parser, argv: Sequence[str] | None) -> int:
     try:
         with sigterm_as_interrupt():
             args = parser.parse_args(argv)
-            return args.run(args)
+            with nullcontext() if getattr(args, "verbose", False) else libraries_silenced():
+                return args.run(args)
     except StoryAdapterError as error:
         _tell(f"error: {options.typed(error)}")
         return error.exit_code
     except KeyboardInterrupt as stop:
         _tell("; ".join(["stopped", *getattr(stop, "__notes__", ())]))
-        return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
+        return exit_code_of(stop)
     except BrokenPipeError:  # as when the output is piped into head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush would fail again
         return 1
+
+
+def exit_code_of(stop: KeyboardInterrupt) -> int:
+    """143 for SIGTERM, 130 for Ctrl-C."""
+    return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
 
 
 def _later(module: str, function: str) -> Callable[[argparse.Namespace], int]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from storyadapter.checkpoint import Checkpoint, CheckpointPaths, LoraSpec
+from storyadapter.cli.devices import device_name
 from storyadapter.demo.shipped import MODEL
 from storyadapter.engine.backend import Backend
 from storyadapter.engine.backends import AUTO, BACKENDS, find_backend
@@ -76,6 +77,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         default=AUTO,
         choices=(AUTO, *BACKENDS),
         help="what runs the networks (default: auto, the fastest that serves on this machine; see doctor)",
+    )
+    engine.add_argument(
+        "--device",
+        type=device_name,
+        metavar="D",
+        help="cuda:1 for the second GPU, cpu for none (default: the first GPU, if there is one)",
     )
     engine.add_argument(
         "--precision",
@@ -168,6 +175,7 @@ def add_plan_options(group: "argparse._ArgumentGroup") -> None:
 def add_output_options(parser: argparse.ArgumentParser) -> None:
     """How a command tells what it does."""
     group = parser.add_argument_group("messages").add_mutually_exclusive_group()
+    group.add_argument("-v", "--verbose", action="store_true", help="print details, and what libraries print")
     group.add_argument("--quiet", action="store_true", help="print errors only")
     group.add_argument("--json-log", action="store_true", help="one JSON object per event on standard output")
 
@@ -212,6 +220,11 @@ class ModelChoice:
 
     paths: CheckpointPaths
     label: str
+
+    @property
+    def is_demo(self) -> bool:
+        """Whether it is the demo model, which knows few words."""
+        return Path(self.paths.base_model) == MODEL
 
 
 def model_choice(args: argparse.Namespace) -> ModelChoice:
@@ -293,6 +306,7 @@ def build_command(args: argparse.Namespace, backend: str, numerics: Numerics, ra
     for option, values in given_checkpoint_options(args).items():
         for value in values:
             words += [option, value]
+    words += ["--device", args.device] if args.device else []
     words += ["--backend", backend, "--precision", numerics.precision, "--vae-precision", numerics["vae_decoder"]]
     words += ["--height", str(ranges.height).replace("..", ":"), "--width", str(ranges.width).replace("..", ":")]
     words += ["--max-frames", ranges.max_frames, "--max-references", max(MAX_REFERENCES, ranges.max_references)]

@@ -1,5 +1,6 @@
 """The first thing a newcomer types."""
 
+import json
 import resource
 import shlex
 import subprocess
@@ -8,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from torch._inductor import config
 
 import storyadapter
@@ -104,6 +106,18 @@ def test_doctor(type_in: Type) -> None:
     assert all(line.endswith("; can serve") or "; NO: " in line for line in backends)
     assert any(line.startswith("default    --backend ") for line in lines)
     assert any(line.startswith("engines    0 in ") for line in lines)
+
+
+def test_doctor_as_json(type_in: Type) -> None:
+    done = type_in("doctor", "--json")
+    assert done.code == 0
+    found = json.loads(done.out)
+    assert found["schema"] == 1 and found["versions"]["storyadapter-trt"] == storyadapter.__version__
+    backends = {backend["name"]: backend for backend in found["backends"]}
+    assert backends["eager"]["serves"] and not backends["eager"]["builds"]
+    assert all(backend["why_not"] for backend in backends.values() if not backend["serves"])
+    assert found["default_backend"] in backends and found["engines"]["count"] == 0
+    assert bool(found["gpus"]) == torch.cuda.is_available()
 
 
 def test_doctor_tells_what_a_build_lacks(type_in: Type, tmp_path: Path) -> None:

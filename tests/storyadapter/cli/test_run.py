@@ -1,17 +1,21 @@
 """What a run writes and tells."""
 
 import json
+import re
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 import pytest
+from jsonschema import Draft202012Validator, FormatChecker
 from PIL import Image
 
 from storyadapter.__main__ import build_parser
 from storyadapter.cli.drawing import draw
+from storyadapter.cli.json_log import schema
 from storyadapter.cli.options import model_choice, open_session, run_plan
-from storyadapter.cli.reporting import JsonReporter
+from storyadapter.cli.reporting import Reporter
 from storyadapter.method.events import Event, FrameFinished
 from storyadapter.method.story import Story
 from tests.storyadapter.cli.running import Type, files, pictures
@@ -70,17 +74,23 @@ def test_everything_is_written(type_in: Type, quick_run: list[str]) -> None:
 
 def test_the_plan_and_each_iteration_are_told(type_in: Type, quick_run: list[str]) -> None:
     done = type_in(*quick_run)
-    lines = done.err.splitlines()
-    (plan,) = (line for line in lines if "UNet rows" in line)
-    assert ": 3 frames of 64x64, 3 iterations, 36 UNet rows in micro-batches of 3; text projected once; " in plan
-    assert ", eager fp32 on " in plan
-    assert " MiB in use; seed 7; about " in plan
-    assert [line.split(":")[0] for line in lines[-3:]] == [
-        "iteration 0, text only",
-        "iteration 1, λ 0.3",
-        "iteration 2, λ 0.5",
+    plan, *rounds, pictures, next_words = [line for line in done.err.splitlines() if not line.startswith("hashed ")]
+    assert re.fullmatch(r"\S+tiny-model0: 3 frames of 64x64, 3 rounds, about [\d.]+ s \(seed 7\)", plan)
+    told = [line.split(":")[0] for line in rounds]
+    assert told == ["round 1 of 3, from text alone", "round 2 of 3", "round 3 of 3"]
+    assert pictures == "pictures: out/frames, of the last round; all in a row: out/story.gif"
+    assert next_words == "next: change a prompt and draw again with --seed 7 and another --out"
+
+    lines = type_in(*quick_run, "--out", "verbose", "-v").err.splitlines()
+    (detail,) = (line for line in lines if "UNet rows" in line)
+    assert detail.startswith("  eager fp32 on ")
+    assert ": 36 UNet rows in micro-batches of 3; text projected once; " in detail and detail.endswith(" MiB in use")
+    assert [line for line in lines if line in ("  text only", "  λ 0.3", "  λ 0.5")] == [
+        "  text only",
+        "  λ 0.3",
+        "  λ 0.5",
     ]
-    assert lines.index(plan) < lines.index(lines[-3])
+    assert "  vae decoder: loading weights" in lines
 
 
 def test_a_seed_is_drawn_shown_and_repeatable(type_in: Type, quick_run: list[str]) -> None:
@@ -89,7 +99,7 @@ def test_a_seed_is_drawn_shown_and_repeatable(type_in: Type, quick_run: list[str
     for out in ("first", "second"):
         done = type_in(*seedless, "--out", out)
         seeds.append(record(out)["identity"]["plan"]["seed"])
-        assert f"seed {seeds[-1]}; about" in done.err
+        assert f"(seed {seeds[-1]})\n" in done.err
         assert f"seed {seeds[-1]}, " in done.out
     assert seeds[0] != seeds[1]
     assert pictures(Path("first")) != pictures(Path("second"))
@@ -128,10 +138,10 @@ def test_frames_are_split_evenly(
 def test_a_frame_that_is_told_is_on_the_disk(quick_run: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     told: list[bool] = []
 
-    class Looking(JsonReporter):
-        def event(self, event: Event) -> None:
+    class Looking(Reporter):
+        def event(self, event: Event, **fields: Any) -> None:
             if isinstance(event, FrameFinished):
-                told.append(Path(f"out/iteration-{event.iteration:02d}/frame-{event.frame:03d}.png").exists())
+                told.append(Path(fields["path"]).exists())
 
     args = build_parser().parse_args(quick_run)
     story, session = Story.from_prompts(args.prompt), open_session(args, model_choice(args))
@@ -151,10 +161,11 @@ def test_batching_does_not_change_pictures(type_in: Type, quick_run: list[str]) 
 def test_a_run_may_be_resumed_with_another_split(type_in: Type, quick_run: list[str]) -> None:
     assert type_in(*quick_run).code == 0
     Path("out/iteration-02/frame-001.png").unlink()
-    done = type_in(*quick_run, "--max-frames", "1", "--resume")
+    done = type_in(*quick_run, "--max-frames", "1", "--resume", "--verbose")
     assert done.code == 0
     assert "warning: out/iteration-02/frame-001.png isn't the picture that was written: it is drawn again" in done.err
-    assert "3 iterations (2 finished), 4 UNet rows in micro-batches of 1 + 1 + 1; " in done.err
+    assert ": 3 frames of 64x64, 3 rounds (2 finished), about " in done.err
+    assert ": 4 UNet rows in micro-batches of 1 + 1 + 1; " in done.err
     assert [session["details"]["split"] for session in record()["sessions"]] == [[3], [1, 1, 1]]
 
 
@@ -196,16 +207,43 @@ def test_quiet(type_in: Type, quick_run: list[str]) -> None:
 def test_json_log(type_in: Type, quick_run: list[str]) -> None:
     done = type_in(*quick_run, "--json-log")
     assert (done.code, done.err) == (0, "")
-    events = done.events
+    events = valid(done.events)
     names = [event["event"] for event in events]
-    assert names[-2:] == ["run_finished", "drawn"]
+    assert names[0] == "started" and names[-2:] == ["run_finished", "drawn"]
+    assert len({event["run"] for event in events}) == 1
+    assert [event["time"] for event in events] == sorted(event["time"] for event in events)
     assert events[-1]["seed"] == 7 and events[-1]["contact_sheet"] == "out/contact-sheet.png"
     (plan,) = (event for event in events if event["event"] == "plan")
     assert (plan["frames"], plan["iterations"], plan["split"], plan["unet_rows"]) == (3, 3, [3], 36)
     assert [event["scale"] for event in events if event["event"] == "iteration_started"] == [None, 0.3, 0.5]
-    drawn = [(event["iteration"], event["frame"]) for event in events if event["event"] == "frame_finished"]
-    assert drawn == [(iteration, frame) for iteration in range(3) for frame in range(3)]
+    drawn = [(e["iteration"], e["frame"], e["path"]) for e in events if e["event"] == "frame_finished"]
+    paths = "out/iteration-{:02d}/frame-{:03d}.png"
+    assert drawn == [(i, frame, paths.format(i, frame)) for i in range(3) for frame in range(3)]
+    assert events[-1]["cost"]["unet_rows"] == 36 and events[-1]["cost"]["seconds"] > 0
     assert names.index("plan") < names.index("step_finished")
+
+
+def valid(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The events, each of which the schema describes."""
+    validator = Draft202012Validator(schema(), format_checker=FormatChecker())
+    for event in events:
+        validator.validate(event)
+    return events
+
+
+def test_json_log_of_what_fails(type_in: Type, quick_run: list[str]) -> None:
+    done = type_in(*quick_run, "--json-log", "--lora", "gone.safetensors")
+    assert done.code == 2 and done.err.startswith("storyadapter-trt: error: --lora gone.safetensors")
+    *_, error = valid(done.events)
+    assert (error["event"], error["exit_code"], error["field"]) == ("error", 2, "lora")
+    assert error["found"] == "lora gone.safetensors: there is no such file or folder"
+
+
+def test_the_schema_knows_every_event() -> None:
+    Draft202012Validator.check_schema(schema())
+    known = schema()["properties"]["event"]["enum"]
+    names = {re.sub(r"(?<!^)([A-Z])", r"_\1", kind.__name__).lower() for kind in get_args(Event)}
+    assert names <= set(known) and len(known) == len(schema()["allOf"])
 
 
 def test_published_spellings(type_in: Type, quick_run: list[str], tiny_model_dir: Path) -> None:
@@ -259,8 +297,8 @@ def test_half_precision_draws_nearly_the_same(type_in: Type, quick_run: list[str
 def test_the_vae_alone_in_half_precision(type_in: Type, quick_run: list[str]) -> None:
     words = [*quick_run, "--iterations", "0"]
     assert type_in(*words).code == 0
-    done = type_in(*words, "--vae-precision", "bf16", "--out", "bf16")
-    assert done.code == 0 and ", eager fp32 (VAE bf16) on " in done.err
+    done = type_in(*words, "--vae-precision", "bf16", "--out", "bf16", "-v")
+    assert done.code == 0 and "  eager fp32 (VAE bf16) on " in done.err
     assert json.loads(Path("bf16/story.json").read_text())["identity"]["vae_precision"] == "bf16"
     difference = np.abs(pixels(Path("out/frames/000.png")) - pixels(Path("bf16/frames/000.png")))
     assert 0 < difference.max() <= 4
@@ -285,3 +323,15 @@ def test_events_come_in_order(type_in: Type, quick_run: list[str]) -> None:
     places = [(e["iteration"], e["frames"][0], e["step"]) for e in events]
     assert len(places) == 3 * 2 * 2
     assert all(before < after for before, after in pairwise(places))
+
+
+def test_words_that_the_demo_model_does_not_know(type_in: Type) -> None:
+    words = ("--backend", "eager", "--precision", "fp32", "--steps", "1", "--iterations", "0", "--out", "out")
+    done = type_in("run", *words, "--prompt", "a dragon in a castle", "--height", "32", "--width", "32")
+    assert done.code == 0
+    assert [line for line in done.err.splitlines() if line.startswith("warning: ")] == [
+        'warning: the demo model doesn\'t know "dragon"; animals it knows: fox, rabbit, bear, cat, owl, elephant. '
+        "Others need an SDXL checkpoint",
+        'warning: the demo model doesn\'t know "castle"; places it knows: in the forest, on the beach, on a snowy '
+        "mountain, in a cosy room, at night, in the desert, in a meadow, under the sea. Others need an SDXL checkpoint",
+    ]

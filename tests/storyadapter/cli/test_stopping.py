@@ -162,10 +162,13 @@ def test_ctrl_c_while_loading(quick_run: list[str], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "storyadapter", *quick_run, "--json-log"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, **pipes, preexec_fn=hear_ctrl_c) as process:
-        assert json.loads(process.stdout.readline())["event"] in ("stage", "weights_read")
+        while not (event := json.loads(process.stdout.readline())).get("network") and event["event"] != "weights_read":
+            pass
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=60)
     assert process.returncode == INTERRUPTED
+    last = json.loads(out.splitlines()[-1])
+    assert (last["event"], last["exit_code"], last["text"]) == ("stopped", INTERRUPTED, "stopped")
     assert err == "storyadapter-trt: stopped\n"
     assert list(tmp_path.iterdir()) == []
 

@@ -1,0 +1,77 @@
+"""`--json-log`: one JSON object per event on standard output, as `events.schema.json` describes them."""
+
+import json
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
+from datetime import UTC, datetime
+from importlib import resources
+from typing import Any, Final
+
+import storyadapter
+from storyadapter.cli.reporting import Reporter, print_result
+from storyadapter.method.errors import StoryAdapterError
+from storyadapter.method.events import Event
+
+SCHEMA_VERSION: Final = 1  # of the events; raised where one goes or changes its meaning, not where one comes
+_NOT_TOLD: Final = ("picture", "embedding")
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema of one line."""
+    return json.loads(resources.files("storyadapter.cli").joinpath("events.schema.json").read_text(encoding="utf-8"))
+
+
+class JsonReporter(Reporter):
+    """Every event with its time, the schema's version and the id of this run of the program.
+
+    Pictures are told by their paths.
+    """
+
+    def __init__(self, command: str) -> None:
+        super().__init__()
+        self._run = uuid.uuid4().hex
+        self._print({"event": "started", "command": command, "version": storyadapter.__version__})
+
+    def note(self, kind: str, text: str, *, detail: str = "", **fields: Any) -> None:
+        self._print({"event": kind, "text": text, **fields})
+
+    def result(self, kind: str, text: str, **fields: Any) -> None:
+        self.note(kind, text, **fields)
+
+    def stage(self, network: str, what: str) -> None:
+        self._print({"event": "stage", "network": network, "text": what})
+
+    def fraction(self, network: str, done: float) -> None:
+        self._print({"event": "building", "network": network, "done": round(done, 3)})
+
+    def bytes_read(self, done: int, total: int) -> None:
+        if done == total:
+            self._print({"event": "weights_read", "bytes": total})
+
+    def event(self, event: Event, **fields: Any) -> None:
+        told = {name: value for name, value in vars(event).items() if name not in _NOT_TOLD}
+        self._print({"event": _snake(type(event).__name__), **told, **fields})
+
+    def failed(self, error: StoryAdapterError) -> None:
+        self._print({"event": "error", "exit_code": error.exit_code, "text": str(error), **error.as_dict()})
+
+    def stopped(self, exit_code: int, text: str) -> None:
+        self._print({"event": "stopped", "exit_code": exit_code, "text": text})
+
+    def _print(self, value: Mapping[str, Any]) -> None:
+        when = datetime.now(UTC).isoformat(timespec="milliseconds")
+        line = {**value, "time": when, "schema": SCHEMA_VERSION, "run": self._run}
+        print_result(json.dumps(line, default=_plain, ensure_ascii=False))
+
+
+def _snake(name: str) -> str:
+    return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).lstrip("_")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, range):
+        return list(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    return str(value)
