@@ -3,6 +3,7 @@
 Imports nothing heavy until it is asked.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -107,9 +108,17 @@ class Backend(ABC):
     def rank(self) -> int:
         """How much it should be this machine's default; of all backends the highest is taken."""
 
-    def default_precision(self) -> Precision:
-        """fp16 on a GPU, fp32 on a CPU."""
-        return "fp16" if self.device().type == "cuda" else "fp32"
+    def default_precision(self, device: "torch.device | None" = None) -> Precision:
+        """fp16 on a GPU, fp32 on a CPU. Raises UnavailableError: see `device`."""
+        return "fp16" if self.device(device).type == "cuda" else "fp32"
+
+    def runs_on(self, device: "torch.device") -> bool:
+        """Whether it runs on this device of this machine."""
+        try:
+            self.device(device)
+        except UnavailableError:
+            return False
+        return True
 
     def device(self, asked: "torch.device | None" = None) -> "torch.device":
         """Where it runs here: the CUDA GPU if there is one, else the CPU.
@@ -236,6 +245,25 @@ def default_device() -> "torch.device":
     import torch
 
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def checked_device(name: str) -> "torch.device":
+    """ "cpu", "cuda" or "cuda:1".
+
+    Raises:
+        UnavailableError: it is none, or isn't there.
+    """
+    import torch
+
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
+        raise UnavailableError(Field("device"), f" is {name!r}", expected='"cpu", "cuda" or "cuda:1"')
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        built = "" if torch.version.cuda else " (this PyTorch is a CPU build)"
+        raise UnavailableError(Field("device"), f" is {name}, and PyTorch finds no CUDA GPU here{built}")
+    if device.index is not None and device.index >= (count := torch.cuda.device_count()):
+        raise UnavailableError(Field("device"), f" is {name}", expected=f"cuda:0 to cuda:{count - 1}")
+    return device
 
 
 def _is_device(asked: "torch.device", own: "torch.device") -> bool:

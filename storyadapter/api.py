@@ -1,36 +1,118 @@
 """From a model's files to a pipeline, in one call: where Python programs begin."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import cast
 
-from storyadapter.checkpoint import Checkpoint
-from storyadapter.engine.backend import ReportBytes
+import torch
+
+from storyadapter.checkpoint import Checkpoint, CheckpointPaths, LoraSpec
+from storyadapter.engine.backend import ReportBytes, ReportStage, checked_device
 from storyadapter.engine.backends import AUTO, find_backend
 from storyadapter.engine.identity import model_weights
 from storyadapter.engine.opening import open_networks
-from storyadapter.model.contract import ShapeRanges
-from storyadapter.model.numerics import Numerics
+from storyadapter.method.errors import Field, InputError
+from storyadapter.model.contract import Range, ShapeRanges
+from storyadapter.model.numerics import PRECISIONS, Numerics, Precision
 from storyadapter.runtime.pipeline import StoryPipeline
 
 
 def open(  # as of a file: what it gives is ready for use
+    base_model: Path | str | None = None,
+    image_encoder: Path | str | None = None,
+    ip_adapter: Path | str | None = None,
+    *,
+    backend: str = AUTO,
+    precision: str = AUTO,
+    vae_precision: str = AUTO,
+    device: str | None = None,
+    loras: Sequence[LoraSpec | str] = (),
+    vae: Path | str | None = None,
+    base_config: Path | str | None = None,
+    variant: str | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    max_references: int = 1,
+    engine_dir: Path | None = None,
+    on_stage: ReportStage = lambda network, stage: None,
+) -> StoryPipeline:
+    """A pipeline of a model, with the command line's defaults; of the demo model if no model is named.
+
+    >>> import storyadapter
+    >>> pipeline = storyadapter.open(backend="eager")  # the demo model, with plain PyTorch
+    >>> story = storyadapter.Story.from_prompts(["a red fox is reading a book", "a red fox is running at night"])
+    >>> for event in pipeline.run(story, storyadapter.RunPlan(seed=7)):
+    ...     if isinstance(event, storyadapter.FrameFinished):
+    ...         event.picture.save(f"{event.iteration}-{event.frame}.png")
+
+    Args:
+        base_model: a diffusers SDXL folder, a hub name in the local cache, or one .safetensors file.
+        image_encoder, ip_adapter: those that go with it; all three are given or none.
+        backend: "auto" (the fastest that serves here) or a name, see `storyadapter-trt doctor`. All but "eager" need an
+            engine in the store, which `storyadapter-trt build` makes.
+        precision: "auto" (fp16 on a GPU, fp32 on a CPU), "fp32", "fp16" or "bf16".
+        vae_precision: of the VAE alone; "auto" is fp32 where the checkpoint asks for it, else as `precision`.
+        device: "cpu", "cuda" or "cuda:1"; by default the current GPU if there is one. Another GPU becomes the current
+            one of the calling thread, and of those that draw.
+        loras: "style.safetensors:0.8", or `LoraSpec`; fused in this order.
+        vae, base_config, variant: see `CheckpointPaths`.
+        height, width: that an engine is to serve; the model's own by default.
+        max_references: frames of the longest story that an engine is to serve.
+        engine_dir: of the engine store; the user's cache folder by default.
+        on_stage: called with a network's name and what is done with it.
+
+    Raises:
+        InputError: only some of the three parts are given, or a value can't be served; `field` names it.
+        CheckpointError: a file is missing or corrupt, or the parts don't fit each other.
+        UnavailableError: the backend, the device or the precision can't be had here.
+        EngineMismatchError: the store has no such engine; the text has the command that builds it.
+    """
+    asked = None if device is None else checked_device(device)
+    chosen = find_backend(backend, asked)
+    for field, name in (("precision", precision), ("vae_precision", vae_precision)):
+        if name not in (AUTO, *PRECISIONS):
+            raise InputError(Field(field), f" is {name}", expected=f"one of {', '.join((AUTO, *PRECISIONS))}")
+    main = chosen.default_precision(asked) if precision == AUTO else cast(Precision, precision)
+    of_vae = None if vae_precision == AUTO else cast(Precision, vae_precision)
+    chosen.check(Numerics.of(main, vae_decoder=of_vae))
+    specs = tuple(lora if isinstance(lora, LoraSpec) else LoraSpec.parse(lora) for lora in loras)
+    paths = CheckpointPaths.given(
+        base_model, image_encoder, ip_adapter, base_config=base_config, vae=vae, loras=specs, variant=variant
+    )
+    checkpoint = Checkpoint.open(paths)
+    own = checkpoint.geometry.default_pixels
+    sizes = (Range(pixels or own, pixels or own) for pixels in (height, width))
+    return open_checkpoint(
+        checkpoint,
+        backend=chosen.name,
+        numerics=checkpoint.geometry.numerics(main, of_vae),
+        device=device,
+        ranges=ShapeRanges(1, max_references, *sizes),
+        engine_dir=engine_dir,
+        on_stage=on_stage,
+    )
+
+
+def open_checkpoint(
     checkpoint: Checkpoint,
     *,
     backend: str = AUTO,
     numerics: Numerics | None = None,
+    device: str | None = None,
     ranges: ShapeRanges | None = None,
     engine_dir: Path | None = None,
     build_command: str = "storyadapter-trt build",
     on_stage: Callable[[str, str], None] = lambda network, stage: None,
     on_bytes: ReportBytes | None = None,
 ) -> StoryPipeline:
-    """A pipeline of a checkpoint on a backend; what it draws is keyed by the checkpoint's files.
+    """A pipeline of a checkpoint that is open already; what it draws is keyed by the checkpoint's files.
 
     Args:
         checkpoint: opened model files.
         backend: its name; by default the fastest that serves here.
         numerics: such as `checkpoint.geometry.numerics("fp16")`; by default the backend's usual precision, and fp32 for
             a VAE whose configuration asks for it.
+        device: as of `open`.
         ranges, engine_dir, build_command, on_stage: see `open_networks`.
         on_bytes: called while weight files are read that were never hashed before.
 
@@ -38,11 +120,15 @@ def open(  # as of a file: what it gives is ready for use
         UnavailableError, EngineMismatchError, EngineBuildError: see `open_networks`.
         CheckpointError: a file can't be read.
     """
-    chosen = find_backend(backend)
+    asked = None if device is None else checked_device(device)
+    if asked is not None and asked.index is not None:
+        torch.cuda.set_device(asked)
+    chosen = find_backend(backend, asked)
     networks = open_networks(
         checkpoint,
         backend=chosen.name,
-        numerics=numerics or checkpoint.geometry.numerics(chosen.default_precision()),
+        numerics=numerics or checkpoint.geometry.numerics(chosen.default_precision(asked)),
+        device=asked,
         ranges=ranges,
         engine_dir=engine_dir,
         build_command=build_command,

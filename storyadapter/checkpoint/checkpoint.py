@@ -25,7 +25,6 @@ from storyadapter.checkpoint.parts import (
     tokenizer_files,
 )
 from storyadapter.checkpoint.paths import CheckpointPaths, LoraSpec, below, find, give
-from storyadapter.demo.shipped import MODEL
 from storyadapter.method.errors import CheckpointError, Field
 from storyadapter.model.contract import Geometry, LayerWidth
 
@@ -61,17 +60,31 @@ class Checkpoint:
     _opened_loras: tuple[Lora, ...]
 
     @classmethod
-    def open(cls, paths: CheckpointPaths | None = None, **typed: Any) -> "Checkpoint":
+    def open(
+        cls,
+        paths: CheckpointPaths | None = None,
+        *,
+        base_model: Path | str | None = None,
+        image_encoder: Path | str | None = None,
+        ip_adapter: Path | str | None = None,
+        base_config: Path | str | None = None,
+        vae: Path | str | None = None,
+        loras: tuple[LoraSpec, ...] = (),
+        variant: str | None = None,
+    ) -> "Checkpoint":
         """Find all files and check that they are whole and fit, from configurations and headers; no weights are read.
 
         Args:
-            paths: what to open; or give the fields of `CheckpointPaths` as keywords.
+            paths: what to open; or give the fields of `CheckpointPaths` as keywords, or nothing for the demo model.
 
         Raises:
+            InputError: only some of a model's three parts are named.
             CheckpointError: a file is missing or corrupt, the model isn't an SDXL base model, the adapter is of another
                 kind, tensors are missing or unexpected, or shapes don't fit. One line says what was found and expected.
         """
-        paths = paths or CheckpointPaths(**typed)
+        paths = paths or CheckpointPaths.given(
+            base_model, image_encoder, ip_adapter, base_config=base_config, vae=vae, loras=loras, variant=variant
+        )
         components, config_folder = base_parts(paths)
         components["image_encoder"] = image_encoder_part(paths)
         adapter = find("ip_adapter", paths.ip_adapter)
@@ -110,7 +123,7 @@ class Checkpoint:
     @property
     def label(self) -> str:
         """The base model and its LoRAs in few words, for people."""
-        base = "the demo model" if self.paths.base_model == MODEL else Path(self.paths.base_model).name
+        base = "the demo model" if self.paths.is_demo else Path(self.paths.base_model).name
         return " + ".join((base, *(f"{lora.path.stem}:{lora.scale:g}" for lora in self.loras)))
 
     def load_unet(self, dtype: "torch.dtype", device: "torch.device | None" = None) -> "UNet2DConditionModel":

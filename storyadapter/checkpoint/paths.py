@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from storyadapter.demo.shipped import MODEL
 from storyadapter.method.errors import CheckpointError, Field, InputError, can_not_be_read, said
 
 _HUB_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?P<inner>/.+)?", re.ASCII)
@@ -67,6 +68,43 @@ class CheckpointPaths:
     loras: tuple[LoraSpec, ...] = ()  # fused into the UNet and the text encoders, in this order
     # take `*.<variant>.safetensors` and the like where a network has both; without it, the plain files
     variant: str | None = None
+
+    @classmethod
+    def given(
+        cls,
+        base_model: Path | str | None,
+        image_encoder: Path | str | None,
+        ip_adapter: Path | str | None,
+        *,
+        base_config: Path | str | None = None,
+        vae: Path | str | None = None,
+        loras: tuple[LoraSpec, ...] = (),
+        variant: str | None = None,
+    ) -> "CheckpointPaths":
+        """The model that was asked for, or the demo model with these LoRAs.
+
+        Raises:
+            InputError: only some of its three parts were given, or what belongs to a model without one.
+        """
+        parts = {"base_model": base_model, "image_encoder": image_encoder, "ip_adapter": ip_adapter}
+        all_parts = ("all of ", Field("base_model"), ", ", Field("image_encoder"), " and ", Field("ip_adapter"))
+        missing = [name for name, value in parts.items() if not value]
+        if len(missing) < len(parts):
+            if missing:
+                named = ((Field(name), " and ") for name in missing)
+                found = tuple(word for pair in named for word in pair)[:-1]
+                raise InputError(*found, " missing", expected=(all_parts, ", or none for the demo model"))
+            assert base_model and image_encoder and ip_adapter
+            return cls(base_model, image_encoder, ip_adapter, base_config, vae, loras, variant)
+        for name, value in (("base_config", base_config), ("vae", vae), ("variant", variant)):
+            if value:
+                raise InputError(Field(name), " was given without ", Field("base_model"), expected=all_parts)
+        return cls(MODEL, MODEL / "image_encoder", MODEL / "ip-adapter.safetensors", loras=loras)
+
+    @property
+    def is_demo(self) -> bool:
+        """Whether it is the demo model, which knows few words."""
+        return Path(self.base_model) == MODEL
 
 
 def find(field: str, name: Path | str) -> Path:

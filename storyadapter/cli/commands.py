@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
         plan = run_plan(args, session.checkpoint.geometry.default_pixels, seed)
         from storyadapter.cli.drawing import draw
 
-        if session.model.is_demo:
+        if session.model.paths.is_demo:
             for text in _words_it_does_not_know(story):
                 reporter.note("warning", text)
         draw(args, story, style, plan, session, reporter)

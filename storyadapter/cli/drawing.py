@@ -100,7 +100,7 @@ def draw(
         cost={"seconds": reporter.seconds, "unet_rows": rows, "device": str(pipeline.networks.device)},
     )
     reporter.hint(f"pictures: {sheet.parent}/frames, of the last round; all in a row: {sheet.parent}/story.gif")
-    if session.model.is_demo:
+    if session.model.paths.is_demo:
         own = 'storyadapter-trt run --out mine --prompt "a blue cat is reading a book" "a blue cat is running at night"'
         reporter.hint(f"next, your own words: {own}")
     else:
@@ -127,11 +127,11 @@ def _open_pipeline(
 ) -> StoryPipeline:
     """The networks for the plan's batches; the build command that is told asks for `--max-frames`."""
     references = plan.references(frames)
-    height, width = Range(plan.height, plan.height), Range(plan.width, plan.width)
+    height, width = (Range(pixels, pixels) for pixels in plan.size)
     asked = FRAMES_UNMEASURED if plan.max_frames is None else plan.max_frames
 
     def opened(together: int) -> StoryPipeline:
-        return api.open(
+        return api.open_checkpoint(
             session.checkpoint,
             backend=session.backend.name,
             numerics=session.numerics,
@@ -157,18 +157,19 @@ def _told_when_out_of_memory(plan: RunPlan) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
+        height, width = plan.size
         # torch.OutOfMemoryError is for GPUs; on a CPU PyTorch raises a bare RuntimeError
         known = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
         if not known:
             raise
         if isinstance(error, torch.OutOfMemoryError):
             raise RunError(
-                f"out of memory on the GPU with one frame of {plan.width}x{plan.height} at once; end other programs "
+                f"out of memory on the GPU with one frame of {width}x{height} at once; end other programs "
                 "that use it, or type a smaller --height and --width, with another --out"
             ) from error
         max_frames = plan.max_frames or FRAMES_UNMEASURED
         raise RunError(
-            f"out of memory with --max-frames {max_frames} and frames of {plan.width}x{plan.height}; "
+            f"out of memory with --max-frames {max_frames} and frames of {width}x{height}; "
             "type a smaller --max-frames, and --resume to keep what is finished"
         ) from error
 
@@ -186,9 +187,10 @@ def _tell_plan(
     text = "once" if started.text_kept else "again for each of them, to save memory"
     needs = pipeline.batching(plan, frames).needs
     finished = f" ({first} finished)" if first else ""
+    height, width = plan.size
     reporter.note(
         "plan",
-        f"{session.model.label}: {count(frames, 'frame')} of {plan.width}x{plan.height}, "
+        f"{session.model.label}: {count(frames, 'frame')} of {width}x{height}, "
         f"{count(plan.iterations, 'round')}{finished}, about {duration(seconds)} (seed {plan.seed})",
         detail=f"  {session.how} on {pipeline.networks.device}: {left:,} UNet rows in micro-batches of {split}; "
         f"text projected {text}; {memory / 2**20:,.0f} MiB in use",

@@ -9,7 +9,6 @@ from typing import Any, cast
 
 from storyadapter.checkpoint import Checkpoint, CheckpointPaths, LoraSpec
 from storyadapter.cli.devices import device_name
-from storyadapter.demo.shipped import MODEL
 from storyadapter.engine.backend import Backend
 from storyadapter.engine.backends import AUTO, BACKENDS, find_backend
 from storyadapter.method import constants
@@ -19,7 +18,6 @@ from storyadapter.model.contract import Range, ShapeRanges
 from storyadapter.model.numerics import PRECISIONS, Numerics, Precision
 
 MAX_REFERENCES = 100
-_MODEL = "--base-model, --image-encoder and --ip-adapter"
 PLAN_HELP = {setting.name: setting.metadata["help"] for setting in fields(RunPlan)}
 
 
@@ -221,11 +219,6 @@ class ModelChoice:
     paths: CheckpointPaths
     label: str
 
-    @property
-    def is_demo(self) -> bool:
-        """Whether it is the demo model, which knows few words."""
-        return Path(self.paths.base_model) == MODEL
-
 
 def model_choice(args: argparse.Namespace) -> ModelChoice:
     """The model that was asked for, or the demo model.
@@ -233,19 +226,16 @@ def model_choice(args: argparse.Namespace) -> ModelChoice:
     Raises:
         InputError: only some of the three model options were given, or a LoRA can't be read off its option.
     """
-    loras = tuple(LoraSpec.parse(text) for text in args.lora)
-    given = {name: getattr(args, name) for name in ("base_model", "image_encoder", "ip_adapter")}
-    missing = [option(name) for name, value in given.items() if not value]
-    if len(missing) == len(given):
-        for name in ("base_config", "vae", "variant"):
-            if getattr(args, name):
-                raise InputError(f"{option(name)} was given without --base-model", expected=f"all of {_MODEL}")
-        paths = CheckpointPaths(MODEL, MODEL / "image_encoder", MODEL / "ip-adapter.safetensors", loras=loras)
-        return ModelChoice(paths, "the demo model")
-    if missing:
-        raise InputError(f"{' and '.join(missing)} missing", expected=f"all of {_MODEL}, or none for the demo model")
-    paths = CheckpointPaths(**given, base_config=args.base_config, vae=args.vae, variant=args.variant, loras=loras)
-    return ModelChoice(paths, str(args.base_model))
+    paths = CheckpointPaths.given(
+        args.base_model,
+        args.image_encoder,
+        args.ip_adapter,
+        base_config=args.base_config,
+        vae=args.vae,
+        loras=tuple(LoraSpec.parse(text) for text in args.lora),
+        variant=args.variant,
+    )
+    return ModelChoice(paths, "the demo model" if args.base_model is None else str(args.base_model))
 
 
 @dataclass(frozen=True)

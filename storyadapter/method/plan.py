@@ -1,6 +1,7 @@
 """What a run is asked for, and how its frames are split into micro-batches. Imports nothing heavy."""
 
-from dataclasses import MISSING, asdict, dataclass, field, fields
+import secrets
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from typing import Any, Final
 
 from storyadapter.method import constants
@@ -31,14 +32,19 @@ class SamplerSettings:
 class RunPlan:
     """Every setting that decides the pictures of a story, besides the story and the model; options are made from it.
 
-    The seed is that of every frame of every iteration. `max_frames` is None for as many as fit on a GPU, elsewhere 8.
+    Needs nothing: by default it is the published method, at the model's own size (`height` and `width` None), with a
+    seed that is drawn once. The seed is that of every frame of every iteration. `max_frames` is None for as many as fit
+    on a GPU, elsewhere 8.
+
+    >>> RunPlan(seed=7, steps=20, scales=(0.3, 0.5)).iterations
+    3
 
     Raises:
         InputError: a value that can't be served.
     """
 
-    height: int = setting("height of the frames in pixels, a multiple of 32")
-    width: int = setting("width of the frames in pixels, a multiple of 32")
+    height: int | None = setting("height of the frames in pixels, a multiple of 32", None)
+    width: int | None = setting("width of the frames in pixels, a multiple of 32", None)
     scales: tuple[float, ...] = field(
         default_factory=constants.reference_scales, metadata={"help": "λ of each iteration after the text-only one"}
     )
@@ -53,13 +59,14 @@ class RunPlan:
         "start from pure noise, with trailing time steps, as many v_prediction models were trained", False
     )
     guidance: float = setting("classifier-free guidance; 1 or less computes no unconditional rows", constants.GUIDANCE)
-    seed: int = setting("of the whole story")
+    seed: int = field(default_factory=lambda: secrets.randbelow(2**32), metadata={"help": "of the whole story"})
     negative_prompt: str = setting("", constants.NEGATIVE_PROMPT, metavar="T")
     max_frames: int | None = setting("frames drawn together in one micro-batch, at most", None)
 
     def __post_init__(self) -> None:
-        check_pixels("height", self.height)
-        check_pixels("width", self.width)
+        for name in ("height", "width"):
+            if (pixels := getattr(self, name)) is not None:
+                check_pixels(name, pixels)
         if not 0 <= self.seed < SEED_LIMIT:
             raise InputError(Field("seed"), f" is {self.seed}", expected="0 to 2^63 - 1")
         for scale in self.scales:
@@ -77,6 +84,17 @@ class RunPlan:
             raise InputError(Field("guidance"), f" is {self.guidance:g}", expected="0 to 100")
         if self.max_frames is not None and self.max_frames < 1:
             raise InputError(Field("max_frames"), f" is {self.max_frames}", expected="1 or more")
+
+    def sized(self, pixels: int) -> "RunPlan":
+        """The same with a size: where it has none, that of a model of so many pixels."""
+        return replace(self, height=self.height or pixels, width=self.width or pixels)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width. Raises InputError: they are the model's own, which isn't known here; see `sized`."""
+        if self.height is None or self.width is None:
+            raise InputError(Field("height"), " and ", Field("width"), " are not set", expected="a number of pixels")
+        return self.height, self.width
 
     @property
     def iterations(self) -> int:

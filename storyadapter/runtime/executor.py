@@ -121,7 +121,7 @@ class LocalExecutor:
         self._thread.start()
 
     def submit(
-        self, story: Story, plan: RunPlan, *, style: str | None = None, store: FrameStore | None = None
+        self, story: Story, plan: RunPlan | None = None, *, style: str | None = None, store: FrameStore | None = None
     ) -> SubmittedStory:
         """Give it a story; returns at once. Arguments as of `StoryPipeline.run`; `store` is called from its thread.
 
@@ -130,6 +130,7 @@ class LocalExecutor:
             RuntimeError: the executor is closed.
         """
         pipeline, frames = self._pipeline, len(story.prompts)
+        plan = pipeline.sized(plan or RunPlan())
         check_request(pipeline.networks, story, plan)
         story.final_prompts(style)
         submitted = SubmittedStory(
@@ -159,6 +160,7 @@ class LocalExecutor:
         self.close(wait=error is None)
 
     def _work(self) -> None:
+        self._pipeline.use_device()
         scheduler, worker = Scheduler(), self._pipeline.worker()
         drawn: dict[StorySource, SubmittedStory] = {}
         end: BaseException = CancelledError()

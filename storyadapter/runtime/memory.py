@@ -155,14 +155,14 @@ def measure_needs(networks: Networks, plan: RunPlan, references: int, allowed: R
 
 def unet_letters(networks: Networks, plan: RunPlan, frames: int, references: int) -> dict[str, int]:
     """The size of every letter of a UNet call with so many frames and references."""
-    scale = networks.geometry.pixels_per_latent
+    height, width = (pixels // networks.geometry.pixels_per_latent for pixels in plan.size)
     return {
         "B": frames * (2 if plan.guided else 1),
         "P": frames + int(plan.guided),
         "G": 2,
         "R": constants.TOKENS_PER_IMAGE * references,
-        "h": plan.height // scale,
-        "w": plan.width // scale,
+        "h": height,
+        "w": width,
     }
 
 
@@ -195,7 +195,7 @@ class Batchings:
         return self._known[key]
 
     def _key(self, plan: RunPlan, frames: int) -> tuple[object, ...]:
-        return plan.height, plan.width, plan.guided, bool(plan.scales), plan.max_frames, frames
+        return plan.size, plan.guided, bool(plan.scales), plan.max_frames, frames
 
 
 def release_memory(networks: Networks, states: StatePool) -> None:

@@ -1,7 +1,10 @@
 """One story after the other: the simple face of the runtime. Imports no backend."""
 
+import threading
 import time
 from collections.abc import Generator
+from concurrent.futures import CancelledError
+from contextlib import closing
 
 import psutil
 import torch
@@ -28,6 +31,13 @@ _SLOW_CALL = 5.0  # seconds
 class StoryPipeline:
     """Draws stories. Between runs it keeps nothing but buffers, so that equal shapes find the same memory again.
 
+    Made by `storyadapter.open`. It is for one thread at a time: a story is drawn where its events are asked for. For
+    many stories, or many threads, give it to a `LocalExecutor`, all of whose methods may be called from any thread.
+
+    >>> story = Story.from_prompts(["a red fox is reading a book", "a red fox is running at night"])
+    >>> for event in storyadapter.open().run(story, RunPlan(seed=7)):
+    ...     print(event)
+
     Args:
         networks: of one model, from `storyadapter.engine.open_networks`.
         tokenizers: of text encoder 1 and 2 of the same checkpoint, from `Checkpoint.load_tokenizers`.
@@ -48,26 +58,35 @@ class StoryPipeline:
         self.tokenizers = Tokenizers(*tokenizers)
         self.model = model
         self.overlapped = overlapped
+        self._gpu = torch.cuda.current_device() if networks.device.type == "cuda" else None
         self._states = StatePool(networks)
         self._batchings = Batchings(networks, self._states)
 
     def run(
         self,
         story: Story,
-        plan: RunPlan,
+        plan: RunPlan | None = None,
         *,
         style: str | None = None,
         resume: FinishedIteration | None = None,
         store: FrameStore | None = None,
+        cancel: threading.Event | None = None,
     ) -> Generator[Event, None, None]:
         """Draw a story, iteration by iteration.
 
+        It may be stopped at any time: by `close()` where the events are asked for, by `cancel` from anywhere else.
+
+        >>> stop = threading.Event()
+        >>> for event in pipeline.run(story, plan, cancel=stop):  # stop.set() in another thread ends it
+        ...     print(event)
+
         Args:
             story: prompts, characters and style.
-            plan: every other setting.
+            plan: every other setting; by default the published ones. Its size, if it has none, is the model's own.
             style: overrides the story's style.
             resume: go on after this finished iteration; the pictures are those of an uninterrupted run.
             store: keeps frames; what it has already isn't drawn again.
+            cancel: set from any thread, it ends the run before its next step.
 
         Yields:
             Events; `FrameFinished` carries the pictures.
@@ -75,10 +94,16 @@ class StoryPipeline:
         Raises:
             InputError: before the first event, where the engine can't serve the plan, or `resume` is of another story.
             RunError: a frame came out with values that aren't finite, or can't be kept.
+            concurrent.futures.CancelledError: `cancel` was set.
             torch.OutOfMemoryError: a single frame doesn't fit.
         """
+        plan = self.sized(plan or RunPlan())
         check_request(self.networks, story, plan, resume)
-        return self._events(story, plan, style, resume, store)
+        return self._events(story, plan, style, resume, store, cancel)
+
+    def sized(self, plan: RunPlan) -> RunPlan:
+        """The plan with this model's own size, where it has none."""
+        return plan.sized(self.networks.geometry.default_pixels)
 
     def source(
         self,
@@ -105,6 +130,11 @@ class StoryPipeline:
     def worker(self) -> Worker:
         """A worker on these networks; only one may be at work at a time."""
         return Worker(self.networks, self.tokenizers, self._states, overlapped=self.overlapped)
+
+    def use_device(self) -> None:
+        """Make the GPU that the networks were opened on the calling thread's current one; each thread has its own."""
+        if self._gpu is not None:
+            torch.cuda.set_device(self._gpu)
 
     def batching(self, plan: RunPlan, frames: int) -> Batching:
         """How a story of so many frames is split into batches here.
@@ -163,10 +193,15 @@ class StoryPipeline:
         style: str | None,
         resume: FinishedIteration | None,
         store: FrameStore | None,
+        cancel: threading.Event | None,
     ) -> Generator[Event, None, None]:
+        self.use_device()
         source = self.source(story, plan, style, resume, store)
-        for _, event in drive(self.worker(), [source]):
-            yield event
+        with closing(drive(self.worker(), [source])) as driven:
+            for _, event in driven:
+                if cancel is not None and cancel.is_set():
+                    raise CancelledError
+                yield event
 
 
 def check_request(networks: Networks, story: Story, plan: RunPlan, resume: FinishedIteration | None = None) -> None:
@@ -183,8 +218,8 @@ def check_request(networks: Networks, story: Story, plan: RunPlan, resume: Finis
         for name, asked, built in (
             ("max_frames", together, letters["F"]),
             ("max_references", plan.references(frames), references),
-            ("height", plan.height, height),
-            ("width", plan.width, width),
+            ("height", plan.size[0], height),
+            ("width", plan.size[1], width),
         ):
             if asked not in built:
                 named = ("the story's frames (", Field(name), ")") if name == "max_references" else (Field(name),)

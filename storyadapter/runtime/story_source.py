@@ -83,7 +83,7 @@ class StorySource:
         self._store = store
         self._max_frames = batching.max_frames  # halved where memory didn't suffice
         negative = [plan.negative_prompt] if plan.guided else []
-        groups = TextGroup.split([*negative, *prompts], texts_at_once, plan.height, plan.width)
+        groups = TextGroup.split([*negative, *prompts], texts_at_once, *plan.size)
         self._texts = [(group, index) for group in groups for index in range(len(group.texts))]
         self._events: deque[tuple[Event, Future[None] | None]] = deque()
         self._saving = 0
@@ -267,8 +267,7 @@ class StorySource:
             FrameJob(
                 self._model,
                 self._numerics,
-                plan.height,
-                plan.width,
+                *plan.size,
                 prompt,
                 plan.negative_prompt if plan.guided else None,
                 plan.guidance if plan.guided else None,
