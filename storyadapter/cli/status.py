@@ -6,7 +6,7 @@ import time
 from threading import Event, Lock, Thread
 from typing import Final
 
-_FIRST: Final = 0.25  # seconds; what is refused at once stays a single line
+_FIRST: Final = 0.1  # seconds; what is refused at once stays a single line
 _EVERY: Final = 2.0
 _REDRAWN: Final = 0.5  # on a terminal, where the line changes in place
 _OFTEN: Final = 20.0  # seconds of one piece of work after which a log file hears less

@@ -1,6 +1,6 @@
 """What a run is asked for, and how its frames are split into micro-batches. Imports nothing heavy."""
 
-import secrets
+import os
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from typing import Any, Final
 
@@ -59,7 +59,7 @@ class RunPlan:
         "start from pure noise, with trailing time steps, as many v_prediction models were trained", False
     )
     guidance: float = setting("classifier-free guidance; 1 or less computes no unconditional rows", constants.GUIDANCE)
-    seed: int = field(default_factory=lambda: secrets.randbelow(2**32), metadata={"help": "of the whole story"})
+    seed: int = field(default_factory=lambda: int.from_bytes(os.urandom(4)), metadata={"help": "of the whole story"})
     negative_prompt: str = setting("", constants.NEGATIVE_PROMPT, metavar="T")
     max_frames: int | None = setting("frames drawn together in one micro-batch, at most", None)
 

@@ -112,7 +112,7 @@ def test_lines(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("in_place", [True, False])
 def test_a_sign_of_life(in_place: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    """Nothing for what is quick; the first after a quarter of a second, later ones every two."""
+    """Nothing for what is quick; the first after a tenth of a second, later ones every two."""
     Status("starting", in_place=in_place).close()
     assert capsys.readouterr().err == ""
     status = Status("starting", in_place=in_place)
