@@ -10,7 +10,10 @@ from typing import Final
 from storyadapter.method.errors import CheckpointError, can_not_be_read
 
 _HEAD: Final = 512
-_MAX_HEADER: Final = 100_000_000  # of a .safetensors file, https://github.com/huggingface/safetensors#format
+_HEADER_LIMIT: Final = 100_000_000  # of a .safetensors file, https://github.com/huggingface/safetensors#format
+# Ten times what the largest models have: more takes longer to read than anybody waits for.
+_MAX_HEADER: Final = 16 << 20  # bytes of a .safetensors file's header
+_MAX_PICKLE: Final = 8 << 20  # of the part of a PyTorch file that isn't numbers
 _FETCH_AGAIN: Final = "fetch it again"
 
 
@@ -38,11 +41,14 @@ def file_kind(path: Path) -> FileKind:
             head = file.read(_HEAD)
     except OSError as error:
         raise CheckpointError(can_not_be_read(path, error)) from error
-    if (length := int.from_bytes(head[:8], "little")) <= _MAX_HEADER and head[8:9] == b"{":
+    if (length := int.from_bytes(head[:8], "little")) <= _HEADER_LIMIT and head[8:9] == b"{":
         if status.st_size < 8 + length:
             raise CheckpointError(
                 f"{path} is not a whole .safetensors file (its header is cut off)", advice=_FETCH_AGAIN
             )
+        if length > _MAX_HEADER:
+            found = f"{path} has a header of {length >> 20} MiB"
+            raise CheckpointError(found, expected=f"at most {_MAX_HEADER >> 20}, far more than a model's")
         return FileKind.SAFETENSORS
     if head.startswith(b"PK\x03\x04"):
         _check_zip(path)
@@ -64,6 +70,10 @@ def _check_zip(path: Path) -> None:
         first = entries[0].filename if entries else "nothing"
         raise CheckpointError(
             f"{path} is a .zip archive with {first} in it, not weights", advice="unpack it and give what is inside"
+        )
+    if any(entry.filename.endswith("data.pkl") and entry.file_size > _MAX_PICKLE for entry in entries):
+        raise CheckpointError(
+            f"{path} describes its tensors in more than {_MAX_PICKLE >> 20} MiB", expected="a model's"
         )
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise CheckpointError(f"{path} is a compressed archive", expected="a file as torch.save writes it")

@@ -170,6 +170,17 @@ def test_archives(tmp_path: Path) -> None:
         read_headers(tmp_path / "bomb.bin")
 
 
+def test_headers_that_take_too_long_to_read(tmp_path: Path) -> None:
+    length = 20 << 20
+    (tmp_path / "a.safetensors").write_bytes(length.to_bytes(8, "little") + b"{".ljust(length))
+    with pytest.raises(CheckpointError, match="has a header of 20 MiB; expected at most 16"):
+        read_headers(tmp_path / "a.safetensors")
+    with zipfile.ZipFile(tmp_path / "a.bin", "w") as archive:
+        archive.writestr("a/data.pkl", bytes(9 << 20))
+    with pytest.raises(CheckpointError, match="describes its tensors in more than 8 MiB"):
+        read_headers(tmp_path / "a.bin")
+
+
 def test_dictionaries_that_grow_while_they_are_read(tmp_path: Path) -> None:
     nested: dict = {"a": TENSORS["a"]}
     for _ in range(7):
