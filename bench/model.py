@@ -132,7 +132,7 @@ class BenchmarkModel:
                 if network:
                     tell(f"    building {name}: {network}: {what}")
 
-            identity = chosen.identity(self.checkpoint, numerics, None, None)
+            identity = chosen.identity(self.checkpoint, numerics)
             if EngineStore(engine_dir).get(identity, ranges) is None:
                 tell(f"    the store has no engine of {name} for exactly this: it is built first, for minutes")
             build = partial(build_engine, self.checkpoint, identity, ranges, engine_dir=engine_dir, on_stage=on_stage)

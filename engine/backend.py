@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+from storyadapter.engine.identity import EngineIdentity, configuration_digest, contract_digest, model_weights
 from storyadapter.method.errors import Field, InputError, Text, UnavailableError
 from storyadapter.model.numerics import PRECISIONS, Numerics, Precision
 
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     import torch
 
     from storyadapter.checkpoint import Checkpoint
-    from storyadapter.engine.identity import EngineIdentity
     from storyadapter.engine.store import StoredEngine
     from storyadapter.model.contract import NetworkSpec, Range, ShapeRanges
     from storyadapter.model.networks import Networks
@@ -45,14 +45,22 @@ class EngineRequest:
     """An engine to be built."""
 
     checkpoint: "Checkpoint"  # opened model files
-    identity: "EngineIdentity"  # what a backend's `identity` gave for them
+    identity: EngineIdentity  # what a backend's `identity` gave for them
     ranges: "ShapeRanges"  # the shapes to be served
     options: Any  # those that the identity was made with
+    folder: Path  # gets the engine; empty
     shared: Path  # a folder for what this backend's builds share
+    on_stage: ReportStage
+    on_fraction: ReportFraction
 
     @property
     def numerics(self) -> Numerics:
         return self.identity.numerics
+
+    @property
+    def letters(self) -> "dict[str, Range]":
+        """The range of every dynamic letter that the engine is to serve."""
+        return self.ranges.letters(self.checkpoint.geometry.pixels_per_latent)
 
 
 @dataclass(frozen=True)
@@ -99,6 +107,7 @@ class Backend(ABC):
     # installs it and both of the others
     one_of: ClassVar[tuple[tuple[str, str], ...]] = ()
     builds: ClassVar[bool] = True  # whether `build` makes an engine that `open` needs
+    code_alone: ClassVar[bool] = False  # whether an engine is code that serves any weights, else it holds them
     any_device: ClassVar[bool] = False  # whether it runs on whatever device it is given
     precisions: ClassVar[tuple[Precision, ...]] = PRECISIONS  # those it can serve
     vae_precisions: ClassVar[tuple[Precision, ...]] = PRECISIONS  # the VAE's needn't be that of the other networks
@@ -182,17 +191,16 @@ class Backend(ABC):
                 raise UnavailableError(f"{refused}it can't run{what} in {asked}", expected=expected, field=field)
 
     def options(self, given: Mapping[str, Any]) -> Any:
-        """How it is to build, from the values of its `settings` by name.
+        """How it is to build, from the values of its `settings` by name; has `named()`, those chosen, for the key.
 
         Raises:
             InputError: a value that can't be served.
         """
         return None
 
-    @abstractmethod
     def identity(
-        self, checkpoint: "Checkpoint", numerics: Numerics, options: Any, on_bytes: ReportBytes | None
-    ) -> "EngineIdentity":
+        self, checkpoint: "Checkpoint", numerics: Numerics, options: Any = None, on_bytes: ReportBytes | None = None
+    ) -> EngineIdentity:
         """Everything that what it computes with this checkpoint depends on.
 
         Args:
@@ -203,15 +211,35 @@ class Backend(ABC):
             CheckpointError: a file can't be read.
             UnavailableError: it can't build or run here.
         """
+        version, architecture = self.target(options)
+        weights = None if self.code_alone else model_weights(checkpoint, on_bytes)
+        return EngineIdentity(
+            backend=self.name,
+            backend_version=version,
+            numerics=numerics,
+            architecture=architecture,
+            contract=contract_digest(checkpoint.geometry),
+            configuration="" if weights else configuration_digest(checkpoint.configuration),
+            weights=weights.files if weights else (),
+            loras=weights.loras if weights else (),
+            build_options=self.recipe(architecture),
+            tuning=options.named() if options else (),
+        )
+
+    @abstractmethod
+    def target(self, options: Any) -> tuple[str, str]:
+        """The versions of what reads its engines, and the architecture that they run on, as an identity has them.
+
+        Raises:
+            UnavailableError: it can't build or run here.
+        """
 
     def recipe(self, architecture: str) -> tuple[tuple[str, str], ...]:
         """What in this version of the program decides what a build for an architecture makes, name and value."""
         return ()
 
-    def build(
-        self, request: EngineRequest, folder: Path, on_stage: ReportStage, on_fraction: ReportFraction
-    ) -> dict[str, Any]:
-        """Write an engine into an empty folder; returns what the manifest shall say of it, as plain data.
+    def build(self, request: EngineRequest) -> dict[str, Any]:
+        """Write an engine; returns what the manifest shall say of it, as plain data.
 
         Raises:
             InputError: it needs no build, or an option doesn't fit.

@@ -191,35 +191,6 @@ def model_weights(checkpoint: "Checkpoint", on_bytes: Callable[[int, int], None]
     )
 
 
-def identity_of(
-    backend: str,
-    version: str,
-    architecture: str,
-    checkpoint: "Checkpoint",
-    numerics: Numerics,
-    on_bytes: Callable[[int, int], None] | None,
-    build_options: tuple[tuple[str, str], ...] = (),
-    tuning: tuple[tuple[str, str], ...] = (),
-) -> EngineIdentity:
-    """The identity of an engine that holds a checkpoint's weights; see `EngineIdentity`.
-
-    Raises:
-        CheckpointError: a file can't be read.
-    """
-    weights = model_weights(checkpoint, on_bytes)
-    return EngineIdentity(
-        backend=backend,
-        backend_version=version,
-        numerics=numerics,
-        architecture=architecture,
-        contract=contract_digest(checkpoint.geometry),
-        weights=weights.files,
-        loras=weights.loras,
-        build_options=build_options,
-        tuning=tuning,
-    )
-
-
 def contract_digest(geometry: Geometry) -> str:
     """A hash of every input and output of the networks of such a model."""
     networks = {name: spec.as_dict() for name, spec in network_specs(geometry).items()}

@@ -63,12 +63,12 @@ def build_engine(
     """
     backend, store = find_backend(identity.backend), EngineStore(engine_dir)
     backend.check(identity.numerics, ranges)
-    request = EngineRequest(checkpoint, identity, ranges, options, store.root)
     weights = model_weights(checkpoint, on_bytes)
     details: dict[str, Any] = {}
 
     def write(folder: Path) -> dict[str, Any]:
-        details.update(backend.build(request, folder, on_stage, on_fraction))
+        request = EngineRequest(checkpoint, identity, ranges, options, folder, store.root, on_stage, on_fraction)
+        details.update(backend.build(request))
         return {**details, "geometry": checkpoint.geometry.as_dict()}
 
     engine = store.build(identity, ranges, write, on_wait)
@@ -115,7 +115,7 @@ def open_networks(
     if chosen.builds:
         own = Range(checkpoint.geometry.default_pixels, checkpoint.geometry.default_pixels)
         weights = model_weights(checkpoint, on_bytes)
-        identity = chosen.identity(checkpoint, numerics, None, None)
+        identity = chosen.identity(checkpoint, numerics)
         engine = EngineStore(engine_dir).find(identity, ranges or ShapeRanges(1, 1, own, own), build_command)
         release = hold(engine.folder)
     try:

@@ -2,14 +2,11 @@
 
 from typing import TYPE_CHECKING, Any
 
-from storyadapter.engine.backend import Backend, OpenRequest, ReportBytes, default_device, installed_version
-from storyadapter.engine.identity import EngineIdentity, identity_of
-from storyadapter.model.numerics import Numerics
+from storyadapter.engine.backend import Backend, OpenRequest, default_device, installed_version
 
 if TYPE_CHECKING:
     import torch
 
-    from storyadapter.checkpoint import Checkpoint
     from storyadapter.model.networks import Networks
 
 
@@ -25,10 +22,8 @@ class Eager(Backend):
     def device(self, asked: "torch.device | None" = None) -> "torch.device":
         return asked or default_device()
 
-    def identity(
-        self, checkpoint: "Checkpoint", numerics: Numerics, options: Any, on_bytes: ReportBytes | None
-    ) -> EngineIdentity:
-        return identity_of(self.name, installed_version("torch") or "", "any", checkpoint, numerics, on_bytes)
+    def target(self, options: Any) -> tuple[str, str]:
+        return installed_version("torch") or "", "any"
 
     def open(self, request: OpenRequest) -> "Networks":
         from storyadapter.engine.eager.networks import open_eager

@@ -1,18 +1,8 @@
 """The backend `inductor` as an object. Imports nothing heavy until it is asked."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from storyadapter.engine.backend import (
-    Backend,
-    EngineRequest,
-    OpenRequest,
-    ReportBytes,
-    ReportFraction,
-    ReportStage,
-    default_device,
-)
-from storyadapter.engine.identity import EngineIdentity, configuration_digest, contract_digest
+from storyadapter.engine.backend import Backend, EngineRequest, OpenRequest, ReportStage, default_device
 from storyadapter.engine.inductor import SOURCES
 from storyadapter.engine.sources import sources_digest
 from storyadapter.engine.uses import ERRORS
@@ -31,6 +21,7 @@ _LEAST_PIXELS: Final = 64
 class Inductor(Backend):
     name = "inductor"
     purpose = "compiled by PyTorch with the fused kernels: the default with a CUDA GPU"
+    code_alone = True
 
     def rank(self) -> int:
         return 3 if default_device().type == "cuda" else 0
@@ -56,32 +47,21 @@ class Inductor(Backend):
                     "size of 1 for a constant, and at 32 pixels the UNet's innermost layers have it",
                 )
 
-    def identity(
-        self, checkpoint: "Checkpoint", numerics: Numerics, options: Any, on_bytes: ReportBytes | None
-    ) -> EngineIdentity:
+    def target(self, options: Any) -> tuple[str, str]:
         from storyadapter.engine.inductor.target import compiler_versions, target_architecture
 
         device = self.device()
-        architecture = target_architecture(device)
-        return EngineIdentity(  # of code, which serves any weights
-            backend=self.name,
-            backend_version=compiler_versions(device),
-            numerics=numerics,
-            architecture=architecture,
-            contract=contract_digest(checkpoint.geometry),
-            configuration=configuration_digest(checkpoint.configuration),
-            build_options=self.recipe(architecture),
-        )
+        return compiler_versions(device), target_architecture(device)
 
     def recipe(self, architecture: str) -> tuple[tuple[str, str], ...]:
         return (("sources", sources_digest(SOURCES)),)
 
-    def build(
-        self, request: EngineRequest, folder: Path, on_stage: ReportStage, on_fraction: ReportFraction
-    ) -> dict[str, Any]:
+    def build(self, request: EngineRequest) -> dict[str, Any]:
         from storyadapter.engine.inductor.builder import build_inductor
 
-        built = build_inductor(request.checkpoint, request.numerics, request.ranges, folder, self.device(), on_stage)
+        built = build_inductor(
+            request.checkpoint, request.numerics, request.ranges, request.folder, self.device(), request.on_stage
+        )
         return {
             ERRORS: {name: network.relative_error for name, network in built.items()},
             "weight_bytes": sum(network.weight_bytes for network in built.values()),

@@ -1,25 +1,14 @@
 """The backend `onnxruntime` as an object. Imports nothing heavy until it is asked."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from storyadapter.engine.backend import (
-    Backend,
-    EngineRequest,
-    OpenRequest,
-    ReportBytes,
-    ReportFraction,
-    ReportStage,
-    installed_version,
-)
-from storyadapter.engine.identity import EngineIdentity, identity_of
+from storyadapter.engine.backend import Backend, EngineRequest, OpenRequest, installed_version
 from storyadapter.engine.sources import export_recipe
-from storyadapter.model.numerics import Numerics
+from storyadapter.engine.uses import ERRORS
 
 if TYPE_CHECKING:
     import torch
 
-    from storyadapter.checkpoint import Checkpoint
     from storyadapter.model.networks import Networks
 
 
@@ -39,21 +28,16 @@ class OnnxRuntime(Backend):
 
         return self._own_device(torch.device("cpu"), asked)
 
-    def identity(
-        self, checkpoint: "Checkpoint", numerics: Numerics, options: Any, on_bytes: ReportBytes | None
-    ) -> EngineIdentity:
-        version = installed_version("onnxruntime") or ""
-        return identity_of(self.name, version, "any", checkpoint, numerics, on_bytes, self.recipe("any"))
+    def target(self, options: Any) -> tuple[str, str]:
+        return installed_version("onnxruntime") or "", "any"
 
     def recipe(self, architecture: str) -> tuple[tuple[str, str], ...]:
         return export_recipe()
 
-    def build(
-        self, request: EngineRequest, folder: Path, on_stage: ReportStage, on_fraction: ReportFraction
-    ) -> dict[str, Any]:
+    def build(self, request: EngineRequest) -> dict[str, Any]:
         from storyadapter.engine.onnxruntime.networks import build_onnx
 
-        return {"relative_error_against_eager": build_onnx(request, folder, on_stage)}
+        return {ERRORS: build_onnx(request)}
 
     def open(self, request: OpenRequest) -> "Networks":
         from storyadapter.engine.onnxruntime.networks import open_onnxruntime

@@ -9,7 +9,7 @@ import torch
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail, RuntimeException
 from torch import Tensor
 
-from storyadapter.engine.backend import EngineRequest, OpenRequest, ReportStage
+from storyadapter.engine.backend import EngineRequest, OpenRequest
 from storyadapter.export import onnx_name
 from storyadapter.export.verify import open_session
 from storyadapter.model.contract import NetworkSpec, Range, network_specs
@@ -68,22 +68,21 @@ def open_onnxruntime(request: OpenRequest) -> Networks:
     )
 
 
-def build_onnx(request: EngineRequest, folder: Path, on_stage: ReportStage) -> dict[str, float]:
-    """Export the seven networks into `folder`, one after the other; gives the relative error of each against eager.
+def build_onnx(request: EngineRequest) -> dict[str, float]:
+    """Export the seven networks, one after the other; gives the relative error of each against eager.
 
     Raises:
         EngineBuildError: a file doesn't compute what eager computes.
     """
     from storyadapter.export.onnx_export import export_compared  # most of a second, which a run needn't wait for
 
-    geometry, numerics = request.checkpoint.geometry, request.numerics
-    letters, specs = request.ranges.letters(geometry.pixels_per_latent), network_specs(geometry)
+    specs, numerics = network_specs(request.checkpoint.geometry), request.numerics
     errors: dict[str, float] = {}
     modules = iterate_modules(request.checkpoint, numerics, grca)
     while True:
-        on_stage("", "loading weights")
+        request.on_stage("", "loading weights")
         name, module = next(modules, ("", None))
         if module is None:
             return errors
-        told = functools.partial(on_stage, name)
-        _, errors[name] = export_compared(specs[name], module, letters, numerics[name], folder, told)
+        told = functools.partial(request.on_stage, name)
+        _, errors[name] = export_compared(specs[name], module, request.letters, numerics[name], request.folder, told)

@@ -1,22 +1,19 @@
 """The backend `tensorrt` as an object. Imports nothing heavy until it is asked."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from storyadapter.engine.backend import Backend, EngineRequest, OpenRequest, ReportBytes, ReportFraction, ReportStage
-from storyadapter.engine.identity import EngineIdentity, identity_of
+from storyadapter.engine.backend import Backend, EngineRequest, OpenRequest
 from storyadapter.engine.sources import export_recipe
 from storyadapter.engine.tensorrt import SOURCES
 from storyadapter.engine.tensorrt.library import choose_library, describe_libraries, gpu_target, why_it_cant_run
 from storyadapter.engine.tensorrt.options import SETTINGS, BuildOptions
 from storyadapter.method.errors import Field, UnavailableError
-from storyadapter.model.numerics import Numerics, Precision
+from storyadapter.model.numerics import Precision
 
 if TYPE_CHECKING:
     import torch
 
-    from storyadapter.checkpoint import Checkpoint
     from storyadapter.model.networks import Networks
 
 
@@ -54,44 +51,17 @@ class TensorRT(Backend):
     def options(self, given: Mapping[str, Any]) -> BuildOptions:
         return BuildOptions.read(given)
 
-    def identity(
-        self, checkpoint: "Checkpoint", numerics: Numerics, options: BuildOptions | None, on_bytes: ReportBytes | None
-    ) -> EngineIdentity:
-        options = options or BuildOptions()
-        library, targets = choose_library(options.targets, gpu_target())
-        return identity_of(
-            self.name,
-            str(library),
-            "+".join(targets),
-            checkpoint,
-            numerics,
-            on_bytes,
-            self.recipe("+".join(targets)),
-            options.named(),
-        )
+    def target(self, options: BuildOptions | None) -> tuple[str, str]:
+        library, targets = choose_library(options.targets if options else (), gpu_target())
+        return str(library), "+".join(targets)
 
     def recipe(self, architecture: str) -> tuple[tuple[str, str], ...]:
         return export_recipe(*SOURCES)
 
-    def build(
-        self, request: EngineRequest, folder: Path, on_stage: ReportStage, on_fraction: ReportFraction
-    ) -> dict[str, Any]:
+    def build(self, request: EngineRequest) -> dict[str, Any]:
         from storyadapter.engine.tensorrt.builder import build_tensorrt
 
-        library, targets = choose_library(tuple(request.identity.architecture.split("+")), gpu_target())
-        return build_tensorrt(
-            request.checkpoint,
-            request.numerics,
-            request.ranges,
-            library,
-            targets,
-            request.options or BuildOptions(),
-            folder,
-            # what TensorRT measured of single layers, for all builds; TensorRT-RTX measures nothing
-            request.shared / f"timing-{library.version}-{targets[0]}.cache" if library.has_plugins else None,
-            on_stage,
-            on_fraction,
-        )
+        return build_tensorrt(request)
 
     def open(self, request: OpenRequest) -> "Networks":
         from storyadapter.engine.tensorrt.networks import open_tensorrt

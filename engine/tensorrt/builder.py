@@ -7,40 +7,25 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from storyadapter.checkpoint import Checkpoint
-from storyadapter.engine.backend import ReportFraction, ReportStage, installed_version
+from storyadapter.engine.backend import EngineRequest, installed_version
 from storyadapter.engine.processes import EndedEarly, Processes
 from storyadapter.engine.tensorrt.engine_folder import TENSORRT_NAMES, EngineFolder, engine_name
-from storyadapter.engine.tensorrt.library import Library
+from storyadapter.engine.tensorrt.library import Library, choose_library, gpu_target
 from storyadapter.engine.tensorrt.options import BuildOptions
 from storyadapter.engine.tensorrt.worker import BuildReport, NetworkRequest, Refusal, TensorBounds, build, peak_memory
+from storyadapter.engine.uses import ERRORS
 from storyadapter.export.onnx_export import export_compared
 from storyadapter.method.errors import EngineBuildError, Field, Text, UnavailableError
-from storyadapter.model.contract import NetworkSpec, Range, ShapeRanges, TensorSpec, network_specs, size_of, split_dim
+from storyadapter.model.contract import NetworkSpec, Range, TensorSpec, network_specs, size_of, split_dim
 from storyadapter.model.grca import grca
 from storyadapter.model.modules import iterate_modules
-from storyadapter.model.numerics import Numerics, Precision
+from storyadapter.model.numerics import Precision
 
 
-def build_tensorrt(
-    checkpoint: Checkpoint,
-    numerics: Numerics,
-    ranges: ShapeRanges,
-    library: Library,
-    targets: tuple[str, ...],
-    options: BuildOptions,
-    folder: Path,
-    timing_cache: Path | None,
-    on_stage: ReportStage,
-    on_fraction: ReportFraction,
-) -> dict[str, Any]:
-    """Export, compare and build the seven networks into `folder`, one after the other.
+def build_tensorrt(request: EngineRequest) -> dict[str, Any]:
+    """Export, compare and build the seven networks, one after the other.
 
     Of each network there remain the engine, its layer list and the build's log; the ONNX files don't.
-
-    Args:
-        library, targets: as `choose_library` gives them.
-        timing_cache: a file outside of `folder`, shared by builds; None where the library keeps none.
 
     Returns:
         For the manifest: relative error against eager, the report of each build, and the export's peak memory.
@@ -49,37 +34,39 @@ def build_tensorrt(
         EngineBuildError: TensorRT refused, or an exported network doesn't compute what eager computes.
         InputError: an option that doesn't fit.
     """
-    options.check(ranges, library)
-    geometry = checkpoint.geometry
+    library, targets = choose_library(tuple(request.identity.architecture.split("+")), gpu_target())
+    options: BuildOptions = request.options or BuildOptions()
+    options.check(request.ranges, library)
+    # what TensorRT measured of single layers, for all builds; TensorRT-RTX measures nothing
+    cache = request.shared / f"timing-{library.version}-{targets[0]}.cache" if library.has_plugins else None
+    geometry, letters, numerics, folder = request.checkpoint.geometry, request.letters, request.numerics, request.folder
     scale = geometry.pixels_per_latent
-    letters = ranges.letters(scale)
     latent_sizes = tuple((height // scale, width // scale) for height, width in options.resolutions)
     specs = network_specs(geometry)
     errors: dict[str, float] = {}
     reports: dict[str, Any] = {}
     plugin = embeds_kernel(library, targets)
     onnx_folder = folder / "onnx"
-    modules = iterate_modules(checkpoint, numerics, grca)
+    modules = iterate_modules(request.checkpoint, numerics, grca)
     while True:
-        on_stage("", "loading weights")
+        request.on_stage("", "loading weights")
         name, module = next(modules, ("", None))
         if module is None:
             break
         spec = specs[name]
         onnx_folder.mkdir()
         path, errors[name] = export_compared(
-            spec, module, letters, numerics[name], onnx_folder, functools.partial(on_stage, name)
+            spec, module, letters, numerics[name], onnx_folder, functools.partial(request.on_stage, name)
         )
-        on_stage(name, f"building the engine for {', '.join(targets)} with {library}")
-        request = build_request(
-            spec, path, folder, letters, numerics[name], library, targets, options, latent_sizes, timing_cache, plugin
+        request.on_stage(name, f"building the engine for {', '.join(targets)} with {library}")
+        asked = build_request(
+            spec, path, folder, letters, numerics[name], library, targets, options, latent_sizes, cache, plugin
         )
-        report = run_worker(spec.name, request, functools.partial(on_fraction, name))
-        reports[name] = asdict(report)
+        reports[name] = asdict(run_worker(name, asked, functools.partial(request.on_fraction, name)))
         shutil.rmtree(onnx_folder)
     profiles = {name: tuple(profiles_of(spec, letters, latent_sizes)) for name, spec in specs.items()}
     EngineFolder(folder, library.module, library.version, targets, plugin, profiles).write()
-    return {"relative_error_against_eager": errors, "builds": reports, "export_peak_memory_bytes": peak_memory()}
+    return {ERRORS: errors, "builds": reports, "export_peak_memory_bytes": peak_memory()}
 
 
 def embeds_kernel(library: Library, targets: tuple[str, ...]) -> bool:

@@ -39,7 +39,7 @@ class StoryPipeline:
     ...     print(event)
 
     Args:
-        networks: of one model, from `storyadapter.engine.open_networks`.
+        networks: of one model, from `storyadapter.engine.opening.open_networks`.
         tokenizers: of text encoder 1 and 2 of the same checkpoint, from `Checkpoint.load_tokenizers`.
         model: key of the model's files, which becomes part of the keys of what is drawn.
         overlapped: whether decoding and what follows on it go on beside the UNet's work on the next batch; by default

@@ -18,7 +18,7 @@ from storyadapter.bench.parity_run import Drawer, Iteration, Pictures, measure, 
 from storyadapter.bench.psnr import EQUAL
 from storyadapter.bench.report import Progress
 from storyadapter.demo.held_out import FRAMES_AT_MOST
-from storyadapter.engine import open_networks
+from storyadapter.engine.opening import open_networks
 from storyadapter.method.errors import InputError
 from storyadapter.method.events import Event
 

@@ -35,7 +35,7 @@ def identity(*, precision: Precision = "fp16", vae_precision: Precision = "fp32"
 
 def identify(checkpoint: Checkpoint, backend: str, numerics: Numerics, *, options: Any = None) -> EngineIdentity:
     """What a run asks the store for; see `Backend.identity`."""
-    return find_backend(backend).identity(checkpoint, numerics, options, None)
+    return find_backend(backend).identity(checkpoint, numerics, options)
 
 
 def ranges(

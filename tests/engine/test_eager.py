@@ -13,7 +13,7 @@ from storyadapter.checkpoint.paths import CheckpointPaths
 from storyadapter.demo.shipped import MODEL
 from storyadapter.demo.training.dataset import mixed_scenes
 from storyadapter.demo.training.scenes import draw
-from storyadapter.engine import open_networks
+from storyadapter.engine.opening import open_networks
 from storyadapter.model.networks import Networks
 from storyadapter.model.numerics import Numerics, Precision
 from storyadapter.runtime.pictures import decode_latents

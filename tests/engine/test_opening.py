@@ -8,8 +8,7 @@ import pytest
 
 from storyadapter.checkpoint import Checkpoint
 from storyadapter.engine import identity as identity_module
-from storyadapter.engine import open_networks
-from storyadapter.engine.opening import why_outdated
+from storyadapter.engine.opening import open_networks, why_outdated
 from storyadapter.engine.store import EngineStore
 from storyadapter.method.errors import EngineMismatchError, UnavailableError
 from storyadapter.model.contract import CONTRACT_VERSION

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from storyadapter import Checkpoint, RunPlan, Story, StoryPipeline
-from storyadapter.engine import open_networks
+from storyadapter.engine.opening import open_networks
 from storyadapter.method.events import FrameFinished
 from storyadapter.model.numerics import Precision
 

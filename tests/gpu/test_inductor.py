@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from storyadapter import Checkpoint, RunPlan, Story, StoryPipeline
-from storyadapter.engine import open_networks
 from storyadapter.engine.graphs import GraphStepRunner
+from storyadapter.engine.opening import open_networks
 from storyadapter.method.events import FrameFinished, IterationFinished, StepFinished
 from storyadapter.model.contract import Range, ShapeRanges
 from storyadapter.model.networks import Networks

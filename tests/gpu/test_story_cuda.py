@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from storyadapter import Checkpoint, RunPlan, Story, StoryPipeline
-from storyadapter.engine import open_networks
 from storyadapter.engine.graphs import GraphStepRunner
+from storyadapter.engine.opening import open_networks
 from storyadapter.method.events import FrameFinished, IterationFinished, MicroBatchHalved, RunStarted, StepFinished
 from storyadapter.method.plan import FRAMES_AT_MOST
 from storyadapter.model.networks import run_directly

@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 
 from storyadapter import Checkpoint, RunPlan, Story, StoryPipeline
-from storyadapter.engine import open_networks
 from storyadapter.engine.inductor import package_name
 from storyadapter.engine.inductor.fusion import prepare
 from storyadapter.engine.inductor.operators import PLAIN
 from storyadapter.engine.inductor.session import InductorNetwork
+from storyadapter.engine.opening import open_networks
 from storyadapter.method.errors import EngineMismatchError
 from storyadapter.method.events import FrameFinished
 from storyadapter.model.contract import Range, ShapeRanges, network_specs

@@ -13,9 +13,9 @@ from torch._inductor import config
 from storyadapter import Checkpoint
 from storyadapter.checkpoint import LoraSpec
 from storyadapter.demo.training.networks import TINY, write_random_model
-from storyadapter.engine import open_networks
 from storyadapter.engine.identity import model_weights
 from storyadapter.engine.inductor.session import open_inductor
+from storyadapter.engine.opening import open_networks
 from storyadapter.engine.store import EngineStore
 from storyadapter.method.errors import EngineBuildError, EngineMismatchError
 from storyadapter.model.networks import Networks

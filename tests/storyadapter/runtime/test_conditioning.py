@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storyadapter.checkpoint import Checkpoint
-from storyadapter.engine import open_networks
+from storyadapter.engine.opening import open_networks
 from storyadapter.model.contract import text_kv_name
 from storyadapter.model.networks import Networks
 from storyadapter.runtime.conditioning import TextCache, Tokenizers, text_bytes

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from storyadapter import Checkpoint
-from storyadapter.engine import open_networks
+from storyadapter.engine.opening import open_networks
 from storyadapter.method.plan import RunPlan
 from storyadapter.model.networks import Networks
 from storyadapter.model.numerics import Numerics

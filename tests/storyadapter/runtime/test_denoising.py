@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from storyadapter import Checkpoint
-from storyadapter.engine import open_networks
+from storyadapter.engine.opening import open_networks
 from storyadapter.method.constants import NEGATIVE_PROMPT
 from storyadapter.method.noise import draw_noise
 from storyadapter.method.sampler import build_sampler, scale_input, step, timestep_at

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from storyadapter import Checkpoint, RunPlan, Story, StoryPipeline
-from storyadapter.engine import open_networks
+from storyadapter.engine.opening import open_networks
 from storyadapter.method.errors import InputError, RunError
 from storyadapter.method.events import Event, FrameFinished, IterationFinished, RunFinished, StepFinished
 from storyadapter.model.contract import Range, ShapeRanges

@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from storyadapter import Checkpoint, RunPlan, Story, StoryPipeline
-from storyadapter.engine import open_networks
+from storyadapter.engine.opening import open_networks
 from storyadapter.method import constants
 from storyadapter.method.errors import InputError, RunError
 from storyadapter.method.events import FrameFinished, IterationFinished, PromptTruncated, RunStarted

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from storyadapter.checkpoint import Checkpoint
-from storyadapter.engine import open_networks
+from storyadapter.engine.opening import open_networks
 from storyadapter.model.networks import Networks
 from storyadapter.runtime.jobs import References
 from storyadapter.runtime.reference_bank import ReferenceBank, project

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from storyadapter import Checkpoint, RunPlan, Story, StoryPipeline
-from storyadapter.engine import open_networks
+from storyadapter.engine.opening import open_networks
 from storyadapter.method.events import Event, FrameFinished, IterationFinished, MicroBatchHalved, StepFinished
 from storyadapter.model.networks import Networks
 from storyadapter.runtime.pipeline import FinishedIteration
