@@ -111,8 +111,7 @@ def with_compiled_vae(
     """
     from storyadapter.engine.inductor.builder import build_inductor
     from storyadapter.engine.inductor.fusion import prepare
-    from storyadapter.engine.inductor.operators import operators_for
-    from storyadapter.engine.inductor.session import InductorNetwork
+    from storyadapter.engine.inductor.networks import InductorNetwork
 
     spec, device, letters = networks["vae_decoder"].spec, model.device, networks.letters
     assert letters is not None
@@ -127,7 +126,7 @@ def with_compiled_vae(
         numerics = Numerics(precision)
         build_inductor(model.checkpoint, numerics, ranges, folder, device, on_stage, only=(spec.name,))
         ((_, module),) = iterate_modules(model.checkpoint, numerics, grca, (spec.name,), device)
-        weights = prepare(module, operators_for(device), device)
+        weights = prepare(module, device)
         network = InductorNetwork(spec, folder, precision, device, letters, weights)
     return _with_vae(networks, network, precision)
 

@@ -13,7 +13,6 @@ SOURCES: Final = (
     "storyadapter.engine.inductor.compilation",
     "storyadapter.engine.inductor.fusion",
     "storyadapter.engine.inductor.launch_analysis",
-    "storyadapter.engine.inductor.operators",
     "storyadapter.engine.inductor.shapes",
     "storyadapter.kernels",
     "storyadapter.model",

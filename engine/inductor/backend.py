@@ -68,13 +68,13 @@ class Inductor(Backend):
         }
 
     def accept(self, engine: "StoredEngine", checkpoint: "Checkpoint", on_stage: ReportStage) -> None:
-        from storyadapter.engine.inductor.stored import open_stored, was_compared
+        from storyadapter.engine.inductor.networks import open_stored, was_compared
 
         if not was_compared(engine, checkpoint):
             open_stored(engine, checkpoint, self.device(), on_stage)
 
     def open(self, request: OpenRequest) -> "Networks":
-        from storyadapter.engine.inductor.stored import open_stored
+        from storyadapter.engine.inductor.networks import open_stored
 
         return open_stored(request.stored, request.checkpoint, request.device, request.on_stage)
 

@@ -1,7 +1,6 @@
 """Networks exported and compiled by AOTInductor in this process: code alone, which serves any weights of its kind."""
 
 import contextlib
-import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,8 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from storyadapter.engine.inductor import TOLERANCE, constants_name, package_name
 from storyadapter.engine.inductor.fusion import prepare
 from storyadapter.engine.inductor.launch_analysis import analysed_once
-from storyadapter.engine.inductor.operators import Operators, operators_for
-from storyadapter.engine.inductor.session import InductorNetwork
+from storyadapter.engine.inductor.networks import InductorNetwork
 from storyadapter.engine.inductor.shapes import compiled_ranges, example_sizes
 from storyadapter.engine.processes import first_error
 from storyadapter.method.errors import EngineBuildError
@@ -75,7 +73,7 @@ def build_networks(request: BuildRequest, tell: Callable[..., None]) -> dict[str
     Raises:
         EngineBuildError: a network can't be compiled, or computes something else than eager.
     """
-    specs, operators = network_specs(request.checkpoint.geometry), operators_for(request.device)
+    specs = network_specs(request.checkpoint.geometry)
     built: dict[str, BuiltNetwork] = {}
     modules = iterate_modules(request.checkpoint, request.numerics, grca, request.networks, request.device)
     while True:
@@ -83,48 +81,41 @@ def build_networks(request: BuildRequest, tell: Callable[..., None]) -> dict[str
         name, module = next(modules, ("", None))
         if module is None:
             return built
-        options = NetworkOptions(request.numerics[name], request.letters, operators)
-        on_stage = functools.partial(_tell_stage, tell, name)
-        built[name] = build_network(specs[name], module, options, request.folder, on_stage)
+
+        def on_stage(stage: str, network: str = name) -> None:
+            tell(network=network, stage=stage)
+
+        built[name] = build_network(
+            specs[name], module, request.numerics[name], request.letters, request.folder, on_stage
+        )
         del module
-
-
-def _tell_stage(tell: Callable[..., None], network: str, stage: str) -> None:
-    tell(network=network, stage=stage)
-
-
-@dataclass(frozen=True)
-class NetworkOptions:
-    """What a network is compiled with; `letters` as in `ShapeRanges.letters`."""
-
-    precision: Precision
-    letters: Mapping[str, Range]
-    operators: Operators
 
 
 def build_network(
     spec: NetworkSpec,
     module: nn.Module,
-    options: NetworkOptions,
+    precision: Precision,
+    letters: Mapping[str, Range],
     folder: Path,
     on_stage: Callable[[str], None] = lambda what: None,
 ) -> BuiltNetwork:
     """Compile one network, store its package, and compare it with eager.
 
     Args:
+        letters: their ranges, as in `ShapeRanges.letters`.
         module: in eval mode and in the network's dtype, on the device to compile for; it is rewritten.
 
     Raises:
         EngineBuildError: the network can't be compiled, or computes something else than eager.
     """
     device = next(module.parameters()).device
-    ranges = compiled_ranges(spec, options.letters)
+    ranges = compiled_ranges(spec, letters)
     # before the module is rewritten: the comparison shall see the rewriting, too
     on_stage("running eager")
-    examples = run_examples(spec, module, {**options.letters, **ranges}, options.precision)
-    weights = prepare(module, options.operators, device)
+    examples = run_examples(spec, module, {**letters, **ranges}, precision)
+    weights = prepare(module, device)
     on_stage("exporting")
-    inputs = example_inputs(spec, example_sizes(ranges, device), options.precision)
+    inputs = example_inputs(spec, example_sizes(ranges, device), precision)
     arguments = tuple(value.to(device) for value in inputs.values())
     with _compiling(spec.name):
         program = torch.export.export(
@@ -137,13 +128,13 @@ def build_network(
             torch._inductor.aoti_compile_and_package(program, package_path=str(package), inductor_configs={**configs})
     _save(spec, {name: value for name, value in program.constants.items() if name not in weights}, folder)
     on_stage("comparing with eager")
-    network = InductorNetwork(spec, folder, options.precision, device, options.letters, weights)
+    network = InductorNetwork(spec, folder, precision, device, letters, weights)
     if unread := sorted(_weights_used(program) - network.weights.keys()):
         raise EngineBuildError(
             f"{spec.name}: the code holds the values of {', '.join(unread)}; expected code that reads all weights"
         )
     del program, inputs, arguments
-    error = compare_with_eager(spec.name, network, examples, options.precision, TOLERANCE[options.precision])
+    error = compare_with_eager(spec.name, network, examples, precision, TOLERANCE[precision])
     return BuiltNetwork(error, sum(value.nbytes for value in network.weights.values()))
 
 

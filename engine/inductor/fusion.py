@@ -5,6 +5,9 @@ with the layer norm that follows it, and GEGLU together with the matrix product 
 so that convolutions run in the layout that tensor cores read and pictures become tokens without a copy.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from diffusers.models.attention_processor import Attention
@@ -12,8 +15,53 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 from torch.nn import functional
 
-from storyadapter.engine.inductor.operators import Operators
+from storyadapter.model.grca import GrcaFunction, grca
 from storyadapter.model.unet import CrossAttentionInputs, Denoiser
+
+# (x [M, C], residual [M, C], weight [C], bias [C], eps) -> (x + residual, its layer norm)
+AddLayerNorm = Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+# (x [M, K], weight [2·N, K], bias [2·N], both in the operator's own order of rows) -> value · gelu(gate) [M, N]
+Geglu = Callable[[Tensor, Tensor, Tensor], Tensor]
+# (weight [2·N, K], bias [2·N], all values before all gates) -> the same in the operator's own order of rows
+ArrangeGeglu = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Operators:
+    """What the denoiser's transformer blocks are made of besides matrix products and self-attention."""
+
+    grca: GrcaFunction
+    add_layer_norm: AddLayerNorm
+    geglu: Geglu
+    arrange_geglu: ArrangeGeglu
+
+
+def operators_for(device: torch.device) -> Operators:
+    """The project's Triton kernels on a CUDA device, PyTorch's operators elsewhere."""
+    if device.type != "cuda":
+        return PLAIN
+    from storyadapter.kernels.geglu import geglu_triton, interleave_geglu
+    from storyadapter.kernels.grca.launch import grca_triton
+    from storyadapter.kernels.layer_norm import add_layer_norm_triton
+
+    return Operators(grca_triton, add_layer_norm_triton, geglu_triton, interleave_geglu)
+
+
+def _add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return total, functional.layer_norm(total, (total.shape[-1],), weight, bias, eps)
+
+
+def _geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    value, gate = functional.linear(x, weight, bias).chunk(2, dim=-1)
+    return value * functional.gelu(gate)
+
+
+def _as_it_is(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    return weight, bias
+
+
+PLAIN = Operators(grca, _add_layer_norm, _geglu, _as_it_is)
 
 
 class SelfAttention(nn.Module):
@@ -125,7 +173,7 @@ def fuse_denoiser(denoiser: Denoiser, operators: Operators) -> None:
         denoiser.get_submodule(parent).register_module(child, Transformer(model, operators))
 
 
-def prepare(module: nn.Module, operators: Operators, device: torch.device) -> dict[str, Tensor]:
+def prepare(module: nn.Module, device: torch.device) -> dict[str, Tensor]:
     """Bring a module of the contract into the form that is compiled for `device`, in place.
 
     Returns:
@@ -134,7 +182,7 @@ def prepare(module: nn.Module, operators: Operators, device: torch.device) -> di
     for tensor in (*module.parameters(), *module.buffers()):
         tensor.data = tensor.data.contiguous()  # as of a checkpoint saved by pickle, which keeps strides
     if isinstance(module, Denoiser):
-        fuse_denoiser(module, operators)
+        fuse_denoiser(module, operators_for(device))
     if device.type == "cuda":
         channels_last(module)
     named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))

@@ -34,13 +34,13 @@ class OnnxRuntimeNetwork:
         """See `storyadapter.model.networks.Network`."""
         check_inputs(self.spec, inputs, precision=self.precision, device=DEVICE, letters=self.letters)
         names = [tensor.name for tensor in self.spec.outputs]
-        with told_as_memory_error():
+        with as_memory_error():
             outputs = self.session.run(names, {name: tensor.numpy() for name, tensor in inputs.items()})
         return {name: torch.from_numpy(value) for name, value in zip(names, outputs, strict=True)}
 
 
 @contextmanager
-def told_as_memory_error() -> Iterator[None]:
+def as_memory_error() -> Iterator[None]:
     """Inside, an error of ONNX Runtime for lack of memory is a `MemoryError`; it has no class of its own for it."""
     try:
         yield

@@ -7,16 +7,15 @@ RTX architectures at once, on any machine, and knows no plugins. A target is a c
 import importlib
 import re
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import Final
 
+from storyadapter.engine.backend import installed_version
 from storyadapter.method.errors import Field, InputError, UnavailableError
 
 AUTO: Final = "auto"
 RTX_TARGETS: Final = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
 OLDEST: Final = {"tensorrt": (10, 14), "tensorrt-rtx": (1, 7)}  # the first whose ONNX parser knows Attention
-_HOW_TO_INSTALL: Final = "pip install 'storyadapter-trt[{extra}]'"
 
 
 @dataclass(frozen=True)
@@ -48,13 +47,7 @@ class Library:
 
 def installed_libraries() -> tuple[Library, ...]:
     """`tensorrt` first; each only if it is installed, whatever its version."""
-    found = []
-    for distribution in OLDEST:
-        try:
-            found.append(Library(distribution, version(distribution)))
-        except PackageNotFoundError:
-            continue
-    return tuple(found)
+    return tuple(Library(name, version) for name in OLDEST if (version := installed_version(name)))
 
 
 def gpu_target() -> str | None:
@@ -106,7 +99,7 @@ def choose_library(
         else:
             return library, targets
     rtx = all(target in RTX_TARGETS for target in targets)
-    how = _HOW_TO_INSTALL.format(extra="tensorrt-rtx" if rtx else "tensorrt")
+    how = f"pip install 'storyadapter-trt[{'tensorrt-rtx' if rtx else 'tensorrt'}]'"
     raise UnavailableError(
         f"backend tensorrt can't serve {', '.join(targets)} here: "
         f"{'; '.join(reasons) or 'neither tensorrt nor tensorrt-rtx is installed'}; type: {how}"

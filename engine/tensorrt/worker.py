@@ -12,13 +12,47 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Final
 
-from storyadapter.engine.tensorrt.layers import HEADER, fused_attentions, parse_layers
 from storyadapter.method.errors import EngineBuildError
 from storyadapter.output.files import write_whole
 
 _PROGRESS_SECONDS = 0.2
+HEADER: Final = "Layers:"  # of the message in which TensorRT's builder lists them, at `ProfilingVerbosity.DETAILED`
+_LAYER: Final = re.compile(r"^Name: (?P<name>.*?), LayerType: (?P<type>[^,]*), Inputs: .*?Metadata: (?P<metadata>.*)$")
+_NODE: Final = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
+_FUSED: Final = re.compile(r"mha")  # _gemm_mha_v2 in TensorRT-RTX, fmha_… in TensorRT
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of the built engine; `nodes` are the ONNX nodes that went into it."""
+
+    name: str
+    type: str
+    nodes: tuple[str, ...]
+
+    @property
+    def is_fused_attention(self) -> bool:
+        """Whether this is an attention kernel: scores, softmax and values in one."""
+        return self.type != "gemm" and _FUSED.search(self.name) is not None
+
+
+def parse_layers(text: str) -> tuple[Layer, ...]:
+    """The layers of the builder's message, as an engine for another GPU can't be opened to ask it.
+
+    Raises:
+        ValueError: it holds no layers, or a line of another form.
+    """
+    layers = []
+    for line in text.splitlines():
+        if match := _LAYER.match(line):
+            layers.append(Layer(match["name"], match["type"], tuple(_NODE.findall(match["metadata"]))))
+        elif line.startswith("Name: "):
+            raise ValueError(f"not a layer as TensorRT's builder writes them: {line[:120]}")
+    if not layers:
+        raise ValueError("the builder's message names no layers")
+    return tuple(layers)
 
 
 @dataclass(frozen=True)
@@ -107,14 +141,14 @@ def build(request: NetworkRequest, tell: Callable[..., None]) -> BuildReport:
             file.write(engine)
         if cache is not None:
             write_whole(Path(str(request.timing_cache)), bytes(cache.serialize()))
-        built = parse_layers(logger.layers).layers
+        built = parse_layers(logger.layers)
         return BuildReport(
             seconds=round(time.perf_counter() - started, 3),
             parse_seconds=round(parse_seconds, 3),
             peak_memory_bytes=peak_memory(),
             engine_bytes=engine.nbytes,
             layers=len(built),
-            fused_attentions=fused_attentions(built),
+            fused_attentions=sum(layer.is_fused_attention for layer in built),
             longest_step_seconds=round(monitor.longest_silence, 3),
             warnings=logger.warnings,
         )

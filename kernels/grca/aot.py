@@ -1,20 +1,16 @@
-"""The kernel compiled ahead of time, without a GPU, as data that a TensorRT plugin or the CUDA driver API can launch.
+"""The kernel compiled ahead of time, without a GPU, as data that a TensorRT plugin, or the CUDA driver API, can launch.
 
 Triton appends hidden pointer parameters (global and profiling scratch) behind the kernel's own. Where their sizes are 0
 nothing reads them, so they are removed and the PTX has exactly the parameters listed in `EmbeddedKernel.arguments`; a
-kernel that needs scratch is refused. The cubin is assembled from that same PTX.
+kernel that needs scratch is refused.
 """
 
 import re
-import subprocess
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from storyadapter.kernels.grca.arguments import (
@@ -55,19 +51,15 @@ class KernelArgument:
 class EmbeddedKernel:
     """The kernel for one target, H, D, T and dtype; B, S, P, G, R are free."""
 
-    entry: str  # its name in `ptx` and `cubin`
+    entry: str  # its name in `ptx`
     ptx: str  # text; its target is `sm_90a`, `sm_120a`, … where the architecture has such a variant
-    cubin: bytes  # machine code assembled from `ptx`
-    capability: int  # compute capability, 10·major + minor
     heads: int
     head_size: int
     text_tokens: int
-    element_type: str
     block: tuple[int, int, int]  # threads
     shared_bytes: int  # dynamic shared memory of a launch; over 48 KB only if asked for by attribute
     arguments: tuple[KernelArgument, ...]  # in order
     tiles: GrcaTiles  # compile-time choices
-    tuned: bool  # the tiles were measured on this architecture
 
     def grid(self, rows: Any, query_tokens: Any) -> tuple[Any, Any, Any]:
         """Programs of a launch, from B and S, numbers or symbols: see `grid_shape`."""
@@ -87,7 +79,6 @@ def compile_kernel(
     *,
     embedded: bool = True,
     tiles: GrcaTiles | None = None,
-    ptx_version: int | None = None,
 ) -> EmbeddedKernel:
     """Compiles for contiguous tensors; needs Triton, no GPU and no driver.
 
@@ -99,7 +90,6 @@ def compile_kernel(
         text_tokens: T.
         embedded: take the stored tiles whose shared memory is at most 48 KB.
         tiles: instead of the stored ones.
-        ptx_version: PTX ISA version as Triton counts it (86: 8.6), for drivers older than this Triton.
 
     Raises:
         ValueError: an unknown target or element type.
@@ -110,7 +100,7 @@ def compile_kernel(
     if element_type not in ELEMENT_BYTES:
         raise ValueError(f"element_type is {element_type!r}; expected one of {sorted(ELEMENT_BYTES)}")
     table = GRCA_EMBEDDED if embedded else GRCA
-    chosen, tuned = (tiles, False) if tiles else table.choose(capability, ELEMENT_BYTES[element_type], head_size)
+    chosen = tiles or table.choose(capability, ELEMENT_BYTES[element_type], head_size)[0]
     strides = TokenStrides(*[heads * head_size] * 4)
     fixed = constants(text_tokens, head_size, element_type, ALIGNED_STRIDE, strides, chosen)
     arguments = _arguments(element_type)
@@ -125,28 +115,21 @@ def compile_kernel(
         {(index,): [["tt.divisibility", 16]] for index in wide},
     )
     options = {**chosen.options(), "enable_fp_fusion": True}
-    if ptx_version is not None:
-        options["ptx_version"] = ptx_version
     with triton.knobs.compilation.scope():
         triton.knobs.compilation.disable_line_info = True  # no paths of this machine in the PTX
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, WARP_THREADS), options=options)
     entry = compiled.metadata.name
     check_resources(compiled.metadata, DEFAULT_SHARED_MEMORY if embedded else SHARED_MEMORY_LIMIT[capability])
-    ptx = strip_hidden_parameters(compiled.asm["ptx"], entry, len(arguments))
     return EmbeddedKernel(
         entry=entry,
-        ptx=ptx,
-        cubin=assemble(ptx, capability),
-        capability=capability,
+        ptx=strip_hidden_parameters(compiled.asm["ptx"], entry, len(arguments)),
         heads=heads,
         head_size=head_size,
         text_tokens=text_tokens,
-        element_type=element_type,
         block=(WARP_THREADS * chosen.num_warps, 1, 1),
         shared_bytes=compiled.metadata.shared,
         arguments=arguments,
         tiles=chosen,
-        tuned=tuned,
     )
 
 
@@ -197,22 +180,3 @@ def strip_hidden_parameters(ptx: str, entry: str, expected: int) -> str:
             raise AheadOfTimeError(f"the hidden parameter {name} is read")
     kept = ",\n".join(f"\t{parameter}" for parameter in parameters[:expected])
     return f"{ptx[: found.start(1)]}\n{kept}\n{ptx[found.end(1) :]}"
-
-
-def assemble(ptx: str, capability: int) -> bytes:
-    """Machine code of a PTX text, by the assembler that Triton carries.
-
-    Raises:
-        AheadOfTimeError: the assembler's own words.
-    """
-    target = re.search(r"^\.target (sm_\w+)", ptx, re.MULTILINE)
-    if target is None:
-        raise AheadOfTimeError("the PTX names no target")
-    with tempfile.TemporaryDirectory() as folder:
-        source, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
-        source.write_text(ptx, encoding="utf-8")
-        command = [get_ptxas(capability).path, f"--gpu-name={target.group(1)}", str(source), "-o", str(binary)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise AheadOfTimeError(f"ptxas refuses the kernel for {target.group(1)}: {done.stderr.strip()}")
-        return binary.read_bytes()

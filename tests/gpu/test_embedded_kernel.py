@@ -13,6 +13,7 @@ driver = pytest.importorskip("cuda.bindings.driver", reason="needs cuda-bindings
 
 if torch.cuda.is_available():
     from storyadapter.kernels.grca.aot import EmbeddedKernel, compile_kernel
+    from tests.kernels.assembling import assemble
 
 
 def _checked(result):
@@ -41,7 +42,7 @@ def test_declared_launch_agrees_with_the_reference(heads: int, form: str) -> Non
     major, minor = torch.cuda.get_device_capability()
     kernel = compile_kernel(10 * major + minor, heads, 64, "fp16", 77)
     assert kernel.shared_bytes <= 48 * 1024
-    image = kernel.ptx.encode() + b"\0" if form == "ptx" else kernel.cubin
+    image = kernel.ptx.encode() + b"\0" if form == "ptx" else assemble(kernel.ptx, 10 * major + minor)
     module = _checked(driver.cuModuleLoadData(image))
     function = _checked(driver.cuModuleGetFunction(module, kernel.entry.encode()))
     for case in (

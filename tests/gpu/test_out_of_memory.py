@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from storyadapter.engine.inductor.session import as_out_of_memory
+from storyadapter.engine.inductor.networks import as_out_of_memory
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

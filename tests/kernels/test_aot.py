@@ -12,7 +12,6 @@ from storyadapter.kernels.grca.aot import (  # noqa: E402
     SHARED_MEMORY_LIMIT,
     AheadOfTimeError,
     EmbeddedKernel,
-    assemble,
     check_resources,
     compile_kernel,
     strip_hidden_parameters,
@@ -20,6 +19,7 @@ from storyadapter.kernels.grca.aot import (  # noqa: E402
 from storyadapter.kernels.grca.arguments import grid_shape, packed_integers  # noqa: E402
 from storyadapter.kernels.grca.kernel import RUN_TIME_INTEGERS  # noqa: E402
 from storyadapter.kernels.tiles import GRCA, GRCA_EMBEDDED  # noqa: E402
+from tests.kernels.assembling import assemble  # noqa: E402
 
 TARGETS = (80, 89, 90, 100, 120)
 ELF = b"\x7fELF"
@@ -35,9 +35,7 @@ def _parameters(kernel: EmbeddedKernel) -> list[str]:
 
 @pytest.mark.parametrize("capability", TARGETS)
 def test_embedded_kernel_is_what_it_declares(capability: int) -> None:
-    older = {"ptx_version": 86} if capability == 89 else {}
-    kernel = compile_kernel(capability, 10, 64, "bf16" if capability == 120 else "fp16", 77, **older)
-    assert (".version 8.6\n" in kernel.ptx) is bool(older)
+    kernel = compile_kernel(capability, 10, 64, "bf16" if capability == 120 else "fp16", 77)
     assert re.search(rf"^\.target sm_{capability}a?$", kernel.ptx, re.MULTILINE)
     assert [parameter.split()[1] for parameter in _parameters(kernel)] == [
         PTX_TYPES[argument.type] for argument in kernel.arguments
@@ -45,8 +43,8 @@ def test_embedded_kernel_is_what_it_declares(capability: int) -> None:
     assert [argument.kind for argument in kernel.arguments] == ["input"] * 6 + ["integer"] * 10 + ["output"]
     assert re.search(rf"\.(maxntid|reqntid) {kernel.block[0]}\b", kernel.ptx)
     assert kernel.shared_bytes <= DEFAULT_SHARED_MEMORY
-    assert kernel.cubin.startswith(ELF)
-    assert kernel.tuned is (capability == 90)
+    assert assemble(kernel.ptx, capability).startswith(ELF)
+    assert GRCA_EMBEDDED.choose(capability, 2, 64) == (kernel.tiles, capability == 90)
     assert ".loc" not in kernel.ptx and ".file" not in kernel.ptx
 
 
@@ -98,11 +96,6 @@ def test_what_a_plain_launch_lacks_is_refused(needs: dict[str, int], text: str) 
     check_resources(SimpleNamespace(shared=49152, global_scratch_size=0), DEFAULT_SHARED_MEMORY)
     with pytest.raises(AheadOfTimeError, match=text):
         check_resources(SimpleNamespace(**needs), DEFAULT_SHARED_MEMORY)
-
-
-def test_what_the_assembler_refuses_is_told() -> None:
-    with pytest.raises(AheadOfTimeError, match="ptxas refuses the kernel for sm_90"):
-        assemble(".version 8.0\n.target sm_90\n.address_size 64\n.entry f() { nonsense; }\n", 90)
 
 
 @pytest.mark.parametrize(("capability", "element_type"), [(70, "fp16"), (90, "int8")])

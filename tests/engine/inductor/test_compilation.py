@@ -6,10 +6,9 @@ import torch
 from torch import nn
 
 from storyadapter import Checkpoint
-from storyadapter.engine.inductor.compilation import NetworkOptions, build_network
+from storyadapter.engine.inductor.compilation import build_network
 from storyadapter.engine.inductor.fusion import prepare
-from storyadapter.engine.inductor.operators import operators_for
-from storyadapter.engine.inductor.session import InductorNetwork
+from storyadapter.engine.inductor.networks import InductorNetwork
 from storyadapter.model.contract import Range, ShapeRanges, network_specs
 from storyadapter.model.examples import run_examples
 from storyadapter.model.grca import grca
@@ -33,13 +32,12 @@ def test_weights_that_lie_transposed_are_bound_as_they_are_read(checkpoint: Chec
     """As of a checkpoint saved by pickle, which keeps strides."""
     size = Range(64, 64)
     letters = ShapeRanges(2, 8, size, size).letters()
-    operators = operators_for(CPU)
     spec = network_specs(checkpoint.geometry)[NAME]
     module = transposed(checkpoint)
     examples = run_examples(spec, module, letters, "fp32")
-    built = build_network(spec, module, NetworkOptions("fp32", letters, operators), tmp_path)
+    built = build_network(spec, module, "fp32", letters, tmp_path)
     assert built.relative_error < 1e-5
-    weights = prepare(transposed(checkpoint), operators, CPU)
+    weights = prepare(transposed(checkpoint), CPU)
     assert built.weight_bytes == sum(weight.nbytes for weight in weights.values())
     network = InductorNetwork(spec, tmp_path, "fp32", CPU, letters, weights)
     for example in examples:

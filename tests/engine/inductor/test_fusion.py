@@ -6,8 +6,7 @@ from diffusers.models.attention import FeedForward
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
 from storyadapter.checkpoint import Checkpoint
-from storyadapter.engine.inductor.fusion import GegluFeedForward, Transformer, fuse_denoiser
-from storyadapter.engine.inductor.operators import PLAIN
+from storyadapter.engine.inductor.fusion import PLAIN, GegluFeedForward, Transformer, fuse_denoiser
 from storyadapter.model.contract import network_specs
 from storyadapter.model.examples import example_inputs
 from storyadapter.model.grca import grca

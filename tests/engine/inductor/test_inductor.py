@@ -14,8 +14,7 @@ from PIL import Image
 from storyadapter import Checkpoint, RunPlan, Story, StoryPipeline
 from storyadapter.engine.inductor import package_name
 from storyadapter.engine.inductor.fusion import prepare
-from storyadapter.engine.inductor.operators import PLAIN
-from storyadapter.engine.inductor.session import InductorNetwork
+from storyadapter.engine.inductor.networks import InductorNetwork
 from storyadapter.engine.opening import open_networks
 from storyadapter.method.errors import EngineMismatchError
 from storyadapter.method.events import FrameFinished
@@ -44,7 +43,7 @@ def engine_folder(store: Path) -> Path:
 
 def prepared(checkpoint: Checkpoint, name: str) -> dict[str, torch.Tensor]:
     ((_, module),) = iterate_modules(checkpoint, Numerics("fp32"), grca, (name,))
-    return prepare(module, PLAIN, torch.device("cpu"))
+    return prepare(module, torch.device("cpu"))
 
 
 def pictures(networks: Networks, checkpoint: Checkpoint, guidance: float = 5.0, prompts=PROMPTS) -> list[Image.Image]:

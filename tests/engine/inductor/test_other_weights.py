@@ -14,7 +14,7 @@ from storyadapter import Checkpoint
 from storyadapter.checkpoint import LoraSpec
 from storyadapter.demo.training.networks import TINY, write_random_model
 from storyadapter.engine.identity import model_weights
-from storyadapter.engine.inductor.session import open_inductor
+from storyadapter.engine.inductor.networks import open_inductor
 from storyadapter.engine.opening import open_networks
 from storyadapter.engine.store import EngineStore
 from storyadapter.method.errors import EngineBuildError, EngineMismatchError

@@ -5,7 +5,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from storyadapter.engine.onnxruntime.networks import told_as_memory_error
+from storyadapter.engine.onnxruntime.networks import as_memory_error
 
 
 def zeros() -> onnxruntime.InferenceSession:
@@ -19,12 +19,12 @@ def zeros() -> onnxruntime.InferenceSession:
 
 def test_no_memory_is_a_memory_error() -> None:
     session, too_many = zeros(), {"shape": np.array([1 << 24, 1 << 24], np.int64)}
-    with pytest.raises(MemoryError, match="Failed to allocate memory"), told_as_memory_error():
+    with pytest.raises(MemoryError, match="Failed to allocate memory"), as_memory_error():
         session.run(None, too_many)
 
 
 def test_another_error_stays_what_it_is() -> None:
     session, negative = zeros(), {"shape": np.array([-2], np.int64)}
-    with pytest.raises(Exception) as caught, told_as_memory_error():  # noqa: B017, PT011 (the library's are no closer)
+    with pytest.raises(Exception) as caught, as_memory_error():  # noqa: B017, PT011 (the library's are no closer)
         session.run(None, negative)
     assert not isinstance(caught.value, MemoryError)

@@ -1,7 +1,9 @@
 """What the tests build with TensorRT-RTX, and for what."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 from torch import Tensor, nn
@@ -85,3 +87,40 @@ def small_onnx(folder: Path, op_type: str, other: np.ndarray | None = None) -> P
     path = folder / "small.onnx"
     save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)]), path)
     return path
+
+
+_TENSOR: Final = re.compile(
+    r"^ ?Name: (?P<name>.*?), IOMode: (?P<mode>\w+), DataType: (?P<dtype>\w+), Dimensions: \[(?P<dims>[-\d,]*)\].*"
+    r"ProfileInfo: \[(?P<profiles>.*)\]$"
+)
+_SHAPES: Final = re.compile(r"MinShape: \[([\d,]*)\], OptShape: \[([\d,]*)\], MaxShape: \[([\d,]*)\]")
+
+
+@dataclass(frozen=True)
+class BoundTensor:
+    """An input or output: `shape` with -1 where it is dynamic; `profiles` are (min, opt, max) shapes of an input."""
+
+    name: str
+    is_input: bool
+    dtype: str
+    shape: tuple[int, ...]
+    profiles: tuple[tuple[tuple[int, ...], ...], ...]
+
+
+def bound_tensors(text: str) -> tuple[BoundTensor, ...]:
+    """Inputs and outputs, of the message in which the builder lists the layers."""
+    found = filter(None, map(_TENSOR.match, text.splitlines()))
+    return tuple(
+        BoundTensor(
+            match["name"],
+            match["mode"] == "Input",
+            match["dtype"],
+            _sizes(match["dims"]),
+            tuple(tuple(_sizes(part) for part in shapes) for shapes in _SHAPES.findall(match["profiles"])),
+        )
+        for match in found
+    )
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(",") if part)

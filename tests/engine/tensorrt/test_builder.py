@@ -24,10 +24,9 @@ from storyadapter.engine.opening import build_engine
 from storyadapter.engine.store import EngineStore
 from storyadapter.engine.tensorrt.builder import build_request, profiles_of, run_worker
 from storyadapter.engine.tensorrt.engine_folder import engine_name
-from storyadapter.engine.tensorrt.layers import fused_attentions, parse_layers
 from storyadapter.engine.tensorrt.library import Library
 from storyadapter.engine.tensorrt.options import BuildOptions
-from storyadapter.engine.tensorrt.worker import NetworkRequest
+from storyadapter.engine.tensorrt.worker import NetworkRequest, parse_layers
 from storyadapter.export.onnx_export import export_network
 from storyadapter.export.verify import TOLERANCE
 from storyadapter.method.errors import EngineBuildError, InputError
@@ -40,6 +39,7 @@ from tests.engine.tensorrt.building import (
     RANGES,
     TARGETS,
     Built,
+    bound_tensors,
     layer_block_spec,
     small_onnx,
 )
@@ -60,7 +60,7 @@ def test_every_network_is_built_with_the_contracts_inputs_and_outputs(
     geometry = build.checkpoint.geometry
     latent_sizes = [(height // 8, width // 8) for height, width in OPTIONS.resolutions]
     for name, spec in network_specs(geometry).items():
-        found = {tensor.name: tensor for tensor in parse_layers(build.text(name)).tensors}
+        found = {tensor.name: tensor for tensor in bound_tensors(build.text(name))}
         assert found.keys() == {tensor.name for tensor in (*spec.inputs, *spec.outputs)}
         profiles = profiles_of(spec, LETTERS, latent_sizes)
         for tensor in (*spec.inputs, *spec.outputs):
@@ -91,10 +91,10 @@ def test_a_store_entry_holds_engine_layers_and_log_of_every_network(
     assert all(0 < error < TOLERANCE[precision] for error in details["relative_error_against_eager"].values())
     assert details["builds"].keys() == names
     for name, report in details["builds"].items():
-        layers = parse_layers(build.text(name)).layers
+        layers = parse_layers(build.text(name))
         assert report["engine_bytes"] == build.engine.files[engine_name(name)]
         assert report["layers"] == len(layers)
-        assert report["fused_attentions"] == fused_attentions(layers)
+        assert report["fused_attentions"] == sum(layer.is_fused_attention for layer in layers)
         assert report["peak_memory_bytes"] > 100 << 20
         assert 0 < report["parse_seconds"] < report["seconds"]
     assert build.identity.architecture == "sm89+sm120"
@@ -113,7 +113,7 @@ def test_every_attention_of_the_denoiser_is_in_the_layer_list(
 ) -> None:
     """By the names of the ONNX nodes: none of the operator's calls was lost on the way."""
     build = built(precision)
-    nodes = {node for layer in parse_layers(build.text("denoiser")).layers for node in layer.nodes}
+    nodes = {node for layer in parse_layers(build.text("denoiser")) for node in layer.nodes}
     blocks = sum(width.layers for width in build.checkpoint.geometry.widths)
     text = {node for node in nodes if "GlobalReferenceCrossAttention/Attention" in node}
     references = {node for node in nodes if "GlobalReferenceCrossAttention/Softmax" in node}
@@ -199,7 +199,7 @@ def test_a_full_size_layer_block_is_built_with_every_attention_fused(
     """SDXL's head size of 64: self-attention, text attention and reference attention are one kernel each."""
     request = block_request(channels, layer_block_onnx(channels), tmp_path, rtx)
     report = run_worker("block", request, lambda fraction: None)
-    layers = parse_layers(Path(request.layers).read_text()).layers
+    layers = parse_layers(Path(request.layers).read_text())
     assert report.layers == len(layers) > 10
     assert report.fused_attentions == 3
     assert report.engine_bytes == Path(request.engine).stat().st_size > channels * channels * 16
@@ -401,5 +401,5 @@ def test_a_vae_that_asks_for_fp32_is_built_in_fp32(demo_checkpoint: Checkpoint, 
     request = build_request(spec, path, tmp_path, LETTERS, "fp32", rtx, ("sm89",), BuildOptions())
     report = run_worker(spec.name, request, lambda fraction: None)
     assert report.fused_attentions == 0
-    tensors = parse_layers(Path(request.layers).read_text()).tensors
+    tensors = bound_tensors(Path(request.layers).read_text())
     assert [tensor.dtype for tensor in tensors] == ["Float", "Float"]

@@ -2,7 +2,8 @@
 
 import pytest
 
-from storyadapter.engine.tensorrt.layers import BoundTensor, Layer, fused_attentions, parse_layers
+from storyadapter.engine.tensorrt.worker import Layer, parse_layers
+from tests.engine.tensorrt.building import BoundTensor, bound_tensors
 
 TEXT = """\
 Name: __mye3510_0_myl0_0, LayerType: shape_call, Inputs: [], Constants: [], Outputs: [], TacticName: , StreamId: 0, Metadata: 
@@ -25,17 +26,17 @@ Engine Metadata:
 
 
 def test_layers_and_tensors_are_read() -> None:
-    engine = parse_layers(TEXT)
-    assert engine.layers == (
+    layers = parse_layers(TEXT)
+    assert layers == (
         Layer("__mye3510_0_myl0_0", "shape_call", ()),
         Layer("node_a+node_b_myl0_1", "gemm", ("node_a", "node_b")),
         Layer("_gemm_mha_v2_myl0_40", "kgen", ("G/Attention_14 | node__symbolic (G)",)),
     )
-    assert engine.tensors == (
+    assert bound_tensors(TEXT) == (
         BoundTensor("x", True, "Half", (-1, 32), (((1, 32), (4, 32), (7, 32)), ((2, 32), (2, 32), (2, 32)))),
         BoundTensor("y", False, "Half", (3, -1), ()),
     )
-    assert fused_attentions(engine.layers) == 1
+    assert sum(layer.is_fused_attention for layer in layers) == 1
 
 
 @pytest.mark.parametrize("text", ["", "I/O Tensors:\n", "nothing of the kind"])

@@ -53,7 +53,7 @@ def test_the_launch_in_symbols_is_the_kernels(dtype: str, sizes: tuple[int, int,
     assert list(expected) == [argument.name for argument in kernel.arguments if argument.kind == "integer"]
     assert launch.block == kernel.block
     assert launch.shared_bytes == kernel.shared_bytes <= 48 * 1024
-    assert kernel.element_type == {"HALF": "fp16", "BF16": "bf16"}[dtype]
+    assert kernel.arguments[0].type == {"HALF": "*fp16", "BF16": "*bf16"}[dtype]
     kinds = [argument.kind for argument in kernel.arguments]
     assert kinds == ["input"] * 6 + ["integer"] * len(expected) + ["output"]
     assert f".entry {kernel.entry}(" in kernel.ptx

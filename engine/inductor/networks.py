@@ -10,11 +10,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from storyadapter.checkpoint import Checkpoint
 from storyadapter.engine.graphs import GraphStepRunner
+from storyadapter.engine.identity import model_weights
 from storyadapter.engine.inductor import TOLERANCE, constants_name, package_name
 from storyadapter.engine.inductor.fusion import prepare
-from storyadapter.engine.inductor.operators import operators_for
 from storyadapter.engine.inductor.shapes import compiled_ranges, cut, doubled
+from storyadapter.engine.store import StoredEngine
+from storyadapter.engine.uses import ERRORS, note_use
 from storyadapter.model.contract import NetworkSpec, Range, network_specs
 from storyadapter.model.examples import compare_with_eager, run_examples
 from storyadapter.model.grca import grca
@@ -163,7 +166,7 @@ def open_inductor(
     """
     on_gpu = device.type == "cuda"
     short = on_gpu and weight_bytes > _OFFLOAD_ABOVE * torch.cuda.mem_get_info(device)[0]
-    specs, operators = network_specs(checkpoint.geometry), operators_for(device)
+    specs = network_specs(checkpoint.geometry)
     networks: dict[str, InductorNetwork] = {}
     errors: dict[str, float] = {}
     on_progress("", "loading weights")
@@ -173,7 +176,7 @@ def open_inductor(
         on_progress(name, where if compared else "the engine's code with other weights: comparing with eager")
         ranges = {**letters, **compiled_ranges(spec, letters)}
         examples = () if compared else run_examples(spec, module, ranges, precision)
-        weights = prepare(module, operators, device)
+        weights = prepare(module, device)
         del module
         if offloaded:
             weights = {key: value.cpu().pin_memory() for key, value in weights.items()}
@@ -196,9 +199,41 @@ def open_inductor(
     return opened, errors
 
 
+def was_compared(engine: StoredEngine, checkpoint: Checkpoint) -> bool:
+    """Whether this code was found to compute what eager computes with a checkpoint's weights."""
+    use = engine.uses.get(model_weights(checkpoint).key)
+    errors = use.details.get(ERRORS) if use else None
+    return isinstance(errors, dict) and errors.keys() == network_specs(checkpoint.geometry).keys()
+
+
+def open_stored(
+    engine: StoredEngine, checkpoint: Checkpoint, device: torch.device, on_stage: Callable[[str, str], None]
+) -> Networks:
+    """The networks of a checkpoint on an engine's code.
+
+    Raises:
+        EngineBuildError: a network computes something else than eager with these weights; nothing is noted.
+    """
+    compared = was_compared(engine, checkpoint)
+    letters = engine.ranges.letters(checkpoint.geometry.pixels_per_latent)
+    networks, errors = open_inductor(
+        engine.folder,
+        checkpoint,
+        engine.identity.numerics,
+        letters,
+        device,
+        engine.details["weight_bytes"],
+        on_stage,
+        compared=compared,
+    )
+    if not compared:
+        note_use(engine.folder, model_weights(checkpoint).key, checkpoint.label, {ERRORS: errors})
+    return networks
+
+
 @contextmanager
 def as_out_of_memory(device: torch.device) -> Iterator[None]:
-    """Inside, an error in whose course a GPU's memory ran out is a `torch.OutOfMemoryError`.
+    """Inside, an error behind which a GPU's memory ran out is a `torch.OutOfMemoryError`.
 
     A package of AOTInductor passes on only that one of its calls failed.
     """
