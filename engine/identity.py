@@ -193,7 +193,7 @@ def model_weights(checkpoint: "Checkpoint", on_bytes: Callable[[int, int], None]
 
 def contract_digest(geometry: Geometry) -> str:
     """A hash of every input and output of the networks of such a model."""
-    networks = {name: spec.as_dict() for name, spec in network_specs(geometry).items()}
+    networks = {name: asdict(spec) for name, spec in network_specs(geometry).items()}
     # The geometry beside them: the number of heads, for one, is in no shape.
     return _digest([CONTRACT_VERSION, geometry.as_dict(), networks])
 

@@ -11,3 +11,11 @@ SOURCES: Final = (
     "storyadapter.engine.tensorrt.worker",
     "storyadapter.kernels",
 )
+# The contract's dtypes as TensorRT names them.
+TENSORRT_NAMES: Final = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int32": "INT32"}
+PROFILES: Final = "profiles"  # of a build's details: by network, its letters' ranges per profile
+
+
+def engine_name(network: str) -> str:
+    """File name of a built network."""
+    return f"{network}.engine"

@@ -3,13 +3,13 @@
 import functools
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
 
 from storyadapter.engine.backend import EngineRequest, installed_version
 from storyadapter.engine.processes import EndedEarly, Processes
-from storyadapter.engine.tensorrt.engine_folder import TENSORRT_NAMES, EngineFolder, engine_name
+from storyadapter.engine.tensorrt import PROFILES, TENSORRT_NAMES, engine_name
 from storyadapter.engine.tensorrt.library import Library, choose_library, gpu_target
 from storyadapter.engine.tensorrt.options import BuildOptions
 from storyadapter.engine.tensorrt.worker import BuildReport, NetworkRequest, Refusal, TensorBounds, build, peak_memory
@@ -28,7 +28,7 @@ def build_tensorrt(request: EngineRequest) -> dict[str, Any]:
     Of each network there remain the engine, its layer list and the build's log; the ONNX files don't.
 
     Returns:
-        For the manifest: relative error against eager, the report of each build, and the export's peak memory.
+        For the manifest: relative error against eager, the report of each build, the export's peak memory, profiles.
 
     Raises:
         EngineBuildError: TensorRT refused, or an exported network doesn't compute what eager computes.
@@ -64,9 +64,11 @@ def build_tensorrt(request: EngineRequest) -> dict[str, Any]:
         )
         reports[name] = asdict(run_worker(name, asked, functools.partial(request.on_fraction, name)))
         shutil.rmtree(onnx_folder)
-    profiles = {name: tuple(profiles_of(spec, letters, latent_sizes)) for name, spec in specs.items()}
-    EngineFolder(folder, library.module, library.version, targets, plugin, profiles).write()
-    return {ERRORS: errors, "builds": reports, "export_peak_memory_bytes": peak_memory()}
+    profiles = {
+        name: [{letter: astuple(range) for letter, range in profile.items()} for profile in found]
+        for name, found in ((name, profiles_of(spec, letters, latent_sizes)) for name, spec in specs.items())
+    }
+    return {ERRORS: errors, "builds": reports, "export_peak_memory_bytes": peak_memory(), PROFILES: profiles}
 
 
 def embeds_kernel(library: Library, targets: tuple[str, ...]) -> bool:

@@ -7,7 +7,7 @@ doesn't wait for the GPU: it is put on a stream that the engines share, ordered 
 import logging
 import math
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -18,9 +18,10 @@ from torch import Tensor
 
 from storyadapter.engine.backend import OpenRequest
 from storyadapter.engine.graphs import GraphStepRunner
-from storyadapter.engine.tensorrt.engine_folder import TENSORRT_NAMES, EngineFolder, engine_name
+from storyadapter.engine.tensorrt import PROFILES, TENSORRT_NAMES, engine_name
+from storyadapter.engine.tensorrt.library import choose_library, gpu_target
 from storyadapter.method.errors import EngineMismatchError, RunError
-from storyadapter.model.contract import NetworkSpec, size_of
+from storyadapter.model.contract import NetworkSpec, Range, size_of
 from storyadapter.model.networks import Networks, check_inputs
 from storyadapter.model.numerics import Precision
 from storyadapter.output.files import write_whole
@@ -59,7 +60,7 @@ class TensorRTNetwork:
         spec: NetworkSpec,
         engine: Any,
         trt: ModuleType,
-        described: EngineFolder,
+        profiles: Sequence[Mapping[str, Range]],
         shared: Device,
         *,
         precision: Precision,
@@ -69,9 +70,9 @@ class TensorRTNetwork:
         self.precision: Precision = precision
         self._engine = engine
         self._trt = trt
-        self._described = described
         self._shared = shared
-        self._letters = described.profiles[spec.name][0]
+        self._profiles = profiles
+        self._letters = profiles[0]  # it holds all others
         self._config: Any = None
         self._cache: Any = None
         self._cache_path = runtime_cache
@@ -129,7 +130,7 @@ class TensorRTNetwork:
         )
         if context is None:
             raise RunError(f"{self.spec.name}: TensorRT gave no execution context; its log says why")
-        profile = self._described.profile_for(self.spec.name, values)
+        profile = profile_for(self._profiles, values)
         if profile:
             context.set_optimization_profile_async(profile, self._shared.stream.cuda_stream)
         context.set_device_memory(self._shared.scratch.data_ptr(), self._shared.scratch.numel())
@@ -175,12 +176,12 @@ def open_tensorrt(request: OpenRequest) -> Networks:
     """Open the seven networks of an engine on the current GPU.
 
     Raises:
-        EngineMismatchError: another TensorRT than the one installed built them, or the engine isn't the contract's.
+        EngineMismatchError: the engine isn't the contract's.
         RunError: TensorRT can't load an engine.
     """
     folder, numerics = request.stored.folder, request.numerics
-    described = EngineFolder.read(folder)
-    trt = described.load_module()
+    library, _ = choose_library((), gpu_target())  # of the version that built them, or the store wouldn't serve them
+    trt = library.load()
     device = torch.device("cuda", torch.cuda.current_device())
     logger = _logger(trt)
     runtime = trt.Runtime(logger)
@@ -189,23 +190,23 @@ def open_tensorrt(request: OpenRequest) -> Networks:
         engine = runtime.deserialize_cuda_engine((folder / engine_name(spec.name)).read_bytes())
         if engine is None:
             reason = logger.last_error or "no reason told"
-            raise RunError(f"{spec.name}: {described.module} can't load the engine: {reason}")
+            raise RunError(f"{spec.name}: {library.module} can't load the engine: {reason}")
         check_engine(engine, spec, numerics[spec.name])
         return spec, engine
 
     engines = request.load_each(load)
     scratch = max(engine.device_memory_size_v2 for _, engine in engines.values())
     shared = Device(device, torch.cuda.Stream(device), torch.empty(max(scratch, 1), dtype=torch.uint8, device=device))
-    keeps_cache = described.module == "tensorrt_rtx"
+    profiles = read_profiles(request.stored.details)
     networks = {
         name: TensorRTNetwork(
             spec,
             engine,
             trt,
-            described,
+            profiles[name],
             shared,
             precision=numerics[name],
-            runtime_cache=folder / f"{name}.runtime-cache" if keeps_cache else None,
+            runtime_cache=None if library.has_plugins else folder / f"{name}.runtime-cache",  # TensorRT-RTX keeps one
         )
         for name, (spec, engine) in engines.items()
     }
@@ -217,6 +218,20 @@ def open_tensorrt(request: OpenRequest) -> Networks:
         numerics=numerics,
         letters=request.letters,
     )
+
+
+def read_profiles(details: Mapping[str, Any]) -> dict[str, list[dict[str, Range]]]:
+    """By network, the ranges of its letters in each optimization profile, from what a build's manifest says."""
+    return {
+        name: [{letter: Range(*bounds) for letter, bounds in profile.items()} for profile in profiles]
+        for name, profiles in details[PROFILES].items()
+    }
+
+
+def profile_for(profiles: Sequence[Mapping[str, Range]], values: Mapping[str, int]) -> int:
+    """The optimization profile for these values: one made for exactly this size if there is one, else the first."""
+    single = range(len(profiles) - 1, 0, -1)
+    return next((n for n in single if all(values[name] in allowed for name, allowed in profiles[n].items())), 0)
 
 
 def check_engine(engine: Any, spec: NetworkSpec, precision: Precision) -> None:

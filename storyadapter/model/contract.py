@@ -217,9 +217,6 @@ class NetworkSpec:
                 raise ValueError(f"{self.name}: {letter} = {value} is outside the engine's range {ranges[letter]}")
         return letters
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def network_specs(geometry: Geometry) -> dict[str, NetworkSpec]:
     """The seven networks of a model, in the order in which a run needs them."""

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from storyadapter.model.contract import NetworkSpec, Range, TensorSpec
+from storyadapter.model.contract import NetworkSpec, Range
 from storyadapter.model.unet import Denoiser
 
 # Latents are exported as multiples of this: the UNet halves them twice.
@@ -21,24 +21,16 @@ def dynamic_shapes(spec: NetworkSpec, module: nn.Module, ranges: Mapping[str, Ra
         module: takes them in the contract's order.
         ranges: of every letter that the inputs have; a letter whose range is one value becomes a constant.
     """
-    dims: dict[str, object | None] = {}
-    shapes = tuple(_dynamic_shape(tensor, ranges, dims) for tensor in spec.inputs)
+    letters = dict.fromkeys(dim for tensor in spec.inputs for dim in tensor.shape if isinstance(dim, str))
+    dims = {letter: _dim(letter, ranges[letter]) for letter in letters}
+    free = {letter: dim for letter, dim in dims.items() if dim is not None}
+    shapes = tuple(
+        {axis: free[dim] for axis, dim in enumerate(tensor.shape) if isinstance(dim, str) and dim in free}
+        for tensor in spec.inputs
+    )
     # a module with *args sees them as one argument of that name
     positional = 3 if isinstance(module, Denoiser) else len(shapes)
     return shapes[:positional] + ((shapes[positional:],) if positional < len(shapes) else ())
-
-
-def _dynamic_shape(
-    tensor: TensorSpec, ranges: Mapping[str, Range], dims: dict[str, object | None]
-) -> dict[int, object]:
-    shape = {}
-    for axis, letter in enumerate(tensor.shape):
-        if isinstance(letter, str):
-            if letter not in dims:
-                dims[letter] = _dim(letter, ranges[letter])
-            if dims[letter] is not None:
-                shape[axis] = dims[letter]
-    return shape
 
 
 def _dim(name: str, value: Range) -> object | None:

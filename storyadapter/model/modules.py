@@ -122,11 +122,10 @@ def iterate_modules(
             yield name, encoder(getattr(checkpoint, f"load_{name}")(dtype(name), device)).eval()
     if any(map(wanted, _UNET_PARTS)):
         unet, adapter = (load(dtype("denoiser"), device) for load in (checkpoint.load_unet, checkpoint.load_ip_adapter))
-        parts = split_unet(unet, adapter, grca)
+        modules = split_unet(unet, adapter, grca)
         del unet, adapter
         # taken out one by one: what a suspended generator still names would stay in memory
-        modules = {name: getattr(parts, name) for name in _UNET_PARTS if wanted(name)}
-        del parts
+        modules = {name: module for name, module in modules.items() if wanted(name)}
         for name in tuple(modules):
             yield name, modules.pop(name).eval()
     if wanted("vae_decoder"):

@@ -6,7 +6,6 @@ projected keys and values. Layers of one width are packed in the order of diffus
 by which IP-Adapter files number them.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -178,17 +177,10 @@ class Denoiser(nn.Module):
         return self.conv_out(self.conv_act(self.conv_norm_out(sample)))
 
 
-@dataclass(frozen=True)
-class UNetParts:
-    """The three networks that an SDXL UNet and an IP-Adapter become."""
+def split_unet(unet: UNet2DConditionModel, adapter: IPAdapterWeights, grca: GrcaFunction) -> dict[str, nn.Module]:
+    """Take a loaded SDXL UNet apart into three networks, by the contract's names.
 
-    text_projection: TextProjection
-    reference_projection: ReferenceProjection
-    denoiser: Denoiser
-
-
-def split_unet(unet: UNet2DConditionModel, adapter: IPAdapterWeights, grca: GrcaFunction) -> UNetParts:
-    """Take a loaded SDXL UNet apart; the UNet's modules move into the result, so it must not be used afterwards.
+    The UNet's modules move into the result, so it must not be used afterwards.
 
     Args:
         unet: an SDXL UNet, already checked by the checkpoint.
@@ -209,8 +201,8 @@ def split_unet(unet: UNet2DConditionModel, adapter: IPAdapterWeights, grca: Grca
     def stacked(weights: dict[int, list[Tensor]]) -> StackedKeyValueProjection:
         return StackedKeyValueProjection({channels: torch.stack(weights[channels]) for channels in sorted(weights)})
 
-    return UNetParts(
-        text_projection=TextProjection(unet, stacked(text_weights)),
-        reference_projection=ReferenceProjection(adapter, stacked(ref_weights)),
-        denoiser=Denoiser(unet, tuple(sorted(text_weights))),
-    )
+    return {
+        "text_projection": TextProjection(unet, stacked(text_weights)),
+        "reference_projection": ReferenceProjection(adapter, stacked(ref_weights)),
+        "denoiser": Denoiser(unet, tuple(sorted(text_weights))),
+    }

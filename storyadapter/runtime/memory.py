@@ -94,24 +94,6 @@ def share_memory(
     return Batching(chosen, together, keep_text, needs)
 
 
-def choose_batching(networks: Networks, plan: RunPlan, frames: int) -> Batching:
-    """How a story of so many frames is split on this device; on a GPU from what a few small calls take.
-
-    Raises:
-        torch.OutOfMemoryError: a single frame doesn't fit.
-    """
-    allowed = networks.letters["F"] if networks.letters else Range(1, max(1, frames))
-    if networks.device.type != "cuda":
-        most = min(FRAMES_UNMEASURED, allowed.maximum) if networks.letters else FRAMES_UNMEASURED
-        return Batching(plan.max_frames or most, None, True)
-
-    def text(batches: int) -> int:
-        return text_bytes(networks.geometry, networks.dtype("denoiser"), frames + batches * int(plan.guided))
-
-    needs = measure_needs(networks, plan, plan.references(frames), allowed)
-    return share_memory(needs, allowed, frames=frames, max_frames=plan.max_frames, text=text)
-
-
 def measure_needs(networks: Networks, plan: RunPlan, references: int, allowed: Range) -> MemoryNeeds:
     """Measure on a GPU, by calls with one frame and with a few.
 
@@ -187,12 +169,24 @@ class Batchings:
         """
         key = self._key(plan, frames)
         if key not in self._known:
-            if self._networks.device.type == "cuda":
-                release_memory(self._networks, self._states)
-            self._known[key] = choose_batching(self._networks, plan, frames)
+            self._known[key] = self._choose(plan, frames)
             if len(self._known) > _KNOWN_AT_MOST:
                 self._known.pop(next(iter(self._known)))
         return self._known[key]
+
+    def _choose(self, plan: RunPlan, frames: int) -> Batching:
+        networks = self._networks
+        allowed = networks.letters["F"] if networks.letters else Range(1, max(1, frames))
+        if networks.device.type != "cuda":
+            most = min(FRAMES_UNMEASURED, allowed.maximum) if networks.letters else FRAMES_UNMEASURED
+            return Batching(plan.max_frames or most, None, True)
+
+        def text(batches: int) -> int:
+            return text_bytes(networks.geometry, networks.dtype("denoiser"), frames + batches * int(plan.guided))
+
+        release_memory(networks, self._states)
+        needs = measure_needs(networks, plan, plan.references(frames), allowed)
+        return share_memory(needs, allowed, frames=frames, max_frames=plan.max_frames, text=text)
 
     def _key(self, plan: RunPlan, frames: int) -> tuple[object, ...]:
         return plan.size, plan.guided, bool(plan.scales), plan.max_frames, frames

@@ -15,9 +15,9 @@ from storyadapter.model.unet import Denoiser, split_unet
 
 @pytest.fixture
 def denoiser(checkpoint: Checkpoint) -> Denoiser:
-    return split_unet(
-        checkpoint.load_unet(torch.float32), checkpoint.load_ip_adapter(torch.float32), grca
-    ).denoiser.eval()
+    return split_unet(checkpoint.load_unet(torch.float32), checkpoint.load_ip_adapter(torch.float32), grca)[
+        "denoiser"
+    ].eval()
 
 
 @torch.no_grad()

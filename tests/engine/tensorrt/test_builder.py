@@ -22,8 +22,8 @@ import torch
 from storyadapter.checkpoint import Checkpoint
 from storyadapter.engine.opening import build_engine
 from storyadapter.engine.store import EngineStore
+from storyadapter.engine.tensorrt import engine_name
 from storyadapter.engine.tensorrt.builder import build_request, profiles_of, run_worker
-from storyadapter.engine.tensorrt.engine_folder import engine_name
 from storyadapter.engine.tensorrt.library import Library
 from storyadapter.engine.tensorrt.options import BuildOptions
 from storyadapter.engine.tensorrt.worker import NetworkRequest, parse_layers
@@ -84,7 +84,7 @@ def test_a_store_entry_holds_engine_layers_and_log_of_every_network(
 ) -> None:
     build = built(precision)
     names = set(network_specs(build.checkpoint.geometry))
-    files = {f"{name}.{kind}" for name in names for kind in ("engine", "layers", "log")} | {"engines.json"}
+    files = {f"{name}.{kind}" for name in names for kind in ("engine", "layers", "log")}
     assert set(build.engine.files) == files
     details = build.engine.details
     assert details["relative_error_against_eager"].keys() == names

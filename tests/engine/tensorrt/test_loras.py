@@ -170,7 +170,7 @@ def deviation(
     if part == "text_encoder":
         module = TextEncoder(model).eval()
     else:
-        module = split_unet(model, plain.load_ip_adapter(torch.float32), grca).text_projection.eval()
+        module = split_unet(model, plain.load_ip_adapter(torch.float32), grca)["text_projection"].eval()
     spec = network_specs(plain.geometry)[network]
     (example, *_) = run_examples(spec, module, LETTERS, "fp32")
     halves = {

@@ -4,14 +4,13 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
 
 from storyadapter.engine.opening import open_networks
-from storyadapter.engine.tensorrt.engine_folder import EngineFolder
-from storyadapter.method.errors import EngineMismatchError, UnavailableError
+from storyadapter.engine.tensorrt.networks import profile_for, read_profiles
+from storyadapter.method.errors import UnavailableError
 from storyadapter.model.contract import network_specs
 from storyadapter.model.examples import example_inputs, example_letters
 from storyadapter.model.networks import check_inputs
@@ -37,32 +36,22 @@ def test_it_needs_nothing_but_pytorch_and_tensorrt() -> None:
     assert not any(name.startswith(("storyadapter.export", "storyadapter.checkpoint")) for name in ours)
 
 
-def test_the_builders_description_is_read_back(built: Callable[[Precision], Built]) -> None:
+def test_the_profiles_are_read_back(built: Callable[[Precision], Built]) -> None:
     build = built("fp16")
-    described = EngineFolder.read(build.engine.folder)
-    assert f"{described.module.replace('_', '-')} {described.version}" == build.identity.backend_version
-    assert described.targets == ("sm89", "sm120")
-    assert not described.plugin
-    assert described.load_module().__name__ == "tensorrt_rtx"
+    profiles = read_profiles(build.engine.details)
     for name, spec in network_specs(build.checkpoint.geometry).items():
-        whole = described.profiles[name][0]
+        whole = profiles[name][0]
         assert whole == {letter: LETTERS[letter] for letter in whole}
-        assert len(described.profiles[name]) == (2 if "h" in whole else 1)
+        assert len(profiles[name]) == (2 if "h" in whole else 1)
         assert spec.name == name
 
 
 def test_a_size_with_a_profile_of_its_own_takes_it(built: Callable[[Precision], Built]) -> None:
-    described = EngineFolder.read(built("fp16").engine.folder)
+    profiles = read_profiles(built("fp16").engine.details)
     values = {"B": 8, "P": 5, "G": 2, "R": 24, "h": 8, "w": 12}
-    assert described.profile_for("denoiser", values) == 1
-    assert described.profile_for("denoiser", values | {"w": 16}) == 0
-    assert described.profile_for("text_encoder", {"P": 5}) == 0
-
-
-def test_engines_of_another_version_are_refused(built: Callable[[Precision], Built]) -> None:
-    described = EngineFolder.read(built("fp16").engine.folder)
-    with pytest.raises(EngineMismatchError, match="was built by tensorrt_rtx 1.0.0; installed: .*tensorrt-rtx"):
-        replace(described, version="1.0.0").load_module()
+    assert profile_for(profiles["denoiser"], values) == 1
+    assert profile_for(profiles["denoiser"], values | {"w": 16}) == 0
+    assert profile_for(profiles["text_encoder"], {"P": 5}) == 0
 
 
 @pytest.mark.parametrize(
@@ -79,7 +68,7 @@ def test_a_letter_out_of_its_range_is_told_before_the_enqueue(
     built: Callable[[Precision], Built], letters: dict[str, int], told: str
 ) -> None:
     build = built("fp16")
-    ranges = EngineFolder.read(build.engine.folder).profiles["denoiser"][0]
+    ranges = read_profiles(build.engine.details)["denoiser"][0]
     spec = network_specs(build.checkpoint.geometry)["denoiser"]
     usual = example_letters({**LETTERS, **ranges})
     options = {"precision": "fp16", "device": torch.device("cpu"), "letters": ranges}
