@@ -107,7 +107,7 @@ class Backend(ABC):
     # installs it and both of the others
     one_of: ClassVar[tuple[tuple[str, str], ...]] = ()
     builds: ClassVar[bool] = True  # whether `build` makes an engine that `open` needs
-    code_alone: ClassVar[bool] = False  # whether an engine is code that serves any weights, else it holds them
+    holds_weights: ClassVar[bool] = True  # whether its engines do; else `open` reads them from the checkpoint's files
     any_device: ClassVar[bool] = False  # whether it runs on whatever device it is given
     precisions: ClassVar[tuple[Precision, ...]] = PRECISIONS  # those it can serve
     vae_precisions: ClassVar[tuple[Precision, ...]] = PRECISIONS  # the VAE's needn't be that of the other networks
@@ -212,7 +212,7 @@ class Backend(ABC):
             UnavailableError: it can't build or run here.
         """
         version, architecture = self.target(options)
-        weights = None if self.code_alone else model_weights(checkpoint, on_bytes)
+        weights = model_weights(checkpoint, on_bytes) if self.holds_weights else None
         return EngineIdentity(
             backend=self.name,
             backend_version=version,

@@ -13,7 +13,7 @@ from storyadapter.model.numerics import Numerics
 if TYPE_CHECKING:
     from storyadapter.checkpoint import Checkpoint
 
-STORE_VERSION: Final = 4  # of the manifest and the key; raised, it makes every engine built before unknown
+STORE_VERSION: Final = 5  # of the manifest and the key; raised, it makes every engine built before unknown
 _KEY_DIGITS: Final = 32
 
 
@@ -23,10 +23,10 @@ class WeightFile:
 
     component: str
     name: str = field(compare=False)
-    sha256: str
+    blake3: str
 
     def __str__(self) -> str:
-        return f"{self.name} (sha256 {self.sha256[:8]})"
+        return f"{self.name} (blake3 {self.blake3[:8]})"
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class FusedLora:
     """A LoRA fused at export. As with weights, the name is for messages only."""
 
     name: str = field(compare=False)
-    sha256: str
+    blake3: str
     scale: float
 
     def __str__(self) -> str:
-        return f"{self.name}:{self.scale:g} (sha256 {self.sha256[:8]})"
+        return f"{self.name}:{self.scale:g} (blake3 {self.blake3[:8]})"
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class ModelWeights:
 
     files: tuple[WeightFile, ...]
     loras: tuple[FusedLora, ...]
+    remembered: bool = field(default=False, compare=False)  # whether some of it was hashed at another time
 
     @cached_property
     def key(self) -> str:
@@ -86,7 +87,7 @@ class EngineIdentity:
     def __post_init__(self) -> None:
         if len(dict(self.build_options)) != len(self.build_options):
             raise ValueError(f"a build option is named twice in {self.build_options}")
-        by_content = {(w.component, w.sha256): w for w in sorted(self.weights, key=lambda w: w.name, reverse=True)}
+        by_content = {(w.component, w.blake3): w for w in sorted(self.weights, key=lambda w: w.name, reverse=True)}
         object.__setattr__(self, "weights", tuple(by_content[content] for content in sorted(by_content)))
         object.__setattr__(self, "build_options", tuple(sorted(self.build_options)))
         object.__setattr__(self, "tuning", tuple(sorted(self.tuning)))
@@ -173,21 +174,30 @@ class EngineIdentity:
         return [f"{components} weights are {mine} in the store, {theirs} asked for" for mine, theirs in by_words]
 
 
-def model_weights(checkpoint: "Checkpoint", on_bytes: Callable[[int, int], None] | None = None) -> ModelWeights:
-    """The weights of a checkpoint, by the hashes of its files. Raises CheckpointError: a file can't be read.
+def model_weights(
+    checkpoint: "Checkpoint", on_bytes: Callable[[int, int], None] | None = None, *, anew: bool = False
+) -> ModelWeights:
+    """The weights of a checkpoint, by the hashes of its files.
 
-    `on_bytes` is called with (bytes read, bytes to be read) while files are read that were never hashed before.
+    Args:
+        on_bytes: called with (bytes read, bytes to be read) while files are read that were never hashed before.
+        anew: read all of them, whatever is remembered.
+
+    Raises:
+        CheckpointError: a file can't be read.
     """
     from storyadapter.engine.fingerprint import fingerprint_files
 
     components = checkpoint.files_by_component
     loras = [lora.path for lora in checkpoint.loras]
-    digests = fingerprint_files([*(path for paths in components.values() for path in paths), *loras], on_bytes)
+    paths = [*(path for paths in components.values() for path in paths), *loras]
+    digests, remembered = fingerprint_files(paths, on_bytes, anew=anew)
     return ModelWeights(
         tuple(
             WeightFile(component, path.name, digests[path]) for component, paths in components.items() for path in paths
         ),
         tuple(FusedLora(lora.path.name, digests[lora.path], lora.scale) for lora in checkpoint.loras),
+        remembered=bool(remembered),
     )
 
 
@@ -212,8 +222,8 @@ def engine_key(identity: EngineIdentity, ranges: ShapeRanges) -> str:
 
 def _contents(files: tuple[WeightFile, ...], loras: tuple[FusedLora, ...]) -> tuple[list[Any], list[Any]]:
     # -0.0 equals 0.0 and 1 equals 1.0, so they are written alike
-    fused = [[lora.sha256, float(lora.scale) + 0.0] for lora in loras]
-    return [[weight.component, weight.sha256] for weight in files], fused
+    fused = [[lora.blake3, float(lora.scale) + 0.0] for lora in loras]
+    return [[weight.component, weight.blake3] for weight in files], fused
 
 
 def _digest(data: Any) -> str:

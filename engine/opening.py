@@ -1,7 +1,9 @@
 """From a checkpoint to the networks of a backend, by its name: engines are found in the store, or built into it."""
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -11,9 +13,10 @@ import torch
 from storyadapter.checkpoint import Checkpoint
 from storyadapter.engine.backend import EngineRequest, OpenRequest, ReportBytes, ReportFraction, ReportStage
 from storyadapter.engine.backends import find_backend
-from storyadapter.engine.identity import EngineIdentity, contract_digest, model_weights
+from storyadapter.engine.identity import EngineIdentity, ModelWeights, contract_digest, model_weights
 from storyadapter.engine.store import EngineStore, StoredEngine
 from storyadapter.engine.uses import ERRORS, hold, note_use
+from storyadapter.method.errors import CheckpointError, EngineMismatchError
 from storyadapter.model.contract import Geometry, Range, ShapeRanges
 from storyadapter.model.networks import Networks
 from storyadapter.model.numerics import Numerics
@@ -105,21 +108,30 @@ def open_networks(
 
     Raises:
         UnavailableError: the backend can't serve here, or not in these numerics, or not on this device.
-        EngineMismatchError: no engine in the store fits.
+        EngineMismatchError: no engine in the store fits, or the one that does is damaged.
+        CheckpointError: a weight file isn't what it was when it was hashed.
         EngineBuildError: code for any weights computes something else than eager with these.
     """
     chosen = find_backend(backend)
     chosen.check(numerics)
     own_device = chosen.device(None if device is None else torch.device(device))
+    weights = model_weights(checkpoint, on_bytes)
     engine = None
     if chosen.builds:
         own = Range(checkpoint.geometry.default_pixels, checkpoint.geometry.default_pixels)
-        weights = model_weights(checkpoint, on_bytes)
         identity = chosen.identity(checkpoint, numerics)
         engine = EngineStore(engine_dir).find(identity, ranges or ShapeRanges(1, 1, own, own), build_command)
         release = hold(engine.folder)
     try:
-        networks = chosen.open(OpenRequest(checkpoint, numerics, own_device, engine, on_stage))
+        if engine is not None and (damage := engine.damage()):
+            advice = f"build it again: {build_command}"
+            raise EngineMismatchError(f"the engine in {engine.folder} is damaged: {damage}", advice=advice)
+        request = OpenRequest(checkpoint, numerics, own_device, engine, on_stage)
+        if chosen.holds_weights:
+            networks = chosen.open(request)
+        else:
+            with _hashed_while_read(checkpoint, weights):
+                networks = chosen.open(request)
     except BaseException:
         if engine is not None:
             release()
@@ -128,3 +140,31 @@ def open_networks(
         weakref.finalize(networks, release)
         note_use(engine.folder, weights.key, checkpoint.label)
     return networks
+
+
+@contextmanager
+def _hashed_while_read(checkpoint: Checkpoint, weights: ModelWeights) -> Iterator[None]:
+    """Inside, weights are loaded, and hashed beside that: what is recorded of them is what was read.
+
+    Raises:
+        CheckpointError: a file isn't what it was when it was hashed before, under the same size and times.
+    """
+    left = False
+
+    def watch(done: int, total: int) -> None:
+        if left:
+            raise CancelledError
+
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(model_weights, checkpoint, watch, anew=True)
+        try:
+            yield
+            read = reading.result()
+        finally:
+            left = True  # where something failed, the rest needn't be read
+        for before, now in zip((*weights.files, *weights.loras), (*read.files, *read.loras), strict=True):
+            if before != now:
+                raise CheckpointError(
+                    f"{before.name} isn't what it was when it was hashed, though its size and times are the same",
+                    advice="type the same command again if it is to be used as it is now",
+                )

@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -22,11 +22,12 @@ from filelock import FileLock, Timeout
 
 import storyadapter
 from storyadapter.engine.fingerprint import user_cache
+from storyadapter.engine.hashes import OnBytes, hash_bytes, hash_files
 from storyadapter.engine.identity import STORE_VERSION, EngineIdentity, engine_key
 from storyadapter.engine.uses import MANIFEST_NAME, Use, held_alone, read_uses
 from storyadapter.method.errors import EngineMismatchError, Field, InputError, RunError
 from storyadapter.model.contract import Range, ShapeRanges
-from storyadapter.output.files import is_full
+from storyadapter.output.files import is_full, why_no_room
 
 _ANOTHER_FOLDER: Final = ("choose another folder with ", Field("engine_dir"))
 _UNFINISHED: Final = ".building"  # ".<key>.building" is an engine in the making
@@ -45,7 +46,9 @@ class StoredEngine:
     created: str  # when it was finished, ISO 8601 in UTC
     build_seconds: float  # how long that took
     files: Mapping[str, int]  # size in bytes by path below `folder`, without the manifest
+    hashes: Mapping[str, str]  # of the same files
     details: Mapping[str, Any]  # what its builder had to say
+    is_new: bool = field(default=False, compare=False)  # whether it was built by the call that gave it
 
     @property
     def key(self) -> str:
@@ -65,6 +68,16 @@ class StoredEngine:
         """When it was opened last, or else finished, in seconds since the epoch."""
         finished = datetime.fromisoformat(self.created).timestamp()
         return max([finished, *(use.last for use in self.uses.values())])
+
+    def damage(self, on_bytes: OnBytes | None = None) -> str | None:
+        """Which of its files isn't what was built, in words; None if all are. Reads them all, in parallel."""
+        try:
+            for path, digest in hash_files([self.folder / name for name in self.files], on_bytes):
+                if digest != self.hashes[name := path.relative_to(self.folder).as_posix()]:
+                    return f"{name} isn't what was built"
+        except OSError as error:
+            return f"{error.filename} can't be read ({error.strerror})"
+        return None
 
     def __str__(self) -> str:
         ranges = self.ranges
@@ -148,11 +161,12 @@ class EngineStore:
         raise EngineMismatchError("; ".join([found, *warnings, f"build it: {build_command}"]))
 
     def get(self, identity: EngineIdentity, ranges: ShapeRanges) -> StoredEngine | None:
-        """The engine of exactly this identity and these ranges, if it is finished."""
+        """The engine of exactly this identity and these ranges, if it is finished and whole."""
         try:
-            return _read_engine(self.root / engine_key(identity, ranges))
+            engine = _read_engine(self.root / engine_key(identity, ranges))
         except BrokenEngineError:
             return None
+        return None if engine.damage() else engine
 
     def build(
         self, identity: EngineIdentity, ranges: ShapeRanges, write: WriteEngine, on_wait: Callable[[str], None]
@@ -161,7 +175,8 @@ class EngineStore:
 
         Whatever ends `write` early, an exception or the process's death, leaves nothing that looks finished; what a
         dead process left is removed before. While another process builds the same engine, this one waits for it and
-        then takes what it built. A finished engine is given back from a store that can't be written, too.
+        then takes what it built. A finished engine is given back from a store that can't be written, too; a damaged one
+        is built again.
 
         Args:
             write: puts the engine's files into the folder it is given and returns what the manifest shall say of them.
@@ -190,14 +205,15 @@ class EngineStore:
                     shutil.rmtree(folder)  # a broken engine: `get` didn't take it
                 unfinished.rename(folder)
             except BaseException as error:
+                told = isinstance(error, InputError) or not isinstance(error, Exception)
+                reason = None if told else why_no_room(error, self.root)
                 shutil.rmtree(unfinished, ignore_errors=True)
-                if isinstance(error, OSError) and is_full(error):
-                    raise RunError(
-                        f"{error.filename or self.root} can't be written: {error.strerror}",
-                        advice=("make room, or ", _ANOTHER_FOLDER),
-                    ) from error
+                if reason:
+                    where = getattr(error, "filename", None) or self.root
+                    advice = ("make room, or ", _ANOTHER_FOLDER)
+                    raise RunError(f"{where} can't be written: {reason}", advice=advice) from error
                 raise
-            return _read_engine(folder)
+            return replace(_read_engine(folder), is_new=True)
 
     def _read(self) -> tuple[list[StoredEngine], dict[Path, BrokenEngineError]]:
         engines, broken = [], {}
@@ -281,8 +297,10 @@ def _finish(
         "ranges": ranges.as_dict(),
         "details": dict(details),
         "files": {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths},
+        "hashes": {path.relative_to(folder).as_posix(): digest for path, digest in sorted(hash_files(paths))},
     }
     path = folder / MANIFEST_NAME
+    manifest["manifest_hash"] = manifest_hash(manifest)
     path.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     for file in (*paths, path):
         descriptor = os.open(file, os.O_RDONLY)
@@ -290,6 +308,12 @@ def _finish(
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def manifest_hash(manifest: Mapping[str, Any]) -> str:
+    """Of what else it says."""
+    others = {name: value for name, value in manifest.items() if name != "manifest_hash"}
+    return hash_bytes(json.dumps(others, sort_keys=True).encode())
 
 
 def _read_engine(folder: Path) -> StoredEngine:
@@ -312,6 +336,7 @@ def _read_engine(folder: Path) -> StoredEngine:
             created=str(data["created"]),
             build_seconds=float(data["build_seconds"]),
             files={str(name): int(size) for name, size in data["files"].items()},
+            hashes={name: str(data["hashes"][name]) for name in data["files"]},
             details=dict(data["details"]),
         )
         key = engine_key(engine.identity, engine.ranges)
@@ -319,6 +344,8 @@ def _read_engine(folder: Path) -> StoredEngine:
         raise BrokenEngineError(f"{MANIFEST_NAME} is no manifest of an engine ({error!r})") from error
     if key != folder.name:
         raise BrokenEngineError(f"{MANIFEST_NAME} is that of another engine, {key}")
+    if data.get("manifest_hash") != manifest_hash(data):
+        raise BrokenEngineError(f"{MANIFEST_NAME} isn't what was written")
     for name, size in engine.files.items():
         try:
             found = (folder / name).stat().st_size

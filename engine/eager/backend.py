@@ -14,6 +14,7 @@ class Eager(Backend):
     name = "eager"
     purpose = "plain PyTorch on CPU or GPU: the reference"
     builds = False
+    holds_weights = False
     any_device = True
 
     def rank(self) -> int:

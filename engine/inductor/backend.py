@@ -21,7 +21,7 @@ _LEAST_PIXELS: Final = 64
 class Inductor(Backend):
     name = "inductor"
     purpose = "compiled by PyTorch with the fused kernels: the default with a CUDA GPU"
-    code_alone = True
+    holds_weights = False
 
     def rank(self) -> int:
         return 3 if default_device().type == "cuda" else 0

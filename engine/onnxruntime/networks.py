@@ -12,6 +12,7 @@ from torch import Tensor
 from storyadapter.engine.backend import EngineRequest, OpenRequest
 from storyadapter.export import onnx_name
 from storyadapter.export.verify import open_session
+from storyadapter.method.memory_errors import is_out_of_memory
 from storyadapter.model.contract import NetworkSpec, Range, network_specs
 from storyadapter.model.grca import grca
 from storyadapter.model.modules import iterate_modules
@@ -45,7 +46,7 @@ def as_memory_error() -> Iterator[None]:
     try:
         yield
     except (Fail, RuntimeException) as error:
-        if not any(words in str(error) for words in ("Failed to allocate memory", "bad_alloc", "bad allocation")):
+        if not is_out_of_memory(error):
             raise
         raise MemoryError(str(error)) from error
 

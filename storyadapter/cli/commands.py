@@ -49,7 +49,6 @@ def build(args: argparse.Namespace) -> int:
 
 def _build(args: argparse.Namespace, session: Session, ranges: ShapeRanges, options: Any, reporter: Reporter) -> None:
     from storyadapter.engine.opening import build_engine
-    from storyadapter.engine.store import EngineStore
 
     started = time.perf_counter()
     session.backend.check(session.numerics, ranges)
@@ -60,7 +59,6 @@ def _build(args: argparse.Namespace, session: Session, ranges: ShapeRanges, opti
         f"{count(ranges.max_frames, 'frame')} of {ranges.width}x{ranges.height} at once, stories of up to "
         f"{count(ranges.max_references, 'frame')}",
     )
-    new = EngineStore(args.engine_dir).get(identity, ranges) is None
     engine = build_engine(
         session.checkpoint,
         identity,
@@ -72,9 +70,9 @@ def _build(args: argparse.Namespace, session: Session, ranges: ShapeRanges, opti
         on_fraction=reporter.fraction,
         on_wait=lambda message: reporter.note("wait", message),
     )
-    how = f"built in {duration(time.perf_counter() - started)}" if new else "was there already"
+    how = f"built in {duration(time.perf_counter() - started)}" if engine.is_new else "was there already"
     text = f"engine {engine.folder} ({engine.bytes / 2**20:,.0f} MiB, {how})"
-    reporter.result("built", text, folder=str(engine.folder), bytes=engine.bytes, new=new)
+    reporter.result("built", text, folder=str(engine.folder), bytes=engine.bytes, new=engine.is_new)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -127,5 +125,6 @@ def _seed(args: argparse.Namespace, stored: Mapping[str, Any] | None) -> int:
     """The seed asked for, that of the run which `--out` already holds, or a fresh one."""
     if args.seed is not None:
         return args.seed
-    seed = stored.get("plan", {}).get("seed") if stored else None
+    plan = stored.get("plan") if stored else None
+    seed = plan.get("seed") if isinstance(plan, dict) else None
     return seed if isinstance(seed, int) else secrets.randbelow(2**32)

@@ -14,9 +14,10 @@ from storyadapter import api
 from storyadapter.cli.machine import versions
 from storyadapter.cli.options import Session, build_command, option
 from storyadapter.cli.reporting import Reporter, count, duration
-from storyadapter.engine.identity import model_weights
+from storyadapter.engine.identity import ModelWeights, model_weights
 from storyadapter.method.errors import EngineMismatchError, RunError, spelled
 from storyadapter.method.events import FrameFinished, RunFinished, RunStarted
+from storyadapter.method.memory_errors import is_out_of_memory
 from storyadapter.method.plan import FRAMES_UNMEASURED, RunPlan, split_evenly
 from storyadapter.method.sampler import sampler_of
 from storyadapter.method.story import Story
@@ -39,7 +40,8 @@ def draw(
     sampler_of(plan.sampler)
     frames, prompts = len(story.prompts), list(story.final_prompts(style))
     scales = [plan.scale_of(iteration) for iteration in range(plan.iterations)]
-    identity = _identity(story, style, plan, session, reporter)
+    weights = model_weights(session.checkpoint, reporter.bytes_read)
+    identity = _identity(story, style, plan, session, weights)
     RunFolder.check(args.out, identity, frames=frames, scales=scales, resume=args.resume)
     with _told_when_out_of_memory(plan):
         pipeline = _open_pipeline(args, plan, frames, session, reporter)
@@ -47,12 +49,14 @@ def draw(
         loading = time.perf_counter() - started
         details = {
             "model": session.model.label,
+            "backend": session.backend.name,
             "split": [len(batch) for batch in split_evenly(frames, batching.max_frames)],
             "max_frames": batching.max_frames,
             "text_kept": batching.keep_text,
             "final_prompts": prompts,
             "device": str(pipeline.networks.device),
             "versions": versions(),
+            "weights_hashed": _how_hashed(session, weights),
         }
         with RunFolder.open(
             args.out,
@@ -68,6 +72,10 @@ def draw(
                 for notice in folder.notices:
                     reporter.note("warning", spelled(notice, option))
                 rows = 0
+                before = folder.earlier_details[-1].get("backend") if folder.earlier_details else None
+                if before not in (None, session.backend.name):
+                    text = f"begun with backend {before}, going on with {session.backend.name}"
+                    reporter.note("warning", f"{text}: frames differ, by rounding, from those of a run with one")
                 with closing(pipeline.run(story, plan, style=style, store=folder)) as events:
                     for event in events:
                         if isinstance(event, RunFinished):
@@ -107,18 +115,23 @@ def draw(
         reporter.hint(f"next: change a prompt and draw again with --seed {plan.seed} and another --out")
 
 
-def _identity(story: Story, style: str, plan: RunPlan, session: Session, reporter: Reporter) -> dict[str, Any]:
+def _how_hashed(session: Session, weights: ModelWeights) -> str:
+    """Whether the hashes that are recorded are those of bytes that this process read."""
+    if not session.backend.holds_weights:
+        return "as they were loaded"
+    return "earlier; files are known by size and times" if weights.remembered else "before the engine was opened"
+
+
+def _identity(story: Story, style: str, plan: RunPlan, session: Session, model: ModelWeights) -> dict[str, Any]:
     """Everything that decides the pictures. The split into micro-batches doesn't: it may change in a resumed run."""
-    model = model_weights(session.checkpoint, reporter.bytes_read)
     return {
         "story": story.to_dict(),
         "style": style,
         "plan": {name: value for name, value in plan.as_dict().items() if name != "max_frames"},
-        "backend": session.backend.name,
         "precision": session.numerics.precision,
         "vae_precision": session.numerics["vae_decoder"],
-        "weights": {f"{weight.component}/{weight.name}": weight.sha256 for weight in model.files},
-        "loras": [{"name": lora.name, "sha256": lora.sha256, "scale": lora.scale} for lora in model.loras],
+        "weights": {f"{weight.component}/{weight.name}": weight.blake3 for weight in model.files},
+        "loras": [{"name": lora.name, "blake3": lora.blake3, "scale": lora.scale} for lora in model.loras],
     }
 
 
@@ -158,9 +171,7 @@ def _told_when_out_of_memory(plan: RunPlan) -> Iterator[None]:
         yield
     except (MemoryError, RuntimeError) as error:
         height, width = plan.size
-        # torch.OutOfMemoryError is for GPUs; on a CPU PyTorch raises a bare RuntimeError
-        known = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-        if not known:
+        if not is_out_of_memory(error):
             raise
         if isinstance(error, torch.OutOfMemoryError):
             raise RunError(

@@ -152,6 +152,20 @@ def engine_table(store: EngineStore) -> list[str]:
     return lines + warnings
 
 
+def verify_engines(args: argparse.Namespace) -> int:
+    """Say of every engine whether it is what was built; returns 1 if one isn't.
+
+    Raises:
+        InputError: the store can't be read.
+    """
+    engines, warnings = EngineStore(args.engine_dir).scan()
+    damages = [engine.damage() for engine in engines]
+    for engine, damage in zip(engines, damages, strict=True):
+        print_result(f"{engine} in {engine.folder}: {damage or 'whole'}")
+    print_result("\n".join([*warnings, f"{count(len(engines), 'engine')} read"]))
+    return 1 if warnings or any(damages) else 0
+
+
 def prune_engines(args: argparse.Namespace) -> int:
     """Delete engines by age, size and program version, the least recently used first; returns the exit code.
 

@@ -17,7 +17,9 @@ import storyadapter
 from storyadapter.cli import options
 from storyadapter.cli.libraries import libraries_silenced
 from storyadapter.method import constants
-from storyadapter.method.errors import InputError, StoryAdapterError
+from storyadapter.method.errors import InputError, RunError, StoryAdapterError
+from storyadapter.method.memory_errors import is_out_of_memory, refuse_small_limit
+from storyadapter.output.files import is_full
 
 _DESCRIPTION = """\
 Draws long stories with Story-Adapter (arXiv 2410.06244) on SDXL: every frame from text first, then more iterations in
@@ -209,7 +211,10 @@ def _add_engines(commands: Commands) -> None:
     prune.add_argument("--outdated", action="store_true", help="those that this version of the program can't open")
     prune.add_argument("--dry-run", action="store_true", help="only say what would go")
     prune.set_defaults(run=_later("machine", "prune_engines"))
-    for action in (table, prune):
+    text = "read every file of every engine and say which isn't what was built"
+    verify = actions.add_parser("verify", help=text, description=f"{text[0].upper()}{text[1:]}; build repairs it.")
+    verify.set_defaults(run=_later("machine", "verify_engines"))
+    for action in (table, prune, verify):
         options.add_store_option(action)
 
 
@@ -229,6 +234,7 @@ def run_program(parser: Parser, argv: Sequence[str] | None) -> int:
     try:
         with sigterm_as_interrupt():
             args = parser.parse_args(argv)
+            refuse_small_limit()
             with nullcontext() if getattr(args, "verbose", False) else libraries_silenced():
                 return args.run(args)
     except StoryAdapterError as error:
@@ -240,6 +246,14 @@ def run_program(parser: Parser, argv: Sequence[str] | None) -> int:
     except BrokenPipeError:  # as when the output is piped into head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush would fail again
         return 1
+    except Exception as error:
+        if isinstance(error, OSError) and is_full(error):
+            _tell(f"error: {error.filename or 'a file'} can't be written: {error.strerror}")
+        elif is_out_of_memory(error):
+            _tell("error: out of memory; end other programs, or raise the limit of this one (ulimit -v)")
+        else:
+            raise
+        return RunError.exit_code
 
 
 def exit_code_of(stop: KeyboardInterrupt) -> int:

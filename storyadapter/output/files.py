@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import secrets
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,9 @@ _NO_SPACE = {
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "the file size limit is reached",
 }
+_NUMPYS = re.compile(r"problem writing element|\d+ requested and \d+ written")
+_PYTORCHS = re.compile("PytorchStreamWriter|write failed|iostream error|unexpected pos")
+_FULL = 1 << 16  # bytes: with fewer a disk is full, as it was when some were given back
 _PART = re.compile(r"\..+\.[0-9a-f]{8}\.part")
 
 
@@ -72,6 +76,23 @@ def write_error(path: Path, error: OSError) -> RunError:
 def is_full(error: OSError) -> bool:
     """Whether the disk, the quota or the file size limit is why something couldn't be written."""
     return error.errno in _NO_SPACE
+
+
+def why_no_room(error: Exception, folder: Path) -> str | None:
+    """Why something below `folder` couldn't be written, if that was for lack of room, in the system's words.
+
+    Libraries tell it in words of their own and drop the system's error number, or tell something else that followed
+    from it. So it also counts whether the disk is full now.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        for number in _NO_SPACE:
+            if getattr(seen, "errno", None) == number or os.strerror(number) in str(seen):
+                return os.strerror(number)
+        if _NUMPYS.search(str(seen)) or _PYTORCHS.search(str(seen)):
+            return str(seen).splitlines()[0]
+        seen = seen.__cause__ or seen.__context__
+    return os.strerror(errno.ENOSPC) if shutil.disk_usage(folder).free < _FULL else None
 
 
 def is_part(path: Path) -> bool:

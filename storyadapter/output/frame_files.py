@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import hashlib
 from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
@@ -15,6 +16,7 @@ from storyadapter.method.events import FrameFinished
 
 JOB_TEXT: Final = "job"  # keywords of PNG text chunks
 EMBEDDING_TEXT: Final = "embedding"
+PIXELS_TEXT: Final = "pixels"
 
 
 def encode_png(image: Image.Image, text: Mapping[str, str]) -> bytes:
@@ -30,21 +32,30 @@ def encode_png(image: Image.Image, text: Mapping[str, str]) -> bytes:
 
 def job_text(frame: FrameFinished) -> dict[str, str]:
     """What a frame's file says of its job: the key and, where a later iteration reads it, the embedding (fp32, little
-    endian, base64)."""
-    text = {JOB_TEXT: frame.key} if frame.key else {}
+    endian, base64); and a hash of its pixels, by which a picture that was put or edited into its place is known."""
+    text = {JOB_TEXT: frame.key, PIXELS_TEXT: picture_hash(frame.picture)} if frame.key else {}
     if frame.embedding is not None:
         text[EMBEDDING_TEXT] = base64.b64encode(frame.embedding.numpy().astype("<f4").tobytes()).decode()
     return text
 
 
+def picture_hash(picture: Image.Image) -> str:
+    """SHA-256 of a picture's size and RGB values."""
+    rgb = picture.convert("RGB")
+    return hashlib.sha256(repr(rgb.size).encode() + rgb.tobytes()).hexdigest()
+
+
 def read_job(path: Path) -> tuple[str, Any] | None:
-    """The key and the embedding, a tensor [width] fp32 or None, that a frame's file says; None if it isn't whole."""
+    """The key and the embedding, a tensor [width] fp32 or None, that a frame's file says; None if it isn't whole, or
+    has other pixels than that job gave."""
     try:
         with Image.open(path, formats=["PNG"]) as image:
             text = dict(image.info)  # of chunks before the pixels; `text` would read these, and `verify` couldn't then
             image.verify()
+        if text.get(PIXELS_TEXT) != picture_hash(read_picture(path)):
+            return None
         embedding = base64.b64decode(text[EMBEDDING_TEXT], validate=True) if EMBEDDING_TEXT in text else b""
-    except (OSError, SyntaxError, ValueError, binascii.Error):
+    except (OSError, SyntaxError, ValueError, RunError, binascii.Error):
         return None
     if JOB_TEXT not in text or len(embedding) % 4:
         return None
@@ -66,10 +77,11 @@ def read_picture(path: Path) -> Image.Image:
 
 
 def opens(path: Path) -> bool:
-    """Whether a picture is there and whole: the checksum of every part of it is right."""
+    """Whether a picture is there and whole: the checksum of every part of it is right, and a frame has its pixels."""
     try:
         with Image.open(path, formats=["PNG"]) as image:
+            pixels = image.info.get(PIXELS_TEXT)
             image.verify()
-    except (OSError, SyntaxError, ValueError):
+        return pixels is None or pixels == picture_hash(read_picture(path))
+    except (OSError, SyntaxError, ValueError, RunError):
         return False
-    return True

@@ -194,11 +194,13 @@ class ThumbnailStrips:
         """A frame as small as the contact sheet shows it."""
         return scaled(picture, thumbnail_size(picture.size, self._frames, self._iterations))
 
-    def write(self, iteration: int, thumbnails: Sequence[Image.Image]) -> None:
-        """Write a row. Raises RunError: no space is left, or the folder can't be written."""
+    def write(self, iteration: int, thumbnails: Sequence[Image.Image]) -> bytes:
+        """Write a row; returns the file's bytes. Raises RunError: no space is left, or the folder can't be written."""
         path = self.path(iteration)
         make_folder(path.parent)
-        write_atomically(path, encode_png(join(thumbnails), {}))
+        data = encode_png(join(thumbnails), {})
+        write_atomically(path, data)
+        return data
 
     def sheet(self, scales: Sequence[float | None], captions: Sequence[str], title: str | None) -> Image.Image:
         """The contact sheet of all rows, from λ of every iteration (None for the text-only one) and a text per frame.

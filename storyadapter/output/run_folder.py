@@ -66,6 +66,7 @@ class RunFolder:
         path: the folder.
         notices: one line per picture that has to be drawn again because it isn't what was written.
         seconds: that `finish_iteration` took.
+        earlier_details: `details` of the processes that worked on the run before.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class RunFolder:
         self.path = path
         self.notices: tuple[Text, ...] = ()
         self.seconds = 0.0
+        self.earlier_details = tuple(session.details for session in record.sessions)
         self._record = record
         self._earlier = record.iterations
         self._keep = keep
@@ -229,10 +231,11 @@ class RunFolder:
         if iteration != self.finished_iterations() or missing:
             raise ValueError(f"iteration {iteration} can't be finished: frames {missing} are missing")
         thumbnails, hashes = zip(*(self._written.pop(place) for place in places), strict=True)
-        self._strips.write(iteration, thumbnails)
+        strip = self._strips.write(iteration, thumbnails)
         if not seconds and iteration < len(self._earlier):  # it was drawn before, and something of it again
             seconds = self._earlier[iteration].seconds
-        done = IterationRecord(self._record.scales[iteration], dict(seconds), split=tuple(split), sha256=hashes)
+        scale = self._record.scales[iteration]
+        done = IterationRecord(scale, dict(seconds), False, tuple(split), hashes, hashlib.sha256(strip).hexdigest())
         record = replace(self._record.with_iteration(done), under_way=None)
         if self._keep == "last":
             record = record.with_removed(iteration)
@@ -272,7 +275,7 @@ class RunFolder:
         """Bring the folder in line with what is there: after a kill, a full disk, or a picture that was damaged."""
         for folder in [self.path, *(item for item in self.path.iterdir() if _OUR_FOLDER.fullmatch(item.name))]:
             for item in folder.iterdir() if folder.is_dir() else ():
-                if is_part(item):
+                if is_part(item) and not item.is_dir():
                     item.unlink(missing_ok=True)
         count = self._whole_iterations()
         iterations = self._record.iterations[:count]
@@ -285,16 +288,18 @@ class RunFolder:
         count, whole = 0, True
         for index in range(len(self._record.scales)):
             done = self._record.iterations[index] if index < len(self._record.iterations) else None
+            strip = self._strips.path(index)
+            strip_is_whole = done is not None and _sha256(strip) == done.thumbnails_sha256
             if done and done.removed:
-                if not opens(self._strips.path(index)):
-                    whole = self._tell_damage(self._strips.path(index))
+                if not strip_is_whole:
+                    whole = self._tell_damage(strip)
             else:
                 paths = self._frame_paths(index)
                 for frame, path in enumerate(paths):
-                    good = _sha256(path) == done.sha256[frame] if done else not path.exists() or opens(path)
+                    good = _sha256(path) in done.sha256[frame : frame + 1] if done else not path.exists() or opens(path)
                     if not good:
                         whole = self._tell_damage(path)
-                if whole and done and not opens(self._strips.path(index)):
+                if whole and done and not strip_is_whole:  # it follows from the frames
                     self._strips.write(index, [self._strips.thumbnail(read_picture(path)) for path in paths])
             if whole and done:
                 count = index + 1
@@ -306,6 +311,9 @@ class RunFolder:
         return count
 
     def _tell_damage(self, path: Path) -> Literal[False]:
+        if path.is_dir():
+            found = f"{path} is a folder, where a picture of this run belongs"
+            raise InputError(found, advice="move it away", field="out")
         self.notices = (*self.notices, f"{path} isn't the picture that was written: it is drawn again")
         path.unlink(missing_ok=True)
         return False

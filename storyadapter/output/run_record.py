@@ -4,7 +4,9 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NoReturn, Self
+
+from pydantic import ConfigDict, PositiveInt, TypeAdapter, ValidationError
 
 from storyadapter.method.errors import Field, InputError, Text, can_not_be_read
 from storyadapter.output.files import ANOTHER_FOLDER, LOCK_NAME, is_part
@@ -15,6 +17,7 @@ RECORD_NAME = "story.json"
 
 _ANOTHER_ONE = ("choose another one with ", Field("out"))
 _ABSENT = object()
+_READING = ConfigDict(extra="forbid")
 _EXCERPT = 40  # letters of a value shown in a message
 
 
@@ -22,25 +25,29 @@ _EXCERPT = 40  # letters of a value shown in a message
 class IterationRecord:
     """An iteration whose frames are all written."""
 
+    __pydantic_config__ = _READING
     scale: float | None  # λ of its references; None for the text-only iteration
     seconds: Mapping[str, float]  # of each stage, by name
     removed: bool = False  # whether its pictures were removed when the next iteration was finished (`keep="last"`)
-    split: tuple[int, ...] = ()  # frames of each batch that was drawn
+    split: tuple[PositiveInt, ...] = ()  # frames of each batch that was drawn
     sha256: tuple[str, ...] = ()  # of each frame's file
+    thumbnails_sha256: str = ""  # of the row of the contact sheet
 
 
 @dataclass(frozen=True)
 class UnderWay:
     """The iteration that is being drawn, and in batches of how many frames: a resumed run keeps to these."""
 
+    __pydantic_config__ = _READING
     iteration: int
-    split: tuple[int, ...]
+    split: tuple[PositiveInt, ...]
 
 
 @dataclass(frozen=True)
 class Session:
     """One process's part of a run: a run that was resumed has several."""
 
+    __pydantic_config__ = _READING
     first_iteration: int  # the first one this process worked on
     details: Mapping[str, Any]  # what doesn't decide the pictures: versions, device, split into micro-batches, …
     # of each stage in this process, by name; written when the run is finished
@@ -51,6 +58,7 @@ class Session:
 class RunRecord:
     """The content of `story.json`."""
 
+    __pydantic_config__ = _READING
     identity: Mapping[str, Any]  # everything that decides the pictures, as JSON values
     frames: int  # N, the frames of one iteration
     scales: tuple[float | None, ...]  # λ of every iteration planned, None first
@@ -90,7 +98,7 @@ class RunRecord:
             return InputError(f"{path} {found}", expected=expected, advice=ANOTHER_FOLDER, field="out")
 
         try:
-            value = json.loads(path.read_bytes())
+            value = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
         except OSError as error:
             raise refusal(f"can't be read: {error.strerror}") from error
         except (ValueError, RecursionError):
@@ -101,19 +109,12 @@ class RunRecord:
             expected = f"{SCHEMA}: another version of storyadapter-trt wrote it"
             raise refusal(f"has schema {value.get('schema')!r},", expected)
         try:
-            progress = value["progress"]
-            under_way = progress["under_way"]
-            return cls(
-                identity=dict(value["identity"]),
-                frames=int(progress["frames"]),
-                scales=tuple(progress["scales"]),
-                iterations=tuple(map(_iteration, progress["iterations"])),
-                under_way=under_way and UnderWay(int(under_way["iteration"]), tuple(under_way["split"])),
-                sessions=tuple(Session(**item) for item in value["sessions"]),
-                finished=progress["status"] == "finished",
-            )
+            progress = dict(value["progress"])
+            progress["finished"] = progress.pop("status") == "finished"
+            found = {"identity": value["identity"], "sessions": value["sessions"], **progress}
+            return TypeAdapter(cls).validate_python(found)
         except (KeyError, TypeError, ValueError) as error:
-            raise refusal(f"is damaged ({error!r}),") from None
+            raise refusal(f"is damaged ({_first_fault(error)}),") from None
 
     def with_iteration(self, iteration: IterationRecord) -> Self:
         """The record after one more iteration is finished."""
@@ -125,8 +126,16 @@ class RunRecord:
         return replace(self, iterations=(*removed, *self.iterations[count:]))
 
 
-def _iteration(item: Mapping[str, Any]) -> IterationRecord:
-    return IterationRecord(**{**item, "split": tuple(item["split"]), "sha256": tuple(item["sha256"])})
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON's")
+
+
+def _first_fault(error: Exception) -> str:
+    """What is wrong, and where, of an error of reading."""
+    if not isinstance(error, ValidationError):
+        return repr(error)
+    fault = error.errors(include_url=False)[0]
+    return f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}"
 
 
 def stored_identity(path: str | Path) -> dict[str, Any] | None:
@@ -169,7 +178,8 @@ def stored_or_new(path: Path, given: RunRecord, resume: bool) -> RunRecord:
     if difference := first_difference(stored.identity, given.identity):
         raise InputError(f"{path} holds another run: ", difference, advice=ANOTHER_FOLDER)
     if (stored.frames, stored.scales) != (given.frames, given.scales):
-        raise ValueError("equal identities with other frames or scales: the identity must hold both")
+        found = f"{path / RECORD_NAME} is damaged: its frames and scales aren't those of its own settings"
+        raise InputError(found, advice=ANOTHER_FOLDER, field="out")
     if resume:
         return stored
     if stored.finished:

@@ -1,6 +1,5 @@
 """Hashes of weight files are right, and remembered."""
 
-import hashlib
 import json
 import logging
 import multiprocessing
@@ -9,11 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from blake3 import blake3
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from storyadapter.engine.fingerprint import fingerprint_files
+from storyadapter.engine import fingerprint
 from storyadapter.method.errors import CheckpointError
+
+
+def fingerprint_files(*arguments: Any, **options: Any) -> dict[Path, str]:
+    return fingerprint.fingerprint_files(*arguments, **options).digests
 
 
 @pytest.fixture
@@ -30,12 +34,12 @@ def no_reading(done: int, total: int) -> None:
     raise AssertionError(f"{done} of {total} bytes were read")
 
 
-def test_hashes_are_those_of_hashlib_over_several_chunks(tmp_path: Path, memory: Path) -> None:
+def test_hashes_are_those_of_the_whole_over_several_chunks(tmp_path: Path, memory: Path) -> None:
     contents = {"empty": b"", "small": b"weights", "large": os.urandom((9 << 20) + 17)}
     paths = [write(tmp_path / name, content) for name, content in contents.items()]
     seen: list[tuple[int, int]] = []
     digests = fingerprint_files(paths, lambda done, total: seen.append((done, total)), memory)
-    assert digests == {path: hashlib.sha256(contents[path.name]).hexdigest() for path in paths}
+    assert digests == {path: blake3(contents[path.name]).hexdigest() for path in paths}
     total = sum(map(len, contents.values()))
     assert {t for _, t in seen} == {total}
     assert [done for done, _ in seen] == sorted({done for done, _ in seen})
@@ -44,16 +48,30 @@ def test_hashes_are_those_of_hashlib_over_several_chunks(tmp_path: Path, memory:
 
 
 def test_a_remembered_file_is_not_read(tmp_path: Path, memory: Path) -> None:
-    """Other content of the same size under the same time is taken for the old one: nothing was read."""
+    path = write(tmp_path / "unet.safetensors", b"content")
+    first = fingerprint.fingerprint_files([path], memory=memory)
+    assert not first.remembered
+    again = fingerprint.fingerprint_files([path], no_reading, memory)
+    assert again == (first.digests, {path})
+
+
+def test_other_content_under_the_same_size_and_time_is_read(tmp_path: Path, memory: Path) -> None:
+    """As of a copy that keeps times: nobody sets the time at which the system itself saw a change."""
     path = write(tmp_path / "unet.safetensors", b"old content")
     status = path.stat()
-    first = fingerprint_files([path], memory=memory)
+    fingerprint_files([path], memory=memory)
     write(path, b"new content")
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert fingerprint_files([path], no_reading, memory) == first
-    # and with its own time it is read again
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
-    assert fingerprint_files([path], memory=memory)[path] == hashlib.sha256(b"new content").hexdigest()
+    assert fingerprint_files([path], memory=memory)[path] == blake3(b"new content").hexdigest()
+
+
+def test_bytes_that_changed_under_the_system_are_seen_where_all_are_read_anew(tmp_path: Path, memory: Path) -> None:
+    path = write(tmp_path / "unet.safetensors", b"content")
+    right = fingerprint_files([path], memory=memory)
+    memory.write_text(memory.read_text().replace(right[path], "0" * 64))  # as if others had been hashed
+    assert fingerprint_files([path], no_reading, memory) == {path: "0" * 64}
+    assert fingerprint.fingerprint_files([path], memory=memory, anew=True) == (right, frozenset())
+    assert fingerprint_files([path], no_reading, memory) == right
 
 
 def test_another_size_under_the_same_time_is_read(tmp_path: Path, memory: Path) -> None:
@@ -62,7 +80,7 @@ def test_another_size_under_the_same_time_is_read(tmp_path: Path, memory: Path) 
     fingerprint_files([path], memory=memory)
     write(path, b"longer than before")
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert fingerprint_files([path], memory=memory)[path] == hashlib.sha256(b"longer than before").hexdigest()
+    assert fingerprint_files([path], memory=memory)[path] == blake3(b"longer than before").hexdigest()
 
 
 def test_a_link_and_its_target_are_one_file_read_once(tmp_path: Path, memory: Path) -> None:
@@ -71,7 +89,7 @@ def test_a_link_and_its_target_are_one_file_read_once(tmp_path: Path, memory: Pa
     link.symlink_to(target)
     seen: list[tuple[int, int]] = []
     digests = fingerprint_files([link, target, link], lambda done, total: seen.append((done, total)), memory)
-    assert digests == {path: hashlib.sha256(b"x" * 1000).hexdigest() for path in (link, target)}
+    assert digests == {path: blake3(b"x" * 1000).hexdigest() for path in (link, target)}
     assert seen == [(1000, 1000)]
 
 
@@ -91,7 +109,7 @@ def test_a_file_that_grows_while_it_is_read_is_refused_and_not_remembered(tmp_pa
     )
     assert "\n" not in str(caught.value)
     assert set(json.loads(memory.read_bytes())["files"]) == {str(finished)}
-    assert fingerprint_files([path], memory=memory)[path] == hashlib.sha256(b"first part, second part").hexdigest()
+    assert fingerprint_files([path], memory=memory)[path] == blake3(b"first part, second part").hexdigest()
 
 
 def test_a_file_rewritten_while_it_is_read_is_refused(tmp_path: Path, memory: Path) -> None:
@@ -117,7 +135,7 @@ def test_an_interrupt_keeps_what_was_read(tmp_path: Path, memory: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         fingerprint_files([first, second], interrupt, memory)
-    assert fingerprint_files([first], no_reading, memory)[first] == hashlib.sha256(b"1" * 10).hexdigest()
+    assert fingerprint_files([first], no_reading, memory)[first] == blake3(b"1" * 10).hexdigest()
 
 
 def entry_variants(good: dict[str, Any]) -> st.SearchStrategy[Any]:
@@ -131,16 +149,16 @@ def entry_variants(good: dict[str, Any]) -> st.SearchStrategy[Any]:
 def test_a_corrupt_memory_is_made_anew(tmp_path: Path, data: st.DataObject) -> None:
     path, memory = write(tmp_path / "weights", b"content"), tmp_path / "fingerprints.json"
     status = path.stat()
-    good = {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "sha256": "0" * 64}
+    good = {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "ctime_ns": status.st_ctime_ns, "blake3": "0" * 64}
     files = data.draw(entry_variants({str(path): "entry"}) | entry_variants(good).map(lambda e: {str(path): e}))
     corrupt = data.draw(
         st.binary(max_size=20)
         | st.sampled_from([b"[" * 100000])
-        | st.just(json.dumps({"version": 1, "files": files}).encode())
+        | st.just(json.dumps({"version": 2, "files": files}).encode())
     )
     memory.write_bytes(corrupt)
-    assert fingerprint_files([path], memory=memory)[path] == hashlib.sha256(b"content").hexdigest()
-    assert fingerprint_files([path], no_reading, memory)[path] == hashlib.sha256(b"content").hexdigest()
+    assert fingerprint_files([path], memory=memory)[path] == blake3(b"content").hexdigest()
+    assert fingerprint_files([path], no_reading, memory)[path] == blake3(b"content").hexdigest()
 
 
 def test_a_memory_that_cannot_be_written_is_a_warning(
@@ -149,7 +167,7 @@ def test_a_memory_that_cannot_be_written_is_a_warning(
     path = write(tmp_path / "weights", b"content")
     memory.parent.write_bytes(b"a file where the folder should be")
     with caplog.at_level(logging.WARNING):
-        assert fingerprint_files([path], memory=memory)[path] == hashlib.sha256(b"content").hexdigest()
+        assert fingerprint_files([path], memory=memory)[path] == blake3(b"content").hexdigest()
     (record,) = caplog.records
     assert "the weights will be read again next time" in record.getMessage()
     assert "File exists" in record.getMessage() or "Not a directory" in record.getMessage()
@@ -174,7 +192,7 @@ def test_processes_at_once_lose_nothing(tmp_path: Path, memory: Path) -> None:
         assert process.exitcode == 0
     paths = [tmp_path / str(number) for number in range(60)]
     digests = fingerprint_files(paths, no_reading, memory)
-    assert digests == {path: hashlib.sha256(path.name.encode()).hexdigest() for path in paths}
+    assert digests == {path: blake3(path.name.encode()).hexdigest() for path in paths}
 
 
 def test_the_memory_stays_small(tmp_path: Path, memory: Path) -> None:
@@ -207,4 +225,4 @@ def test_large_files_are_read_at_once_and_an_interrupt_ends_all(tmp_path: Path, 
     done = []
     digests = fingerprint_files(paths, lambda count, total: done.append(count), memory)
     assert done == sorted(done) and done[-1] == 3 * (65 << 20)
-    assert digests == {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    assert digests == {path: blake3(path.read_bytes()).hexdigest() for path in paths}

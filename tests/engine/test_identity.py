@@ -16,9 +16,9 @@ from tests.engine.engine_requests import TEXT, UNET, VAE, digest, identity, rang
 texts = st.text(max_size=8)
 digests = st.text("0123456789abcdef", min_size=64, max_size=64)
 weight_files = st.builds(
-    WeightFile, component=st.sampled_from(["unet", "vae", "ip_adapter"]), name=texts, sha256=digests
+    WeightFile, component=st.sampled_from(["unet", "vae", "ip_adapter"]), name=texts, blake3=digests
 )
-lora_files = st.builds(FusedLora, name=texts, sha256=digests, scale=st.floats(-2, 2))
+lora_files = st.builds(FusedLora, name=texts, blake3=digests, scale=st.floats(-2, 2))
 identities = st.builds(
     EngineIdentity,
     backend=texts,
@@ -77,7 +77,7 @@ def test_a_manifest_gives_back_the_identity_and_the_key(stored: EngineIdentity, 
 
 def test_the_key_is_the_same_in_every_process_and_release() -> None:
     """A changed constant here means that every engine ever built is built again: raise STORE_VERSION with it."""
-    assert engine_key(identity(), ranges()) == "deec548dbc11434e39413f51579391c0"
+    assert engine_key(identity(), ranges()) == "8346393a19c34ec046138d2fa433d124"
     assert engine_key(identity(loras=(FusedLora("a", digest("d"), 1),)), ranges()) == engine_key(
         identity(loras=(FusedLora("a", digest("d"), 1.0),)), ranges()
     )
@@ -102,7 +102,7 @@ def test_loras_in_another_order_are_another_engine() -> None:
 
 
 def test_a_component_swapped_with_another_is_another_engine() -> None:
-    swapped = (replace(UNET, sha256=VAE.sha256), replace(VAE, sha256=UNET.sha256), TEXT)
+    swapped = (replace(UNET, blake3=VAE.blake3), replace(VAE, blake3=UNET.blake3), TEXT)
     assert engine_key(identity(weights=swapped), ranges()) != engine_key(identity(), ranges())
 
 

@@ -119,8 +119,8 @@ def test_an_engine_without_the_loras_is_told_by_name(
     checkpoint = with_loras(build.checkpoint, *zip(files, SCALES, strict=True))
     asked = replace(identify(checkpoint, "tensorrt", Numerics("fp16"), options=FOR_BOTH), architecture="sm89")
     told = (
-        r" differs: LoRA is none in the store, ink.safetensors:0.5 \(sha256 [0-9a-f]{8}\), "
-        r"wash.safetensors:-0.8 \(sha256 [0-9a-f]{8}\) asked for; build it: storyadapter-trt build --it$"
+        r" differs: LoRA is none in the store, ink.safetensors:0.5 \(blake3 [0-9a-f]{8}\), "
+        r"wash.safetensors:-0.8 \(blake3 [0-9a-f]{8}\) asked for; build it: storyadapter-trt build --it$"
     )
     with pytest.raises(EngineMismatchError, match=told):
         build.store.find(asked, RANGES, "storyadapter-trt build --it")

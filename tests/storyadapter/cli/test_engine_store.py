@@ -1,5 +1,6 @@
 """`engines list` and `engines prune`: what is there; only what was named goes, the least recently used first."""
 
+import json
 import os
 import time
 from dataclasses import replace
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from storyadapter.checkpoint import Checkpoint
-from storyadapter.engine.store import EngineStore, StoredEngine
+from storyadapter.engine.store import EngineStore, StoredEngine, manifest_hash
 from storyadapter.engine.uses import hold, note_use
 from storyadapter.model.contract import Range, ShapeRanges
 from storyadapter.model.numerics import Numerics
@@ -43,7 +44,8 @@ def engines(store: EngineStore, checkpoint: Checkpoint) -> list[StoredEngine]:
             os.utime(path, (time.time() - days * DAY - 60,) * 2)
         built.append(replace(engine, created="2020-01-01T00:00:00+00:00"))
         manifest = engine.folder / "manifest.json"
-        manifest.write_text(manifest.read_text().replace(engine.created, "2020-01-01T00:00:00+00:00"))
+        said = json.loads(manifest.read_text()) | {"created": "2020-01-01T00:00:00+00:00"}
+        manifest.write_text(json.dumps(said | {"manifest_hash": manifest_hash(said)}))
     return built
 
 
@@ -102,6 +104,21 @@ def test_what_is_named_goes(
         assert there == {engines[index].key for index in kept}
 
 
+def test_engines_are_verified(type_in: Type, store: EngineStore, engines: list[StoredEngine]) -> None:
+    done = type_in("engines", "verify", "--engine-dir", store.root)
+    assert done.code == 0
+    *told, last = done.out.splitlines()
+    assert sorted(told) == sorted(f"{engine} in {engine.folder}: whole" for engine in engines)
+    assert last == "3 engines read"
+    with (engines[1].folder / "denoiser.onnx").open("r+b") as file:
+        file.write(b"\1")
+    (engines[2].folder / "manifest.json").write_bytes(b"{}")
+    done = type_in("engines", "verify", "--engine-dir", store.root)
+    assert done.code == 1
+    assert f"{engines[1]} in {engines[1].folder}: denoiser.onnx isn't what was built\n" in done.out
+    assert f"{engines[2].folder} is no usable engine: its store version is None, expected 5\n2 engines read" in done.out
+
+
 def test_what_is_in_use_stays_and_the_next_goes(type_in: Type, store: EngineStore, engines: list[StoredEngine]) -> None:
     release = hold(engines[0].folder)
     done = type_in("engines", "prune", "--keep-under", str(7 / 1024), "--engine-dir", store.root)
@@ -113,8 +130,8 @@ def test_what_is_in_use_stays_and_the_next_goes(type_in: Type, store: EngineStor
 
 def test_engines_of_older_stores_go_as_outdated(type_in: Type, store: EngineStore, engines: list[StoredEngine]) -> None:
     manifest = engines[2].folder / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"store_version": 4', '"store_version": 3'))
-    assert "1 outdated engine (store version below 4)" in type_in("engines", "list", "--engine-dir", store.root).out
+    manifest.write_text(manifest.read_text().replace('"store_version": 5', '"store_version": 3'))
+    assert "1 outdated engine (store version below 5)" in type_in("engines", "list", "--engine-dir", store.root).out
     done = type_in("engines", "prune", "--outdated", "--engine-dir", store.root)
     assert done.out.startswith(f"removed {engines[2].key[:8]}, of an older version, 3 MiB\n")
     assert [engine.key for engine in store.scan()[0]] == [engines[0].key]

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import CLIPTextModel
 
-from tests.storyadapter.cli.running import Type, files
+from tests.storyadapter.cli.running import Type, files, pictures
 
 
 @pytest.fixture
@@ -36,6 +36,23 @@ def test_onnxruntime_draws_what_eager_draws(type_in: Type, engine_run: list[str]
     assert min(psnr(path, "eager" / path.relative_to("out")) for path in paths) >= 50
     # the comparison sees a difference: a frame against the same frame of the iteration before
     assert psnr(Path("out/iteration-02/frame-000.png"), Path("eager/iteration-01/frame-000.png")) < 40
+
+
+def test_a_run_goes_on_with_another_backend_and_says_so(
+    type_in: Type, engine_run: list[str], quick_run: list[str]
+) -> None:
+    """What was drawn stays; which backend drew is recorded."""
+    assert type_in(*engine_run, "--iterations", "1").code == 0
+    first = pictures(Path("out/iteration-01"))
+    Path("out/iteration-01/frame-002.png").unlink()
+    done = type_in(*quick_run, "--iterations", "1", "--resume")
+    assert done.code == 0
+    assert "warning: begun with backend onnxruntime, going on with eager: frames differ, by rounding, " in done.err
+    record = json.loads(Path("out/story.json").read_text())
+    assert [session["details"]["backend"] for session in record["sessions"]] == ["onnxruntime", "eager"]
+    assert [session["details"]["weights_hashed"] for session in record["sessions"]][1] == "as they were loaded"
+    kept = pictures(Path("out/iteration-01"))
+    assert [name for name in first if kept[name] == first[name]][:2] == ["frame-000.png", "frame-001.png"]
 
 
 def test_an_engine_serves_fewer_frames_at_once(type_in: Type, engine_run: list[str]) -> None:
@@ -142,7 +159,7 @@ def test_no_engine_with_these_loras(type_in: Type, engine_run: list[str], tiny_m
     save_file({f"text_encoder.{query}.{part}.weight": matrix for part, matrix in pair.items()}, "ink.safetensors")
     words = ["--lora", "ink.safetensors:0.5", "--lora", "ink.safetensors:-0.25"]
     message = type_in(*engine_run, *words).err.splitlines()[-1]
-    assert " differs: LoRA is none in the store, ink.safetensors:0.5 (sha256 " in message
+    assert " differs: LoRA is none in the store, ink.safetensors:0.5 (blake3 " in message
     build = shlex.split(message.partition("build it: ")[2])
     assert [build[at + 1] for at, word in enumerate(build) if word == "--lora"] == words[1::2]
 

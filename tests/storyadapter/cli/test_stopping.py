@@ -185,6 +185,18 @@ def test_a_full_disk(quick_run: list[str], tmp_path: Path) -> None:
     assert finished_iterations("kept") == 3
 
 
+@pytest.mark.parametrize("mib", [300, 900])
+def test_a_limit_below_what_pytorch_takes(quick_run: list[str], mib: int) -> None:
+    """It would end the process, or hang it, within libraries that can't say so."""
+    words = ["sh", "-c", f'ulimit -v {mib << 10}; exec "$@"', "sh", sys.executable, "-m", "storyadapter", *quick_run]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (
+        1,
+        f"storyadapter-trt: error: this process may use {mib} MiB of memory (ulimit -v); expected 1,536 MiB or more, "
+        "which PyTorch alone takes\n",
+    )
+
+
 SHORT_OF_MEMORY = """
 import resource, sys
 import psutil

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 
 from storyadapter.cli.options import typed
 from storyadapter.method.errors import InputError, RunError
@@ -100,7 +101,8 @@ def test_layout(tmp_path: Path) -> None:
         "scales": [None, 0.3, 0.5],
         "iterations": [
             {"scale": scale, "seconds": {"denoise": 1.5}, "removed": False, "split": [2, 1], "sha256": own}
-            for scale, own in zip(SCALES, hashes, strict=True)
+            | {"thumbnails_sha256": sha256(files(out)[f".thumbnails/iteration-{i:02d}.png"]).hexdigest()}
+            for i, (scale, own) in enumerate(zip(SCALES, hashes, strict=True))
         ],
         "under_way": None,
     }
@@ -295,6 +297,67 @@ def test_refuses_other_folders(tmp_path: Path) -> None:
     assert files(tmp_path) == before
 
 
+def test_a_folder_in_place_of_a_picture_is_refused_and_left(tmp_path: Path) -> None:
+    with open_folder(tmp_path) as folder:
+        make(folder, range(2))
+    for iteration in (1, 2):
+        path = tmp_path / f"iteration-{iteration:02d}" / "frame-001.png"
+        path.unlink(missing_ok=True)
+        (path / "mine").mkdir(parents=True)
+        assert refused(open_folder, tmp_path, resume=True) == (
+            f"{path} is a folder, where a picture of this run belongs; move it away"
+        )
+        assert (path / "mine").is_dir()
+        (path / "mine").rmdir()
+        path.rmdir()
+
+
+def test_a_folder_with_the_name_of_an_unfinished_file_is_left(tmp_path: Path) -> None:
+    part = tmp_path / "iteration-00" / ".frame-000.png.0123abcd.part"
+    with open_folder(tmp_path) as folder:
+        make(folder, range(1))
+    part.mkdir()
+    with open_folder(tmp_path, resume=True) as folder:
+        assert folder.finished_iterations() == 1
+    assert part.is_dir()
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("size", [(40, 32), (32, 40)])
+def test_a_whole_picture_that_the_run_did_not_draw_is_not_taken_for_its_own(
+    tmp_path: Path, finished: bool, size: tuple[int, int]
+) -> None:
+    """Even one that says that the frame's job drew it, as an edited one does."""
+    with open_folder(tmp_path) as folder:
+        done = [FrameFinished(0, n, None, picture(0, n), key=f"job {n}") for n in range(FRAMES)]
+        for event in done:
+            folder.save(event).result()
+        if finished:
+            folder.finish_iteration(0, {}, [3])
+        path = folder.frame_path(0, 1)
+    with Image.open(path) as own:
+        text = PngInfo()
+        for name, value in own.text.items():
+            text.add_text(name, value)
+    picture(2, 2, size).save(path, pnginfo=text)
+    with open_folder(tmp_path, resume=True) as folder:
+        assert folder.finished_iterations() == 0
+        found = [folder.find(0, n, f"job {n}") for n in range(FRAMES)]
+        assert [stored is not None for stored in found] == [True, False, True]
+        assert folder.notices == (f"{path} isn't the picture that was written: it is drawn again",)
+
+
+def test_a_row_of_thumbnails_that_is_another_picture_is_made_again(tmp_path: Path) -> None:
+    with open_folder(tmp_path) as folder:
+        make(folder, range(2))
+    row = tmp_path / ".thumbnails" / "iteration-00.png"
+    right = row.read_bytes()
+    picture(2, 2).save(row)
+    with open_folder(tmp_path, resume=True) as folder:
+        assert folder.finished_iterations() == 2
+    assert row.read_bytes() == right
+
+
 def test_refuses_a_second_process(tmp_path: Path) -> None:
     code = f"""
 from storyadapter.output.run_folder import RunFolder
@@ -331,7 +394,7 @@ def test_misuse(tmp_path: Path) -> None:
         with pytest.raises(ValueError):
             folder.finish({}, ["a", "b", "c"])
     assert json.loads((tmp_path / "story.json").read_text())["progress"]["iterations"] == []
-    with pytest.raises(ValueError):
+    with pytest.raises(InputError, match="is damaged: its frames and scales aren't those of its own settings"):
         RunFolder.open(tmp_path, IDENTITY, frames=4, scales=SCALES, resume=True)
 
 
@@ -471,7 +534,7 @@ def test_frames_are_found_by_the_keys_of_their_jobs_with_their_embeddings(tmp_pa
         folder.begin_iteration(1, [3])
         folder.save(drawn(1, 1)).result()
     with Image.open(tmp_path / "iteration-00" / "frame-002.png") as image:
-        assert image.text.keys() == {"number", "job", "embedding"} and image.text["number"] == "2"
+        assert image.text.keys() == {"number", "job", "pixels", "embedding"} and image.text["number"] == "2"
     with open_folder(tmp_path, resume=True) as folder:
         assert folder.notices == ()
         assert (folder.split(0), folder.split(1), folder.split(2)) == ((2, 1), (3,), None)

@@ -41,6 +41,7 @@ def test_layout() -> None:
             "scales": [None, 0.3],
             "iterations": [
                 {"scale": None, "seconds": {"denoise": 1.5}, "removed": False, "split": [1, 1], "sha256": ["ab", "cd"]}
+                | {"thumbnails_sha256": ""}
             ],
             "under_way": {"iteration": 1, "split": [2]},
         },
@@ -70,7 +71,10 @@ def test_reads_back(tmp_path_factory: pytest.TempPathFactory, identity: dict, fi
         (b"[]", "is something else, expected the record of a storyadapter-trt run"),
         (b'{"format": "storyadapter-trt run", "schema": 2}', "has schema 2, expected 3"),
         (b'{"format": "storyadapter-trt run", "schema": 3}', "is damaged (KeyError('progress'))"),
-        (RECORD.to_json().replace(b'"removed"', b'"gone"'), "is damaged (TypeError("),
+        (RECORD.to_json().replace(b'"removed"', b'"gone"'), "is damaged (iterations.0.gone: Unexpected keyword"),
+        (RECORD.to_json().replace(b"0.3", b'"x"'), "is damaged (scales.1: Input should be a valid number"),
+        (RECORD.to_json().replace(b'"cd"', b""), "is no valid JSON"),
+        (RECORD.to_json().replace(b"1.5", b"NaN"), "is no valid JSON"),
     ],
 )
 def test_bad_record(tmp_path: Path, data: bytes, expected: str) -> None:
