@@ -68,15 +68,15 @@ class Inductor(Backend):
         }
 
     def accept(self, engine: "StoredEngine", checkpoint: "Checkpoint", on_stage: ReportStage) -> None:
-        from storyadapter.engine.inductor.networks import open_stored, was_compared
+        from storyadapter.engine.inductor.networks import open_inductor, was_compared
 
         if not was_compared(engine, checkpoint):
-            open_stored(engine, checkpoint, self.device(), on_stage)
+            open_inductor(engine, checkpoint, self.device(), on_stage)
 
     def open(self, request: OpenRequest) -> "Networks":
-        from storyadapter.engine.inductor.networks import open_stored
+        from storyadapter.engine.inductor.networks import open_inductor
 
-        return open_stored(request.stored, request.checkpoint, request.device, request.on_stage)
+        return open_inductor(request.stored, request.checkpoint, request.device, request.on_stage)
 
 
 BACKEND = Inductor()

@@ -1,7 +1,7 @@
 """Compiled networks, opened with the weights of a checkpoint: nothing is compiled here, and no weight is kept twice."""
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from storyadapter.checkpoint import Checkpoint
+from storyadapter.engine.backend import ReportStage
 from storyadapter.engine.graphs import GraphStepRunner
 from storyadapter.engine.identity import model_weights
 from storyadapter.engine.inductor import TOLERANCE, constants_name, package_name
@@ -21,9 +22,9 @@ from storyadapter.engine.uses import ERRORS, note_use
 from storyadapter.model.contract import NetworkSpec, Range, network_specs
 from storyadapter.model.examples import compare_with_eager, run_examples
 from storyadapter.model.grca import grca
-from storyadapter.model.modules import ModelParts, iterate_modules
+from storyadapter.model.modules import iterate_modules
 from storyadapter.model.networks import Networks, check_inputs, run_directly
-from storyadapter.model.numerics import Numerics, Precision
+from storyadapter.model.numerics import Precision
 
 if TYPE_CHECKING:
     from torch.export.pt2_archive._package import AOTICompiledModel
@@ -139,54 +140,43 @@ def _give_back(tensors: Iterable[Tensor]) -> None:
 
 
 def open_inductor(
-    folder: Path,
-    checkpoint: ModelParts,
-    numerics: Numerics,
-    letters: Mapping[str, Range],
-    device: torch.device,
-    weight_bytes: int,
-    on_progress: Callable[[str, str], None] = lambda network, what: None,
-    *,
-    compared: bool = True,
-) -> tuple[Networks, dict[str, float]]:
-    """Open the compiled networks of one engine folder with the weights of a checkpoint.
+    engine: StoredEngine, checkpoint: Checkpoint, device: torch.device, on_stage: ReportStage
+) -> Networks:
+    """The networks of a checkpoint on an engine's code, compared with eager at the first use with its weights.
 
     On a GPU the denoising step is captured as CUDA graphs. Where the weights would take more than half of the memory
     that is free, only the denoiser's stay there and the others come from the host for each call.
 
-    Args:
-        weight_bytes: of all networks.
-        compared: the code was compared with eager with these weights; else it is done now.
-
-    Returns:
-        The networks, and the relative error of each against eager where it was compared now.
-
     Raises:
-        EngineBuildError: a network computes something else than eager.
+        EngineBuildError: a network computes something else than eager with these weights; nothing is noted.
     """
+    numerics, compared = engine.identity.numerics, was_compared(engine, checkpoint)
+    letters = engine.ranges.letters(checkpoint.geometry.pixels_per_latent)
     on_gpu = device.type == "cuda"
-    short = on_gpu and weight_bytes > _OFFLOAD_ABOVE * torch.cuda.mem_get_info(device)[0]
+    short = on_gpu and engine.details["weight_bytes"] > _OFFLOAD_ABOVE * torch.cuda.mem_get_info(device)[0]
     specs = network_specs(checkpoint.geometry)
     networks: dict[str, InductorNetwork] = {}
     errors: dict[str, float] = {}
-    on_progress("", "loading weights")
+    on_stage("", "loading weights")
     for name, module in iterate_modules(checkpoint, numerics, grca, device=device):
         spec, precision, offloaded = specs[name], numerics[name], short and name != "denoiser"
         where = "loading into host memory: little is free on the GPU" if offloaded else "loading engine"
-        on_progress(name, where if compared else "the engine's code with other weights: comparing with eager")
+        on_stage(name, where if compared else "the engine's code with other weights: comparing with eager")
         ranges = {**letters, **compiled_ranges(spec, letters)}
         examples = () if compared else run_examples(spec, module, ranges, precision)
         weights = prepare(module, device)
         del module
         if offloaded:
             weights = {key: value.cpu().pin_memory() for key, value in weights.items()}
-        networks[name] = InductorNetwork(spec, folder, precision, device, letters, weights, offloaded=offloaded)
+        networks[name] = InductorNetwork(spec, engine.folder, precision, device, letters, weights, offloaded=offloaded)
         if examples:
             errors[name] = compare_with_eager(name, networks[name], examples, precision, TOLERANCE[precision])
         del weights, examples
     if on_gpu:
         torch.cuda.empty_cache()  # what rewriting and comparing took is free for frames
-    opened = Networks(
+    if not compared:
+        note_use(engine.folder, model_weights(checkpoint).key, checkpoint.label, {ERRORS: errors})
+    return Networks(
         networks,
         geometry=checkpoint.geometry,
         backend="inductor",
@@ -196,7 +186,6 @@ def open_inductor(
         run_step=GraphStepRunner() if on_gpu else run_directly,
         padding_is_free=on_gpu,
     )
-    return opened, errors
 
 
 def was_compared(engine: StoredEngine, checkpoint: Checkpoint) -> bool:
@@ -204,31 +193,6 @@ def was_compared(engine: StoredEngine, checkpoint: Checkpoint) -> bool:
     use = engine.uses.get(model_weights(checkpoint).key)
     errors = use.details.get(ERRORS) if use else None
     return isinstance(errors, dict) and errors.keys() == network_specs(checkpoint.geometry).keys()
-
-
-def open_stored(
-    engine: StoredEngine, checkpoint: Checkpoint, device: torch.device, on_stage: Callable[[str, str], None]
-) -> Networks:
-    """The networks of a checkpoint on an engine's code.
-
-    Raises:
-        EngineBuildError: a network computes something else than eager with these weights; nothing is noted.
-    """
-    compared = was_compared(engine, checkpoint)
-    letters = engine.ranges.letters(checkpoint.geometry.pixels_per_latent)
-    networks, errors = open_inductor(
-        engine.folder,
-        checkpoint,
-        engine.identity.numerics,
-        letters,
-        device,
-        engine.details["weight_bytes"],
-        on_stage,
-        compared=compared,
-    )
-    if not compared:
-        note_use(engine.folder, model_weights(checkpoint).key, checkpoint.label, {ERRORS: errors})
-    return networks
 
 
 @contextmanager
