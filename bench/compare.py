@@ -8,6 +8,7 @@ from typing import Any
 
 from storyadapter.bench.options import number
 from storyadapter.bench.report import table
+from storyadapter.cli.printing import print_result
 from storyadapter.method.errors import InputError
 
 HELP = "what got slower between two reports of throughput"
@@ -57,13 +58,13 @@ def run(args: argparse.Namespace) -> int:
     refuse_different(before, after, args.before.name, args.after.name)
     changes = compare(before, after)
     threshold = args.threshold / 100
-    print("\n".join(table(("what", "before, rows/s", "after, rows/s", "change"), map(_row, changes))))
+    print_result("\n".join(table(("what", "before, rows/s", "after, rows/s", "change"), map(_row, changes))))
     worse = [change for change in changes if change.is_worse(threshold)]
     for change in worse:
         what = f"slower by {1 - change.ratio:.1%}" if change.ratio is not None else change.lost
-        print(f"{change.name}: {what}")
+        print_result(f"{change.name}: {what}")
     if not worse:
-        print(f"nothing got slower by more than {args.threshold:g} %")
+        print_result(f"nothing got slower by more than {args.threshold:g} %")
     return 1 if worse else 0
 
 

@@ -5,6 +5,7 @@ import argparse
 from storyadapter.bench.options import add_count, add_engine_options, add_report_options, check_least
 from storyadapter.bench.report import check_out, write_report
 from storyadapter.cli.options import add_checkpoint_options
+from storyadapter.cli.printing import print_result
 from storyadapter.method import constants
 from storyadapter.method.errors import InputError
 from storyadapter.method.plan import FRAMES_UNMEASURED
@@ -41,6 +42,6 @@ def run(args: argparse.Namespace) -> int:
     check_out(args.out)
     found = compare(args)
     page = markdown(found)
-    print(page)
+    print_result(page)
     write_report(args.out, page, as_data(found))
     return 1 if found.problems else 0

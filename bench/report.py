@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from storyadapter.cli.printing import one_line
 from storyadapter.method.errors import InputError, RunError
 
 
@@ -98,4 +99,4 @@ class Progress:
 
     def tell(self, line: str) -> None:
         """Anything else, such as what is being loaded."""
-        print(line, file=self._stream, flush=True)
+        print(one_line(line), file=self._stream, flush=True)

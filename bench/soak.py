@@ -11,6 +11,7 @@ from storyadapter.bench.options import (
 )
 from storyadapter.bench.report import check_out, write_report
 from storyadapter.cli.options import add_checkpoint_options
+from storyadapter.cli.printing import print_result
 from storyadapter.method.errors import InputError
 from storyadapter.model.contract import check_pixels
 
@@ -80,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     if kills:
         found = with_kills(found, args, kills)
     page = markdown(found)
-    print(page)
+    print_result(page)
     write_report(args.out, page, as_data(found))
     return 1 if found.problems else 0
 

@@ -24,6 +24,7 @@ from storyadapter.bench.throughput.rungs import BASELINES, LADDER, Rung
 from storyadapter.bench.throughput.story import Draw, Drawn, as_two_stories, in_sequence, measure_story, overlapped
 from storyadapter.bench.throughput.workbench import Workbench, with_compiled_vae, with_eager_vae
 from storyadapter.cli.options import typed
+from storyadapter.cli.printing import print_result
 from storyadapter.engine.backend import default_device
 from storyadapter.method.errors import InputError, RunError, UnavailableError
 from storyadapter.model.grca import grca
@@ -78,7 +79,7 @@ def measure(args: argparse.Namespace) -> int:
             progress.tell(typed(error))
     for story, drawn in ways.items():
         _draw_story(found, workbench, story, drawn)
-    print(markdown(as_data(found)))
+    print_result(markdown(as_data(found)))
     _write(args.out, found)
     bad = [result.rung for result in found.rungs if result.status in (WRONG, FAILED) and not result.baseline]
     bad += [story.way for story in found.drawn if story.psnr is not None and story.psnr < MIN_PSNR and story.same_vae]

@@ -37,9 +37,13 @@ class LoraSpec:
         text back.
 
         Raises:
-            InputError: the path is empty, or the scale is too large for a number.
+            InputError: the path is empty, the scale is too large for a number or written with a comma.
         """
         path, colon, number = text.rpartition(":")
+        with_point = number.replace(",", ".")
+        if colon and with_point != number and _NUMBER.fullmatch(with_point) and not os.path.exists(text):
+            found = f" {text!r}: the scale {number} has a comma"
+            raise InputError(Field("lora"), found, expected=f"{path}:{with_point}, written with a point")
         if not colon or not _NUMBER.fullmatch(number):
             path, number = text, "1"
         if not path:

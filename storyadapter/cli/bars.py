@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.progress import TimeRemainingColumn as TimeLeftColumn
 
+from storyadapter.cli.printing import one_line
 from storyadapter.cli.reporting import LineReporter, round_in_words, scale_in_words
 from storyadapter.cli.status import Status
 from storyadapter.method.events import Event, FrameFinished, IterationStarted, RunFinished, RunStarted, StepFinished
@@ -26,7 +27,7 @@ class BarReporter(LineReporter):
         self._drawn, self._steps = TaskID(0), TaskID(0)
 
     def line(self, text: str, *, warning: bool = False) -> None:
-        self._console.print(text, markup=False, style="yellow" if warning else None)
+        self._console.print(one_line(text), markup=False, style="yellow" if warning else None)
 
     def event(self, event: Event, **fields: Any) -> None:
         match event:

@@ -3,16 +3,24 @@
 import argparse
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from storyadapter.cli.devices import only_device
-from storyadapter.cli.options import Session, backend_options, model_choice, open_session, run_plan, shape_ranges
+from storyadapter.cli.options import (
+    Session,
+    backend_options,
+    model_choice,
+    open_session,
+    option,
+    run_plan,
+    shape_ranges,
+)
 from storyadapter.cli.reporting import Reporter, count, duration, reporting
 from storyadapter.demo.shipped import STORY
 from storyadapter.demo.vocabulary import KINDS, examples, unknown_words
 from storyadapter.method import constants
-from storyadapter.method.errors import InputError
+from storyadapter.method.errors import InputError, Text, spelled
 from storyadapter.model.contract import ShapeRanges
 from storyadapter.output.run_record import stored_identity
 
@@ -84,8 +92,10 @@ def run(args: argparse.Namespace) -> int:
     """
     with reporting(args) as reporter, only_device(args.device):
         from storyadapter.method.story import check_style  # a third of a second, while the status is told
+        from storyadapter.method.story_notices import story_notices
 
-        story = _story(args)
+        notices: list[Text] = []
+        story = _story(args, notices.append)
         style = check_style(args.style or story.style or DEFAULT_STYLE)
         seed = _seed(args, stored_identity(args.out))
         run_plan(args, _ANY_SIZE, seed)
@@ -94,6 +104,8 @@ def run(args: argparse.Namespace) -> int:
         plan = run_plan(args, session.checkpoint.geometry.default_pixels, seed)
         from storyadapter.cli.drawing import draw
 
+        for notice in (*notices, *story_notices(story)):
+            reporter.note("warning", spelled(notice, option))
         if session.model.paths.is_demo:
             for text in _words_it_does_not_know(story):
                 reporter.note("warning", text)
@@ -101,11 +113,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _story(args: argparse.Namespace) -> "Story":
+def _story(args: argparse.Namespace, on_notice: Callable[[Text], None]) -> "Story":
     from storyadapter.method.story import Story
 
     if args.story:
-        return Story.from_arguments(args.story)
+        return Story.from_arguments(args.story, language=args.language, on_notice=on_notice)
     if args.prompt:
         return Story.from_prompts(args.prompt)
     if args.base_model:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -20,10 +20,15 @@ from storyadapter.method.events import FrameFinished, RunFinished, RunStarted
 from storyadapter.method.memory_errors import is_out_of_memory
 from storyadapter.method.plan import FRAMES_UNMEASURED, RunPlan, split_evenly
 from storyadapter.method.sampler import sampler_of
-from storyadapter.method.story import Story
+from storyadapter.method.story import FinalFrame, Story
 from storyadapter.model.contract import Range, ShapeRanges
+from storyadapter.output.animation import check_form
+from storyadapter.output.lettering import Lettering
 from storyadapter.output.run_folder import RunFolder
+from storyadapter.runtime.memory import MemoryNeeds
 from storyadapter.runtime.pipeline import StoryPipeline
+
+_EMBEDDED: Final = 4_000  # letters of a text in a frame's file
 
 
 def draw(
@@ -38,14 +43,16 @@ def draw(
     """
     started = time.perf_counter()
     sampler_of(plan.sampler)
-    frames, prompts = len(story.prompts), list(story.final_prompts(style))
+    lettering = Lettering(args.font)
+    check_form(args.animation)
+    frames, final = len(story.frames), story.final_frames(plan, style)
     scales = [plan.scale_of(iteration) for iteration in range(plan.iterations)]
     weights = model_weights(session.checkpoint, reporter.bytes_read)
     identity = _identity(story, style, plan, session, weights)
     RunFolder.check(args.out, identity, frames=frames, scales=scales, resume=args.resume)
     with _told_when_out_of_memory(plan):
         pipeline = _open_pipeline(args, plan, frames, session, reporter)
-        batching = pipeline.batching(plan, frames)
+        batching = pipeline.batching(plan, frames, len(story.negative_prompts(plan)))
         loading = time.perf_counter() - started
         details = {
             "model": session.model.label,
@@ -53,7 +60,7 @@ def draw(
             "split": [len(batch) for batch in split_evenly(frames, batching.max_frames)],
             "max_frames": batching.max_frames,
             "text_kept": batching.keep_text,
-            "final_prompts": prompts,
+            "final_prompts": [frame.prompt for frame in final],
             "device": str(pipeline.networks.device),
             "versions": versions(),
             "weights_hashed": _how_hashed(session, weights),
@@ -66,7 +73,7 @@ def draw(
             resume=args.resume,
             keep=args.keep,
             details=details,
-            text=_frame_text(prompts, plan.seed),
+            text=_frame_text(final),
         ) as folder:
             try:
                 for notice in folder.notices:
@@ -80,14 +87,18 @@ def draw(
                     for event in events:
                         if isinstance(event, RunFinished):
                             seconds = {"load": loading, **event.seconds, "save": folder.seconds}
-                            folder.finish(seconds, story.prompts, story.title)
+                            told = folder.finish(
+                                seconds, story.prompts, story.title, form=args.animation, lettering=lettering
+                            )
+                            for notice in told:
+                                reporter.note("warning", spelled(notice, option))
                         if isinstance(event, FrameFinished):
                             reporter.event(event, path=str(folder.frame_path(event.iteration, event.frame)))
                         else:
                             reporter.event(event)
                         if isinstance(event, RunStarted):
                             rows = _rows(plan, event)
-                            _tell_plan(plan, session, pipeline, event, reporter)
+                            _tell_plan(plan, session, pipeline, event, batching.needs, reporter)
             except KeyboardInterrupt as stop:
                 done = folder.finished_iterations()
                 stop.add_note(
@@ -186,7 +197,12 @@ def _told_when_out_of_memory(plan: RunPlan) -> Iterator[None]:
 
 
 def _tell_plan(
-    plan: RunPlan, session: Session, pipeline: StoryPipeline, started: RunStarted, reporter: Reporter
+    plan: RunPlan,
+    session: Session,
+    pipeline: StoryPipeline,
+    started: RunStarted,
+    needs: MemoryNeeds | None,
+    reporter: Reporter,
 ) -> None:
     """The line before slow work; the time is that of the rows that are left, from one timed UNet call."""
     frames, first, left = started.frames, started.first_iteration, _rows(plan, started)
@@ -196,7 +212,6 @@ def _tell_plan(
     memory = pipeline.memory_in_use()
     split = " + ".join(str(len(batch)) for batch in started.batches)
     text = "once" if started.text_kept else "again for each of them, to save memory"
-    needs = pipeline.batching(plan, frames).needs
     finished = f" ({first} finished)" if first else ""
     height, width = plan.size
     reporter.note(
@@ -223,11 +238,14 @@ def _rows(plan: RunPlan, started: RunStarted) -> int:
     return plan.unet_rows(1) // plan.iterations * started.left
 
 
-def _frame_text(prompts: Sequence[str], seed: int) -> Callable[[FrameFinished], Mapping[str, str]]:
-    """What is written into a frame's file for people."""
+def _frame_text(frames: Sequence[FinalFrame]) -> Callable[[FrameFinished], Mapping[str, str]]:
+    """What is written into a frame's file for people; texts that are no more than long stand in `story.json`."""
 
-    def text(frame: FrameFinished) -> Mapping[str, str]:
-        scale = "none" if frame.scale is None else f"{frame.scale:g}"
-        return {"prompt": prompts[frame.frame], "seed": str(seed), "scale": scale}
+    def text(drawn: FrameFinished) -> Mapping[str, str]:
+        frame = frames[drawn.frame]
+        words = {"prompt": frame.prompt, "negative_prompt": frame.negative_prompt or ""}
+        cut = {name: text if len(text) <= _EMBEDDED else f"{text[:_EMBEDDED]}…" for name, text in words.items() if text}
+        scale = "none" if drawn.scale is None else f"{drawn.scale:g}"
+        return {**cut, "seed": str(frame.seed), "scale": scale}
 
     return text

@@ -3,13 +3,13 @@
 import json
 import uuid
 from collections.abc import Mapping
-from dataclasses import asdict, is_dataclass
 from datetime import UTC, datetime
 from importlib import resources
 from typing import Any, Final
 
 import storyadapter
-from storyadapter.cli.reporting import Reporter, print_result
+from storyadapter.cli.printing import json_line, print_result
+from storyadapter.cli.reporting import Reporter
 from storyadapter.method.errors import StoryAdapterError
 from storyadapter.method.events import Event
 
@@ -62,16 +62,8 @@ class JsonReporter(Reporter):
     def _print(self, value: Mapping[str, Any]) -> None:
         when = datetime.now(UTC).isoformat(timespec="milliseconds")
         line = {**value, "time": when, "schema": SCHEMA_VERSION, "run": self._run}
-        print_result(json.dumps(line, default=_plain, ensure_ascii=False))
+        print_result(json_line(line))
 
 
 def _snake(name: str) -> str:
     return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).lstrip("_")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, range):
-        return list(value)
-    if is_dataclass(value) and not isinstance(value, type):
-        return asdict(value)
-    return str(value)

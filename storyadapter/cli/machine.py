@@ -1,7 +1,6 @@
 """What this machine has: `doctor`, what it can run and why not the rest, and `engines`, what the engine store holds."""
 
 import argparse
-import json
 import platform
 import shlex
 import textwrap
@@ -16,7 +15,8 @@ import torch
 
 import storyadapter
 from storyadapter.cli.options import typed
-from storyadapter.cli.reporting import count, print_result
+from storyadapter.cli.printing import json_line, print_result
+from storyadapter.cli.reporting import count
 from storyadapter.engine.backend import installed_version
 from storyadapter.engine.backends import AUTO, BACKENDS, find_backend
 from storyadapter.engine.gpu import driver_version
@@ -44,7 +44,7 @@ def doctor(args: argparse.Namespace) -> int:
     found = look_around()
     store = EngineStore()
     if args.json:
-        print_result(json.dumps(found, ensure_ascii=False))
+        print_result(json_line(found))
     else:
         print_result("\n".join([*_in_words(found), *engine_table(store)]))
     return 0 if any(backend["serves"] for backend in found["backends"]) else 1

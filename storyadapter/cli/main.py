@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from difflib import get_close_matches
 from importlib import import_module
+from pathlib import Path
 from types import FrameType
 from typing import Any, Final, NoReturn, TypeAlias
 
 import storyadapter
 from storyadapter.cli import options
 from storyadapter.cli.libraries import libraries_silenced
-from storyadapter.method import constants
+from storyadapter.cli.printing import tell
 from storyadapter.method.errors import InputError, RunError, StoryAdapterError
 from storyadapter.method.memory_errors import is_out_of_memory, refuse_small_limit
 from storyadapter.output.files import is_full
@@ -50,6 +51,19 @@ examples:
   storyadapter-trt engines prune --keep-under 20               the least recently used, until less than 20 GiB are left
 """
 
+_CHECK_EPILOG = """\
+examples:
+  storyadapter-trt story check tale.yaml
+  storyadapter-trt story check tale.csv --base-model SDXL --image-encoder CLIP --ip-adapter adapter.safetensors
+"""
+
+_SCHEMA_EPILOG = """\
+examples:
+  storyadapter-trt story schema > story.schema.json
+In VS Code and others, this as the first line of tale.yaml completes keys and marks mistakes:
+  # yaml-language-server: $schema=story.schema.json
+"""
+
 _RUN_EPILOG = """\
 examples:
   storyadapter-trt run                                      the demo story with the demo model
@@ -58,13 +72,18 @@ examples:
   storyadapter-trt run --base-model SDXL --image-encoder CLIP --ip-adapter ip-adapter_sdxl.safetensors --story tale.yaml
   storyadapter-trt run --story tale.yaml --out tale --resume    go on after Ctrl-C
 
-A story file, tale.yaml (or the same as .json; a .txt has a prompt per line):
+A story file, tale.yaml (or the same as .json):
   title: Reynard's day
   style: comic
   characters: {Reynard: a small red fox with a green scarf}
   prompts:
     - Reynard wakes up in his burrow
-    - Reynard meets an owl in the forest
+    - prompt: Reynard meets an owl in the forest      a frame may have its own seed and negative prompt
+      negative: snow
+      seed: 7
+The name of a character is replaced by its definition where it stands as a whole word, in the same case as typed.
+A .csv or .tsv has a frame per row, under a header: prompt, or character, interaction and scene; also negative, seed.
+A .txt or .md has a prompt per line, or is a numbered or bulleted list. --story - reads standard input.
 
 DIR/ then holds iteration-00/frame-000.png …, frames/000.png … (the last iteration), contact-sheet.png (a row per
 iteration), story.gif and story.json (every setting, the seed, versions, seconds per stage).
@@ -122,6 +141,8 @@ def build_parser() -> tuple[Parser, Commands]:
     doctor.add_argument("--json", action="store_true", help="as one JSON object")
     doctor.set_defaults(run=_later("machine", "doctor"))
     _add_engines(commands)
+    _add_story(commands)
+    _add_book(commands)
     return parser, commands
 
 
@@ -155,25 +176,8 @@ def _add_run(commands: Commands) -> None:
         "references to all frames of the one before.",
         epilog=_RUN_EPILOG,
     )
-    story = parser.add_argument_group("story").add_mutually_exclusive_group()
-    story.add_argument(
-        "--story", nargs="+", metavar="FILE", help="a story file (.yaml, .yml, .json, .txt), or several prompts"
-    )
-    story.add_argument("--prompt", nargs="+", action="extend", metavar="TEXT", help="one prompt per frame")
-    look = parser.add_argument_group("method (defaults are the published values)")
-    look.add_argument(
-        "--style", metavar="STYLE", help="comic, film, realistic or none (default: the story's, or comic)"
-    )
-    count = look.add_mutually_exclusive_group()
-    count.add_argument(
-        "--iterations",
-        type=int,
-        default=constants.ITERATIONS,
-        metavar="K",
-        help="iterations after the text-only one, with λ from 0.3 to 0.5 (default: %(default)s)",
-    )
-    count.add_argument("--scales", type=options.scales_list, metavar="λ,λ,…", help=options.PLAN_HELP["scales"])
-    options.add_plan_options(look)
+    options.add_story_options(parser)
+    options.add_method_options(parser)
     options.add_size_options(parser, as_range=False)
     output = parser.add_argument_group("output")
     output.add_argument("--out", default="story-out", metavar="DIR", help="output folder (default: %(default)s)")
@@ -188,9 +192,52 @@ def _add_run(commands: Commands) -> None:
         choices=("all", "last"),
         help="frames of all iterations, or of the last alone (default: %(default)s)",
     )
+    output.add_argument(
+        "--animation",
+        default="gif",
+        choices=("gif", "webp"),
+        help="of the last iteration; webp has all colours and a fraction of the size (default: %(default)s)",
+    )
+    options.add_font_option(output)
     options.add_model_options(parser)
     options.add_output_options(parser)
     parser.set_defaults(run=_later("commands", "run"))
+
+
+def _add_story(commands: Commands) -> None:
+    text = "look at a story before it is drawn"
+    parser = commands.add_parser("story", help=text, description=f"To {text}.")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", title="actions")
+    check = actions.add_parser(
+        "check",
+        help="what would be drawn: final prompts, tokens, characters, what is cut off, cost",
+        description="Tells what would be drawn of a story, and draws nothing: final prompts, their tokens by the\n"
+        "model's own tokenizers, the characters found in them, what the model won't read, and the cost.",
+        epilog=_CHECK_EPILOG,
+    )
+    check.add_argument("story", nargs="+", metavar="FILE", help=options.STORY_HELP)
+    options.add_language_option(check)
+    options.add_method_options(check)
+    options.add_checkpoint_options(check)
+    check.set_defaults(run=_later("stories", "check"), height=None, width=None, max_frames=None)
+    text = "print the JSON Schema of story files, for editors"
+    schema = actions.add_parser("schema", help=text, description=f"To {text}.", epilog=_SCHEMA_EPILOG)
+    schema.set_defaults(run=_later("stories", "schema"))
+
+
+def _add_book(commands: Commands) -> None:
+    text = "make one file of a finished story, a page per frame with its prompt"
+    parser = commands.add_parser("book", help=text, description=f"To {text}.")
+    parser.add_argument("folder", type=Path, metavar="OUT", help="the output folder of a finished run")
+    parser.add_argument(
+        "--format",
+        default="html",
+        choices=("html", "pdf", "cbz"),
+        help="html: one page with the pictures inside, for any browser; pdf; cbz, for readers of comics; it is written "
+        "to OUT/book.html and so on (default: %(default)s)",
+    )
+    options.add_font_option(parser)
+    parser.set_defaults(run=_later("stories", "book"))
 
 
 def _add_engines(commands: Commands) -> None:
@@ -206,8 +253,11 @@ def _add_engines(commands: Commands) -> None:
         description="Deletes engines, the least recently used first; never one that is in use or being built.",
         epilog=_PRUNE_EPILOG,
     )
-    prune.add_argument("--older-than", type=float, metavar="DAYS", help="those that were not used for so many days")
-    prune.add_argument("--keep-under", type=float, metavar="GIB", help="as many as it takes to keep less than this")
+    for name, unit, text in (
+        ("--older-than", "DAYS", "those that were not used for so many days"),
+        ("--keep-under", "GIB", "as many as it takes to keep less than this"),
+    ):
+        prune.add_argument(name, type=options.decimal, metavar=unit, help=text)
     prune.add_argument("--outdated", action="store_true", help="those that this version of the program can't open")
     prune.add_argument("--dry-run", action="store_true", help="only say what would go")
     prune.set_defaults(run=_later("machine", "prune_engines"))
@@ -238,19 +288,19 @@ def run_program(parser: Parser, argv: Sequence[str] | None) -> int:
             with nullcontext() if getattr(args, "verbose", False) else libraries_silenced():
                 return args.run(args)
     except StoryAdapterError as error:
-        _tell(f"error: {options.typed(error)}")
+        tell(f"storyadapter-trt: error: {options.typed(error)}")
         return error.exit_code
     except KeyboardInterrupt as stop:
-        _tell("; ".join(["stopped", *getattr(stop, "__notes__", ())]))
+        tell("; ".join(["storyadapter-trt: stopped", *getattr(stop, "__notes__", ())]))
         return exit_code_of(stop)
     except BrokenPipeError:  # as when the output is piped into head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush would fail again
         return 1
     except Exception as error:
         if isinstance(error, OSError) and is_full(error):
-            _tell(f"error: {error.filename or 'a file'} can't be written: {error.strerror}")
+            tell(f"error: {error.filename or 'a file'} can't be written: {error.strerror}")
         elif is_out_of_memory(error):
-            _tell("error: out of memory; end other programs, or raise the limit of this one (ulimit -v)")
+            tell("error: out of memory; end other programs, or raise the limit of this one (ulimit -v)")
         else:
             raise
         return RunError.exit_code
@@ -285,7 +335,3 @@ def sigterm_as_interrupt() -> Iterator[None]:
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:
     raise Terminated
-
-
-def _tell(text: str) -> None:
-    print(f"storyadapter-trt: {text}", file=sys.stderr)

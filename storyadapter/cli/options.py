@@ -18,6 +18,10 @@ from storyadapter.model.contract import Range, ShapeRanges
 from storyadapter.model.numerics import PRECISIONS, Numerics, Precision
 
 MAX_REFERENCES = 100
+STORY_HELP = (
+    "a story file (.yaml, .yml, .json, .csv, .tsv, .txt, .md), - for standard input, a story folder of ViStoryBench, "
+    "or several prompts"
+)
 PLAN_HELP = {setting.name: setting.metadata["help"] for setting in fields(RunPlan)}
 
 
@@ -29,6 +33,54 @@ def option(name: str) -> str:
 def typed(error: Exception) -> str:
     """An error's text, with the options to type where it names settings."""
     return error.text(option) if isinstance(error, StoryAdapterError) else str(error)
+
+
+def add_story_options(parser: argparse.ArgumentParser) -> None:
+    """Which story."""
+    group = parser.add_argument_group("story")
+    story = group.add_mutually_exclusive_group()
+    story.add_argument("--story", nargs="+", metavar="FILE", help=STORY_HELP)
+    story.add_argument("--prompt", nargs="+", action="extend", metavar="TEXT", help="one prompt per frame")
+    add_language_option(group)
+
+
+def add_language_option(parser: argparse._ActionsContainer) -> None:
+    """Of stories that are there in several."""
+    parser.add_argument(
+        "--language",
+        default="en",
+        metavar="L",
+        help="of a folder of ViStoryBench, whose texts are there in en and ch (default: %(default)s)",
+    )
+
+
+def add_method_options(parser: argparse.ArgumentParser) -> None:
+    """What decides the pictures besides story, model and size."""
+    look = parser.add_argument_group("method (defaults are the published values)")
+    look.add_argument(
+        "--style", metavar="STYLE", help="comic, film, realistic or none (default: the story's, or comic)"
+    )
+    count = look.add_mutually_exclusive_group()
+    count.add_argument(
+        "--iterations",
+        type=int,
+        default=constants.ITERATIONS,
+        metavar="K",
+        help="iterations after the text-only one, with λ from 0.3 to 0.5 (default: %(default)s)",
+    )
+    count.add_argument("--scales", type=scales_list, metavar="λ,λ,…", help=PLAN_HELP["scales"])
+    add_plan_options(look)
+
+
+def add_font_option(parser: argparse._ActionsContainer) -> None:
+    """What captions and titles are drawn with."""
+    parser.add_argument(
+        "--font",
+        type=Path,
+        metavar="FILE",
+        help="draw captions and titles with this .ttf, .otf or .ttc; letters that it lacks come from the package's own "
+        "font or the system's",
+    )
 
 
 def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
@@ -167,7 +219,7 @@ def add_plan_options(group: "argparse._ArgumentGroup") -> None:
         default = None if setting.default is MISSING else setting.default
         shown = "drawn, shown and written to story.json" if default is None else "%(default)s"
         more = {**setting.metadata, "help": f"{help_text} (default: {shown})".strip()}
-        group.add_argument(name, type=setting.type, default=default, **more)
+        group.add_argument(name, type=decimal if setting.type is float else setting.type, default=default, **more)
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:
@@ -187,6 +239,15 @@ def pixel_range(text: str) -> Range:
             f"{text!r} is not a number of pixels such as 1024, or a range such as 768:1024"
         )
     return Range(low, high)
+
+
+def decimal(text: str) -> float:
+    """ "7.5"."""
+    try:
+        return float(text)
+    except ValueError:
+        comma = f": it is written with a point, {text.replace(',', '.')}" if re.fullmatch(r"-?\d+,\d+", text) else ""
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number such as 7.5{comma}") from None
 
 
 def frames_or_auto(text: str) -> int | None:

@@ -5,12 +5,13 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, Final
 
 from storyadapter.cli.libraries import own_warnings
+from storyadapter.cli.printing import print_result, tell
 from storyadapter.cli.status import Status
 from storyadapter.method.constants import TEXT_TOKENS
-from storyadapter.method.errors import RunError, StoryAdapterError
+from storyadapter.method.errors import StoryAdapterError
 from storyadapter.method.events import (
     Event,
     IterationFinished,
@@ -19,6 +20,8 @@ from storyadapter.method.events import (
     PromptTruncated,
     RunStarted,
 )
+
+_WORDS_SHOWN: Final = 300  # letters of what is cut off
 
 
 class Reporter:
@@ -124,7 +127,7 @@ class LineReporter(Reporter):
 
     def line(self, text: str, *, warning: bool = False) -> None:
         """Print a line."""
-        print(text, file=sys.stderr, flush=True)
+        tell(text)
 
     def hint(self, text: str) -> None:
         self.note("hint", text)
@@ -178,7 +181,11 @@ class LineReporter(Reporter):
 
 
 def truncation_in_words(event: PromptTruncated) -> str:
-    return f'frame {event.frame}: the prompt is over {TEXT_TOKENS} tokens; cut off: "{event.words}"'
+    where = "" if event.frame is None else f"frame {event.frame}: "
+    words = event.words
+    if len(words) > _WORDS_SHOWN:
+        words = f"{words[:_WORDS_SHOWN]}… ({len(words) - _WORDS_SHOWN:,} letters more)"
+    return f'{where}the {"negative " * event.negative}prompt is over {TEXT_TOKENS} tokens; cut off: "{words}"'
 
 
 def halving_in_words(event: MicroBatchHalved) -> str:
@@ -208,21 +215,6 @@ def duration(seconds: float) -> str:
     if not minutes:
         return f"{rest} s"
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def print_result(text: str) -> None:
-    """Print to standard output, at once.
-
-    Raises:
-        BrokenPipeError: its reader went away.
-        RunError: it can't be written, as when it goes to a file on a full disk.
-    """
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise RunError(f"standard output can't be written: {error.strerror}") from error
 
 
 def words_of(network: str) -> str:

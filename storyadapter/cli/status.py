@@ -6,6 +6,8 @@ import time
 from threading import Event, Lock, Thread
 from typing import Final
 
+from storyadapter.cli.printing import one_line
+
 _FIRST: Final = 0.1  # seconds; what is refused at once stays a single line
 _EVERY: Final = 2.0
 _REDRAWN: Final = 0.5  # on a terminal, where the line changes in place
@@ -61,7 +63,7 @@ class Status:
                 if now - self._told_at < (_REDRAWN if self._drawn else _EVERY if self._in_place else pause):
                     continue
                 self._told_at = now
-                text = f"... {self._text}" + (f" ({seconds:.0f} s)" if seconds >= 1 else "")
+                text = f"... {one_line(self._text)}" + (f" ({seconds:.0f} s)" if seconds >= 1 else "")
                 if self._in_place:
                     columns = shutil.get_terminal_size().columns - 1
                     self._write("\r\x1b[K" + text[:columns])

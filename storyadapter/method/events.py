@@ -9,10 +9,14 @@ from PIL import Image
 
 @dataclass(frozen=True)
 class PromptTruncated:
-    """A prompt is longer than 77 tokens; `words` is its end, which the model won't read."""
+    """A text is longer than 77 tokens; `words` is its end, which the model won't read.
 
-    frame: int
+    `negative`: whether it is a negative prompt; `frame` is None for that of the whole story.
+    """
+
+    frame: int | None
     words: str
+    negative: bool = False
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from typing import Any, Final
 
 from storyadapter.method import constants
 from storyadapter.method.errors import Field, InputError
+from storyadapter.method.text import unprintable
 
 SEED_LIMIT: Final = 2**63
 FRAMES_UNMEASURED: Final = 8  # of a micro-batch, where the memory isn't measured
@@ -59,8 +60,13 @@ class RunPlan:
         "start from pure noise, with trailing time steps, as many v_prediction models were trained", False
     )
     guidance: float = setting("classifier-free guidance; 1 or less computes no unconditional rows", constants.GUIDANCE)
-    seed: int = field(default_factory=lambda: int.from_bytes(os.urandom(4)), metadata={"help": "of the whole story"})
-    negative_prompt: str = setting("", constants.NEGATIVE_PROMPT, metavar="T")
+    seed: int = field(
+        default_factory=lambda: int.from_bytes(os.urandom(4)),
+        metadata={"help": "of the whole story; a frame of a story file may have its own"},
+    )
+    negative_prompt: str = setting(
+        "what no frame shall show; a frame of a story file may have its own", constants.NEGATIVE_PROMPT, metavar="T"
+    )
     max_frames: int | None = setting("frames drawn together in one micro-batch, at most", None)
 
     def __post_init__(self) -> None:
@@ -69,6 +75,9 @@ class RunPlan:
                 check_pixels(name, pixels)
         if not 0 <= self.seed < SEED_LIMIT:
             raise InputError(Field("seed"), f" is {self.seed}", expected="0 to 2^63 - 1")
+        if char := unprintable(self.negative_prompt):
+            found = f" holds {char}, which is no printable character"
+            raise InputError(Field("negative_prompt"), found, advice="take it out")
         for scale in self.scales:
             if not 0 <= scale <= constants.MAX_SCALE:
                 expected = f"each λ from 0 to {constants.MAX_SCALE:g}"

@@ -1,19 +1,16 @@
-"""A run at a glance: the contact sheet, a row of thumbnails per iteration, a column per frame; and an animated GIF."""
+"""A run at a glance: the contact sheet, a row of thumbnails per iteration, a column per frame."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from io import BytesIO
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from storyadapter.output.files import make_folder, write_atomically
 from storyadapter.output.frame_files import encode_png, read_picture
+from storyadapter.output.lettering import Lettering
 
-FRAME_MILLISECONDS = 800
-GIF_PIXELS = 512  # longest side: a hundred frames stay well below what a browser loads
 THUMBNAIL_PIXELS = 256  # longest side
 MAX_PIXELS = 8192  # of the sheet, either way: what viewers and browsers still open
 
@@ -74,25 +71,29 @@ def join(thumbnails: Sequence[Image.Image]) -> Image.Image:
     return strip
 
 
-def contact_sheet(rows: Sequence[Row], captions: Sequence[str], title: str | None = None) -> Image.Image:
+def contact_sheet(
+    rows: Sequence[Row], captions: Sequence[str], title: str | None = None, lettering: Lettering | None = None
+) -> Image.Image:
     """Draw the sheet, an RGB picture of at most 8192 pixels either way.
 
     Under each column stands the frame's number, as in its file's name, and its caption, cut to four lines: both where
-    the columns are wide enough, and the caption unless Pillow's font lacks a letter of it.
+    the columns are wide enough.
 
     Args:
         rows: the iterations, first one on top.
         captions: one per frame.
-        title: drawn above, if Pillow's font has its letters.
+        title: drawn above.
+        lettering: what text is drawn with; letters that it lacks are boxes.
     """
+    lettering = lettering or Lettering()
     frames = len(captions)
     width, height = rows[0].thumbnails.width // frames, rows[0].thumbnails.height
     gap = max(width, height) // _GAP
-    title = title if title and _drawable(title) else None
     left, top = _MARGIN + _LABEL_WIDTH, _MARGIN + (_HEAD if title else 0)
-    numbers_fit = _fits(_number(frames), width, _CAPTION_SIZE)
+    numbers_fit = lettering.fits(_number(frames), width, _CAPTION_SIZE)
     captions_fit = numbers_fit and width >= _CAPTION_MIN_WIDTH
-    wrapped = [_wrap(text, width) if captions_fit and _drawable(text) else [] for text in captions]
+    lines_at_most = _CAPTION_LINES if captions_fit else 0
+    wrapped = [lettering.wrap(text, width, _CAPTION_SIZE, lines_at_most) for text in captions]
     foot_lines = (1 if numbers_fit else 0) + max(map(len, wrapped))
     foot = math.ceil(foot_lines * _CAPTION_SIZE * _LINE) + (10 if foot_lines else 0)
     right = left + frames * width + (frames - 1) * gap
@@ -100,83 +101,37 @@ def contact_sheet(rows: Sequence[Row], captions: Sequence[str], title: str | Non
     sheet = Image.new("RGB", (right + _MARGIN, bottom + foot + _MARGIN), _BACKGROUND)
     draw = ImageDraw.Draw(sheet)
     if title:
-        draw.text((_MARGIN, _MARGIN), _shorten(title, right - _MARGIN, _TITLE_SIZE), _INK, _font(_TITLE_SIZE))
+        shown = lettering.shorten(" ".join(title.split()), right - _MARGIN, _TITLE_SIZE)
+        lettering.draw(draw, (_MARGIN, _MARGIN), shown, _INK, _TITLE_SIZE)
     for index, row in enumerate(rows):
         y = top + index * (height + gap)
-        _draw_label(draw, row, y, height)
+        _draw_label(draw, lettering, row, y, height)
         for frame in range(frames):
             thumbnail = row.thumbnails.crop((frame * width, 0, (frame + 1) * width, height))
             sheet.paste(thumbnail, (left + frame * (width + gap), y))
     if numbers_fit:
         for frame, lines in enumerate(wrapped):
             x = left + frame * (width + gap)
-            draw.text((x, bottom + 10), _number(frame), _INK, _font(_CAPTION_SIZE))
+            lettering.draw(draw, (x, bottom + 10), _number(frame), _INK, _CAPTION_SIZE)
             for number, line in enumerate(lines, 1):
                 y = bottom + 10 + number * _CAPTION_SIZE * _LINE
-                draw.text((x, y), line, _FAINT, _font(_CAPTION_SIZE))
+                lettering.draw(draw, (x, y), line, _FAINT, _CAPTION_SIZE)
     return sheet
 
 
-def _draw_label(draw: ImageDraw.ImageDraw, row: Row, y: int, height: int) -> None:
+def _draw_label(draw: ImageDraw.ImageDraw, lettering: Lettering, row: Row, y: int, height: int) -> None:
     """The iteration's name and detail, halfway up the row; smaller, and without the detail, where rows are low."""
     sizes = (_LABEL_SIZE, _CAPTION_SIZE) if height >= 48 else (min(_CAPTION_SIZE, height),)
     if sizes[-1] < 6:
         return
     y_text = y + (height - sum(sizes) * _LINE) / 2
     for text, size, color in zip((row.label, row.detail), sizes, (_INK, _FAINT), strict=False):
-        draw.text((_MARGIN, y_text), text, color, _font(size))
+        lettering.draw(draw, (_MARGIN, y_text), text, color, size)
         y_text += size * _LINE
 
 
 def _number(frame: int) -> str:
     return f"{frame:03d}"
-
-
-@cache
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
-
-
-def _drawable(text: str) -> bool:
-    """Whether Pillow's own font, which has few letters beyond ASCII, has a glyph for every letter."""
-    font = _font(_CAPTION_SIZE)
-
-    def glyph(char: str) -> tuple[tuple[int, int], bytes]:
-        mask = font.getmask(char)
-        return mask.size, bytes(mask)
-
-    missing = glyph("\uffff")
-    return all(char.isspace() or glyph(char) != missing for char in set(text))
-
-
-def _wrap(text: str, width: int) -> list[str]:
-    """`text` in at most `_CAPTION_LINES` lines of `width` pixels; an ellipsis where it goes on."""
-    lines: list[str] = []
-    words = text.split()
-    while words and len(lines) < _CAPTION_LINES:
-        count = 1
-        while count < len(words) and _fits(" ".join(words[: count + 1]), width, _CAPTION_SIZE):
-            count += 1
-        if len(lines) == _CAPTION_LINES - 1:
-            count = len(words)
-        lines.append(_shorten(" ".join(words[:count]), width, _CAPTION_SIZE))
-        words = words[count:]
-    return lines
-
-
-def _shorten(text: str, width: int, size: int) -> str:
-    """`text` cut to `width` pixels, with an ellipsis if something is missing."""
-    if _fits(text, width, size):
-        return text
-    low, high = 0, len(text)
-    while low + 1 < high:
-        middle = (low + high) // 2
-        low, high = (middle, high) if _fits(text[:middle].rstrip() + "…", width, size) else (low, middle)
-    return text[:low].rstrip() + "…"
-
-
-def _fits(text: str, width: int, size: int) -> bool:
-    return _font(size).getlength(text) <= width
 
 
 class ThumbnailStrips:
@@ -202,7 +157,9 @@ class ThumbnailStrips:
         write_atomically(path, data)
         return data
 
-    def sheet(self, scales: Sequence[float | None], captions: Sequence[str], title: str | None) -> Image.Image:
+    def sheet(
+        self, scales: Sequence[float | None], captions: Sequence[str], title: str | None, lettering: Lettering
+    ) -> Image.Image:
         """The contact sheet of all rows, from λ of every iteration (None for the text-only one) and a text per frame.
 
         Raises:
@@ -210,30 +167,11 @@ class ThumbnailStrips:
         """
         rows = []
         for index, scale in enumerate(scales):
-            detail = "text only" if scale is None else f"scale {scale:.3g}"  # Pillow's font has no λ
+            detail = "text only" if scale is None else f"scale {scale:.3g}"
             rows.append(Row(read_picture(self.path(index)), f"iteration {index}", detail))
-        return contact_sheet(rows, captions, title)
+        return contact_sheet(rows, captions, title, lettering)
 
 
 def iteration_name(iteration: int, iterations: int) -> str:
     """ "iteration-00", with as many digits as all of them need."""
     return f"iteration-{iteration:0{max(2, len(str(iterations - 1)))}d}"
-
-
-def gif(frames: Iterable[Image.Image]) -> bytes:
-    """An endless GIF of RGB pictures of one size, 800 ms each, at most 512 pixels wide or high.
-
-    Every frame has a palette of its own. Equal frames in a row are stored once, with their times added.
-    """
-    first, *rest = _indexed(frames)
-    file = BytesIO()
-    first.save(file, "GIF", save_all=True, append_images=rest, duration=FRAME_MILLISECONDS, loop=0, optimize=False)
-    return file.getvalue()
-
-
-def _indexed(frames: Iterable[Image.Image]) -> Iterator[Image.Image]:
-    for frame in frames:
-        small = scaled(frame, fit(frame.size, GIF_PIXELS))
-        # Two passes: Pillow dithers only towards a palette it is given.
-        palette = small.quantize(256, Image.Quantize.MEDIANCUT)
-        yield small.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG)

@@ -17,6 +17,7 @@ from PIL import Image
 
 from storyadapter.method.errors import Field, InputError, Text
 from storyadapter.method.events import FrameFinished
+from storyadapter.output.animation import Form, animation, extent
 from storyadapter.output.files import (
     ANOTHER_FOLDER,
     LOCK_NAME,
@@ -28,7 +29,8 @@ from storyadapter.output.files import (
     write_error,
 )
 from storyadapter.output.frame_files import encode_png, job_text, opens, read_job, read_picture
-from storyadapter.output.overview import ThumbnailStrips, gif, iteration_name
+from storyadapter.output.lettering import Lettering
+from storyadapter.output.overview import ThumbnailStrips, iteration_name
 from storyadapter.output.run_record import (
     RECORD_NAME,
     IterationRecord,
@@ -52,7 +54,7 @@ class RunFolder:
     Layout, under the folder that was asked for:
 
     - `iteration-00/frame-000.png` …: every frame, with the texts of `text` in it;
-    - `frames/000.png` …: copies of the last iteration's; `contact-sheet.png`; `story.gif`;
+    - `frames/000.png` …: copies of the last iteration's; `contact-sheet.png`; `story.gif` or `.webp`;
     - `story.json`: see `RunRecord`;
     - `.thumbnails/iteration-00.png` …: a row of the contact sheet each, so that the sheet can be drawn when the
       pictures are removed (`keep="last"`), and without reading a thousand pictures again; `.lock`.
@@ -244,11 +246,26 @@ class RunFolder:
             self._remove_pictures(range(iteration))
         self.seconds += time.perf_counter() - started
 
-    def finish(self, seconds: Mapping[str, float], captions: Sequence[str], title: str | None = None) -> None:
-        """Write `frames/`, the contact sheet, the GIF, and the end of `story.json`, once all iterations are finished.
+    def finish(
+        self,
+        seconds: Mapping[str, float],
+        captions: Sequence[str],
+        title: str | None = None,
+        *,
+        form: Form = "gif",
+        lettering: Lettering | None = None,
+    ) -> tuple[Text, ...]:
+        """Write `frames/`, the contact sheet, the animation, and the end of `story.json`, once all iterations are
+        finished.
 
-        `seconds`: of each stage of this process's part of the run, by name. `captions`: one per frame, shown on the
-        contact sheet, with the title, where there is room.
+        Args:
+            seconds: of each stage of this process's part of the run, by name.
+            captions: one per frame, shown on the contact sheet, with the title, where there is room.
+            form: of the animation.
+            lettering: what text is drawn with.
+
+        Returns:
+            What isn't shown as it is.
 
         Raises:
             RunError: no space is left, or the folder can't be written.
@@ -260,16 +277,20 @@ class RunFolder:
                 f"{last + 1} of {len(self._record.scales)} iterations are finished; {len(captions)} captions"
             )
         folder, paths = self.path / "frames", self._frame_paths(last)
-        write_atomically(self.path / "story.gif", gif(map(read_picture, paths)))
+        lettering = lettering or Lettering()
+        moving = self.path / f"story.{form}"
+        shown = extent(moving.name, read_picture(paths[0]).size, len(paths))
+        write_atomically(moving, animation(form, shown, lambda frame: read_picture(paths[frame])))
         make_folder(folder)
         for frame, path in enumerate(paths):
             write_atomically(folder / f"{self._number(frame)}.png", path.read_bytes())
-        write_atomically(
-            self.path / "contact-sheet.png", encode_png(self._strips.sheet(self._record.scales, captions, title), {})
-        )
+        sheet = self._strips.sheet(self._record.scales, captions, title, lettering)
+        write_atomically(self.path / "contact-sheet.png", encode_png(sheet, {}))
         *earlier, session = self._record.sessions
         sessions = (*earlier, replace(session, seconds=dict(seconds)))
         self._write_record(replace(self._record, sessions=sessions, finished=True))
+        notices = (shown.notice, lettering.notice((*captions, title or "")))
+        return tuple(notice for notice in notices if notice)
 
     def _recover(self, session: Session) -> None:
         """Bring the folder in line with what is there: after a kill, a full disk, or a picture that was damaged."""

@@ -18,6 +18,7 @@ RECORD_NAME = "story.json"
 _ANOTHER_ONE = ("choose another one with ", Field("out"))
 _ABSENT = object()
 _READING = ConfigDict(extra="forbid")
+_MAX_BYTES = 64 << 20  # a story of 10,000 frames and 50 iterations stays below
 _EXCERPT = 40  # letters of a value shown in a message
 
 
@@ -98,7 +99,11 @@ class RunRecord:
             return InputError(f"{path} {found}", expected=expected, advice=ANOTHER_FOLDER, field="out")
 
         try:
-            value = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+            with path.open("rb") as file:
+                data = file.read(_MAX_BYTES + 1)
+            if len(data) > _MAX_BYTES:
+                raise refusal(f"is longer than {_MAX_BYTES >> 20} MiB,")
+            value = json.loads(data, parse_constant=_refuse_constant)
         except OSError as error:
             raise refusal(f"can't be read: {error.strerror}") from error
         except (ValueError, RecursionError):

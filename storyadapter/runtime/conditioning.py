@@ -39,19 +39,18 @@ class Tokenizers:
         )
         return first, second
 
+    def count(self, text: str) -> int:
+        """The tokens of a text with those at its ends, by whichever tokenizer makes more."""
+        return max(len(tokenizer(text, verbose=False).input_ids) for tokenizer in (self.first, self.second))
+
     def words_cut_off(self, prompt: str) -> str:
         """The words at the end of a prompt that lie wholly or partly behind the 77 tokens; empty if all are read."""
-        words = prompt.split()
-        if self._fits(prompt):
+        words, most = prompt.split(), constants.TEXT_TOKENS
+        if self.count(prompt) <= most:
             return ""
-        kept = bisect_left(range(len(words)), True, key=lambda count: not self._fits(" ".join(words[: count + 1])))
+        known = range(min(len(words), most))  # a word has a token at the least
+        kept = bisect_left(known, True, key=lambda count: self.count(" ".join(words[: count + 1])) > most)
         return " ".join(words[kept:])
-
-    def _fits(self, text: str) -> bool:
-        return all(
-            len(tokenizer(text, verbose=False).input_ids) <= constants.TEXT_TOKENS
-            for tokenizer in (self.first, self.second)
-        )
 
 
 @dataclass(frozen=True, eq=False)

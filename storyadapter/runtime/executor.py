@@ -129,12 +129,14 @@ class LocalExecutor:
             InputError: the engine can't serve the plan.
             RuntimeError: the executor is closed.
         """
-        pipeline, frames = self._pipeline, len(story.prompts)
+        pipeline = self._pipeline
         plan = pipeline.sized(plan or RunPlan())
+        frames, negatives = len(story.frames), len(story.negative_prompts(plan))
         check_request(pipeline.networks, story, plan)
         story.final_prompts(style)
         submitted = SubmittedStory(
-            lambda: pipeline.source(story, plan, style, store=store), lambda: pipeline.knows_batching(plan, frames)
+            lambda: pipeline.source(story, plan, style, store=store),
+            lambda: pipeline.knows_batching(plan, frames, negatives),
         )
         with self._changed:
             if self._is_closing:

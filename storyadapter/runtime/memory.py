@@ -157,24 +157,24 @@ class Batchings:
         self._states = states
         self._known: dict[tuple[object, ...], Batching] = {}
 
-    def is_known(self, plan: RunPlan, frames: int) -> bool:
+    def is_known(self, plan: RunPlan, frames: int, negatives: int) -> bool:
         """Whether `take` needs no measurement, which nothing else may go on beside."""
-        return self._networks.device.type != "cuda" or self._key(plan, frames) in self._known
+        return self._networks.device.type != "cuda" or self._key(plan, frames, negatives) in self._known
 
-    def take(self, plan: RunPlan, frames: int) -> Batching:
-        """How a story of so many frames is split.
+    def take(self, plan: RunPlan, frames: int, negatives: int) -> Batching:
+        """How a story of so many frames and distinct negative prompts is split.
 
         Raises:
             torch.OutOfMemoryError: a single frame doesn't fit.
         """
-        key = self._key(plan, frames)
+        key = self._key(plan, frames, negatives)
         if key not in self._known:
-            self._known[key] = self._choose(plan, frames)
+            self._known[key] = self._choose(plan, frames, negatives)
             if len(self._known) > _KNOWN_AT_MOST:
                 self._known.pop(next(iter(self._known)))
         return self._known[key]
 
-    def _choose(self, plan: RunPlan, frames: int) -> Batching:
+    def _choose(self, plan: RunPlan, frames: int, negatives: int) -> Batching:
         networks = self._networks
         allowed = networks.letters["F"] if networks.letters else Range(1, max(1, frames))
         if networks.device.type != "cuda":
@@ -182,14 +182,15 @@ class Batchings:
             return Batching(plan.max_frames or most, None, True)
 
         def text(batches: int) -> int:
-            return text_bytes(networks.geometry, networks.dtype("denoiser"), frames + batches * int(plan.guided))
+            rows = frames + max(batches, negatives) * int(plan.guided)
+            return text_bytes(networks.geometry, networks.dtype("denoiser"), rows)
 
         release_memory(networks, self._states)
         needs = measure_needs(networks, plan, plan.references(frames), allowed)
         return share_memory(needs, allowed, frames=frames, max_frames=plan.max_frames, text=text)
 
-    def _key(self, plan: RunPlan, frames: int) -> tuple[object, ...]:
-        return plan.size, plan.guided, bool(plan.scales), plan.max_frames, frames
+    def _key(self, plan: RunPlan, frames: int, negatives: int) -> tuple[object, ...]:
+        return plan.size, plan.guided, bool(plan.scales), plan.max_frames, frames, negatives
 
 
 def release_memory(networks: Networks, states: StatePool) -> None:

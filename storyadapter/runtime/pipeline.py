@@ -116,12 +116,12 @@ class StoryPipeline:
         """A story's frames as jobs, for a scheduler; `check_request` comes before."""
         letters = self.networks.letters
         return StorySource(
-            story.final_prompts(style),
+            story.final_frames(plan, style),
             plan,
             model=self.model,
             numerics=self.networks.numerics,
             tokenizers=self.tokenizers,
-            batching=self.batching(plan, len(story.prompts)),
+            batching=self.batching(plan, len(story.frames), len(story.negative_prompts(plan))),
             texts_at_once=min(TEXTS_AT_ONCE, letters["P"].maximum) if letters else TEXTS_AT_ONCE,
             resume=resume,
             store=store,
@@ -136,8 +136,8 @@ class StoryPipeline:
         if self._gpu is not None:
             torch.cuda.set_device(self._gpu)
 
-    def batching(self, plan: RunPlan, frames: int) -> Batching:
-        """How a story of so many frames is split into batches here.
+    def batching(self, plan: RunPlan, frames: int, negatives: int = 1) -> Batching:
+        """How a story of so many frames and distinct negative prompts is split into batches here.
 
         On a GPU this follows from the memory that is free, measured once per pipeline and size of story, so that a
         story that is drawn again is split as before.
@@ -145,11 +145,11 @@ class StoryPipeline:
         Raises:
             torch.OutOfMemoryError: a single frame doesn't fit.
         """
-        return self._batchings.take(plan, frames)
+        return self._batchings.take(plan, frames, negatives)
 
-    def knows_batching(self, plan: RunPlan, frames: int) -> bool:
+    def knows_batching(self, plan: RunPlan, frames: int, negatives: int = 1) -> bool:
         """Whether `batching` needs no measurement, which nothing else may go on beside."""
-        return self._batchings.is_known(plan, frames)
+        return self._batchings.is_known(plan, frames, negatives)
 
     def seconds_per_row(self, plan: RunPlan, frames: int, references: int) -> float:
         """Seconds of one row of a UNet call with so many frames and references, from one call after a warm-up.
@@ -210,7 +210,7 @@ def check_request(networks: Networks, story: Story, plan: RunPlan, resume: Finis
     Raises:
         InputError: the engine can't serve the plan, the sampler can't do it, or `resume` is of another story.
     """
-    frames, letters, scale = len(story.prompts), networks.letters, networks.geometry.pixels_per_latent
+    frames, letters, scale = len(story.frames), networks.letters, networks.geometry.pixels_per_latent
     if letters is not None:
         height, width = (Range(letters[name].minimum * scale, letters[name].maximum * scale) for name in ("h", "w"))
         references = Range(1, letters["N"].maximum - 1)  # N counts the unconditional one too

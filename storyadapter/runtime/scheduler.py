@@ -64,7 +64,7 @@ class Scheduler:
         # frames of one story lie side by side
         tasks.sort(key=lambda task: members.index(task.owner))
         decode = [source.batching.decode_frames for source in members]
-        keep = [source.frames + 1 if source.batching.keep_text else 0 for source in members]
+        keep = [source.texts if source.batching.keep_text else 0 for source in members]
         return Batch(tuple(tasks), min((size for size in decode if size), default=None), min(keep))
 
     def take(self, report: Report, worker: Hashable = None) -> None:

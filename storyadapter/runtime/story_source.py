@@ -22,6 +22,7 @@ from storyadapter.method.events import (
     StepFinished,
 )
 from storyadapter.method.plan import RunPlan, split_evenly
+from storyadapter.method.story import FinalFrame
 from storyadapter.model.numerics import Numerics
 from storyadapter.runtime.batches import BatchDone, StepDone
 from storyadapter.runtime.conditioning import TEXTS_AT_ONCE, Tokenizers
@@ -43,7 +44,7 @@ class StorySource:
     """Gives tasks of a story as soon as their references are known, takes what became of them, and tells it as events.
 
     Args:
-        prompts: final prompts, one per frame.
+        frames: what decides each frame beside the plan.
         plan: every other setting.
         model: key of the model, as in `FrameJob`.
         numerics: of the networks.
@@ -61,7 +62,7 @@ class StorySource:
 
     def __init__(
         self,
-        prompts: Sequence[str],
+        frames: Sequence[FinalFrame],
         plan: RunPlan,
         *,
         model: str,
@@ -77,14 +78,16 @@ class StorySource:
         self.ready: deque[Task] = deque()
         self.served = 0
         self.error: BaseException | None = None
-        self._prompts = prompts
+        self._story = frames
         self._model = model
         self._numerics = numerics
         self._store = store
         self._max_frames = batching.max_frames  # halved where memory didn't suffice
-        negative = [plan.negative_prompt] if plan.guided else []
-        groups = TextGroup.split([*negative, *prompts], texts_at_once, *plan.size)
+        negatives = tuple(dict.fromkeys(frame.negative_prompt for frame in frames if frame.negative_prompt is not None))
+        texts = [*negatives, *(frame.prompt for frame in frames)]
+        groups = TextGroup.split(texts, texts_at_once, *plan.size)
         self._texts = [(group, index) for group in groups for index in range(len(group.texts))]
+        self._negatives = dict(zip(negatives, self._texts, strict=False))
         self._events: deque[tuple[Event, Future[None] | None]] = deque()
         self._saving = 0
         self._seconds: dict[str, float] = {}
@@ -96,7 +99,12 @@ class StorySource:
     @property
     def frames(self) -> int:
         """N."""
-        return len(self._prompts)
+        return len(self._story)
+
+    @property
+    def texts(self) -> int:
+        """Texts that are encoded for it: a prompt per frame, and the distinct negative prompts."""
+        return len(self._texts)
 
     @property
     def is_finished(self) -> bool:
@@ -238,8 +246,7 @@ class StorySource:
                 left=len(self.ready) + whole * self.frames,
             )
         ]
-        words = map(tokenizers.words_cut_off, self._prompts)
-        told += (PromptTruncated(frame, cut) for frame, cut in enumerate(words) if cut)
+        told += truncated(self._story, self.plan, tokenizers)
         self._events.extendleft((event, None) for event in reversed(told))
 
     def _split(self) -> list[int]:
@@ -268,15 +275,15 @@ class StorySource:
                 self._model,
                 self._numerics,
                 *plan.size,
-                prompt,
-                plan.negative_prompt if plan.guided else None,
+                frame.prompt,
+                frame.negative_prompt,
                 plan.guidance if plan.guided else None,
                 plan.sampler,
-                plan.seed,
+                frame.seed,
                 scale,
                 self._keys if scale is not None else (),
             )
-            for prompt in self._prompts
+            for frame in self._story
         ]
 
     def _begin_iteration(self) -> None:
@@ -297,14 +304,14 @@ class StorySource:
         self._embeddings: dict[int, Tensor | Image.Image | None] = dict(self._stored(jobs))
         self._found = frozenset(self._embeddings)
         self._tell(IterationStarted(self._iteration, jobs[0].scale, tuple(sorted(self._found))))
-        guided, last = int(self.plan.guided), self._iteration + 1 == self.plan.iterations
+        prompts, last = self._texts[len(self._negatives) :], self._iteration + 1 == self.plan.iterations
         tasks = [
             Task(
                 self,
                 job,
                 self._iteration,
                 frame,
-                (self._texts[guided + frame], *self._texts[:guided]),
+                (prompts[frame], *([] if job.negative_prompt is None else [self._negatives[job.negative_prompt]])),
                 references,
                 embed=not last,
                 room=self.plan.references(self.frames),
@@ -340,6 +347,20 @@ class StorySource:
         self._given = [given for _, given in sorted(self._embeddings.items()) if given is not None]
         self._iteration += 1
         self._begin_iteration()
+
+
+def truncated(frames: Sequence[FinalFrame], plan: RunPlan, tokenizers: Tokenizers) -> Iterator[PromptTruncated]:
+    """Every text of a story of which the model won't read the end, each once."""
+    for number, frame in enumerate(frames):
+        if words := tokenizers.words_cut_off(frame.prompt):
+            yield PromptTruncated(number, words)
+    told = set()
+    for number, frame in enumerate(frames):
+        negative = frame.negative_prompt
+        if negative is not None and negative not in told:
+            told.add(negative)
+            if words := tokenizers.words_cut_off(negative):
+                yield PromptTruncated(None if negative == plan.negative_prompt else number, words, negative=True)
 
 
 def _span(tasks: Sequence[Task]) -> Sequence[int]:

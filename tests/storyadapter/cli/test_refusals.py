@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from storyadapter.output.files import lock_folder
 from tests.permissions import without_permission
@@ -60,15 +62,15 @@ def test_a_story_file_with_a_wrong_type(refused, quick_run: list[str]) -> None:
     words = words_without(quick_run, "--prompt", 3)
     reason = "prompt 2 is a number (7), expected text; put it in quotes"
     assert refused(*words, "--story", "tale.yaml") == f"tale.yaml, line 4: {reason}"
-    assert refused(*words, "--story", "tale.json") == f"tale.json: {reason}"
+    assert refused(*words, "--story", "tale.json") == f"tale.json, line 1: {reason}"
 
 
 def test_no_story_for_an_own_model(refused, quick_run: list[str]) -> None:
     words = words_without(quick_run, "--prompt", 3)
     assert refused(*words) == "no story; type --story FILE, or --prompt TEXT with a text per frame"
     assert refused(*words, "--story", "tale.yaml") == (
-        "tale.yaml: no such file, expected a story (.yaml, .yml, .json, .txt); if it is meant as a prompt, type "
-        "--prompt TEXT"
+        "tale.yaml: no such file, expected a story (.yaml, .yml, .json, .csv, .tsv, .txt, .md); if it is meant as a "
+        "prompt, type --prompt TEXT"
     )
 
 
@@ -102,6 +104,14 @@ SETTINGS = {
         "backend onnxruntime can't serve here: it can't run the VAE in bf16; expected --vae-precision fp32 or fp16"
     ),
     "--lora :0.5": "--lora ':0.5' has no path; expected PATH or PATH:SCALE, such as style.safetensors:0.8",
+    "--lora ink.safetensors:0,8": (
+        "--lora 'ink.safetensors:0,8': the scale 0,8 has a comma; expected ink.safetensors:0.8, written with a point"
+    ),
+    "--guidance 7,5": (
+        "argument --guidance: '7,5' is not a number such as 7.5: it is written with a point, 7.5; for all options type "
+        "storyadapter-trt run --help"
+    ),
+    "--font gone.ttf": "--font gone.ttf can't be opened as a font; expected a .ttf, .otf or .ttc file",
     "--lora gone.safetensors": "--lora gone.safetensors: there is no such file or folder",
     "--base-model gone": "--base-model gone: there is no such file or folder",
     "--scales 0.3": (
@@ -114,6 +124,29 @@ SETTINGS = {
 @pytest.mark.parametrize("words", SETTINGS)
 def test_settings(words: str, refused, quick_run: list[str]) -> None:
     assert refused(*quick_run, *shlex.split(words)) == SETTINGS[words]
+
+
+def test_a_negative_prompt_is_checked_as_prompts_are(refused, quick_run: list[str]) -> None:
+    reason = "holds U+001B, which is no printable character; take it out"
+    assert refused(*quick_run, "--negative-prompt", "a\x1bb") == f"--negative-prompt {reason}"
+    assert refused(*quick_run, "--prompt", "a\x1bb") == f"prompt 4 {reason}"
+
+
+# quick to type and quick to refuse: the model isn't there
+ANYTHING = st.text(st.characters(exclude_characters="\0"), max_size=40).filter(lambda text: text != "-")
+
+
+@given(
+    option=st.sampled_from(["--prompt", "--negative-prompt", "--style", "--story", "--language", "--lora"]),
+    text=ANYTHING,
+)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_text_is_refused_in_one_line_and_leaves_nothing(type_in: Type, option: str, text: str) -> None:
+    done = type_in("run", f"{option}={text}", "--base-model", "gone", "--image-encoder", "gone", "--ip-adapter", "gone")
+    assert done.code == 2 and done.out == ""
+    assert re.fullmatch(r"(?:\.\.\. [^\n]+\n)*storyadapter-trt: error: [^\n]+\n", done.err), done.err
+    assert "\x1b" not in done.err
+    assert list(Path().iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,12 @@
+from pathlib import Path
+
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
+from storyadapter.method.errors import InputError, spelled
+from storyadapter.output.lettering import OWN_FONT, Lettering
 from storyadapter.output.overview import MAX_PIXELS, Row, contact_sheet, fit, join, scaled, thumbnail_size
 
 COLORS = ["red", "green", "blue", "yellow", "cyan", "magenta"]
@@ -52,11 +56,38 @@ def test_title_labels_and_captions_are_drawn_where_they_can_be() -> None:
     assert page.height > bare.height
     assert ink(page, (0, 0, page.width, 70)) > 0
     assert ink(bare, (0, 32, 150, 288)) > 0  # the row's label
-    with_prompt = ink(bare, (150, 288, bare.width, bare.height))
-    # Pillow's font has no such letters; boxes in their place would tell nothing.
-    number_only = sheet(2, 1, caption="\u6211\u4eec")
-    assert 0 < ink(number_only, (150, 288, bare.width, number_only.height)) < with_prompt
-    assert sheet(2, 1, title="\u6211\u4eec").height == bare.height
+    assert ink(bare, (150, 288, bare.width, bare.height)) > 0
+
+
+LETTERS = "é ñ ß — Привет שלום مرحبا λ …"
+
+
+def test_letters_are_drawn_in_any_script_or_told(tmp_path: Path) -> None:
+    lettering = Lettering()
+    assert lettering.lacking([LETTERS, "a\u0301 \u200d\n"]) == ""
+    lettering._system = []  # as on a machine with no fonts of its own
+    assert lettering.lacking(["\u6211 and \u4eec", "\u6211"]) == "\u6211\u4eec"
+    assert spelled(lettering.notice(["\u6211s"])) == (
+        "no font here has \u6211 (U+6211): in pictures they are boxes; give a font that has them with font"
+    )
+    assert not lettering.notice([LETTERS])
+    shown, boxes = (sheet(1, 1, caption=text, title=text) for text in ("Привет", "\u6211" * 6))
+    assert ink(shown, (0, 0, shown.width, 70)) > 0 and ink(boxes, (0, 0, boxes.width, 70)) > 0
+    file = tmp_path / "font.ttf"
+    file.write_bytes(b"no font")
+    with pytest.raises(InputError, match="can't be opened as a font; expected a .ttf, .otf or .ttc file"):
+        Lettering(file)
+    assert Lettering(OWN_FONT).width("ab", 20) == lettering.width("ab", 20)
+
+
+def test_lines_end_where_their_script_lets_them() -> None:
+    lettering = Lettering()
+    chinese = lettering.wrap("\u6211\u4eec\u5728\u68ee\u6797\u91cc" * 4, 60, 14, 9)
+    assert len(chinese) > 2 and "".join(chinese) == "\u6211\u4eec\u5728\u68ee\u6797\u91cc" * 4
+    words = "one two three four five six seven"
+    lines = lettering.wrap(words, 80, 14, 9)
+    assert " ".join(lines) == words and all(lettering.fits(line, 80, 14) for line in lines)
+    assert lettering.wrap("x" * 1_000_000, 80, 14, 4)[-1].endswith("…")
 
 
 def test_long_captions_stay_in_their_columns() -> None:

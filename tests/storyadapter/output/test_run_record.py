@@ -75,6 +75,9 @@ def test_reads_back(tmp_path_factory: pytest.TempPathFactory, identity: dict, fi
         (RECORD.to_json().replace(b"0.3", b'"x"'), "is damaged (scales.1: Input should be a valid number"),
         (RECORD.to_json().replace(b'"cd"', b""), "is no valid JSON"),
         (RECORD.to_json().replace(b"1.5", b"NaN"), "is no valid JSON"),
+        (RECORD.to_json().replace(b'"frames": 2', b'"frames": 1e999'), "is damaged (frames: Input should be"),
+        (RECORD.to_json().replace(b'"frames": 2', b'"frames": ' + b"9" * 5000), "is no valid JSON"),
+        (b" " * (64 << 20) + b"{}", "is longer than 64 MiB, expected the record of a storyadapter-trt run"),
     ],
 )
 def test_bad_record(tmp_path: Path, data: bytes, expected: str) -> None:

@@ -230,6 +230,31 @@ def test_a_long_prompt_names_the_words_cut_off(pipeline: StoryPipeline) -> None:
     assert 0 < len(cut) < 60 and cut == words[-len(cut) :]
 
 
+def test_every_text_that_is_cut_is_told_once(pipeline: StoryPipeline) -> None:
+    long = " ".join(f"word{n}" for n in range(60))
+    story = Story(({"prompt": "a fox", "negative": f"snow {long}"}, "an owl", "a bear"))
+    plan = replace(PLAN, steps=1, scales=(), negative_prompt=long)
+    told = [event for event in pipeline.run(story, plan) if isinstance(event, PromptTruncated)]
+    assert [(event.frame, event.negative) for event in told] == [(0, True), (None, True)]
+    assert not [e for e in pipeline.run(story, replace(plan, guidance=1.0)) if isinstance(e, PromptTruncated)]
+
+
+def test_a_frame_may_have_its_own_seed_and_negative_prompt(pipeline: StoryPipeline) -> None:
+    own = ({"prompt": PROMPTS[0], "seed": 11}, {"prompt": PROMPTS[1], "negative": "snow"}, PROMPTS[2])
+
+    def drawn(prompts: tuple[Any, ...], plan: RunPlan) -> tuple[list[Image.Image], list[str]]:
+        events = [e for e in pipeline.run(Story(prompts), plan, style="none") if isinstance(e, FrameFinished)]
+        return [event.picture for event in events], [event.key for event in events]
+
+    plan = replace(PLAN, scales=())
+    mixed, keys = drawn(own, plan)
+    others = drawn(PROMPTS, replace(plan, seed=11)), drawn(PROMPTS, replace(plan, negative_prompt="snow"))
+    expected = [others[0][0][0], others[1][0][1], drawn(PROMPTS, plan)[0][2]]
+    assert max(errors_of_frames(mixed, expected)) < TIGHT
+    assert min(errors_of_frames(mixed[:2], drawn(PROMPTS, plan)[0][:2])) > ALLOWED
+    assert keys == [others[0][1][0], others[1][1][1], drawn(PROMPTS, plan)[1][2]]
+
+
 def test_a_frame_that_is_not_finite_stops_the_run_before_it_becomes_a_reference(
     tiny_model_dir: Path, tmp_path: Path
 ) -> None:

@@ -1,0 +1,77 @@
+"""What is done with a story but drawing it: `story check`, `story schema`, `book`."""
+
+import argparse
+import json
+
+from storyadapter.cli.commands import DEFAULT_STYLE
+from storyadapter.cli.options import model_choice, option, run_plan
+from storyadapter.cli.printing import one_line, print_result
+from storyadapter.cli.reporting import count, truncation_in_words
+from storyadapter.method.constants import PIXEL_MULTIPLE, TEXT_TOKENS
+from storyadapter.method.errors import Text, spelled
+from storyadapter.method.story import Story, check_style, story_schema
+from storyadapter.method.story_notices import story_notices
+
+
+def check(args: argparse.Namespace) -> int:
+    """Print what would be drawn of a story; reads of the model no more than headers and tokenizers.
+
+    Raises:
+        InputError: the story can't be drawn as typed, or the model isn't whole.
+    """
+    notices: list[Text] = []
+    story = Story.from_arguments(args.story, language=args.language, on_notice=notices.append)
+    style = check_style(args.style or story.style or DEFAULT_STYLE)
+    plan = run_plan(args, PIXEL_MULTIPLE, args.seed or 0)
+    model = model_choice(args)
+
+    from storyadapter.checkpoint import Checkpoint
+    from storyadapter.runtime.conditioning import Tokenizers
+    from storyadapter.runtime.story_source import truncated
+
+    tokenizers = Tokenizers(*Checkpoint.open(model.paths).load_tokenizers())
+    final = story.final_frames(plan, style)
+    lines = [f"{count(len(final), 'frame')}, style {style}, tokens of {model.label}"]
+    for number, (frame, given) in enumerate(zip(final, story.frames, strict=True)):
+        found = story.characters_in(given.prompt)
+        about = [f"{tokenizers.count(frame.prompt)} of {TEXT_TOKENS} tokens"]
+        about += [f"characters {', '.join(found)}"] if found else []
+        about += [] if given.seed is None else [f"seed {given.seed}"]
+        lines += [f"frame {number}: {'; '.join(about)}", f"  {frame.prompt}"]
+        if given.negative is not None and plan.guided:
+            lines.append(f"  negative prompt: {given.negative or 'none'}")
+    notices += [*story_notices(story), *map(truncation_in_words, truncated(final, plan, tokenizers))]
+    lines += [f"warning: {spelled(notice, option)}" for notice in notices]
+    lines.append(
+        f"{count(plan.iterations, 'iteration')} of {count(plan.steps, 'step')}, "
+        f"{'guided' if plan.guided else 'unguided'}: {plan.unet_rows(len(final)):,} UNet rows"
+    )
+    print_result("\n".join(map(one_line, lines)))
+    return 0
+
+
+def schema(args: argparse.Namespace) -> int:
+    """Print the JSON Schema of story files."""
+    print_result(json.dumps(story_schema(), indent=2, ensure_ascii=False))
+    return 0
+
+
+def book(args: argparse.Namespace) -> int:
+    """Make one file of a finished run.
+
+    Raises:
+        InputError: the folder holds no finished run, or the font isn't one.
+        RunError: no space is left, or a picture doesn't open any more.
+    """
+    from storyadapter.cli.printing import tell
+    from storyadapter.output.book import Book
+    from storyadapter.output.lettering import Lettering
+
+    lettering = Lettering(args.font)
+    found = Book.read(args.folder)
+    path = found.write(args.format, lettering)
+    drawn = args.format != "html"  # there the browser has the fonts
+    if drawn and (notice := lettering.notice((*found.captions, found.title or ""))):
+        tell(f"warning: {spelled(notice, option)}")
+    print_result(f"{path} ({count(len(found.captions), 'page')})")
+    return 0

@@ -1,0 +1,1 @@
+"""Story files of every form, read into plain values that know the lines they stand on."""
