@@ -86,7 +86,8 @@ class BenchmarkModel:
     @classmethod
     def from_files(cls, model: ModelChoice, engine: EngineChoice, device: torch.device) -> Self:
         """A model's files. Raises CheckpointError: see `Checkpoint.open`."""
-        return cls(model.label, Checkpoint.open(model.paths), "epsilon", engine, device)
+        checkpoint = Checkpoint.open(model.paths)
+        return cls(model.label, checkpoint, checkpoint.sampling.prediction_type or "epsilon", engine, device)
 
     @property
     def numerics(self) -> Numerics:

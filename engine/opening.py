@@ -5,12 +5,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 
 from storyadapter.checkpoint import Checkpoint
+from storyadapter.checkpoint.not_finite import explain_not_finite
 from storyadapter.engine.backend import EngineRequest, OpenRequest, ReportBytes, ReportFraction, ReportStage
 from storyadapter.engine.backends import find_backend
 from storyadapter.engine.identity import EngineIdentity, ModelWeights, contract_digest, model_weights
@@ -132,6 +134,7 @@ def open_networks(
         else:
             with _hashed_while_read(checkpoint, weights):
                 networks = chosen.open(request)
+        networks = replace(networks, explain_not_finite=partial(explain_not_finite, checkpoint, numerics))
     except BaseException:
         if engine is not None:
             release()

@@ -27,6 +27,7 @@ def open(  # as of a file: what it gives is ready for use
     vae_precision: str = AUTO,
     device: str | None = None,
     loras: Sequence[LoraSpec | str] = (),
+    unet: Path | str | None = None,
     vae: Path | str | None = None,
     base_config: Path | str | None = None,
     variant: str | None = None,
@@ -55,7 +56,7 @@ def open(  # as of a file: what it gives is ready for use
         device: "cpu", "cuda" or "cuda:1"; by default the current GPU if there is one. Another GPU becomes the current
             one of the calling thread, and of those that draw.
         loras: "style.safetensors:0.8", or `LoraSpec`; fused in this order.
-        vae, base_config, variant: see `CheckpointPaths`.
+        unet, vae, base_config, variant: see `CheckpointPaths`.
         height, width: that an engine is to serve; the model's own by default.
         max_references: frames of the longest story that an engine is to serve.
         engine_dir: of the engine store; the user's cache folder by default.
@@ -77,7 +78,14 @@ def open(  # as of a file: what it gives is ready for use
     chosen.check(Numerics.of(main, vae_decoder=of_vae))
     specs = tuple(lora if isinstance(lora, LoraSpec) else LoraSpec.parse(lora) for lora in loras)
     paths = CheckpointPaths.given(
-        base_model, image_encoder, ip_adapter, base_config=base_config, vae=vae, loras=specs, variant=variant
+        base_model,
+        image_encoder,
+        ip_adapter,
+        base_config=base_config,
+        unet=unet,
+        vae=vae,
+        loras=specs,
+        variant=variant,
     )
     checkpoint = Checkpoint.open(paths)
     own = checkpoint.geometry.default_pixels
@@ -135,4 +143,9 @@ def open_checkpoint(
         on_stage=on_stage,
         on_bytes=on_bytes,
     )
-    return StoryPipeline(networks, checkpoint.load_tokenizers(), model=model_weights(checkpoint, on_bytes).key)
+    return StoryPipeline(
+        networks,
+        checkpoint.load_tokenizers(),
+        model=model_weights(checkpoint, on_bytes).key,
+        sampling=checkpoint.sampling,
+    )

@@ -2,10 +2,11 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from storyadapter.checkpoint.agreement import check_preprocessing, check_scaling, check_text_end
 from storyadapter.checkpoint.component import Component
 from storyadapter.checkpoint.ip_adapter import (
     CrossAttention,
@@ -25,7 +26,9 @@ from storyadapter.checkpoint.parts import (
     tokenizer_files,
 )
 from storyadapter.checkpoint.paths import CheckpointPaths, LoraSpec, below, find, give
-from storyadapter.method.errors import CheckpointError, Field
+from storyadapter.checkpoint.sampling import read_sampling
+from storyadapter.method.errors import CheckpointError, Field, Text
+from storyadapter.method.model_sampling import ModelSampling
 from storyadapter.model.contract import Geometry, LayerWidth
 
 if TYPE_CHECKING:
@@ -47,12 +50,16 @@ class Checkpoint:
         geometry: the sizes of the model.
         loras: the LoRA files that were found, with their scales; `load_unet` and `load_text_encoder…` fuse them.
         configuration: of every network, the settings that its code depends on, as plain data.
+        sampling: what the files say of how the model is sampled.
+        notices: what was assumed where files say nothing, and where they contradict each other; one line each.
     """
 
     paths: CheckpointPaths
     geometry: Geometry
     loras: tuple[LoraSpec, ...]
     configuration: Mapping[str, Mapping[str, Any]]
+    sampling: ModelSampling
+    notices: tuple[Text, ...]
     _components: Mapping[str, Component]
     _adapter: Path
     _cross_attentions: tuple[CrossAttention, ...]
@@ -68,6 +75,7 @@ class Checkpoint:
         image_encoder: Path | str | None = None,
         ip_adapter: Path | str | None = None,
         base_config: Path | str | None = None,
+        unet: Path | str | None = None,
         vae: Path | str | None = None,
         loras: tuple[LoraSpec, ...] = (),
         variant: str | None = None,
@@ -83,7 +91,14 @@ class Checkpoint:
                 kind, tensors are missing or unexpected, or shapes don't fit. One line says what was found and expected.
         """
         paths = paths or CheckpointPaths.given(
-            base_model, image_encoder, ip_adapter, base_config=base_config, vae=vae, loras=loras, variant=variant
+            base_model,
+            image_encoder,
+            ip_adapter,
+            base_config=base_config,
+            unet=unet,
+            vae=vae,
+            loras=loras,
+            variant=variant,
         )
         components, config_folder = base_parts(paths)
         components["image_encoder"] = image_encoder_part(paths)
@@ -94,16 +109,35 @@ class Checkpoint:
             raise CheckpointError(Field("ip_adapter"), found, expected=expected, advice=give(files))
         loras = tuple(LoraSpec(lora_file(find("lora", spec.path)), spec.scale) for spec in paths.loras)
         empty = {name: component.check() for name, component in components.items()}
+        notices = check_scaling(paths, config_folder, components["vae"].config_file, empty["vae"])
         for part, encoder in _TOKENIZERS.items():
-            check_tokenizer(config_folder / part, empty[encoder].config.vocab_size)
+            tokenizer = check_tokenizer(config_folder / part, empty[encoder].config.vocab_size)
+            encoder_file = components[encoder].config_file
+            notices += check_text_end(config_folder / part, tokenizer, encoder_file, empty[encoder].config)
         layers = cross_attentions(empty["unet"])
         geometry = _geometry(components["unet"].config_file, empty, layers)
         image_encoder = components["image_encoder"].config_file.parent
+        notices += check_preprocessing(image_encoder)
         text_width = geometry.text_width + geometry.text_width_2
         check_ip_adapter(adapter, layers, text_width, geometry.image_embedding_width, image_encoder)
         opened = tuple(open_lora(lora.path, empty) for lora in loras)
         configuration = {name: settings(network.config) for name, network in empty.items()}
-        return cls(paths, geometry, loras, configuration, components, adapter, layers, config_folder, opened)
+        unet_path = find("base_model" if paths.unet is None else "unet", paths.unet or paths.base_model)
+        sampling, told = read_sampling(config_folder, None if unet_path.is_dir() else unet_path, loras)
+        sampling = replace(sampling, embeds_guidance=geometry.guidance_embedding > 0)
+        return cls(
+            paths,
+            geometry,
+            loras,
+            configuration,
+            sampling,
+            (*told, *notices),
+            components,
+            adapter,
+            layers,
+            config_folder,
+            opened,
+        )
 
     @property
     def files_by_component(self) -> dict[str, tuple[Path, ...]]:
@@ -116,6 +150,14 @@ class Checkpoint:
         beside = tuple(lora.settings for lora in self._opened_loras if lora.settings)
         return {**files, "ip_adapter": (self._adapter,), **({"lora": beside} if beside else {})}
 
+    def weight_files(self, part: str) -> list[tuple[Path, str]]:
+        """The files with the weights of a part as in `files_by_component`, each with how the names of its tensors in it
+        begin."""
+        component = self._components.get(part)
+        if component is None:
+            return [(self._adapter, "")]
+        return [(path, component.prefix) for path in component.files if path.suffix != ".json"]
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled as its paths: another process opens the same files."""
         return type(self).open, (self.paths,)
@@ -124,7 +166,8 @@ class Checkpoint:
     def label(self) -> str:
         """The base model and its LoRAs in few words, for people."""
         base = "the demo model" if self.paths.is_demo else Path(self.paths.base_model).name
-        return " + ".join((base, *(f"{lora.path.stem}:{lora.scale:g}" for lora in self.loras)))
+        unet = () if self.paths.unet is None else (f"UNet {Path(self.paths.unet).name}",)
+        return " + ".join((base, *unet, *(f"{lora.path.stem}:{lora.scale:g}" for lora in self.loras)))
 
     def load_unet(self, dtype: "torch.dtype", device: "torch.device | None" = None) -> "UNet2DConditionModel":
         """The UNet in `dtype` on `device`, or else the CPU, LoRAs fused, in evaluation mode, without gradients.
@@ -194,4 +237,5 @@ def _geometry(unet_config: Path, empty: Mapping[str, Any], layers: tuple[CrossAt
         latent_channels=vae.config.latent_channels,
         pixels_per_latent=2 ** (len(vae.config.block_out_channels) - 1),
         vae_in_fp32=bool(vae.config.force_upcast),
+        guidance_embedding=unet.config.time_cond_proj_dim or 0,
     )

@@ -181,6 +181,13 @@ def convert_unet(network: Any, tensors: "dict[str, Tensor]") -> "dict[str, Tenso
     return _nothing_lost(tensors, convert_ldm_unet_checkpoint(tensors, config=dict(network.config)))
 
 
+def convert_unet_file(network: Any, tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
+    """Of a UNet alone, in diffusers' layout or the original one without its prefix."""
+    if any(name.startswith("down_blocks.") for name in tensors):
+        return folder_names(network, tensors)
+    return convert_unet(network, {UNET_PREFIX + name: tensor for name, tensor in tensors.items()})
+
+
 def convert_vae(network: Any, tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
     """Of a single file's VAE, or of a VAE alone, in the original layout or in diffusers' own."""
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint

@@ -5,6 +5,7 @@ What the configuration files must say for the method to run on a model is checke
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from storyadapter.checkpoint.paths import (
     read_config,
     weight_files,
 )
+from storyadapter.checkpoint.tensor_files import read_headers
 from storyadapter.method import constants
 from storyadapter.method.errors import CheckpointError, Field, Text, said
 
@@ -32,7 +34,12 @@ if TYPE_CHECKING:
 Config = Mapping[str, Any]
 
 # UNet options that change what it computes and that the exported denoiser doesn't have.
-_UNSUPPORTED_UNET = ("class_embed_type", "num_class_embeds", "encoder_hid_dim", "time_embedding_act_fn")
+_UNSUPPORTED_UNET = (
+    *("class_embed_type", "num_class_embeds", "encoder_hid_dim", "encoder_hid_dim_type", "time_embedding_act_fn"),
+    "cross_attention_norm",
+)
+# Others that change what it computes: SDXL has none of them, under whatever value.
+_UNSET_UNET = ("center_input_sample", "dual_cross_attention", "only_cross_attention", "mid_block_only_cross_attention")
 
 # Written by the libraries beside what they describe; no code depends on it.
 _NOTES = ("architectures", "dtype", "torch_dtype", "transformers_version")
@@ -48,7 +55,6 @@ def base_parts(paths: CheckpointPaths) -> tuple[dict[str, Component], Path]:
     Raises:
         CheckpointError: something is missing, or a configuration isn't SDXL's.
     """
-    from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     base = find("base_model", paths.base_model)
@@ -76,15 +82,7 @@ def base_parts(paths: CheckpointPaths) -> tuple[dict[str, Component], Path]:
 
     second = "text_encoder_2"
     parts = {
-        "unet": source.part(
-            "the UNet",
-            folder / "unet",
-            _check_unet,
-            UNet2DConditionModel.from_config,
-            DIFFUSERS_STEMS,
-            component.UNET_PREFIX,
-            component.convert_unet,
-        ),
+        "unet": _unet(paths, folder, source),
         "text_encoder": text_encoder(
             "text_encoder", "text encoder 1", CLIPTextModel, component.TEXT_PREFIX, component.convert_text_encoder
         ),
@@ -131,18 +129,20 @@ def settings(config: Any) -> Config:
     return {name: value for name, value in values.items() if not name.startswith("_") and name not in _NOTES}
 
 
-def check_tokenizer(folder: Path, vocabulary_size: int) -> None:
-    """Check that a tokenizer can be read and that the text encoder knows all its tokens.
+def check_tokenizer(folder: Path, vocabulary_size: int) -> "CLIPTokenizer":
+    """A tokenizer, whose tokens the text encoder all knows.
 
     Raises:
-        CheckpointError: it can't, or doesn't.
+        CheckpointError: it can't be read, or has others.
     """
-    found = len(load_tokenizer(folder))
+    tokenizer = load_tokenizer(folder)
+    found = len(tokenizer)
     if found > vocabulary_size:
         raise CheckpointError(
             f"{folder} has {found} tokens, its text encoder knows {vocabulary_size}",
             expected="the tokenizer that belongs to the model",
         )
+    return tokenizer
 
 
 def tokenizer_files(folder: Path) -> tuple[Path, ...]:
@@ -186,6 +186,29 @@ class _Source:
             files = weight_files(folder, stems, self.variant)
             return Component(title, config_file, lambda: build(config), files, folder_names)
         return Component(title, config_file, lambda: build(config), (self.file,), convert, prefix)
+
+
+def _unet(paths: CheckpointPaths, base: Path, source: _Source) -> Component:
+    """The base model's, or the one given: a diffusers folder, or a file of the base model's configuration."""
+    from diffusers import UNet2DConditionModel
+
+    title: Text = "the UNet"
+    folder, build, prefix, convert = base / "unet", UNet2DConditionModel.from_config, component.UNET_PREFIX, None
+    if paths.unet is not None:
+        path, title = find("unet", paths.unet), ("the UNet given with ", Field("unet"))
+        if path.is_dir():
+            folder = path / "unet" if (path / "unet" / "config.json").exists() else path
+            _check_folder("unet", folder, lambda config: config.get("_class_name") == "UNet2DConditionModel")
+            source = _Source(None, paths.variant)
+        else:
+            headers = read_headers(path)
+            source, prefix, convert = _Source(path, None), "", component.convert_unet_file
+            if any(name.startswith(component.UNET_PREFIX) for name in headers):
+                prefix, convert = component.UNET_PREFIX, None
+            width = next((t.shape[-1] for name, t in headers.items() if name.endswith("cond_proj.weight")), None)
+            build = partial(UNet2DConditionModel.from_config, time_cond_proj_dim=width)
+    stems, convert = DIFFUSERS_STEMS, convert or component.convert_unet
+    return source.part(title, folder, _check_unet, build, stems, prefix, convert)
 
 
 def _vae(paths: CheckpointPaths, base: Path, source: _Source) -> Component:
@@ -288,15 +311,14 @@ def _check_unet(path: Path, config: Config) -> None:
             f"{config.get('cross_attention_dim')} wide",
             expected="'text_time' and SDXL's 2048",
         )
-    if config.get("time_cond_proj_dim") is not None:
-        raise CheckpointError(
-            f"{path}: a guidance-distilled UNet (time_cond_proj_dim is {config['time_cond_proj_dim']}), such as LCM's",
-            expected="an SDXL base model",
-            advice=("use it with the LCM LoRA instead (", Field("lora"), ")"),
-        )
     for option in _UNSUPPORTED_UNET:
         if config.get(option) is not None:
             raise CheckpointError(f"{path}: {option} is {config[option]!r}", expected="a UNet of SDXL, which has none")
+    for option in _UNSET_UNET:
+        if config.get(option):
+            raise CheckpointError(f"{path}: {option} is {config[option]!r}", expected="a UNet of SDXL, where it is off")
+    if config.get("attention_type", "default") != "default":
+        raise CheckpointError(f"{path}: attention_type is {config['attention_type']!r}", expected="SDXL's 'default'")
 
 
 def check_widths(unet_path: Path, unet: Config, text_width: int, text_width_2: int, pooled_width: int) -> None:

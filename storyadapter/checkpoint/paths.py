@@ -68,6 +68,8 @@ class CheckpointPaths:
     ip_adapter: Path | str  # the plain 4-token IP-Adapter for SDXL, `.bin` or `.safetensors`
     # for a single file: a diffusers folder with its configuration files and tokenizers
     base_config: Path | str | None = None
+    # another UNet: a diffusers folder, or a file in diffusers' or the original layout, which has the base model's sizes
+    unet: Path | str | None = None
     vae: Path | str | None = None  # another VAE: a diffusers folder, or a `.safetensors` file
     loras: tuple[LoraSpec, ...] = ()  # fused into the UNet and the text encoders, in this order
     # take `*.<variant>.safetensors` and the like where a network has both; without it, the plain files
@@ -81,6 +83,7 @@ class CheckpointPaths:
         ip_adapter: Path | str | None,
         *,
         base_config: Path | str | None = None,
+        unet: Path | str | None = None,
         vae: Path | str | None = None,
         loras: tuple[LoraSpec, ...] = (),
         variant: str | None = None,
@@ -99,8 +102,8 @@ class CheckpointPaths:
                 found = tuple(word for pair in named for word in pair)[:-1]
                 raise InputError(*found, " missing", expected=(all_parts, ", or none for the demo model"))
             assert base_model and image_encoder and ip_adapter
-            return cls(base_model, image_encoder, ip_adapter, base_config, vae, loras, variant)
-        for name, value in (("base_config", base_config), ("vae", vae), ("variant", variant)):
+            return cls(base_model, image_encoder, ip_adapter, base_config, unet, vae, loras, variant)
+        for name, value in (("base_config", base_config), ("unet", unet), ("vae", vae), ("variant", variant)):
             if value:
                 raise InputError(Field(name), " was given without ", Field("base_model"), expected=all_parts)
         return cls(MODEL, MODEL / "image_encoder", MODEL / "ip-adapter.safetensors", loras=loras)

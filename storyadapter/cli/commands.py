@@ -21,6 +21,7 @@ from storyadapter.demo.shipped import STORY
 from storyadapter.demo.vocabulary import KINDS, examples, unknown_words
 from storyadapter.method import constants
 from storyadapter.method.errors import InputError, Text, spelled
+from storyadapter.method.presets import check_preset
 from storyadapter.model.contract import ShapeRanges
 from storyadapter.output.run_record import stored_identity
 
@@ -101,6 +102,7 @@ def run(args: argparse.Namespace) -> int:
         run_plan(args, _ANY_SIZE, seed)
         reporter.stage("", OPENING)
         session = open_session(args, model_choice(args))
+        check_preset(args.preset, session.checkpoint.sampling.embeds_guidance)
         plan = run_plan(args, session.checkpoint.geometry.default_pixels, seed)
         from storyadapter.cli.drawing import draw
 

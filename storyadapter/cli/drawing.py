@@ -20,6 +20,7 @@ from storyadapter.method.events import FrameFinished, RunFinished, RunStarted
 from storyadapter.method.memory_errors import is_out_of_memory
 from storyadapter.method.plan import FRAMES_UNMEASURED, RunPlan, split_evenly
 from storyadapter.method.sampler import sampler_of
+from storyadapter.method.sampling_notices import sampling_notices
 from storyadapter.method.story import FinalFrame, Story
 from storyadapter.model.contract import Range, ShapeRanges
 from storyadapter.output.animation import check_form
@@ -42,7 +43,11 @@ def draw(
         KeyboardInterrupt: with a note on what is finished, where the drawing had begun.
     """
     started = time.perf_counter()
-    sampler_of(plan.sampler)
+    for notice in (*session.checkpoint.notices, *sampling_notices(plan, session.checkpoint.sampling)):
+        reporter.note("warning", spelled(notice, option))
+    plan = plan.for_model(session.checkpoint.sampling)
+    for iteration in range(plan.iterations):
+        sampler_of(plan.sampler_in(iteration))
     lettering = Lettering(args.font)
     check_form(args.animation)
     frames, final = len(story.frames), story.final_frames(plan, style)
@@ -57,6 +62,7 @@ def draw(
         details = {
             "model": session.model.label,
             "backend": session.backend.name,
+            "preset": args.preset,
             "split": [len(batch) for batch in split_evenly(frames, batching.max_frames)],
             "max_frames": batching.max_frames,
             "text_kept": batching.keep_text,
@@ -235,7 +241,10 @@ def _tell_plan(
 
 def _rows(plan: RunPlan, started: RunStarted) -> int:
     """UNet rows of the frames that are to be drawn."""
-    return plan.unet_rows(1) // plan.iterations * started.left
+    first, frames = started.first_iteration, started.frames
+    whole = [plan.rows_in(iteration) * frames for iteration in range(first + 1, plan.iterations)]
+    begun = started.left - len(whole) * frames
+    return sum(whole) + (plan.rows_in(first) * begun if begun else 0)
 
 
 def _frame_text(frames: Sequence[FinalFrame]) -> Callable[[FrameFinished], Mapping[str, str]]:

@@ -14,7 +14,7 @@ from storyadapter.method.errors import StoryAdapterError
 from storyadapter.method.events import Event
 
 SCHEMA_VERSION: Final = 1  # of the events; raised where one goes or changes its meaning, not where one comes
-_NOT_TOLD: Final = ("picture", "embedding")
+_NOT_TOLD: Final = ("picture", "embedding", "latents")
 
 
 def schema() -> dict[str, Any]:

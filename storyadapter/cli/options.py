@@ -14,6 +14,7 @@ from storyadapter.engine.backends import AUTO, BACKENDS, find_backend
 from storyadapter.method import constants
 from storyadapter.method.errors import InputError, StoryAdapterError, spelled
 from storyadapter.method.plan import FRAMES_UNMEASURED, RunPlan
+from storyadapter.method.presets import PRESETS, with_preset
 from storyadapter.model.contract import Range, ShapeRanges
 from storyadapter.model.numerics import PRECISIONS, Numerics, Precision
 
@@ -22,7 +23,7 @@ STORY_HELP = (
     "a story file (.yaml, .yml, .json, .csv, .tsv, .txt, .md), - for standard input, a story folder of ViStoryBench, "
     "or several prompts"
 )
-PLAN_HELP = {setting.name: setting.metadata["help"] for setting in fields(RunPlan)}
+PLAN_HELP = {item.name: item.metadata["help"] for item in fields(RunPlan) if item.metadata.get("typed", True)}
 
 
 def option(name: str) -> str:
@@ -105,6 +106,12 @@ def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
     )
     model.add_argument(
         "--base-config", metavar="DIR", help="diffusers folder with the configuration of a single-file --base-model"
+    )
+    model.add_argument(
+        "--unet",
+        metavar="P",
+        help="another UNet of SDXL in place of the checkpoint's own, such as LCM's or SDXL-Lightning's: a diffusers "
+        "folder or a file",
     )
     model.add_argument("--vae", metavar="P", help="another VAE: a diffusers folder or a .safetensors file")
     model.add_argument("--variant", metavar="V", help="prefer weight files of this variant, such as fp16")
@@ -208,18 +215,29 @@ def add_size_options(parser: argparse.ArgumentParser, *, as_range: bool) -> None
 
 
 def add_plan_options(group: "argparse._ArgumentGroup") -> None:
-    """Options of those fields of a plan that are typed as they are."""
+    """Options of those fields of a plan that are typed as they are, and presets of them."""
+    words = "; ".join(f"{name}: {preset.purpose}" for name, preset in PRESETS.items())
+    group.add_argument(
+        "--preset",
+        choices=tuple(PRESETS),
+        help="scheduler, time steps, steps and guidance that a few-step model needs; what is typed beside it wins. "
+        + words,
+    )
     for setting in fields(RunPlan):
-        name, help_text = option(setting.name), setting.metadata["help"]
-        if setting.name in ("height", "width", "scales", "max_frames"):
+        if setting.name not in PLAN_HELP or setting.name in ("height", "width", "scales", "max_frames"):
             continue  # these have forms of their own
+        more = {**setting.metadata}
+        shown = more.pop("shown", setting.default)
+        if shown is MISSING:
+            shown = "drawn, shown and written to story.json"
+        more["help"] = f"{more['help']} (default: {shown})".strip().replace("%", "%%")
         if setting.type is bool:
-            group.add_argument(name, action="store_true", help=help_text)
-            continue
-        default = None if setting.default is MISSING else setting.default
-        shown = "drawn, shown and written to story.json" if default is None else "%(default)s"
-        more = {**setting.metadata, "help": f"{help_text} (default: {shown})".strip()}
-        group.add_argument(name, type=decimal if setting.type is float else setting.type, default=default, **more)
+            more |= {"action": "store_true", "default": None, "help": setting.metadata["help"]}
+        elif setting.type == bool | None:
+            more["action"] = argparse.BooleanOptionalAction
+        else:
+            more["type"] = _VALUES.get(setting.name, decimal if setting.type is float else setting.type)
+        group.add_argument(option(setting.name), **more)
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:
@@ -268,7 +286,7 @@ def scales_list(text: str) -> tuple[float, ...]:
 
 def given_checkpoint_options(args: argparse.Namespace) -> dict[str, list[str]]:
     """The values of those options of `add_checkpoint_options` that were typed, by option."""
-    single = ("base_model", "image_encoder", "ip_adapter", "base_config", "vae", "variant")
+    single = ("base_model", "image_encoder", "ip_adapter", "base_config", "unet", "vae", "variant")
     given = {option(name): [getattr(args, name)] for name in single if getattr(args, name)}
     return given | ({"--lora": args.lora} if args.lora else {})
 
@@ -292,6 +310,7 @@ def model_choice(args: argparse.Namespace) -> ModelChoice:
         args.image_encoder,
         args.ip_adapter,
         base_config=args.base_config,
+        unet=args.unet,
         vae=args.vae,
         loras=tuple(LoraSpec.parse(text) for text in args.lora),
         variant=args.variant,
@@ -346,9 +365,46 @@ def run_plan(args: argparse.Namespace, default_pixels: int, seed: int) -> RunPla
     if args.scales is None and args.iterations < 0:
         raise InputError(f"--iterations is {args.iterations}", expected="0 (text only) or more")
     instead = {"height": default_pixels, "width": default_pixels, "scales": constants.reference_scales(args.iterations)}
-    given = {name: getattr(args, name) for name in PLAN_HELP}
-    given |= {name: value for name, value in instead.items() if given[name] is None}
-    return RunPlan(**given | {"seed": seed})
+    typed = {name: value for name in PLAN_HELP if (value := getattr(args, name)) is not None}
+    settings: dict[str, Any] = {**instead, **with_preset(args.preset, typed), "seed": seed}
+    return RunPlan(**settings)
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """ "5" or "7,5,5"."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number such as 5, or a list such as 7,5,5") from None
+
+
+def whole_numbers(text: str) -> tuple[int, ...]:
+    """ "50" or "999,749,499,249"."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number such as 50, nor a list such as 9,5,5") from None
+
+
+def shares(text: str) -> tuple[float, float]:
+    """ "0.1:0.6"."""
+    try:
+        low, high = map(float, text.split(":"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not two shares of the steps such as 0.1:0.6") from None
+    return low, high
+
+
+# how options of a plan are read whose type doesn't say it
+_VALUES = {
+    "steps": whole_numbers,
+    "timesteps": whole_numbers,
+    "timestep_spacing": str,
+    "prediction_type": str,
+    "eta": decimal,
+    "guidance": numbers,
+    "guidance_interval": shares,
+}
 
 
 def build_command(args: argparse.Namespace, backend: str, numerics: Numerics, ranges: ShapeRanges) -> str:

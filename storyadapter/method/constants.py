@@ -28,14 +28,22 @@ SAMPLERS: Final = MappingProxyType(
     {
         "ddim": "DDIMScheduler",
         "euler": "EulerDiscreteScheduler",
+        "euler_a": "EulerAncestralDiscreteScheduler",
         "dpmpp_2m": "DPMSolverMultistepScheduler",
         "lcm": "LCMScheduler",
+        "tcd": "TCDScheduler",
     }
 )
+CHECKPOINT_SCHEDULER: Final = "checkpoint"  # the name of that which the model comes with
+TRAINED_STEPS: Final = ("LCMScheduler", "TCDScheduler")  # these choose among the steps of their distillation
+ETA: Final = 0.3  # share of fresh noise in the steps of `tcd`, as its authors document it
 # The most steps of each over the noise schedule below, which has 1000 time steps: with its offset of 1, ddim finds 999,
-# and dpmpp_2m more than 998 with one noise level twice; lcm chooses among 50.
-MAX_STEPS: Final = MappingProxyType({"ddim": 999, "euler": 1000, "dpmpp_2m": 998, "lcm": 50})
+# and dpmpp_2m more than 998 with one noise level twice; lcm and tcd choose among 50.
+MAX_STEPS: Final = MappingProxyType(
+    {"ddim": 999, "euler": 1000, "euler_a": 1000, "dpmpp_2m": 998, "lcm": 50, "tcd": 50, CHECKPOINT_SCHEDULER: 1000}
+)
 PREDICTION_TYPES: Final = ("epsilon", "v_prediction", "sample")
+TIMESTEP_SPACINGS: Final = ("leading", "linspace", "trailing")
 
 TRAIN_STEPS: Final = 1000  # time steps of the noise schedule
 # The published sampler's settings, used instead of the checkpoint's own scheduler.

@@ -67,8 +67,8 @@ class MicroBatchHalved:
 class FrameFinished:
     """A frame of an iteration is drawn.
 
-    `key`: of its job. `embedding`: its CLIP embedding, a tensor [width] fp32 on the CPU, where a later iteration reads
-    it.
+    `key`: of its job. `embedding`: its CLIP embedding, a tensor [width] fp32 on the CPU, and `latents`, a tensor
+    [4, h, w] fp16 on the CPU, where a later iteration reads them.
     """
 
     iteration: int
@@ -77,6 +77,7 @@ class FrameFinished:
     picture: Image.Image
     key: str = ""
     embedding: Any = None
+    latents: Any = None
 
 
 @dataclass(frozen=True)

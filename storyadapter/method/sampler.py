@@ -10,26 +10,51 @@ so one loop (or one CUDA graph, which reads its row by a step counter) serves th
 its state and its host synchronisation is needed while frames are drawn.
 
 Sources: DDIM (arXiv 2010.02502), Euler and Karras steps (arXiv 2206.00364), DPM-Solver++ 2M (arXiv 2211.01095),
-latent consistency models (arXiv 2310.04378). Time steps and noise levels are those of diffusers' own schedulers.
+latent consistency models (arXiv 2310.04378), trajectory consistency (arXiv 2402.19159). Time steps and noise levels are
+those of diffusers' own schedulers.
 """
 
 import inspect
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from functools import lru_cache
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, LCMScheduler, SchedulerMixin
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    SchedulerMixin,
+    TCDScheduler,
+)
 from torch import Tensor
 
-from storyadapter.method.constants import DDIM_CONFIG, PREDICTION_TYPES, SAMPLERS
+from storyadapter.method.constants import (
+    CHECKPOINT_SCHEDULER,
+    DDIM_CONFIG,
+    ETA,
+    PREDICTION_TYPES,
+    SAMPLERS,
+    TRAINED_STEPS,
+)
 from storyadapter.method.errors import Field, InputError
-from storyadapter.method.plan import SamplerSettings
+from storyadapter.method.plan import SamplerSettings, last_calls
+from storyadapter.method.sampler_rows import lcm_rows, solver_rows, tcd_rows
 
-_KARRAS_SAMPLERS = ("euler", "dpmpp_2m")
 _CLASSES: Mapping[str, type[SchedulerMixin]] = {
-    cls.__name__: cls for cls in (DDIMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler, LCMScheduler)
+    cls.__name__: cls
+    for cls in (
+        DDIMScheduler,
+        EulerDiscreteScheduler,
+        EulerAncestralDiscreteScheduler,
+        DPMSolverMultistepScheduler,
+        LCMScheduler,
+        TCDScheduler,
+    )
 }
 
 
@@ -49,7 +74,9 @@ class SamplerTable:
     noise: Tensor  # factor of this step's fresh noise; 0 where none is drawn
     x0_from_x: Tensor  # factor of x in the predicted x0
     x0_from_output: Tensor  # factor of the guided UNet output in the predicted x0
-    initial_sigma: float  # standard deviation of the first x; factor of the initial noise
+    initial_sigma: float  # factor of the initial noise in the first x
+    initial_signal: float = 0.0  # factor of the latents that it starts from; 0: from noise alone
+    skipped: int = 0  # steps before the first of these calls
 
     @property
     def calls(self) -> int:
@@ -67,7 +94,7 @@ class SamplerTable:
         return self.noise.nonzero().flatten().tolist()
 
     def initial_latents(self, noise: Tensor) -> Tensor:
-        """The x of the first call: raw noise of any shape times `initial_sigma`, in fp32."""
+        """The x of the first call where it starts from noise alone, or else what noise adds to it, in fp32."""
         return noise.float() * self.initial_sigma
 
     def coefficients(self, device: torch.device | str = "cpu") -> Tensor:
@@ -75,7 +102,7 @@ class SamplerTable:
         return torch.stack([getattr(self, name) for name in COLUMNS], dim=1).to(device)
 
 
-COLUMNS = tuple(field.name for field in fields(SamplerTable) if field.name != "initial_sigma")
+COLUMNS = tuple(field.name for field in fields(SamplerTable) if field.type is Tensor)
 
 
 def timestep_at(coefficients: Tensor, step_index: Tensor) -> Tensor:
@@ -122,30 +149,67 @@ def step(
 
 
 def build_sampler(
-    name: str, steps: int, karras: bool = False, prediction_type: str = "epsilon", zero_terminal_snr: bool = False
+    name: str,
+    steps: int,
+    karras: bool = False,
+    prediction_type: str = "epsilon",
+    zero_terminal_snr: bool = False,
+    timestep_spacing: str | None = None,
+    timesteps: tuple[int, ...] = (),
+    eta: float | None = None,
+    configuration: str = "",
+    strength: float = 1.0,
 ) -> SamplerTable:
     """The table of a sampler by name, with the noise schedule of SDXL and of the published method.
 
     `ddim` is the published one, with the published constants; the others share its noise schedule and, like SDXL's own
-    schedulers, its leading time steps and its offset of 1. The settings are those of a plan: with `zero_terminal_snr`
-    betas are rescaled so that the first step starts from pure noise, and time steps trail (arXiv 2305.08891).
+    schedulers, its leading time steps and its offset of 1. `checkpoint` is the scheduler that a model comes with. The
+    settings are those of a plan: with `zero_terminal_snr` betas are rescaled so that the first step starts from pure
+    noise, and unless said otherwise time steps trail (arXiv 2305.08891).
+
+    Args:
+        timesteps: of the UNet calls, descending, instead of those that follow from `steps`.
+        eta: share of fresh noise in the steps of TCD.
+        configuration: for `checkpoint`, its `scheduler_config.json`.
+        strength: share of the steps that are run, the last ones, from latents that are noised as far.
 
     Raises:
         InputError: an unknown name, a combination that doesn't exist, or a number of steps that can't be had.
     """
-    if name not in SAMPLERS:
+    if name == CHECKPOINT_SCHEDULER:
+        if not configuration:
+            found = (Field("scheduler"), f" {name}: the model comes without a scheduler configuration")
+            raise InputError(*found, expected=f"one of {', '.join(SAMPLERS)}")
+        settings = json.loads(configuration)
+        class_name, called = str(settings.get("_class_name")), f"the checkpoint's {settings.get('_class_name')}"
+    elif name in SAMPLERS:
+        settings, class_name, called = dict(DDIM_CONFIG), SAMPLERS[name], name
+    else:
         raise InputError(f"no scheduler is called {name!r}", expected=f"one of {', '.join(SAMPLERS)}")
-    if karras and name not in _KARRAS_SAMPLERS:
+    known = inspect.signature(_CLASSES[class_name]).parameters if class_name in _CLASSES else settings
+    chooses = class_name in TRAINED_STEPS
+    if karras and "use_karras_sigmas" not in known:
+        raise InputError(f"Karras steps are not defined for {called}", expected="one of euler, dpmpp_2m with them")
+    if karras and timesteps:
+        raise InputError(Field("timesteps"), " with Karras steps, which have time steps of their own", expected="one")
+    if timestep_spacing is not None and (chooses or timesteps):
+        reason = f"{called} takes the steps that it was trained with" if chooses else "every time step is given"
         raise InputError(
-            f"Karras steps are not defined for {name}", expected=f"one of {', '.join(_KARRAS_SAMPLERS)} with them"
+            Field("timestep_spacing"), f": {reason}", advice=("leave it out, or give ", Field("timesteps"))
         )
-    scheduler = _CLASSES[SAMPLERS[name]]
-    settings = {**DDIM_CONFIG, "prediction_type": prediction_type, "use_karras_sigmas": karras}
-    if zero_terminal_snr:
-        settings |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    known = inspect.signature(scheduler).parameters
+    if eta is not None and class_name != "TCDScheduler":
+        raise InputError(Field("eta"), f" with {called}", expected=(Field("scheduler"), " tcd with it"))
+    settings |= {"prediction_type": prediction_type}
+    if karras:
+        settings["use_karras_sigmas"] = True
+    settings["rescale_betas_zero_snr"] = zero_terminal_snr
+    if zero_terminal_snr and name != CHECKPOINT_SCHEDULER:
+        settings["timestep_spacing"] = "trailing"
+    if timestep_spacing is not None:
+        settings["timestep_spacing"] = timestep_spacing
     config = {key: value for key, value in settings.items() if key in known}
-    return table_from_scheduler({**config, "_class_name": scheduler.__name__}, steps)
+    config["_class_name"] = class_name
+    return table_from_scheduler(config, steps, timesteps, ETA if eta is None else eta, strength)
 
 
 @lru_cache(maxsize=16)
@@ -154,16 +218,25 @@ def sampler_of(settings: SamplerSettings) -> SamplerTable:
     return build_sampler(*astuple(settings))
 
 
-def table_from_scheduler(scheduler: SchedulerMixin | Mapping[str, Any], steps: int) -> SamplerTable:
+def table_from_scheduler(
+    scheduler: SchedulerMixin | Mapping[str, Any],
+    steps: int,
+    timesteps: Sequence[int] = (),
+    eta: float = ETA,
+    strength: float = 1.0,
+) -> SamplerTable:
     """The table of a diffusers scheduler, such as a checkpoint's own.
 
     Args:
         scheduler: a scheduler (left as it is) or its configuration as in `scheduler_config.json`, with `_class_name`.
         steps: number of denoising steps, 1 or more.
+        timesteps: of the steps, descending, instead of those that the scheduler chooses.
+        eta: share of fresh noise in the steps of TCD.
+        strength: share of the steps that are run, as in `build_sampler`.
 
     Raises:
-        InputError: another class than DDIM, Euler (discrete), DPM-Solver++ (orders 1 and 2) or LCM; a setting that
-            makes the update non-linear (thresholding, sample clipping) or that isn't covered; or a number of steps
+        InputError: another class than DDIM, Euler (discrete or ancestral), DPM-Solver++ (orders 1 and 2), LCM or TCD; a
+            setting that makes the update non-linear (thresholding, sample clipping) or that isn't covered; or steps
             that the scheduler can't do.
     """
     config = dict(scheduler if isinstance(scheduler, Mapping) else scheduler.config)
@@ -177,14 +250,33 @@ def table_from_scheduler(scheduler: SchedulerMixin | Mapping[str, Any], steps: i
     _refuse_unsupported(name, config)
     try:
         fresh = _CLASSES[name].from_config(config)
-        fresh.set_timesteps(steps)
-        rows = _lcm_rows(fresh) if name == "LCMScheduler" else _solver_rows(fresh)
+        if not timesteps:
+            fresh.set_timesteps(steps)
+        elif name == "EulerAncestralDiscreteScheduler":
+            raise ValueError("with ancestral steps, time steps can't be given")
+        elif name in ("EulerDiscreteScheduler", "DPMSolverMultistepScheduler"):
+            fresh.set_timesteps(timesteps=list(timesteps))
+        else:
+            fresh.timesteps, fresh.num_inference_steps = torch.tensor(timesteps), len(timesteps)
+        skipped = len(fresh.timesteps) - last_calls(len(fresh.timesteps), strength)
+        match name:
+            case "LCMScheduler":
+                rows = lcm_rows(fresh)
+            case "TCDScheduler":
+                rows = tcd_rows(fresh, eta)
+            case _:
+                rows = solver_rows(fresh, skipped, explicit=bool(timesteps))
     except (ValueError, IndexError, ZeroDivisionError) as error:
         raise InputError(f"{name} can't do {steps} steps ({error}); try another number of steps") from error
+    if skipped == len(fresh.timesteps):
+        raise InputError(Field("strength"), f" {strength:g} leaves none of {skipped} steps", expected="more of either")
+    signal, sigma = (float(rows.pop(name)[skipped]) for name in ("alpha", "sigma"))
     table = SamplerTable(
-        timestep=fresh.timesteps.float(),
-        **{column: values.float() for column, values in rows.items()},
-        initial_sigma=float(fresh.init_noise_sigma),
+        timestep=fresh.timesteps[skipped:].float(),
+        **{column: values[skipped:].float() for column, values in rows.items()},
+        initial_sigma=sigma if skipped else float(fresh.init_noise_sigma),
+        initial_signal=signal if skipped else 0.0,
+        skipped=skipped,
     )
     if not table.coefficients().isfinite().all():
         if fresh.config.get("rescale_betas_zero_snr") and fresh.config.prediction_type == "epsilon":
@@ -225,106 +317,6 @@ def _refuse_unsupported(name: str, config: Mapping[str, Any]) -> None:
         if (value := config.get(key, default)) not in supported:
             wanted = " or ".join(repr(choice) for choice in supported)
             raise InputError(f"{name} with {key}={value!r} is not supported", expected=f"{wanted}")
-
-
-def _solver_rows(scheduler: SchedulerMixin) -> dict[str, Tensor]:
-    """DDIM, Euler and DPM-Solver++: x_next = σ'/σ · x + (α' − α·σ'/σ) · D, with D the x0 extrapolated from two calls.
-
-    They differ in the noise levels, in the scale in which x is kept (Euler's α is always 1), and in D, which is the
-    predicted x0 itself except in the second-order steps of DPM-Solver++.
-    """
-    alpha, sigma, next_alpha, next_sigma = _noise_levels(scheduler)
-    if not isinstance(scheduler, EulerDiscreteScheduler):  # it keeps the variance
-        input_scale, signal, spread = torch.ones_like(alpha), alpha, sigma
-    else:
-        input_scale = (sigma**2 + 1).rsqrt()
-        signal, spread = input_scale, sigma * input_scale
-    x0_from_x, x0_from_output = _x0_from(scheduler.config.prediction_type, signal, spread)
-    x0_from_x = x0_from_x * input_scale  # the UNet predicts from the scaled x
-
-    from_x = next_sigma / sigma
-    from_x0 = next_alpha - alpha * from_x
-    extrapolation = _extrapolation(scheduler, alpha, sigma, next_alpha, next_sigma)
-    now, before = from_x0 * (1 + extrapolation), -from_x0 * extrapolation
-    return {
-        "input_scale": input_scale,
-        "x": from_x + now * x0_from_x,
-        "output": now * x0_from_output,
-        "previous_x0": before,
-        "noise": torch.zeros_like(from_x),
-        "x0_from_x": x0_from_x,
-        "x0_from_output": x0_from_output,
-    }
-
-
-def _noise_levels(scheduler: SchedulerMixin) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """α and σ of x before and after each step, each [K] fp64."""
-    if isinstance(scheduler, DDIMScheduler):
-        cumulative = scheduler.alphas_cumprod.double()
-        now = scheduler.timesteps
-        following = now - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
-        # A negative index would wrap around, so it is clamped and its value replaced.
-        squared_next = torch.where(
-            following >= 0, cumulative[following.clamp(min=0)], scheduler.final_alpha_cumprod.double()
-        )
-        squared = cumulative[now]
-        return squared.sqrt(), (1 - squared).sqrt(), squared_next.sqrt(), (1 - squared_next).sqrt()
-    sigmas = scheduler.sigmas.double()
-    alphas = torch.ones_like(sigmas)
-    if isinstance(scheduler, DPMSolverMultistepScheduler):
-        alphas = (sigmas**2 + 1).rsqrt()
-        sigmas = sigmas * alphas
-    return alphas[:-1], sigmas[:-1], alphas[1:], sigmas[1:]
-
-
-def _extrapolation(
-    scheduler: SchedulerMixin, alpha: Tensor, sigma: Tensor, next_alpha: Tensor, next_sigma: Tensor
-) -> Tensor:
-    """h / (2·h_before) of the second-order steps of DPM-Solver++, with h the step in log(α/σ); 0 elsewhere. [K] fp64"""
-    calls = len(alpha)
-    factor = torch.zeros_like(alpha)
-    if not isinstance(scheduler, DPMSolverMultistepScheduler) or scheduler.config.solver_order == 1:
-        return factor
-    config = scheduler.config
-    last_is_first_order = (
-        config.euler_at_final
-        or (config.lower_order_final and calls < 15)
-        or config.final_sigmas_type == "zero"  # there log(α/σ) is infinite
-    )
-    second_order = slice(1, calls - 1 if last_is_first_order else calls)
-    step_size = (next_alpha / next_sigma).log() - (alpha / sigma).log()
-    factor[second_order] = 0.5 * step_size[second_order] / step_size[:-1][: len(factor[second_order])]
-    return factor
-
-
-def _lcm_rows(scheduler: LCMScheduler) -> dict[str, Tensor]:
-    """LCM: x0 made consistent at the boundary, then noised again to the next level, except after the last call."""
-    squared = scheduler.alphas_cumprod.double()[scheduler.timesteps]
-    alpha, sigma = squared.sqrt(), (1 - squared).sqrt()
-    x0_from_x, x0_from_output = _x0_from(scheduler.config.prediction_type, alpha, sigma)
-    skip, out = scheduler.get_scalings_for_boundary_condition_discrete(scheduler.timesteps.double())
-    one, zero = alpha.new_ones(1), alpha.new_zeros(1)
-    next_alpha, next_sigma = torch.cat([alpha[1:], one]), torch.cat([sigma[1:], zero])
-    return {
-        "input_scale": torch.ones_like(alpha),
-        "x": next_alpha * (skip + out * x0_from_x),
-        "output": next_alpha * out * x0_from_output,
-        "previous_x0": torch.zeros_like(alpha),
-        "noise": next_sigma,
-        "x0_from_x": x0_from_x,
-        "x0_from_output": x0_from_output,
-    }
-
-
-def _x0_from(prediction_type: str, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors of x = α·x0 + σ·ε (at unit variance) and of the UNet's output in the x0 that they predict."""
-    match prediction_type:
-        case "epsilon":
-            return 1 / alpha, -sigma / alpha
-        case "v_prediction":
-            return alpha, -sigma
-        case _:
-            return torch.zeros_like(alpha), torch.ones_like(alpha)
 
 
 def _row(coefficients: Tensor, step_index: Tensor) -> dict[str, Tensor]:

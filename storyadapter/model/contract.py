@@ -48,6 +48,7 @@ class Geometry:
     latent_channels: int = constants.LATENT_CHANNELS
     pixels_per_latent: int = 8
     vae_in_fp32: bool = True  # the VAE's `force_upcast`
+    guidance_embedding: int = 0  # C0, width of the embedding as which the UNet takes the guidance; 0: it takes none
 
     @property
     def default_pixels(self) -> int:
@@ -232,6 +233,8 @@ def network_specs(geometry: Geometry) -> dict[str, NetworkSpec]:
     text_1 = TensorSpec("text_embedding", ("P", text, geometry.text_width))
     text_2 = TensorSpec("text_embedding_2", ("P", text, geometry.text_width_2))
     pooled = TensorSpec("pooled_text", ("P", geometry.pooled_width))
+    conditions = (TensorSpec("time_condition", ("B", geometry.guidance_embedding)),)
+    time_condition = conditions if geometry.guidance_embedding else ()
     networks = (
         NetworkSpec("text_encoder", (input_ids,), (text_1,)),
         NetworkSpec("text_encoder_2", (input_ids,), (text_2, pooled)),
@@ -257,6 +260,7 @@ def network_specs(geometry: Geometry) -> dict[str, NetworkSpec]:
                 TensorSpec("latents", ("B", latent, "h", "w")),
                 TensorSpec("timestep", ("B",), "float32"),  # bf16 would round 981 to 980
                 TensorSpec("added_embedding", ("B", geometry.time_embedding)),
+                *time_condition,
                 *text_kv,
                 TensorSpec("text_row", ("B",), "int32"),
                 *ref_kv,

@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from storyadapter.method.errors import Text
 from storyadapter.model.contract import Geometry, NetworkSpec, Range, size_of
 from storyadapter.model.numerics import Numerics, Precision
 
@@ -73,6 +74,8 @@ class Networks:
     run_step: StepRunner = run_directly  # how a step of the denoising loop is run
     # whether reference tokens behind `ref_length` take no time, as the fused kernel reads only those before it
     padding_is_free: bool = False
+    # what a network's weights say of values of it that aren't finite, and what can help
+    explain_not_finite: Callable[[str], tuple[Text, Text]] | None = None
 
     def __getitem__(self, name: str) -> Network:
         return self.by_name[name]

@@ -4,10 +4,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, Self
 
+from storyadapter.method.errors import Field, Text
+
 Precision = Literal["fp32", "fp16", "bf16"]
 PRECISIONS: Final[tuple[Precision, ...]] = ("fp32", "fp16", "bf16")
 # as PyTorch names them
 DTYPE_NAMES: Final[dict[Precision, str]] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+def finer_precision(network: str, precision: Precision) -> Text:
+    """What to try where a network's values leave the range of a precision; empty where nothing is wider."""
+    wider = {"fp16": "bf16 or fp32", "bf16": "fp32"}.get(precision)
+    field = Field("vae_precision" if network == "vae_decoder" else "precision")
+    return ("try ", field, f" {wider}, with another ", Field("out")) if wider else ""
 
 
 @dataclass(frozen=True)

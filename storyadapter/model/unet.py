@@ -147,8 +147,12 @@ class Denoiser(nn.Module):
         self.conv_act = unet.conv_act
         self.conv_out = unet.conv_out
 
-    def forward(self, latents: Tensor, timestep: Tensor, added_embedding: Tensor, *attention: Tensor) -> Tensor:
-        """Contract network `denoiser`; `attention` are its inputs from `text_kv_<C>` to `ref_length`, in order."""
+    def forward(self, latents: Tensor, timestep: Tensor, added_embedding: Tensor, *others: Tensor) -> Tensor:
+        """Contract network `denoiser`; `others` are its inputs from `time_condition`, in models that take one, or else
+        `text_kv_<C>` to `ref_length`, in order."""
+        condition, attention = None, others
+        if self.time_embedding.cond_proj is not None:
+            condition, *attention = others
         count = len(self.widths)
         inputs = CrossAttentionInputs(
             text_kv=dict(zip(self.widths, attention[:count], strict=True)),
@@ -157,7 +161,8 @@ class Denoiser(nn.Module):
             ref_row=attention[2 * count + 1],
             ref_length=attention[2 * count + 2],
         )
-        embedding = self.time_embedding(self.time_proj(timestep).to(latents.dtype)) + added_embedding
+        time = self.time_proj(timestep).to(latents.dtype)
+        embedding = self.time_embedding(time, condition) + added_embedding
         sample = self.conv_in(latents)
         skips = [sample]
         for block in self.down_blocks:

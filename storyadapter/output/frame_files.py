@@ -5,6 +5,7 @@ import binascii
 import hashlib
 from collections.abc import Mapping
 from io import BytesIO
+from math import prod
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,6 +18,7 @@ from storyadapter.method.events import FrameFinished
 JOB_TEXT: Final = "job"  # keywords of PNG text chunks
 EMBEDDING_TEXT: Final = "embedding"
 PIXELS_TEXT: Final = "pixels"
+LATENTS_TEXT: Final = "latents"
 
 
 def encode_png(image: Image.Image, text: Mapping[str, str]) -> bytes:
@@ -31,11 +33,15 @@ def encode_png(image: Image.Image, text: Mapping[str, str]) -> bytes:
 
 
 def job_text(frame: FrameFinished) -> dict[str, str]:
-    """What a frame's file says of its job: the key and, where a later iteration reads it, the embedding (fp32, little
-    endian, base64); and a hash of its pixels, by which a picture that was put or edited into its place is known."""
+    """What a frame's file says of its job: the key and, where a later iteration reads them, the embedding (fp32, little
+    endian, base64) and the latents (their sizes, then fp16 alike); and a hash of its pixels, by which a picture that
+    was put or edited into its place is known."""
     text = {JOB_TEXT: frame.key, PIXELS_TEXT: picture_hash(frame.picture)} if frame.key else {}
     if frame.embedding is not None:
         text[EMBEDDING_TEXT] = base64.b64encode(frame.embedding.numpy().astype("<f4").tobytes()).decode()
+    if frame.latents is not None:
+        sizes = "x".join(map(str, frame.latents.shape))
+        text[LATENTS_TEXT] = f"{sizes}:{base64.b64encode(frame.latents.numpy().astype('<f2').tobytes()).decode()}"
     return text
 
 
@@ -45,9 +51,9 @@ def picture_hash(picture: Image.Image) -> str:
     return hashlib.sha256(repr(rgb.size).encode() + rgb.tobytes()).hexdigest()
 
 
-def read_job(path: Path) -> tuple[str, Any] | None:
-    """The key and the embedding, a tensor [width] fp32 or None, that a frame's file says; None if it isn't whole, or
-    has other pixels than that job gave."""
+def read_job(path: Path) -> tuple[str, Any, Any] | None:
+    """The key, the embedding, a tensor [width] fp32 or None, and the latents, a tensor [4, h, w] fp16 or None, that a
+    frame's file says; None if it isn't whole, or has other pixels than that job gave."""
     try:
         with Image.open(path, formats=["PNG"]) as image:
             text = dict(image.info)  # of chunks before the pixels; `text` would read these, and `verify` couldn't then
@@ -55,15 +61,19 @@ def read_job(path: Path) -> tuple[str, Any] | None:
         if text.get(PIXELS_TEXT) != picture_hash(read_picture(path)):
             return None
         embedding = base64.b64decode(text[EMBEDDING_TEXT], validate=True) if EMBEDDING_TEXT in text else b""
+        sizes, _, encoded = text.get(LATENTS_TEXT, "").partition(":")
+        latents, shape = base64.b64decode(encoded, validate=True), tuple(map(int, sizes.split("x"))) if sizes else ()
     except (OSError, SyntaxError, ValueError, RunError, binascii.Error):
         return None
-    if JOB_TEXT not in text or len(embedding) % 4:
+    if JOB_TEXT not in text or len(embedding) % 4 or len(latents) != (2 * prod(shape) if shape else 0):
         return None
-    if not embedding:
-        return text[JOB_TEXT], None
     import torch
 
-    return text[JOB_TEXT], torch.frombuffer(bytearray(embedding), dtype=torch.float32)
+    def read(data: bytes, dtype: torch.dtype) -> torch.Tensor | None:
+        return torch.frombuffer(bytearray(data), dtype=dtype) if data else None
+
+    kept = read(latents, torch.float16)
+    return text[JOB_TEXT], read(embedding, torch.float32), None if kept is None else kept.view(shape)
 
 
 def read_picture(path: Path) -> Image.Image:

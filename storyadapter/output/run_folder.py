@@ -201,7 +201,7 @@ class RunFolder:
             return None
         if iteration >= self.finished_iterations() and (iteration, frame) not in self._written:
             self._note(iteration, frame, read_picture(path), path.read_bytes())
-        return StoredFrame(found[1], partial(read_picture, path))
+        return StoredFrame(found[1], partial(read_picture, path), found[2])
 
     def split(self, iteration: int) -> tuple[int, ...] | None:
         """See `FrameStore.split`."""

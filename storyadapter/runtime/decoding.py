@@ -11,15 +11,15 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Final
+from typing import Final, TypeAlias
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from storyadapter.method.errors import Field, RunError
+from storyadapter.method.errors import RunError
 from storyadapter.model.networks import Networks
 from storyadapter.runtime.clock import StageClock, is_passed, recorded_event
 from storyadapter.runtime.jobs import Task
@@ -32,13 +32,28 @@ _WORKERS: Final = min(4, os.cpu_count() or 1)
 
 @dataclass(frozen=True, eq=False)
 class Decoded:
-    """What became of a frame: its picture and, where it was wanted, its embedding [width] fp32 on the CPU; or why it
-    has none."""
+    """What became of a frame: its picture and, where they were wanted, on the CPU its embedding [width] fp32 and its
+    latents [4, h, w] fp16; or in which
+    network's output values were seen that aren't finite, and the error that the worker makes of it."""
 
     task: Task
     picture: Image.Image | None = None
     embedding: Tensor | None = None
+    latents: Tensor | None = None
+    not_finite: str | None = None
     error: RunError | None = None
+
+
+# a frame's picture, and what the image encoder reads of it and its latents where they are wanted
+_Drawn: TypeAlias = tuple[Image.Image, Tensor | None, Tensor | None]
+
+
+class _NotFinite(Exception):
+    """A frame whose latents (`network` is the denoiser) or pixels (the VAE decoder) aren't all finite."""
+
+    def __init__(self, network: str) -> None:
+        super().__init__(network)
+        self.network = network
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +66,7 @@ class _Chunk:
     latents: Tensor
     pixels: Tensor  # [F, height, width, 3] uint8, on the host
     finite: Tensor  # [F, 2] bool, on the host: latents, picture
+    kept: Tensor | None  # [F, 4, h, w] fp16, on the host, where the latents are wanted
     copied: torch.cuda.Event | None
 
 
@@ -59,7 +75,7 @@ class _Batch:
     """Frames that aren't all told: first they are drawn, then those whose embeddings are wanted wait for these."""
 
     clock: StageClock
-    frames: deque[tuple[Task, Future[tuple[Image.Image, Tensor | None]]]] = field(default_factory=deque)
+    frames: deque[tuple[Task, Future[_Drawn]]] = field(default_factory=deque)
     drawn: list[tuple[Decoded, Tensor | None]] = field(default_factory=list)
     embeddings: Tensor | None = None  # [F, width], on the host
     copied: torch.cuda.Event | None = None
@@ -115,7 +131,8 @@ class FrameDecoder:
         while done < len(tasks):
             size = min(chunk, len(tasks) - done)
             try:
-                part = self._decode(latents[done : done + size], clock)
+                keep = any(task.keep_latents for task in tasks[done : done + size])
+                part = self._decode(latents[done : done + size], clock, keep)
             except torch.OutOfMemoryError:
                 if size == 1:
                     break
@@ -142,11 +159,11 @@ class FrameDecoder:
             while batch.frames and batch.frames[0][1].done():
                 task, future = batch.frames.popleft()
                 try:
-                    picture, pixels = future.result()
-                except RunError as error:
-                    decoded, pixels = Decoded(task, error=error), None
+                    picture, pixels, kept = future.result()
+                except _NotFinite as error:
+                    decoded, pixels = Decoded(task, not_finite=error.network), None
                 else:
-                    decoded = Decoded(task, picture)
+                    decoded = Decoded(task, picture, latents=kept)
                 if batch.drawn or pixels is not None:
                     batch.drawn.append((decoded, pixels))  # told in order, once embeddings are known
                 else:
@@ -161,7 +178,10 @@ class FrameDecoder:
                 rows = iter(batch.embeddings if batch.embeddings is not None else ())
                 for decoded, pixels in batch.drawn:
                     embedding = None if pixels is None else next(rows).float()
-                    yield Decoded(decoded.task, decoded.picture, embedding, decoded.error)
+                    if embedding is not None and not embedding.isfinite().all():
+                        yield Decoded(decoded.task, not_finite="image_encoder")
+                    else:
+                        yield replace(decoded, embedding=embedding)
             self._batches.popleft()
 
     def drop(self) -> tuple[Task, ...]:
@@ -175,10 +195,11 @@ class FrameDecoder:
         if self._workers:
             self._workers.shutdown(cancel_futures=True)
 
-    def _decode(self, latents: Tensor, clock: StageClock) -> _Chunk:
+    def _decode(self, latents: Tensor, clock: StageClock, keep: bool) -> _Chunk:
         with self._beside(), clock.stage("decode"):
             pixels, finite = decode_latents(self._networks, latents)
-            return _Chunk(latents, self._to_host(pixels), self._to_host(finite), recorded_event(self._networks.device))
+            on_host = self._to_host(pixels), self._to_host(finite), self._to_host(latents.half()) if keep else None
+            return _Chunk(latents, *on_host, recorded_event(self._networks.device))
 
     def _embed(self, batch: _Batch, alone: bool) -> bool:
         """Put the embeddings of a drawn batch on their way; False where there is no memory for them beside other work.
@@ -216,19 +237,17 @@ class FrameDecoder:
             return tensor
         return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
-    def _later(
-        self, call: Callable[[], tuple[Image.Image, Tensor | None]]
-    ) -> Future[tuple[Image.Image, Tensor | None]]:
+    def _later(self, call: Callable[[], _Drawn]) -> Future[_Drawn]:
         if self._workers:
             return self._workers.submit(call)
-        future: Future[tuple[Image.Image, Tensor | None]] = Future()
+        future: Future[_Drawn] = Future()
         try:
             future.set_result(call())
-        except RunError as error:
+        except _NotFinite as error:
             future.set_exception(error)
         return future
 
-    def _finish(self, task: Task, chunk: _Chunk, index: int) -> tuple[Image.Image, Tensor | None]:
+    def _finish(self, task: Task, chunk: _Chunk, index: int) -> _Drawn:
         while not is_passed(chunk.copied):
             if self._stopped.is_set():
                 raise CancelledError
@@ -236,11 +255,7 @@ class FrameDecoder:
         latents, picture = chunk.finite[index].tolist()
         if not picture:
             # one bad reference would poison every frame of the next iteration
-            network, field = ("vae_decoder", "vae_precision") if latents else ("denoiser", "precision")
-            raise RunError(
-                f"iteration {task.iteration}, frame {task.frame}: the {'VAE' if latents else 'UNet'} gave values that "
-                f"are not finite in {self._networks.numerics[network]}",
-                advice=("try ", Field(field), " bf16 or fp32, with another ", Field("out")),
-            )
+            raise _NotFinite("vae_decoder" if latents else "denoiser")
         drawn = to_picture(chunk.pixels[index])
-        return drawn, clip_pixels(drawn) if task.embed else None
+        kept = chunk.kept[index].clone() if chunk.kept is not None and task.keep_latents else None
+        return drawn, clip_pixels(drawn) if task.embed else None, kept

@@ -9,6 +9,7 @@ steps but put them on the stream.
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, field
+from functools import partial
 from typing import Any, Final, Self
 from weakref import WeakKeyDictionary
 
@@ -34,13 +35,16 @@ class SamplerInputs:
     """A sampler and the noise of one seed, on the device.
 
     coefficients: [K, 8] fp32; initial: [1, 4, h, w] fp32, the first x; per_step: [K, 1, 4, h, w] fp32, or
-    [0, 1, 4, h, w] where the sampler adds no noise; calls: K.
+    [0, 1, 4, h, w] where the sampler adds no noise; calls: K; signal: factor of the latents that a frame starts from;
+    skipped: steps before the first call.
     """
 
     coefficients: Tensor
     initial: Tensor
     per_step: Tensor
     calls: int
+    signal: float = 0.0
+    skipped: int = 0
 
     @classmethod
     def upload(cls, table: SamplerTable, noise: Noise, device: torch.device) -> "SamplerInputs":
@@ -49,6 +53,8 @@ class SamplerInputs:
             initial=upload(table.initial_latents(noise.initial), device),
             per_step=upload(noise.per_step, device),
             calls=table.calls,
+            signal=table.initial_signal,
+            skipped=table.skipped,
         )
 
 
@@ -59,7 +65,10 @@ class FrameRows:
     Attributes:
         text, references: of the conditional row.
         sampler: with the frame's own noise; coefficients and K are those of the whole batch.
-        negative, unconditional, guidance: of the unconditional row; None without guidance, for all frames of a batch.
+        negative, unconditional: of the unconditional row; None for all frames of a batch where none is computed.
+        guidance: of the unconditional row, or as the UNet takes it as an embedding; None where neither is so.
+        start: [4, h, w] on the CPU, the latents that it starts from; None: from noise alone.
+        guided_calls: those that compute the unconditional row; None: all. The same for all frames of a batch.
     """
 
     text: TextRow
@@ -68,6 +77,13 @@ class FrameRows:
     negative: TextRow | None = None
     unconditional: BankRow | None = None
     guidance: float | None = None
+    guided_calls: range | None = None
+    start: Tensor | None = None
+
+    @property
+    def has_both(self) -> bool:
+        """Whether some calls compute the unconditional row and others don't."""
+        return self.guided_calls is not None and len(self.guided_calls) < self.sampler.calls
 
 
 @dataclass(frozen=True)
@@ -90,7 +106,7 @@ class Room:
         if networks.padding_is_free:
             most = networks.letters["R"].maximum if networks.letters else None
             tokens = _rounded_up(max(tokens, reference_tokens(references)), most)
-        alone = len(frames) + (frames[0].guidance is not None)  # P of one story
+        alone = len(frames) + (frames[0].negative is not None)  # P of one story
         return cls(
             prompts=alone if len(texts) <= alone else 2 * len(frames),
             bank_rows=_rounded_up(max(2, len(bank)), max(2, 2 * len(frames) + 1)),
@@ -142,7 +158,7 @@ class LoopShape:
     """Everything that decides how large a state is, besides its conditioning.
 
     Attributes:
-        frames: F; guided: B is 2·F, else F.
+        frames: F; guided: B is 2·F, else F; both: in some calls 2·F, in others F.
         height, width: h and w.
         coefficient_rows: room for as many UNet calls.
         noise_rows: K of a sampler that adds noise in its steps, else 0.
@@ -150,6 +166,7 @@ class LoopShape:
 
     frames: int
     guided: bool
+    both: bool
     height: int
     width: int
     coefficient_rows: int
@@ -161,7 +178,8 @@ class LoopShape:
         sampler = frames[0].sampler
         height, width = sampler.initial.shape[2:]
         rows = max(sampler.calls, COEFFICIENT_ROWS)
-        return cls(len(frames), frames[0].guidance is not None, height, width, rows, len(sampler.per_step))
+        guided, both = frames[0].negative is not None, frames[0].has_both
+        return cls(len(frames), guided, both, height, width, rows, len(sampler.per_step))
 
 
 class DenoisingState:
@@ -169,7 +187,7 @@ class DenoisingState:
 
     Attributes:
         x: [F, 4, h, w] fp32, the result after the last step.
-        inputs: the UNet's, by the contract's names.
+        inputs: the UNet's, by the contract's names, of a call with all rows.
     """
 
     def __init__(self, networks: Networks, shape: LoopShape, conditioning: Conditioning) -> None:
@@ -184,26 +202,40 @@ class DenoisingState:
         self._coefficients = torch.zeros(shape.coefficient_rows, len(COLUMNS), device=device)
         self._per_step = torch.zeros(shape.noise_rows, *latents, device=device)
         self._guidance = torch.zeros(shape.frames, 1, 1, 1, device=device)
-        rows = shape.frames * (2 if shape.guided else 1)  # B
-        self.inputs = conditioning.inputs | {
-            "latents": torch.empty(rows, *latents[1:], dtype=dtype, device=device),
-            "timestep": torch.empty(rows, device=device),
-            "added_embedding": torch.empty(rows, geometry.time_embedding, dtype=dtype, device=device),
-            "text_row": torch.zeros(rows, dtype=torch.int32, device=device),
-            "ref_row": torch.zeros(rows, dtype=torch.int32, device=device),
-        }
+
+        def inputs(rows: int) -> dict[str, Tensor]:
+            made = {
+                "latents": torch.empty(rows, *latents[1:], dtype=dtype, device=device),
+                "timestep": torch.empty(rows, device=device),
+                "added_embedding": torch.empty(rows, geometry.time_embedding, dtype=dtype, device=device),
+                "text_row": torch.zeros(rows, dtype=torch.int32, device=device),
+                "ref_row": torch.zeros(rows, dtype=torch.int32, device=device),
+            }
+            if width := geometry.guidance_embedding:
+                made["time_condition"] = torch.empty(rows, width, dtype=dtype, device=device)
+            return conditioning.inputs | made
+
+        self.inputs = inputs(shape.frames * (2 if shape.guided else 1))  # B
+        # of calls without unconditional rows
+        self._conditional = inputs(shape.frames) if shape.both else self.inputs
+        self._guided_calls: range | None = None
+        self._queued = 0
         tensors = (*self.inputs.values(), self.x, self._x0, self._counter, self._coefficients, self._per_step)
+        tensors += tuple(self._conditional.values())
         # equal keys: equal shapes at equal addresses, so what was recorded under one serves the other
         self._key = (shape, *((tuple(t.shape), t.data_ptr()) for t in (*tensors, self._guidance)))
 
     def load(self, frames: Sequence[FrameRows]) -> None:
         """Begin a batch: F frames of one sampler, unconditional rows first. Nothing waits for the device."""
         sampler, device = frames[0].sampler, self._networks.device
+        self._guided_calls, self._queued = frames[0].guided_calls, 0
         self._x0.zero_()
         self._counter.zero_()
         self._coefficients[: sampler.calls].copy_(sampler.coefficients)
         for index, frame in enumerate(frames):
             self.x[index].copy_(frame.sampler.initial[0])
+            if frame.start is not None:
+                self.x[index].add_(upload(frame.start.float(), device), alpha=sampler.signal)
             if self.shape.noise_rows:
                 self._per_step[:, index].copy_(frame.sampler.per_step[:, 0])
         texts, bank = _distinct(frames)
@@ -215,21 +247,30 @@ class DenoisingState:
             ref_row = [bank.index(frame.unconditional) for frame in frames if frame.unconditional] + ref_row
             guidance = torch.tensor([frame.guidance for frame in frames], dtype=torch.float32)
             self._guidance.flatten().copy_(upload(guidance, device))
+        if (condition := self.inputs.get("time_condition")) is not None:
+            scales = torch.tensor([frame.guidance for frame in frames], dtype=torch.float32)
+            condition.copy_(upload(guidance_embedding(scales, condition.shape[1]).to(condition.dtype), device))
         for name, rows in (("text_row", text_row), ("ref_row", ref_row)):
             self.inputs[name].copy_(upload(torch.tensor(rows, dtype=torch.int32), device))
         added = torch.stack([text.added_embedding for text in texts])
         self.inputs["added_embedding"].copy_(added.index_select(0, self.inputs["text_row"]))
+        if self.shape.both:
+            for name in ("text_row", "ref_row", "added_embedding"):
+                self._conditional[name].copy_(self.inputs[name][-self.shape.frames :])
 
     def advance(self) -> None:
         """Put the next step on the current stream; runs K times after `load`."""
-        self._networks.run_step(self._key, self._step)
+        guided = self.shape.guided and (self._guided_calls is None or self._queued in self._guided_calls)
+        self._networks.run_step((self._key, guided), partial(self._step, guided))
+        self._queued += 1
 
-    def _step(self) -> None:
+    def _step(self, guided: bool) -> None:
+        inputs = self.inputs if guided else self._conditional
         scaled = scale_input(self._coefficients, self._counter, self.x)
-        self.inputs["latents"].unflatten(0, (-1, self.shape.frames)).copy_(scaled)
-        self.inputs["timestep"].copy_(timestep_at(self._coefficients, self._counter))
-        output = self._networks["denoiser"](self.inputs)["noise"].float()
-        if self.shape.guided:
+        inputs["latents"].unflatten(0, (-1, self.shape.frames)).copy_(scaled)
+        inputs["timestep"].copy_(timestep_at(self._coefficients, self._counter))
+        output = self._networks["denoiser"](inputs)["noise"].float()
+        if guided:
             unconditional, conditional = output.chunk(2)
             output = unconditional + self._guidance * (conditional - unconditional)
         fresh = self._per_step.index_select(0, self._counter)[0] if self.shape.noise_rows else None
@@ -237,6 +278,24 @@ class DenoisingState:
         self.x.copy_(x)
         self._x0.copy_(x0)
         self._counter.add_(1)
+
+
+def guidance_embedding(guidance: Tensor, width: int) -> Tensor:
+    """Guidance as a distilled UNet takes it: sines, then cosines, of 1000·(guidance − 1) at falling frequencies.
+
+    Source: latent consistency models (arXiv 2310.04378), after variational diffusion models (arXiv 2107.00630).
+
+    Args:
+        guidance: [F] fp32.
+        width: C0.
+
+    Returns:
+        [F, C0] fp32; a last column of zeros where C0 is odd.
+    """
+    half = width // 2
+    frequencies = torch.exp(torch.arange(half) * -(torch.log(torch.tensor(10000.0)) / (half - 1)))
+    angles = (guidance - 1)[:, None] * 1000.0 * frequencies
+    return torch.nn.functional.pad(torch.cat((angles.sin(), angles.cos()), dim=1), (0, width % 2))
 
 
 def denoise(networks: Networks, frames: Sequence[FrameRows]) -> Iterator[Tensor]:

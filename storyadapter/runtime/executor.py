@@ -130,7 +130,7 @@ class LocalExecutor:
             RuntimeError: the executor is closed.
         """
         pipeline = self._pipeline
-        plan = pipeline.sized(plan or RunPlan())
+        plan = pipeline.decided(plan or RunPlan())
         frames, negatives = len(story.frames), len(story.negative_prompts(plan))
         check_request(pipeline.networks, story, plan)
         story.final_prompts(style)

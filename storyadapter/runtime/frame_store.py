@@ -12,10 +12,12 @@ from storyadapter.method.events import FrameFinished
 
 @dataclass(frozen=True, eq=False)
 class StoredFrame:
-    """A frame that was drawn before: its embedding, a tensor [width] fp32 on the CPU, or None; and its picture."""
+    """A frame that was drawn before: its embedding, a tensor [width] fp32 on the CPU, or None; its picture; and its
+    latents, a tensor [4, h, w] fp16 on the CPU, or None."""
 
     embedding: Any
     picture: Callable[[], Image.Image]
+    latents: Any = None
 
 
 class FrameStore(Protocol):

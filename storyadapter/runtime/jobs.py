@@ -24,8 +24,11 @@ class FrameJob:
         numerics: the arithmetic of every network.
         height, width: pixels.
         prompt: final, as the text encoders get it.
-        negative_prompt, guidance: of the unconditional row; None without guidance.
+        negative_prompt: of the unconditional row; None where none is computed.
+        guidance: of the unconditional row, or as the UNet takes it as an embedding; None where neither is so.
         sampler: its settings, from which its table follows.
+        guidance_interval: share of the steps between which unconditional rows are computed.
+        start: key of the job from whose latents it starts; None: from noise alone.
         seed: of the initial noise, and of that of the steps.
         scale: λ; None without references.
         references: keys of what it attends to, in order: of other jobs, or hashes of a user's pictures.
@@ -42,6 +45,8 @@ class FrameJob:
     seed: int
     scale: float | None = None
     references: tuple[str, ...] = ()
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    start: str | None = None
 
     @cached_property
     def key(self) -> str:
@@ -50,24 +55,33 @@ class FrameJob:
 
     @cached_property
     def batch_key(self) -> "BatchKey":
-        return BatchKey(self.model, self.numerics, self.height, self.width, self.sampler, self.guidance is not None)
+        interval = self.guidance_interval if self.is_guided else None
+        return BatchKey(self.model, self.numerics, self.height, self.width, self.sampler, interval)
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether it has unconditional rows."""
+        return self.negative_prompt is not None
 
     @property
     def cost(self) -> int:
         """What it takes, for a fair share: pixels of all its UNet rows."""
-        return self.height * self.width * self.sampler.steps * (1 if self.guidance is None else 2)
+        return self.height * self.width * self.sampler.rows(self.guidance_interval if self.is_guided else None)
 
 
 @dataclass(frozen=True)
 class BatchKey:
-    """What all frames of one batch have in common; everything else may differ from row to row."""
+    """What all frames of one batch have in common; everything else may differ from row to row.
+
+    `guided`: the share of the steps between which they have unconditional rows; None: nowhere.
+    """
 
     model: str
     numerics: Numerics
     height: int
     width: int
     sampler: SamplerSettings
-    guided: bool
+    guided: tuple[float, float] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +121,8 @@ class Task:
         iteration, frame: its place in the story, for messages.
         texts: group and index in it of the prompt and, with guidance, of the negative prompt.
         references: None without any.
+        start: [4, h, w] on the CPU, the latents that it starts from; None: from noise alone.
+        keep_latents: whether its own latents are wanted, as a start of the next iteration.
         embed: whether the frame's own embedding is wanted, as a reference of the next iteration.
         room: references that later frames of this story will have, so that all of them have one shape.
         alone: whether it comes again, because it found no room even by itself.
@@ -119,6 +135,8 @@ class Task:
     texts: tuple[tuple[TextGroup, int], ...]
     references: References | None = None
     embed: bool = False
+    start: Tensor | None = None
+    keep_latents: bool = False
     room: int = 1
     alone: bool = False
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Generator
 from concurrent.futures import CancelledError
 from contextlib import closing
+from dataclasses import replace
 
 import psutil
 import torch
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from storyadapter.method.errors import Field, InputError
 from storyadapter.method.events import Event
+from storyadapter.method.model_sampling import ModelSampling
 from storyadapter.method.plan import RunPlan, split_evenly
 from storyadapter.method.sampler import sampler_of
 from storyadapter.method.story import Story
@@ -26,6 +28,7 @@ from storyadapter.runtime.story_source import FinishedIteration, StorySource
 from storyadapter.runtime.worker import Worker
 
 _SLOW_CALL = 5.0  # seconds
+_UNSAID = ModelSampling()
 
 
 class StoryPipeline:
@@ -42,6 +45,7 @@ class StoryPipeline:
         networks: of one model, from `storyadapter.engine.opening.open_networks`.
         tokenizers: of text encoder 1 and 2 of the same checkpoint, from `Checkpoint.load_tokenizers`.
         model: key of the model's files, which becomes part of the keys of what is drawn.
+        sampling: what the model says of its own sampling, which decides what a plan leaves open.
         overlapped: whether decoding and what follows on it go on beside the UNet's work on the next batch; by default
             on a GPU alone, as there is nothing to gain on a CPU.
     """
@@ -52,11 +56,13 @@ class StoryPipeline:
         tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase],
         *,
         model: str = "",
+        sampling: ModelSampling = _UNSAID,
         overlapped: bool | None = None,
     ) -> None:
         self.networks = networks
         self.tokenizers = Tokenizers(*tokenizers)
         self.model = model
+        self.sampling = replace(sampling, embeds_guidance=bool(networks.geometry.guidance_embedding))
         self.overlapped = overlapped
         self._gpu = torch.cuda.current_device() if networks.device.type == "cuda" else None
         self._states = StatePool(networks)
@@ -97,13 +103,13 @@ class StoryPipeline:
             concurrent.futures.CancelledError: `cancel` was set.
             torch.OutOfMemoryError: a single frame doesn't fit.
         """
-        plan = self.sized(plan or RunPlan())
+        plan = self.decided(plan or RunPlan())
         check_request(self.networks, story, plan, resume)
         return self._events(story, plan, style, resume, store, cancel)
 
-    def sized(self, plan: RunPlan) -> RunPlan:
-        """The plan with this model's own size, where it has none."""
-        return plan.sized(self.networks.geometry.default_pixels)
+    def decided(self, plan: RunPlan) -> RunPlan:
+        """The plan with everything decided that it leaves to the model: its size and how it is sampled."""
+        return plan.sized(self.networks.geometry.default_pixels).for_model(self.sampling)
 
     def source(
         self,
@@ -114,7 +120,7 @@ class StoryPipeline:
         store: FrameStore | None = None,
     ) -> StorySource:
         """A story's frames as jobs, for a scheduler; `check_request` comes before."""
-        letters = self.networks.letters
+        plan, letters = self.decided(plan), self.networks.letters
         return StorySource(
             story.final_frames(plan, style),
             plan,
@@ -145,11 +151,11 @@ class StoryPipeline:
         Raises:
             torch.OutOfMemoryError: a single frame doesn't fit.
         """
-        return self._batchings.take(plan, frames, negatives)
+        return self._batchings.take(self.decided(plan), frames, negatives)
 
     def knows_batching(self, plan: RunPlan, frames: int, negatives: int = 1) -> bool:
         """Whether `batching` needs no measurement, which nothing else may go on beside."""
-        return self._batchings.is_known(plan, frames, negatives)
+        return self._batchings.is_known(self.decided(plan), frames, negatives)
 
     def seconds_per_row(self, plan: RunPlan, frames: int, references: int) -> float:
         """Seconds of one row of a UNet call with so many frames and references, from one call after a warm-up.
@@ -227,4 +233,11 @@ def check_request(networks: Networks, story: Story, plan: RunPlan, resume: Finis
                 raise InputError(*named, f": {asked} asked for", advice=served)
     if resume is not None and len(resume.pictures) != frames:
         raise InputError(f"a finished iteration has {len(resume.pictures)} pictures", expected=f"the story's {frames}")
-    sampler_of(plan.sampler)
+    if resume is not None and plan.strength < 1:
+        found = (
+            Field("strength"),
+            f" {plan.strength:g} starts from latents, and pictures alone were given to go on from",
+        )
+        raise InputError(*found, expected=(Field("strength"), " 1"))
+    for iteration in range(plan.iterations):
+        sampler_of(plan.sampler_in(iteration))

@@ -94,6 +94,7 @@ class StorySource:
         self._iteration = resume.iteration + 1 if resume else 0
         self._keys: tuple[str, ...] = ()  # of the frames of the iteration before
         self._given: list[Tensor | Image.Image] = []  # their embeddings, or pictures that have yet to be embedded
+        self._starts: list[Tensor] = []  # their latents, where the next iteration starts from them
         self._begin_run(resume, tokenizers)
 
     @property
@@ -176,7 +177,10 @@ class StorySource:
         if task.frame in self._found:  # drawn again with those that were missing in its batch
             return
         self._embeddings[task.frame] = decoded.embedding
-        event = FrameFinished(task.iteration, task.frame, task.job.scale, picture, task.job.key, decoded.embedding)
+        if decoded.latents is not None:
+            self._latents[task.frame] = decoded.latents
+        kept = decoded.embedding, decoded.latents
+        event = FrameFinished(task.iteration, task.frame, task.job.scale, picture, task.job.key, *kept)
         self._tell(event, self._store.save(event) if self._store else None)
 
     def batch_done(self, tasks: Sequence[Task], report: BatchDone) -> None:
@@ -229,6 +233,7 @@ class StorySource:
             self._store.finish_iteration(self._iteration, {}, self._split())
             self._keys = tuple(job.key for job in jobs)
             self._given = [found[frame] for frame in sorted(found)]
+            self._starts = [latents for _, latents in sorted(self._latents.items())]
             self._iteration += 1
         if self._iteration and self._iteration == removed:  # what would be gone on from is gone
             self._iteration, self._keys, self._given = 0, (), []
@@ -259,31 +264,44 @@ class StorySource:
     def _stored(self, jobs: Sequence[FrameJob]) -> dict[int, Tensor | Image.Image]:
         """The frames of an iteration that are kept: by their embedding, or the picture where that is missing."""
         found: dict[int, Tensor | Image.Image] = {}
+        self._latents: dict[int, Tensor] = {}
         for frame, job in enumerate(jobs):
             stored = self._store.find(self._iteration, frame, job.key) if self._store else None
-            if stored is not None:
+            if stored is not None and (stored.latents is not None or not self._keeps_latents):
+                if self._keeps_latents:
+                    self._latents[frame] = stored.latents
                 found[frame] = stored.picture() if stored.embedding is None else stored.embedding
         return found
+
+    @property
+    def _keeps_latents(self) -> bool:
+        """Whether the next iteration starts from the frames of the current one."""
+        return self.plan.strength < 1 and self._iteration + 1 < self.plan.iterations
 
     def _jobs(self) -> list[FrameJob]:
         """Those of the current iteration."""
         plan, scale = self.plan, None
+        iteration = min(self._iteration, plan.iterations - 1)
         if 0 < self._iteration < plan.iterations:
             scale = plan.scale_of(self._iteration)
+        guided, guidance = plan.is_guided_in(iteration), plan.guidance_in(iteration)
+        starts = self._keys if scale is not None and plan.strength < 1 else (None,) * self.frames
         return [
             FrameJob(
                 self._model,
                 self._numerics,
                 *plan.size,
                 frame.prompt,
-                frame.negative_prompt,
-                plan.guidance if plan.guided else None,
-                plan.sampler,
+                frame.negative_prompt if guided else None,
+                guidance if guided or plan.embeds_guidance else None,
+                plan.sampler_in(iteration),
                 frame.seed,
                 scale,
                 self._keys if scale is not None else (),
+                plan.guidance_interval if guided else (0.0, 1.0),
+                start,
             )
-            for frame in self._story
+            for frame, start in zip(self._story, starts, strict=True)
         ]
 
     def _begin_iteration(self) -> None:
@@ -314,6 +332,8 @@ class StorySource:
                 (prompts[frame], *([] if job.negative_prompt is None else [self._negatives[job.negative_prompt]])),
                 references,
                 embed=not last,
+                start=self._starts[frame] if job.start else None,
+                keep_latents=self._keeps_latents,
                 room=self.plan.references(self.frames),
             )
             for frame, job in enumerate(jobs)
@@ -345,6 +365,7 @@ class StorySource:
         self._tell(IterationFinished(self._iteration, self._stages, batches))
         self._keys = tuple(job.key for job in jobs)
         self._given = [given for _, given in sorted(self._embeddings.items()) if given is not None]
+        self._starts = [latents for _, latents in sorted(self._latents.items())]
         self._iteration += 1
         self._begin_iteration()
 

@@ -6,7 +6,7 @@ what is cancelled ends soon. At most two batches are on their way: while one is 
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 from weakref import WeakSet
 
@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from storyadapter.method.noise import draw_noise
+from storyadapter.method.plan import guided_calls
 from storyadapter.method.sampler import sampler_of
 from storyadapter.model.networks import Networks
 from storyadapter.runtime.batches import Batch, BatchDone, FrameDone, OutOfMemory, Report, StepDone
@@ -22,6 +23,7 @@ from storyadapter.runtime.clock import DeviceMarks, StageClock
 from storyadapter.runtime.conditioning import TextCache, Tokenizers
 from storyadapter.runtime.decoding import FrameDecoder
 from storyadapter.runtime.denoising import DenoisingState, FrameRows, SamplerInputs, StatePool
+from storyadapter.runtime.finiteness import first_not_finite, not_finite_error
 from storyadapter.runtime.jobs import FrameJob, Task
 from storyadapter.runtime.memory import release_memory
 from storyadapter.runtime.pictures import embed_pictures
@@ -76,6 +78,7 @@ class Worker:
     ) -> None:
         self.networks = networks
         self._states = states
+        self._tokenizers = tokenizers
         self._texts = TextCache(networks, tokenizers)
         self._bank = ReferenceBank(networks)
         self._samplers: OrderedDict[tuple[object, ...], SamplerInputs] = OrderedDict()
@@ -191,18 +194,18 @@ class Worker:
         with work.clock.stage("references"):
             # of each frame what it attends to and, with guidance, the unconditional row of its λ
             asked = [
-                (t.job.scale, r)
-                for t in tasks
-                for r in ([t.references] if t.job.guidance is None else [t.references, None])
+                (t.job.scale, r) for t in tasks for r in ([t.references, None] if t.job.is_guided else [t.references])
             ]
             bank = iter(self._bank.take(asked))
         with work.clock.stage("denoise"):
             frames = []
             for task in tasks:
                 job, sampler = task.job, self._sampler(task.job)
-                rows = FrameRows(next(texts), next(bank), sampler)
-                if job.guidance is not None:
-                    rows = FrameRows(rows.text, rows.references, sampler, next(texts), next(bank), job.guidance)
+                rows = FrameRows(next(texts), next(bank), sampler, guidance=job.guidance, start=task.start)
+                if job.is_guided:
+                    steps, skipped = sampler.skipped + sampler.calls, sampler.skipped
+                    calls = guided_calls(job.guidance_interval, steps, skipped)
+                    rows = replace(rows, negative=next(texts), unconditional=next(bank), guided_calls=calls)
                 frames.append(rows)
             state = self._states.take(frames, max(task.room for task in tasks))
             state.load(frames)
@@ -266,6 +269,9 @@ class Worker:
         for last_try in (False, True):
             try:
                 for decoded in self._decoder.finished(alone=alone):
+                    if decoded.not_finite is not None:
+                        first = first_not_finite(self.networks, self._tokenizers, decoded.task, decoded.not_finite)
+                        decoded = replace(decoded, error=not_finite_error(self.networks, decoded.task, first))
                     told.append(FrameDone(decoded))
                     work = self._decoding.pop(decoded.task)
                     work.untold -= 1

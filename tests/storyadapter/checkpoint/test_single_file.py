@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from storyadapter.checkpoint import Checkpoint, CheckpointPaths
-from tests.storyadapter.checkpoint.original_layout import original_vae, single_file
+from tests.storyadapter.checkpoint.original_layout import original_unet, original_vae, single_file
 from tests.storyadapter.checkpoint.spoil import cut_short, edit_tensors, refuses, tiny_paths
 
 NETWORKS = ("unet", "text_encoder", "text_encoder_2", "vae")
@@ -71,6 +71,41 @@ def test_configuration_folder_without_weights(model_dir: Path, file: Path, tiny_
 def test_training_leftovers_are_passed_over(paths: CheckpointPaths, file: Path, tiny_checkpoint: Checkpoint) -> None:
     edit_tensors(file, lambda t: t.update({"denoiser.sigmas": torch.zeros(9), "model_ema.decay": torch.zeros(1)}))
     assert_same(Checkpoint.open(paths), tiny_checkpoint)
+
+
+# ---- a UNet of one's own ----
+
+
+@pytest.mark.parametrize("layout", ["folder", "pipeline", "diffusers file", "pickle", "original file", "with prefix"])
+def test_another_unet(tiny_model_dir: Path, tiny_checkpoint: Checkpoint, tmp_path: Path, layout: str) -> None:
+    unet = tiny_checkpoint.load_unet(torch.float32)
+    with torch.no_grad():
+        unet.conv_out.bias += 1
+    path = tmp_path / ("unet.bin" if layout == "pickle" else "unet.safetensors")
+    match layout:
+        case "folder" | "pipeline":
+            path = tmp_path / "given"
+            unet.save_pretrained(path / "unet" if layout == "pipeline" else path)
+        case "diffusers file":
+            save_file(unet.state_dict(), path)
+        case "pickle":
+            torch.save(unet.state_dict(), path)
+        case _:
+            prefix = "model.diffusion_model." if layout == "with prefix" else ""
+            save_file({prefix + name: t.contiguous() for name, t in original_unet(unet).items()}, path)
+    checkpoint = Checkpoint.open(tiny_paths(tiny_model_dir, unet=path))
+    state = checkpoint.load_unet(torch.float32).state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in unet.state_dict().items())
+    assert any(path == file or path in file.parents for file in checkpoint.files_by_component["unet"])
+    assert checkpoint.label.endswith(f" + UNet {path.name}")
+
+
+def test_a_unet_of_other_sizes(tiny_model_dir: Path, demo_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    save_file(demo_checkpoint.load_unet(torch.float32).state_dict(), tmp_path / "unet.safetensors")
+    refuses(
+        "the UNet given with --unet in … unet.safetensors doesn't fit … of another shape",
+        tiny_paths(tiny_model_dir, unet=tmp_path / "unet.safetensors"),
+    )
 
 
 # ---- a VAE of one's own ----

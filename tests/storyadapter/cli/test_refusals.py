@@ -90,6 +90,23 @@ SETTINGS = {
     "--steps 1001": "--steps is 1001; expected 1 to 999 with --scheduler ddim",
     "--steps 1001 --base-model gone": "--steps is 1001; expected 1 to 999 with --scheduler ddim",
     "--steps 51 --scheduler lcm": "--steps is 51; expected 1 to 50 with --scheduler lcm",
+    "--steps 2,x": (
+        "argument --steps: '2,x' is no whole number such as 50, nor a list such as 9,5,5; for all options type "
+        "storyadapter-trt run --help"
+    ),
+    "--guidance-interval 0.5": (
+        "argument --guidance-interval: '0.5' is not two shares of the steps such as 0.1:0.6; for all options type "
+        "storyadapter-trt run --help"
+    ),
+    "--timesteps 499,999 --steps 50": (
+        "--timesteps is 499,999; expected whole numbers from 999 to 0, each less than the one before"
+    ),
+    "--strength 0": "--strength is 0; expected more than 0 and at most 1, and a share of 2 steps that is at least one",
+    "--eta 0.5": "--eta with ddim; expected --scheduler tcd with it",
+    "--scheduler lcm --timestep-spacing trailing": (
+        "--timestep-spacing: lcm takes the steps that it was trained with; leave it out, or give --timesteps"
+    ),
+    "--unet gone": "--unet gone: there is no such file or folder",
     "--seed -1": "--seed is -1; expected 0 to 2^63 - 1",
     "--guidance nan": "--guidance is nan; expected 0 to 100",
     "--karras": "Karras steps are not defined for ddim; expected one of euler, dpmpp_2m with them",

@@ -40,6 +40,41 @@ def test_a_story_from_pure_noise(type_in: Type, quick_run: list[str]) -> None:
     assert first != usual
 
 
+def test_a_story_whose_frames_start_from_themselves_is_resumed_to_the_byte(type_in: Type, quick_run: list[str]) -> None:
+    words = [*quick_run, "--steps", "4,2,2", "--strength", "0.5", "--guidance-interval", "0:0.6", "--guidance", "5,1,4"]
+    assert type_in(*words).code == 0
+    plan = record("out")["identity"]["plan"]
+    assert (plan["steps"], plan["guidance"], plan["strength"]) == ([4, 2, 2], [5.0, 1.0, 4.0], 0.5)
+    drawn = pictures(Path("out"))
+    for lost in ("iteration-01/frame-002.png", "iteration-02/frame-001.png"):
+        Path("out", lost).unlink()
+    done = type_in(*words, "--resume")
+    assert done.code == 0, done.err
+    assert pictures(Path("out")) == drawn
+    assert type_in(*words, "--strength", "1", "--resume").code == 2
+
+
+def test_a_preset_is_recorded_as_what_it_stands_for(type_in: Type, quick_run: list[str]) -> None:
+    quick = [word for word in quick_run if word not in ("--steps", "2")]
+    quick[quick.index("--iterations") + 1 :] = ["0", "--seed", "7", "--out", "out"]
+    done = type_in(*quick, "--preset", "lightning", "--seed", "7")
+    assert done.code == 0, done.err
+    decided = record()["identity"]["plan"]
+    assert (decided["scheduler"], decided["timestep_spacing"], decided["steps"]) == ("euler", "trailing", 4)
+    assert (decided["guidance"], decided["prediction_type"]) == (0.0, "epsilon")
+    assert record()["sessions"][0]["details"]["preset"] == "lightning"
+    done = type_in(*quick, "--preset", "lcm", "--out", "other")
+    assert done.code == 2
+    assert "--preset lcm is for a UNet that takes the guidance as an embedding" in done.err
+
+
+def test_what_the_model_says_otherwise_is_told(type_in: Type, quick_run: list[str]) -> None:
+    done = type_in(*quick_run, "--iterations", "0", "--prediction-type", "v_prediction")
+    (warning,) = (line for line in done.err.splitlines() if line.startswith("warning: "))
+    assert warning.startswith("warning: --prediction-type is v_prediction, but ")
+    assert warning.endswith("scheduler/scheduler_config.json says epsilon; drawn as typed")
+
+
 def test_everything_is_written(type_in: Type, quick_run: list[str]) -> None:
     done = type_in(*quick_run, "--style", "film")
     assert done.code == 0

@@ -10,8 +10,10 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
     LCMScheduler,
     PNDMScheduler,
+    TCDScheduler,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -32,7 +34,11 @@ from storyadapter.method.sampler import (
 SHAPE = (2, 4, 6, 5)
 NOISE_SCHEDULE = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 LEADING = dict(steps_offset=1, timestep_spacing="leading")
-KINDS = [("ddim", False), ("euler", False), ("euler", True), ("dpmpp_2m", False), ("dpmpp_2m", True), ("lcm", False)]
+KINDS = [
+    *(("ddim", False), ("euler", False), ("euler", True), ("euler_a", False), ("dpmpp_2m", False), ("dpmpp_2m", True)),
+    *(("lcm", False), ("tcd", False)),
+]
+CHOOSING = ("lcm", "tcd")  # these choose their time steps themselves
 
 
 def diffusers_scheduler(name: str, karras: bool = False, prediction: str = "epsilon", zero_snr: bool = False):
@@ -47,8 +53,12 @@ def diffusers_scheduler(name: str, karras: bool = False, prediction: str = "epsi
             return EulerDiscreteScheduler(**common, use_karras_sigmas=karras)
         case "dpmpp_2m":
             return DPMSolverMultistepScheduler(**common, use_karras_sigmas=karras)
+        case "euler_a":
+            return EulerAncestralDiscreteScheduler(**common)
         case "lcm":
             return LCMScheduler(**common, set_alpha_to_one=False)
+        case "tcd":
+            return TCDScheduler(**common, set_alpha_to_one=False)
     raise AssertionError(name)
 
 
@@ -57,10 +67,12 @@ def stand_in_unet(latents: Tensor, timestep: float) -> Tensor:
     return torch.tanh(latents.roll(1, -1) - 0.5 * latents.flip(-2)) + math.sin(timestep)
 
 
-def assert_steps_agree(scheduler, table: SamplerTable, steps: int, tolerance: float = 2e-6) -> None:
+def assert_steps_agree(
+    scheduler, table: SamplerTable, steps: int, tolerance: float = 2e-6, timesteps=None, **extra
+) -> None:
     """Feeds both the same state in every step and compares what they make of it, relative to the terms summed."""
     generator = torch.Generator().manual_seed(steps)
-    scheduler.set_timesteps(steps)
+    scheduler.set_timesteps(**{"num_inference_steps": steps} if timesteps is None else {"timesteps": timesteps})
     if not isinstance(scheduler, DDIMScheduler):
         scheduler.set_begin_index(0)  # as the pipelines do; otherwise it takes the second of two equal first time steps
     assert table.calls == len(scheduler.timesteps)
@@ -78,7 +90,7 @@ def assert_steps_agree(scheduler, table: SamplerTable, steps: int, tolerance: fl
         output = stand_in_unet(expected_input, float(timestep))
         noise_seed = 1000 + index
         kwargs = {} if isinstance(scheduler, DDIMScheduler) else {"generator": torch.manual_seed(noise_seed)}
-        result = scheduler.step(output, timestep, x, **kwargs)
+        result = scheduler.step(output, timestep, x, **kwargs, **extra)
         noise = torch.randn(SHAPE, generator=torch.manual_seed(noise_seed))
         x_next, x0 = step(coefficients, at, x, output, previous_x0, noise)
         row = dict(zip(COLUMNS, coefficients[index].tolist(), strict=True))
@@ -98,6 +110,8 @@ def assert_steps_agree(scheduler, table: SamplerTable, steps: int, tolerance: fl
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize(("name", "karras"), KINDS)
 def test_every_step_is_that_of_diffusers(name: str, karras: bool, prediction: str, steps: int) -> None:
+    if (name, prediction) == ("euler_a", "sample"):
+        pytest.skip("diffusers doesn't have it")
     scheduler = diffusers_scheduler(name, karras, prediction)
     assert_steps_agree(scheduler, build_sampler(name, steps, karras, prediction), steps)
 
@@ -111,7 +125,7 @@ def test_v_prediction_from_zero_signal(name: str, karras: bool, steps: int) -> N
 
 @settings(max_examples=25, deadline=None)
 @given(
-    kind=st.sampled_from(KINDS[:-1]),
+    kind=st.sampled_from([kind for kind in KINDS if kind[0] not in CHOOSING]),
     steps=st.integers(1, 120),
     prediction=st.sampled_from(["epsilon", "v_prediction"]),
     spacing=st.sampled_from(["leading", "trailing", "linspace"]),
@@ -122,7 +136,7 @@ def test_any_spacing_and_number_of_steps(kind, steps: int, prediction: str, spac
     scheduler = type(diffusers_scheduler(name)).from_config(
         diffusers_scheduler(name, karras, prediction).config,
         timestep_spacing=spacing,
-        **({} if name == "ddim" else {"final_sigmas_type": final}),
+        **({} if name in ("ddim", "euler_a") else {"final_sigmas_type": final}),
     )
     assert_steps_agree(scheduler, table_from_scheduler(scheduler, steps), steps)
 
@@ -132,6 +146,67 @@ def test_any_spacing_and_number_of_steps(kind, steps: int, prediction: str, spac
 def test_lcm_with_any_number_of_steps(steps: int, prediction: str) -> None:
     scheduler = diffusers_scheduler("lcm", prediction=prediction)
     assert_steps_agree(scheduler, build_sampler("lcm", steps, prediction_type=prediction), steps)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    steps=st.integers(1, 50),
+    eta=st.sampled_from([0.0, 0.3, 0.55, 1.0]),
+    prediction=st.sampled_from(["epsilon", "sample", "v_prediction"]),
+)
+def test_tcd_with_any_share_of_noise(steps: int, eta: float, prediction: str) -> None:
+    scheduler = diffusers_scheduler("tcd", prediction=prediction)
+    table = build_sampler("tcd", steps, prediction_type=prediction, eta=eta)
+    assert_steps_agree(scheduler, table, steps, eta=eta)
+    assert table.noisy_calls == ([*range(steps - 1)] if eta else [])
+
+
+@pytest.mark.parametrize("timesteps", [(999, 749, 499, 249), (999,), (980, 3, 0)])
+@pytest.mark.parametrize("name", ["euler", "dpmpp_2m", "lcm", "tcd"])
+def test_time_steps_that_are_given(name: str, timesteps: tuple[int, ...]) -> None:
+    table = build_sampler(name, len(timesteps), timesteps=timesteps)
+    assert_steps_agree(diffusers_scheduler(name), table, len(timesteps), timesteps=list(timesteps))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 8, 20])
+def test_time_steps_of_ddim_that_are_given(steps: int) -> None:
+    """diffusers' DDIM takes none, but the same ones must be the same table."""
+    chosen = build_sampler("ddim", steps, timestep_spacing="trailing")
+    given = build_sampler("ddim", steps, timesteps=tuple(int(t) for t in chosen.timestep))
+    torch.testing.assert_close(given.coefficients(), chosen.coefficients(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+@pytest.mark.parametrize("name", ["ddim", "euler", "euler_a", "dpmpp_2m"])
+def test_spacing_of_few_steps(name: str, spacing: str) -> None:
+    scheduler = type(diffusers_scheduler(name)).from_config(diffusers_scheduler(name).config, timestep_spacing=spacing)
+    for steps in (1, 2, 4, 8):
+        table = build_sampler(name, steps, timestep_spacing=spacing)
+        assert_steps_agree(scheduler, table, steps)
+        assert spacing != "trailing" or table.timestep[0] == 999
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        EulerDiscreteScheduler(**NOISE_SCHEDULE, timestep_spacing="trailing"),
+        EulerAncestralDiscreteScheduler(**NOISE_SCHEDULE, timestep_spacing="trailing"),
+        DPMSolverMultistepScheduler(**NOISE_SCHEDULE, use_karras_sigmas=True, euler_at_final=True),
+        TCDScheduler(**NOISE_SCHEDULE),
+        DDIMScheduler(**NOISE_SCHEDULE, clip_sample=False, rescale_betas_zero_snr=True, timestep_spacing="trailing"),
+    ],
+    ids=lambda own: type(own).__name__,
+)
+def test_the_scheduler_that_a_model_comes_with(own, tmp_path) -> None:
+    own.save_pretrained(tmp_path)
+    text = (tmp_path / "scheduler_config.json").read_text()
+    prediction = "v_prediction" if isinstance(own, DDIMScheduler) else "epsilon"
+    starts_from_noise = isinstance(own, DDIMScheduler)
+    table = build_sampler(
+        "checkpoint", 6, prediction_type=prediction, zero_terminal_snr=starts_from_noise, configuration=text
+    )
+    own.register_to_config(prediction_type=prediction)
+    assert_steps_agree(own, table, 6)
 
 
 @pytest.mark.parametrize(
@@ -180,6 +255,39 @@ def test_whole_trajectory(name: str, karras: bool) -> None:
     torch.testing.assert_close(x, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize(("steps", "strength"), [(10, 0.6), (4, 0.3), (20, 0.99)])
+@pytest.mark.parametrize(("name", "karras"), KINDS)
+def test_the_last_steps_from_noised_latents(name: str, karras: bool, steps: int, strength: float) -> None:
+    """As in diffusers' image-to-image pipelines."""
+    scheduler = diffusers_scheduler(name, karras)
+    scheduler.set_timesteps(steps)
+    first = steps - int(steps * strength)
+    if name != "ddim":
+        scheduler.set_begin_index(first)
+    table = build_sampler(name, steps, karras, strength=strength)
+    latents, noise = torch.randn(2, *SHAPE, generator=torch.manual_seed(5)).unbind()
+    expected = scheduler.add_noise(latents, noise, scheduler.timesteps[first : first + 1])
+    x, x0 = table.initial_latents(noise) + table.initial_signal * latents, torch.zeros(SHAPE)
+    torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-5)
+    assert (table.skipped, table.calls) == (first, steps - first)
+    assert table.timestep.tolist() == scheduler.timesteps[first:].tolist()
+    coefficients = table.coefficients()
+    for index, timestep in enumerate(scheduler.timesteps[first:]):
+        at = torch.tensor([index])
+        output = stand_in_unet(scheduler.scale_model_input(expected, timestep), float(timestep))
+        kwargs = {} if name == "ddim" else {"generator": torch.manual_seed(index)}
+        expected = scheduler.step(output, timestep, expected, **kwargs).prev_sample
+        x, x0 = step(coefficients, at, x, output, x0, torch.randn(SHAPE, generator=torch.manual_seed(index)))
+        torch.testing.assert_close(x, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_full_strength_changes_no_bit(name: str) -> None:
+    plain, table = build_sampler(name, 4), build_sampler(name, 4, strength=1.0)
+    assert torch.equal(table.coefficients(), plain.coefficients())
+    assert (table.initial_sigma, table.initial_signal) == (plain.initial_sigma, 0.0)
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("steps", [4, 25])
 @pytest.mark.parametrize(("name", "karras"), KINDS)
@@ -198,8 +306,8 @@ def test_a_perfect_unet_is_followed_to_its_image(name: str, karras: bool, steps:
         output = {"epsilon": epsilon, "v_prediction": alpha * epsilon - sigma * image, "sample": image}[prediction]
         x, x0 = step(coefficients, at, x, output, previous_x0=image, noise=torch.zeros(SHAPE))
         torch.testing.assert_close(x0, image, rtol=0, atol=5e-5)
-    # DDIM without `set_alpha_to_one` stops at the first noise level, σ = 0.03; the others reach the image.
-    torch.testing.assert_close(x, image, rtol=0, atol=0.15 if name == "ddim" else 1e-3)
+    # DDIM without `set_alpha_to_one` and TCD stop at the first noise level, σ = 0.03; the others reach the image.
+    torch.testing.assert_close(x, image, rtol=0, atol=0.15 if name in ("ddim", "tcd") else 1e-3)
 
 
 def test_the_published_sampler() -> None:
@@ -277,7 +385,7 @@ def test_a_scheduler_converted_from_another_class_counts_as_its_own_class() -> N
         (DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"), "flow_prediction"),
         (DPMSolverMultistepScheduler(use_flow_sigmas=True), "use_flow_sigmas"),
         (DPMSolverMultistepScheduler(variance_type="learned"), "variance_type"),
-        (EulerAncestralDiscreteScheduler(), "EulerAncestralDiscreteScheduler"),
+        (HeunDiscreteScheduler(), "HeunDiscreteScheduler"),
         (PNDMScheduler(), "PNDMScheduler"),
         ({}, "None"),
     ],
@@ -293,7 +401,10 @@ def test_what_is_not_covered_is_refused_by_name(scheduler, named: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(name="heun", steps=5), "no scheduler is called 'heun'; expected one of ddim, euler, dpmpp_2m, lcm"),
+        (
+            dict(name="heun", steps=5),
+            "no scheduler is called 'heun'; expected one of ddim, euler, euler_a, dpmpp_2m, lcm",
+        ),
         (dict(name="ddim", steps=5, karras=True), "Karras"),
         (dict(name="lcm", steps=5, karras=True), "Karras"),
         (dict(name="ddim", steps=0), "0 denoising steps"),
@@ -303,6 +414,16 @@ def test_what_is_not_covered_is_refused_by_name(scheduler, named: str) -> None:
         (dict(name="dpmpp_2m", steps=1000), "share one noise level"),
         (dict(name="ddim", steps=5, zero_terminal_snr=True), "v_prediction"),
         (dict(name="euler", steps=5, prediction_type="flow"), "prediction_type='flow'"),
+        (dict(name="lcm", steps=5, timestep_spacing="trailing"), "lcm takes the steps that it was trained with"),
+        (dict(name="euler", steps=1, timesteps=(9,), timestep_spacing="trailing"), "every time step is given"),
+        (dict(name="euler", steps=1, timesteps=(9,), karras=True), "Karras steps, which have time steps of their own"),
+        (dict(name="euler_a", steps=1, timesteps=(9,)), "with ancestral steps, time steps can't be given"),
+        (dict(name="lcm", steps=5, eta=0.5), "eta with lcm; expected scheduler tcd with it"),
+        (dict(name="checkpoint", steps=5), "the model comes without a scheduler configuration"),
+        (
+            dict(name="checkpoint", steps=5, configuration='{"_class_name": "PNDMScheduler"}'),
+            "scheduler PNDMScheduler is not supported",
+        ),
     ],
     ids=lambda value: "" if isinstance(value, dict) else value[:20],
 )

@@ -36,7 +36,7 @@ def latents() -> torch.Tensor:
 
 
 def tasks(frames: range, iteration: int = 1, embed: bool = False) -> list[Task]:
-    job = FrameJob("", Numerics("fp32"), 64, 64, "", None, None, RunPlan(height=64, width=64, seed=0).sampler, 0)
+    job = FrameJob("", Numerics("fp32"), 64, 64, "", None, None, RunPlan(height=64, width=64, seed=0).sampler_in(0), 0)
     return [Task(None, job, iteration, frame, (), embed=embed) for frame in frames]
 
 
@@ -86,8 +86,7 @@ def test_a_frame_that_is_not_finite_is_told_after_those_before_it(
     decoder.submit(tasks(range(10, 15), iteration=2, embed=embed), latents, StageClock(networks.device), 2)
     drawn = list(told(decoder))
     assert [decoded.task.frame for decoded in drawn] == [10, 11, 12, 13, 14]
-    assert [decoded.error is None for decoded in drawn] == [True, True, True, False, True]
-    assert str(drawn[3].error).startswith("iteration 2, frame 13: the UNet gave values that are not finite in fp32")
+    assert [decoded.not_finite for decoded in drawn] == [None, None, None, "denoiser", None]
     assert [decoded.embedding is not None for decoded in drawn] == [embed and frame != 3 for frame in range(5)]
 
 

@@ -18,6 +18,7 @@ from storyadapter.runtime.conditioning import TextCache, Tokenizers
 from storyadapter.runtime.denoising import FrameRows, SamplerInputs, StatePool, denoise
 from storyadapter.runtime.jobs import References, TextGroup
 from storyadapter.runtime.reference_bank import ReferenceBank
+from tests.storyadapter.runtime.replaced import counting
 
 PROMPTS = ("a fox", "an owl in the snow", "a bear")
 
@@ -92,9 +93,35 @@ def plainly(
         output = networks["denoiser"]({"latents": latents, "timestep": timestep, **fixed})["noise"]
         if guided:
             unconditional, conditional = output.chunk(2)
-            output = unconditional + frames[0].guidance * (conditional - unconditional)
+            here = frames[0].guided_calls is None or call in frames[0].guided_calls
+            output = unconditional + (frames[0].guidance if here else 1.0) * (conditional - unconditional)
         x, x0 = step(coefficients, index, x, output, x0, noise.per_step[call] if len(noise.per_step) else None)
     return x
+
+
+@pytest.mark.parametrize("calls", [range(1, 3), range(0, 4), range(5, 5)])
+def test_calls_outside_the_guidance_interval_have_half_the_rows(
+    model: tuple[Networks, Tokenizers], calls: range
+) -> None:
+    networks, counts = counting(model[0], "denoiser")
+    frames = [
+        replace(frame, guided_calls=calls) for frame in rows_of(model, PROMPTS, sampler_inputs(networks, "lcm", 5), 7.3)
+    ]
+    with torch.inference_mode():
+        *_, x = denoise(networks, frames)
+        expected = plainly(model[0], frames, "lcm", 5)
+        everywhere = plainly(model[0], [replace(frame, guided_calls=None) for frame in frames], "lcm", 5)
+    assert counts["denoiser rows"] == 3 * (5 + len(calls))
+    torch.testing.assert_close(x, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
+    assert (x - everywhere).abs().max() > 2e-4 * float(expected.abs().max())
+
+
+def test_an_interval_of_all_steps_changes_no_bit(model: tuple[Networks, Tokenizers]) -> None:
+    frames = rows_of(model, PROMPTS, sampler_inputs(model[0], "ddim", 3), 5.0)
+    with torch.inference_mode():
+        *_, plain = denoise(model[0], frames)
+        *_, x = denoise(model[0], [replace(frame, guided_calls=range(3)) for frame in frames])
+    assert torch.equal(x, plain)
 
 
 @pytest.mark.parametrize("guidance", [None, 7.3])

@@ -10,7 +10,7 @@ from storyadapter.model.numerics import Numerics
 from storyadapter.runtime.jobs import FrameJob, References, TextGroup
 
 PLAN = RunPlan(height=64, width=96, seed=3)
-JOB = FrameJob("model", Numerics("fp16"), 64, 96, "a fox", "fog", 5.0, PLAN.sampler, 3, 0.4, ("a", "b"))
+JOB = FrameJob("model", Numerics("fp16"), 64, 96, "a fox", "fog", 5.0, PLAN.sampler_in(0), 3, 0.4, ("a", "b"))
 OTHER = {
     "model": "another",
     "numerics": Numerics.of("fp16", vae_decoder="fp32"),
@@ -19,10 +19,12 @@ OTHER = {
     "prompt": "a fox ",
     "negative_prompt": "snow",
     "guidance": 5.5,
-    "sampler": replace(PLAN, steps=49).sampler,
+    "sampler": replace(PLAN, steps=49).sampler_in(0),
     "seed": 4,
     "scale": 0.5,
     "references": ("b", "a"),
+    "guidance_interval": (0.0, 0.5),
+    "start": "c",
 }
 
 
@@ -36,12 +38,12 @@ def test_whatever_decides_pixels_is_in_the_key(name: str) -> None:
     assert replace(JOB, **{name: OTHER[name]}).key != JOB.key
 
 
-@pytest.mark.parametrize("name", ["prompt", "negative_prompt", "seed", "scale", "references"])
+@pytest.mark.parametrize("name", ["prompt", "negative_prompt", "seed", "scale", "references", "start"])
 def test_frames_may_share_a_batch_that_differ_in(name: str) -> None:
     assert replace(JOB, **{name: OTHER[name]}).batch_key == JOB.batch_key
 
 
-@pytest.mark.parametrize("name", ["model", "numerics", "height", "width", "sampler"])
+@pytest.mark.parametrize("name", ["model", "numerics", "height", "width", "sampler", "guidance_interval"])
 def test_frames_may_not_share_a_batch_that_differ_in(name: str) -> None:
     assert replace(JOB, **{name: OTHER[name]}).batch_key != JOB.batch_key
 

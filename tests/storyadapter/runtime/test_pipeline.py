@@ -105,6 +105,18 @@ def test_a_mistake_in_the_method_misses_by_a_wide_margin(
         assert np.mean(errors_of_frames(ours[iteration], wrong[iteration])) > 10 * ALLOWED
 
 
+def test_steps_and_guidance_of_each_iteration_are_its_own(pipeline: StoryPipeline) -> None:
+    """An iteration with settings of its own draws what a story with these settings draws from the same pictures."""
+    mixed = draw(pipeline, replace(PLAN, steps=(4, 2, 3), guidance=(5.0, 1.0, 3.0), guidance_interval=(0.0, 0.7)))
+    first = replace(PLAN, scales=(), guidance_interval=(0.0, 0.7))
+    assert max(errors_of_frames(mixed[0], draw(pipeline, first)[0])) < TIGHT
+    for iteration, changes in ((1, {"steps": 2, "guidance": 1.0}), (2, {"steps": 3, "guidance": 3.0})):
+        interval = (0.0, 0.7) if changes["guidance"] > 1 else (0.0, 1.0)
+        alone = replace(PLAN, scales=PLAN.scales[:iteration], guidance_interval=interval, **changes)
+        drawn = draw(pipeline, alone, resume=FinishedIteration(iteration - 1, mixed[iteration - 1]))
+        assert max(errors_of_frames(mixed[iteration], drawn[0])) < TIGHT
+
+
 COUNTED = ("text_encoder", "text_projection", "image_encoder", "reference_projection", "denoiser", "vae_decoder")
 
 
@@ -268,5 +280,6 @@ def test_a_frame_that_is_not_finite_stops_the_run_before_it_becomes_a_reference(
     weights = load_file(tiny_model_dir / "vae" / "diffusion_pytorch_model.safetensors")
     weights["decoder.conv_out.bias"] = torch.full_like(weights["decoder.conv_out.bias"], torch.inf)
     save_file(weights, broken / "vae" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
-    with raises_typed(RunError, match="frame 0: the VAE gave values that are not finite in fp32; try --vae-precision"):
+    damaged = f"so is decoder.conv_out.bias in {broken}/vae/diffusion_pytorch_model.safetensors; the file is damaged"
+    with raises_typed(RunError, match=f"frame 0: the VAE gave values that are not finite in fp32: {damaged}"):
         draw(open_tiny(broken))

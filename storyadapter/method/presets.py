@@ -1,0 +1,89 @@
+"""What few-step models need, by one word each: settings of a plan, as their authors' model cards have them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Final
+
+from storyadapter.method.constants import SAMPLERS, TRAINED_STEPS
+from storyadapter.method.errors import Field, InputError
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Settings of a `RunPlan` for one kind of model.
+
+    `embeds_guidance`: whether the model's UNet takes the guidance as an embedding.
+    """
+
+    purpose: str
+    settings: Mapping[str, Any]
+    embeds_guidance: bool = False
+
+
+PRESETS: Final[Mapping[str, Preset]] = MappingProxyType(
+    {
+        "lcm": Preset(
+            "the UNet of latent-consistency/lcm-sdxl, as in the published fast mode",
+            {"scheduler": "lcm", "steps": 4, "guidance": 8.0},
+            embeds_guidance=True,
+        ),
+        "lcm-lora": Preset("latent-consistency/lcm-lora-sdxl", {"scheduler": "lcm", "steps": 8, "guidance": 1.0}),
+        "lightning": Preset(
+            "SDXL-Lightning, UNet or LoRA, of 4 steps; for others type their number",
+            {"scheduler": "euler", "timestep_spacing": "trailing", "steps": 4, "guidance": 0.0},
+        ),
+        "hyper": Preset(
+            "Hyper-SDXL's LoRA of 4 steps; for those of 2 and 8 type their number",
+            {"scheduler": "ddim", "timestep_spacing": "trailing", "steps": 4, "guidance": 0.0},
+        ),
+        "hyper-cfg": Preset(
+            "Hyper-SDXL's LoRA of 8 steps with guidance; for that of 12 type the number",
+            {"scheduler": "ddim", "timestep_spacing": "trailing", "steps": 8, "guidance": 5.0},
+        ),
+        "tcd": Preset(
+            "h1t/TCD-SDXL-LoRA; with eta 1 Hyper-SDXL's unified LoRA",
+            {"scheduler": "tcd", "eta": 0.3, "steps": 4, "guidance": 0.0},
+        ),
+        "dmd2": Preset(
+            "DMD2, UNet or LoRA, of 4 steps", {"scheduler": "lcm", "timesteps": (999, 749, 499, 249), "guidance": 0.0}
+        ),
+        "turbo": Preset(
+            "stabilityai/sdxl-turbo, for frames of 512x512",
+            {"scheduler": "euler_a", "timestep_spacing": "trailing", "steps": 4, "guidance": 0.0},
+        ),
+    }
+)
+
+
+def with_preset(name: str | None, typed: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a preset and those that were typed beside it, which win; what these leave without a meaning goes."""
+    if name is None:
+        return dict(typed)
+    settings = dict(PRESETS[name].settings)
+    if "timesteps" in typed:
+        settings.pop("steps", None)
+        settings.pop("timestep_spacing", None)
+    if typed.keys() & {"steps", "timestep_spacing"}:
+        settings.pop("timesteps", None)
+    scheduler = typed.get("scheduler", settings["scheduler"])
+    if scheduler != "tcd":
+        settings.pop("eta", None)
+    if SAMPLERS.get(scheduler) in TRAINED_STEPS:
+        settings.pop("timestep_spacing", None)
+    return {**settings, **typed}
+
+
+def check_preset(name: str | None, embeds_guidance: bool) -> None:
+    """Raises InputError: the preset is for another kind of UNet than the model's."""
+    if name is None or PRESETS[name].embeds_guidance == embeds_guidance:
+        return
+    if embeds_guidance:
+        fitting = " or ".join(other for other, preset in PRESETS.items() if preset.embeds_guidance)
+        found = f" {name} is for a UNet without it, but this one takes the guidance as an embedding"
+        raise InputError(Field("preset"), found, expected=(Field("preset"), f" {fitting}"))
+    raise InputError(
+        Field("preset"),
+        f" {name} is for a UNet that takes the guidance as an embedding (time_cond_proj_dim), this one doesn't",
+        advice=("give such a one with ", Field("unet"), ", or take ", Field("preset"), " lcm-lora with the LCM LoRA"),
+    )
