@@ -50,7 +50,7 @@ def test_words_of_all_kinds_are_drawn(type_in: Type, quick_run: list[str], tmp_p
     assert (done.code, done.out) == (0, "out/book.cbz (4 pages)\n")
     assert type_in("book", "out").out == "out/book.html (4 pages)\n"
     assert type_in("book", ".").err == (
-        "storyadapter-trt: error: story.json can't be read: No such file or directory, expected the record of a "
+        "storyadapter-trt: error: story.json can't be read: No such file or directory; expected the record of a "
         "storyadapter-trt run; choose another folder with --out\n"
     )
 
