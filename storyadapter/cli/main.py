@@ -18,6 +18,7 @@ import storyadapter
 from storyadapter.cli import options
 from storyadapter.cli.libraries import libraries_silenced
 from storyadapter.cli.printing import tell
+from storyadapter.cli.values import decimal
 from storyadapter.method.errors import InputError, RunError, StoryAdapterError
 from storyadapter.method.memory_errors import is_out_of_memory, refuse_small_limit
 from storyadapter.output.files import is_full
@@ -257,7 +258,7 @@ def _add_engines(commands: Commands) -> None:
         ("--older-than", "DAYS", "those that were not used for so many days"),
         ("--keep-under", "GIB", "as many as it takes to keep less than this"),
     ):
-        prune.add_argument(name, type=options.decimal, metavar=unit, help=text)
+        prune.add_argument(name, type=decimal, metavar=unit, help=text)
     prune.add_argument("--outdated", action="store_true", help="those that this version of the program can't open")
     prune.add_argument("--dry-run", action="store_true", help="only say what would go")
     prune.set_defaults(run=_later("machine", "prune_engines"))

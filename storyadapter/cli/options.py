@@ -1,7 +1,6 @@
 """The options of the command line, and from them the typed values of the program. Imports nothing heavy."""
 
 import argparse
-import re
 import shlex
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any, cast
 
 from storyadapter.checkpoint import Checkpoint, CheckpointPaths, LoraSpec
 from storyadapter.cli.devices import device_name
+from storyadapter.cli.values import PLAN_VALUES, decimal, frames_or_auto, pixel_range, scales_list
 from storyadapter.engine.backend import Backend
 from storyadapter.engine.backends import AUTO, BACKENDS, find_backend
 from storyadapter.method import constants
@@ -236,7 +236,7 @@ def add_plan_options(group: "argparse._ArgumentGroup") -> None:
         elif setting.type == bool | None:
             more["action"] = argparse.BooleanOptionalAction
         else:
-            more["type"] = _VALUES.get(setting.name, decimal if setting.type is float else setting.type)
+            more["type"] = PLAN_VALUES.get(setting.name, decimal if setting.type is float else setting.type)
         group.add_argument(option(setting.name), **more)
 
 
@@ -246,42 +246,6 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("-v", "--verbose", action="store_true", help="print details, and what libraries print")
     group.add_argument("--quiet", action="store_true", help="print errors only")
     group.add_argument("--json-log", action="store_true", help="one JSON object per event on standard output")
-
-
-def pixel_range(text: str) -> Range:
-    """ "1024" or "768:1024"."""
-    match = re.fullmatch(r"(\d+)(?::(\d+))?", text)
-    low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-    if not 1 <= low <= high:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a number of pixels such as 1024, or a range such as 768:1024"
-        )
-    return Range(low, high)
-
-
-def decimal(text: str) -> float:
-    """ "7.5"."""
-    try:
-        return float(text)
-    except ValueError:
-        comma = f": it is written with a point, {text.replace(',', '.')}" if re.fullmatch(r"-?\d+,\d+", text) else ""
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number such as 7.5{comma}") from None
-
-
-def frames_or_auto(text: str) -> int | None:
-    """A number, or None for "auto"."""
-    try:
-        return None if text == AUTO else int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of frames such as 8, or {AUTO}") from None
-
-
-def scales_list(text: str) -> tuple[float, ...]:
-    """ "0.3,0.4,0.5"."""
-    try:
-        return tuple(float(part) for part in text.split(",")) if text.strip() else ()
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 0.3,0.4,0.5") from None
 
 
 def given_checkpoint_options(args: argparse.Namespace) -> dict[str, list[str]]:
@@ -368,43 +332,6 @@ def run_plan(args: argparse.Namespace, default_pixels: int, seed: int) -> RunPla
     typed = {name: value for name in PLAN_HELP if (value := getattr(args, name)) is not None}
     settings: dict[str, Any] = {**instead, **with_preset(args.preset, typed), "seed": seed}
     return RunPlan(**settings)
-
-
-def numbers(text: str) -> tuple[float, ...]:
-    """ "5" or "7,5,5"."""
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number such as 5, or a list such as 7,5,5") from None
-
-
-def whole_numbers(text: str) -> tuple[int, ...]:
-    """ "50" or "999,749,499,249"."""
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number such as 50, nor a list such as 9,5,5") from None
-
-
-def shares(text: str) -> tuple[float, float]:
-    """ "0.1:0.6"."""
-    try:
-        low, high = map(float, text.split(":"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not two shares of the steps such as 0.1:0.6") from None
-    return low, high
-
-
-# how options of a plan are read whose type doesn't say it
-_VALUES = {
-    "steps": whole_numbers,
-    "timesteps": whole_numbers,
-    "timestep_spacing": str,
-    "prediction_type": str,
-    "eta": decimal,
-    "guidance": numbers,
-    "guidance_interval": shares,
-}
 
 
 def build_command(args: argparse.Namespace, backend: str, numerics: Numerics, ranges: ShapeRanges) -> str:

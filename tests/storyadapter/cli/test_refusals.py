@@ -124,8 +124,8 @@ SETTINGS = {
     "--lora ink.safetensors:0,8": (
         "--lora 'ink.safetensors:0,8': the scale 0,8 has a comma; expected ink.safetensors:0.8, written with a point"
     ),
-    "--guidance 7,5": (
-        "argument --guidance: '7,5' is not a number such as 7.5: it is written with a point, 7.5; for all options type "
+    "--eta 0,5": (
+        "argument --eta: '0,5' is not a number such as 7.5: it is written with a point, 0.5; for all options type "
         "storyadapter-trt run --help"
     ),
     "--font gone.ttf": "--font gone.ttf can't be opened as a font; expected a .ttf, .otf or .ttc file",
