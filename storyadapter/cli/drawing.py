@@ -126,8 +126,7 @@ def draw(
     )
     reporter.hint(f"pictures: {sheet.parent}/frames, of the last round; all in a row: {sheet.parent}/story.gif")
     if session.model.paths.is_demo:
-        own = 'storyadapter-trt run --out mine --prompt "a blue cat is reading a book" "a blue cat is running at night"'
-        reporter.hint(f"next, your own words: {own}")
+        reporter.hint('next: your own story, --out mine --prompt "a blue cat is reading a book" …, or --story FILE')
     else:
         reporter.hint(f"next: change a prompt and draw again with --seed {plan.seed} and another --out")
 

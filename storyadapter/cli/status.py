@@ -1,6 +1,6 @@
 """A sign of life on standard error while nothing else is told: while libraries are imported and models are read."""
 
-import shutil
+import os
 import sys
 import time
 from threading import Event, Lock, Thread
@@ -13,6 +13,15 @@ _EVERY: Final = 2.0
 _REDRAWN: Final = 0.5  # on a terminal, where the line changes in place
 _OFTEN: Final = 20.0  # seconds of one piece of work after which a log file hears less
 _SELDOM: Final = 30.0
+_COLUMNS: Final = 80  # where the terminal doesn't say
+
+
+def _columns() -> int:
+    """Of the terminal that standard error is."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or _COLUMNS
+    except (OSError, ValueError):
+        return _COLUMNS
 
 
 class Status:
@@ -65,8 +74,7 @@ class Status:
                 self._told_at = now
                 text = f"... {one_line(self._text)}" + (f" ({seconds:.0f} s)" if seconds >= 1 else "")
                 if self._in_place:
-                    columns = shutil.get_terminal_size().columns - 1
-                    self._write("\r\x1b[K" + text[:columns])
+                    self._write("\r\x1b[K" + text[: _columns() - 1])
                     self._drawn = True
                 else:
                     self._write(f"{text}\n")
