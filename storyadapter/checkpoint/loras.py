@@ -49,6 +49,7 @@ class Lora:
 
     path: Path
     settings: Path | None  # a file of peft's beside it that says its alpha
+    shapes: Mapping[str, tuple[int, ...]]  # of every tensor
     changes: Mapping[str, tuple[LayerChange, ...]]
 
 
@@ -104,7 +105,8 @@ def open_lora(path: Path, networks: Mapping[str, Any]) -> Lora:
         if "down" in found and "alpha" not in found:
             factor = _factor(settings[network], module, headers[found["down"]].shape[0])
         changes[network].append(LayerChange(module, found, factor))
-    return Lora(path, peft_settings, {name: tuple(layers) for name, layers in changes.items()})
+    shapes = {name: tuple(tensor.shape) for name, tensor in headers.items()}
+    return Lora(path, peft_settings, shapes, {name: tuple(layers) for name, layers in changes.items()})
 
 
 def fuse_lora(name: str, network: "nn.Module", lora: Lora, scale: float) -> None:
@@ -118,17 +120,16 @@ def fuse_lora(name: str, network: "nn.Module", lora: Lora, scale: float) -> None
     wanted = {file_name for change in lora.changes[name] for file_name in change.names.values()}
     device = next(network.parameters()).device
     tensors = read_tensors(lora.path, torch.float32, wanted.__contains__, device) if wanted else {}
+    if {file_name: tuple(t.shape) for file_name, t in tensors.items()} != {n: lora.shapes[n] for n in wanted}:
+        raise CheckpointError(f"{lora.path} changed since it was checked; type the command again")
     with torch.no_grad():
         for change in lora.changes[name]:
             module: Any = network.get_submodule(change.module)
-            try:
-                part = {part: tensors[file_name] for part, file_name in change.names.items()}
-                for difference in _weight_differences(part, change.factor):
-                    _add(module.weight, difference.reshape(module.weight.shape), scale)
-                if "diff_b" in part:
-                    _add(module.bias, part["diff_b"], scale)
-            except (KeyError, RuntimeError) as error:
-                raise CheckpointError(f"{lora.path} changed since it was checked; type the command again") from error
+            part = {part: tensors[file_name] for part, file_name in change.names.items()}
+            for difference in _weight_differences(part, change.factor):
+                _add(module.weight, difference.reshape(module.weight.shape), scale)
+            if "diff_b" in part:
+                _add(module.bias, part["diff_b"], scale)
 
 
 def _weight_differences(part: "Mapping[str, Tensor]", factor: float | None) -> "Iterator[Tensor]":
