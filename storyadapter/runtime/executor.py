@@ -130,13 +130,13 @@ class LocalExecutor:
             RuntimeError: the executor is closed.
         """
         pipeline = self._pipeline
-        plan = pipeline.decided(plan or RunPlan())
-        frames, negatives = len(story.frames), len(story.negative_prompts(plan))
-        check_request(pipeline.networks, story, plan)
+        decided = pipeline.decided(plan or RunPlan())
+        frames, negatives = len(story.frames), len(story.negative_prompts(decided))
+        check_request(pipeline.networks, story, decided)
         story.final_prompts(style)
         submitted = SubmittedStory(
-            lambda: pipeline.source(story, plan, style, store=store),
-            lambda: pipeline.knows_batching(plan, frames, negatives),
+            lambda: pipeline.source(story, decided, style, store=store),
+            lambda: pipeline.knows_batching(decided, frames, negatives),
         )
         with self._changed:
             if self._is_closing:
