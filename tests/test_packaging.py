@@ -73,8 +73,8 @@ def test_a_wheel_holds_data_files_and_nothing_else_at_the_top(wheel: Path) -> No
         names = archive.namelist()
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"storyadapter"}
-    for name in ("storyadapter/py.typed", "storyadapter/demo/story.yaml", "storyadapter/kernels/tiles.json"):
-        assert name in names
+    for name in ("py.typed", "demo/story.yaml", "kernels/tiles.json", "cli/events.schema.json"):
+        assert f"storyadapter/{name}" in names
 
 
 def test_a_wheel_holds_the_demo_model_without_its_training(wheel: Path, tmp_path: Path) -> None:
