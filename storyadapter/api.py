@@ -1,8 +1,10 @@
 """From a model's files to a pipeline, in one call: where Python programs begin."""
 
+import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, Final, cast
 
 import torch
 
@@ -11,10 +13,14 @@ from storyadapter.engine.backend import ReportBytes, ReportStage, checked_device
 from storyadapter.engine.backends import AUTO, find_backend
 from storyadapter.engine.identity import model_weights
 from storyadapter.engine.opening import open_networks
-from storyadapter.method.errors import Field, InputError
+from storyadapter.method.errors import Field, InputError, UnavailableError
 from storyadapter.model.contract import Range, ShapeRanges
 from storyadapter.model.numerics import PRECISIONS, Numerics, Precision
-from storyadapter.runtime.pipeline import StoryPipeline
+from storyadapter.runtime.conditioning import Tokenizers
+from storyadapter.runtime.pipeline import Pipeline, StoryPipeline
+
+# Ray reads it when it is imported: without it, its processes listen on all addresses of a machine, also under Linux
+_RAY_BEYOND_LOOPBACK: Final = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
 
 def open(  # as of a file: what it gives is ready for use
@@ -149,3 +155,29 @@ def open_checkpoint(
         model=model_weights(checkpoint, on_bytes).key,
         sampling=checkpoint.sampling,
     )
+
+
+def open_workers(
+    checkpoint: Checkpoint, *, workers: int | None = None, address: str | None = None, **how: Any
+) -> Pipeline:
+    """A pipeline whose frames are drawn by Ray actors, each on a device of its own; close it.
+
+    Args:
+        checkpoint: opened model files, which lie at the same paths on every machine.
+        workers: how many; by default one for each GPU of the cluster.
+        address: of a running Ray cluster; by default Ray is started on this machine alone.
+        how: other arguments of `open_checkpoint`, which every actor calls.
+
+    Raises:
+        UnavailableError: Ray isn't installed.
+        StoryAdapterError: see `open_checkpoint`, and `RayPipeline`.
+    """
+    if address is None:
+        os.environ.setdefault(_RAY_BEYOND_LOOPBACK, "0")
+    try:
+        from storyadapter.runtime.ray_workers import RayPipeline
+    except ImportError as error:
+        advice = "pip install 'storyadapter-trt[ray]'"
+        raise UnavailableError("Ray isn't installed, which runs workers", advice=advice) from error
+    tokenizers = Tokenizers(*checkpoint.load_tokenizers())
+    return RayPipeline(partial(open_checkpoint, checkpoint, **how), tokenizers, workers=workers, address=address)

@@ -18,6 +18,7 @@ FLOORS = (
     ("storyadapter.bench",),
     ("storyadapter.demo.training",),
     ("storyadapter.cli",),
+    ("storyadapter.serve",),
     ("storyadapter.api",),
     ("storyadapter.engine",),
     ("storyadapter.export",),

@@ -101,7 +101,7 @@ def as_two_stories(networks: Networks, tokenizers: Tokenizers) -> Draw:
             for number, half in enumerate(halves)
         ]
         told: dict[StorySource, list[Event]] = {source: [] for source in sources}
-        for source, event in drive(pipeline.worker(), sources):
+        for source, event in drive(pipeline.workers(), sources):
             told[source].append(event)
         first, second = (_read(events, networks) for events in told.values())
         stages = {stage: seconds + second.stages[stage] for stage, seconds in first.stages.items()}

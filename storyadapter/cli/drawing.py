@@ -4,7 +4,7 @@ import argparse
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,7 +27,7 @@ from storyadapter.output.animation import check_form
 from storyadapter.output.lettering import Lettering
 from storyadapter.output.run_folder import RunFolder
 from storyadapter.runtime.memory import MemoryNeeds
-from storyadapter.runtime.pipeline import StoryPipeline
+from storyadapter.runtime.pipeline import Pipeline
 
 _EMBEDDED: Final = 4_000  # letters of a text in a frame's file
 
@@ -55,19 +55,22 @@ def draw(
     weights = model_weights(session.checkpoint, reporter.bytes_read)
     identity = _identity(story, style, plan, session, weights)
     RunFolder.check(args.out, identity, frames=frames, scales=scales, resume=args.resume)
-    with _told_when_out_of_memory(plan):
-        pipeline = _open_pipeline(args, plan, frames, session, reporter)
+    with (
+        _told_when_out_of_memory(plan),
+        closing(_open_pipeline(args, plan, frames, session, reporter)) as pipeline,
+    ):
         batching = pipeline.batching(plan, frames, len(story.negative_prompts(plan)))
         loading = time.perf_counter() - started
         details = {
             "model": session.model.label,
             "backend": session.backend.name,
             "preset": args.preset,
-            "split": [len(batch) for batch in split_evenly(frames, batching.max_frames)],
+            "split": [len(batch) for batch in split_evenly(frames, batching.max_frames, pipeline.worker_count)],
             "max_frames": batching.max_frames,
             "text_kept": batching.keep_text,
             "final_prompts": [frame.prompt for frame in final],
             "device": str(pipeline.networks.device),
+            "workers": pipeline.worker_count,
             "versions": versions(),
             "weights_hashed": _how_hashed(session, weights),
         }
@@ -153,30 +156,41 @@ def _identity(story: Story, style: str, plan: RunPlan, session: Session, model: 
 
 def _open_pipeline(
     args: argparse.Namespace, plan: RunPlan, frames: int, session: Session, reporter: Reporter
-) -> StoryPipeline:
+) -> Pipeline:
     """The networks for the plan's batches; the build command that is told asks for `--max-frames`."""
-    references = plan.references(frames)
     height, width = (Range(pixels, pixels) for pixels in plan.size)
     asked = FRAMES_UNMEASURED if plan.max_frames is None else plan.max_frames
+    ranges = ShapeRanges(asked, plan.references(frames), height, width)
+    return open_pipeline(args, session, ranges, len(split_evenly(frames, asked)[0]), reporter)
 
-    def opened(together: int) -> StoryPipeline:
-        return api.open_checkpoint(
-            session.checkpoint,
-            backend=session.backend.name,
-            numerics=session.numerics,
-            ranges=ShapeRanges(together, references, height, width),
-            engine_dir=args.engine_dir,
-            build_command=build_command(
-                args, session.backend.name, session.numerics, ShapeRanges(asked, references, height, width)
-            ),
-            on_stage=reporter.stage,
-        )
 
-    together = len(split_evenly(frames, asked)[0])
+def open_pipeline(
+    args: argparse.Namespace, session: Session, ranges: ShapeRanges, together: int, reporter: Reporter
+) -> Pipeline:
+    """The networks, on this device or on workers.
+
+    Args:
+        ranges: of the engine whose build command is told where there is none.
+        together: frames that are to be drawn at once; fewer where the engine takes fewer and nobody asked for as many.
+    """
+
+    def opened(together: int) -> Pipeline:
+        how: dict[str, Any] = {
+            "backend": session.backend.name,
+            "numerics": session.numerics,
+            "ranges": replace(ranges, max_frames=together),
+            "engine_dir": args.engine_dir,
+            "build_command": build_command(args, session.backend.name, session.numerics, ranges),
+        }
+        if args.workers or args.ray:
+            reporter.note("workers", "starting workers")
+            return api.open_workers(session.checkpoint, workers=args.workers, address=args.ray, **how)
+        return api.open_checkpoint(session.checkpoint, on_stage=reporter.stage, **how)
+
     try:
         return opened(together)
     except EngineMismatchError:
-        if plan.max_frames is not None or together == 1:
+        if args.max_frames is not None or together == 1:
             raise
     return opened(1)  # how many it takes is the engine's own; what is told now is what else differs
 
@@ -204,7 +218,7 @@ def _told_when_out_of_memory(plan: RunPlan) -> Iterator[None]:
 def _tell_plan(
     plan: RunPlan,
     session: Session,
-    pipeline: StoryPipeline,
+    pipeline: Pipeline,
     started: RunStarted,
     needs: MemoryNeeds | None,
     reporter: Reporter,
@@ -219,12 +233,13 @@ def _tell_plan(
     text = "once" if started.text_kept else "again for each of them, to save memory"
     finished = f" ({first} finished)" if first else ""
     height, width = plan.size
+    workers = f" of {count(pipeline.worker_count, 'worker')}" if pipeline.worker_count > 1 else ""
     reporter.note(
         "plan",
         f"{session.model.label}: {count(frames, 'frame')} of {width}x{height}, "
         f"{count(plan.iterations, 'round')}{finished}, about {duration(seconds)} (seed {plan.seed})",
-        detail=f"  {session.how} on {pipeline.networks.device}: {left:,} UNet rows in micro-batches of {split}; "
-        f"text projected {text}; {memory / 2**20:,.0f} MiB in use",
+        detail=f"  {session.how} on {pipeline.networks.device}{workers}: {left:,} UNet rows in micro-batches of "
+        f"{split}; text projected {text}; {memory / 2**20:,.0f} MiB in use",
         frames=frames,
         iterations=plan.iterations,
         finished=first,

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import fields
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
@@ -22,6 +23,7 @@ from storyadapter.cli.values import decimal
 from storyadapter.method.errors import InputError, RunError, StoryAdapterError
 from storyadapter.method.memory_errors import is_out_of_memory, refuse_small_limit
 from storyadapter.output.files import is_full
+from storyadapter.serve.limits import Limits
 
 _DESCRIPTION = """\
 Draws long stories with Story-Adapter (arXiv 2410.06244) on SDXL: every frame from text first, then more iterations in
@@ -90,6 +92,16 @@ DIR/ then holds iteration-00/frame-000.png …, frames/000.png … (the last ite
 iteration), story.gif and story.json (every setting, the seed, versions, seconds per stage).
 """
 
+_SERVE_EPILOG = """\
+examples:
+  storyadapter-trt serve                                     the demo model, at http://127.0.0.1:8000
+  storyadapter-trt serve --workers 2 --data /srv/stories     two GPUs
+  storyadapter-trt serve --host 0.0.0.0 --keys keys.txt --allow-host stories.example.org
+
+  echo "alice:$(printf %s "$KEY" | sha256sum | cut -d' ' -f1)" >> keys.txt      a key, which sees its own stories alone
+  curl http://127.0.0.1:8000/v1/stories -H 'Content-Type: application/json' -d '{"prompts": ["a fox", "an owl"]}'
+"""
+
 
 # 128 and the signal's number, as shells have it
 INTERRUPTED: Final = 128 + signal.SIGINT
@@ -137,6 +149,7 @@ def build_parser() -> tuple[Parser, Commands]:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
     _add_build(commands)
     _add_run(commands)
+    _add_serve(commands)
     text = "GPU, driver, versions, which backends can serve here and why the others can't"
     doctor = commands.add_parser("doctor", help=text, description=f"Tells {text}.")
     doctor.add_argument("--json", action="store_true", help="as one JSON object")
@@ -201,6 +214,7 @@ def _add_run(commands: Commands) -> None:
     )
     options.add_font_option(output)
     options.add_model_options(parser)
+    options.add_worker_options(parser)
     options.add_output_options(parser)
     parser.set_defaults(run=_later("commands", "run"))
 
@@ -239,6 +253,54 @@ def _add_book(commands: Commands) -> None:
     )
     options.add_font_option(parser)
     parser.set_defaults(run=_later("stories", "book"))
+
+
+def _add_serve(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "serve",
+        help="draw stories that come over HTTP (extra serve)",
+        description="Accepts stories over HTTP, draws them together, and tells what becomes of them. Accepted stories\n"
+        "outlive the process: it may be killed at any moment, and goes on when it is started again.",
+        epilog=_SERVE_EPILOG,
+    )
+    server = parser.add_argument_group("server")
+    server.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    server.add_argument("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
+    server.add_argument(
+        "--data", default="story-server", metavar="DIR", help="queue and pictures (default: %(default)s)"
+    )
+    server.add_argument(
+        "--keys",
+        type=Path,
+        metavar="FILE",
+        help="API keys, a NAME:SHA256 per line; needed where others can reach the server",
+    )
+    server.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="another name by which the server may be called; may be given several times",
+    )
+    server.add_argument(
+        "--gpu-price", type=float, metavar="P", help="of an hour of a device, to tell what stories cost"
+    )
+    limits = parser.add_argument_group("limits")
+    for setting in fields(Limits):
+        text = f"{setting.metadata['help']} (default: %(default)s)"
+        limits.add_argument(options.option(setting.name), type=int, default=setting.default, metavar="N", help=text)
+    options.add_size_options(parser, as_range=True)
+    parser.add_argument(
+        "--max-references",
+        type=int,
+        default=options.MAX_REFERENCES,
+        metavar="N",
+        help="frames of the longest story that the engine takes (default: %(default)s)",
+    )
+    options.add_model_options(parser)
+    options.add_worker_options(parser)
+    options.add_output_options(parser)
+    parser.set_defaults(run=_later("serving", "serve"))
 
 
 def _add_engines(commands: Commands) -> None:

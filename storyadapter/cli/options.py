@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from storyadapter.checkpoint import Checkpoint, CheckpointPaths, LoraSpec
 from storyadapter.cli.devices import device_name
-from storyadapter.cli.values import PLAN_VALUES, decimal, frames_or_auto, pixel_range, scales_list
+from storyadapter.cli.values import PLAN_VALUES, decimal, frames_or_auto, pixel_range, positive, scales_list
 from storyadapter.engine.backend import Backend
 from storyadapter.engine.backends import AUTO, BACKENDS, find_backend
 from storyadapter.method import constants
@@ -164,6 +164,24 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         f"the GPU's memory holds, for build and without a GPU {FRAMES_UNMEASURED})",
     )
     add_store_option(engine)
+
+
+def add_worker_options(parser: argparse.ArgumentParser) -> None:
+    """On how many devices stories are drawn."""
+    group = parser.add_argument_group("many devices (extra ray)")
+    group.add_argument(
+        "--workers",
+        type=positive,
+        metavar="N",
+        help="draw on N GPUs of this machine, or in N processes without one (default: in this process; with --ray, on "
+        "every GPU of the cluster)",
+    )
+    group.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="draw on the machines of a running Ray cluster, such as 10.0.0.1:6379, or auto; model and engine lie at "
+        "the same paths on all of them, and whoever can reach the cluster can run programs on it",
+    )
 
 
 def add_store_option(parser: argparse._ActionsContainer) -> None:

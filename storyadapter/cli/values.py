@@ -79,3 +79,10 @@ PLAN_VALUES: Final = {
     "guidance": numbers,
     "guidance_interval": shares,
 }
+
+
+def positive(text: str) -> int:
+    """A number of 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
+    return int(text)

@@ -303,9 +303,12 @@ def _values(setting: Any) -> tuple[Any, ...]:
     return tuple(setting) if isinstance(setting, tuple | list) else (setting,)
 
 
-def split_evenly(frames: int, max_frames: int) -> tuple[range, ...]:
-    """Micro-batches of at most `max_frames` whose sizes differ by one at most: 7 by 4 → 4 + 3, 10 by 8 → 5 + 5."""
-    batches = -(-frames // max_frames)
+def split_evenly(frames: int, max_frames: int, workers: int = 1) -> tuple[range, ...]:
+    """Micro-batches of at most `max_frames` whose sizes differ by one at most: 7 by 4 → 4 + 3, 10 by 8 → 5 + 5.
+
+    As many for each worker, so that all end together, as long as there are frames: 10 by 8 for 4 → 3 + 3 + 2 + 2.
+    """
+    batches = min(frames, -(-frames // (max_frames * workers)) * workers)
     size, larger = divmod(frames, batches)
     starts = [batch * size + min(batch, larger) for batch in range(batches + 1)]
     return tuple(range(start, stop) for start, stop in zip(starts, starts[1:], strict=False))

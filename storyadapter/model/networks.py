@@ -1,7 +1,7 @@
 """What a backend gives to the runtime: networks by name, behind one protocol."""
 
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -83,6 +83,10 @@ class Networks:
     def dtype(self, network: str) -> torch.dtype:
         """In which the contract's "network" tensors of this network are."""
         return TORCH_DTYPES[self.numerics[network]]
+
+    def description(self) -> "Networks":
+        """The same without the networks: what another process may know of them."""
+        return replace(self, by_name={}, run_step=run_directly)
 
 
 TORCH_DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

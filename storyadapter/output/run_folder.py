@@ -187,7 +187,8 @@ class RunFolder:
 
     def frame_path(self, iteration: int, frame: int) -> Path:
         """Where a frame's picture lies; both are counted from 0."""
-        return self._iteration_path(iteration) / f"frame-{self._number(frame)}.png"
+        counts = {"iterations": len(self._record.scales), "frames": self._record.frames}
+        return frame_path(self.path, iteration, frame, **counts)
 
     def kept_from(self) -> int:
         """The first iteration whose frames are kept: those before it were removed, see `keep`."""
@@ -283,7 +284,7 @@ class RunFolder:
         write_atomically(moving, animation(form, shown, lambda frame: read_picture(paths[frame])))
         make_folder(folder)
         for frame, path in enumerate(paths):
-            write_atomically(folder / f"{self._number(frame)}.png", path.read_bytes())
+            write_atomically(folder / f"{_number(frame, self._record.frames)}.png", path.read_bytes())
         sheet = self._strips.sheet(self._record.scales, captions, title, lettering)
         write_atomically(self.path / "contact-sheet.png", encode_png(sheet, {}))
         *earlier, session = self._record.sessions
@@ -370,8 +371,14 @@ class RunFolder:
     def _iteration_path(self, iteration: int) -> Path:
         return self.path / iteration_name(iteration, len(self._record.scales))
 
-    def _number(self, frame: int) -> str:
-        return f"{frame:0{max(3, len(str(self._record.frames - 1)))}d}"
+
+def frame_path(folder: Path, iteration: int, frame: int, *, iterations: int, frames: int) -> Path:
+    """Where a run folder has a frame's picture, of a run with so many of both; both are counted from 0."""
+    return folder / iteration_name(iteration, iterations) / f"frame-{_number(frame, frames)}.png"
+
+
+def _number(frame: int, frames: int) -> str:
+    return f"{frame:0{max(3, len(str(frames - 1)))}d}"
 
 
 def _sha256(path: Path) -> str | None:

@@ -1,6 +1,11 @@
 """What a worker is given, and what it tells of it."""
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
+
+from PIL import Image
+from torch import Tensor
 
 from storyadapter.runtime.decoding import Decoded
 from storyadapter.runtime.jobs import Task
@@ -64,4 +69,32 @@ class OutOfMemory:
     final: bool = False
 
 
-Report = StepDone | FrameDone | BatchDone | OutOfMemory
+@dataclass(frozen=True, eq=False)
+class BatchLost:
+    """Nothing more comes of a batch: the worker that drew it is gone. Frames that were told before stay."""
+
+    batch: Batch
+    error: BaseException
+
+
+Report = StepDone | FrameDone | BatchDone | OutOfMemory | BatchLost
+
+
+class BatchWorker(Hashable, Protocol):
+    """One device, here or elsewhere: see `Worker`, whose methods these are."""
+
+    @property
+    def is_free(self) -> bool: ...
+
+    @property
+    def is_idle(self) -> bool: ...
+
+    def start(self, batch: Batch) -> None: ...
+
+    def advance(self) -> list[Report]: ...
+
+    def embed(self, pictures: Sequence[Image.Image], groups: Sequence[range] | None = None) -> Tensor: ...
+
+    def cancel(self, owner: object) -> None: ...
+
+    def close(self) -> None: ...

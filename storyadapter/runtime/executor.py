@@ -1,4 +1,4 @@
-"""Many stories at once on the device of this process: submit, listen, cancel."""
+"""Many stories at once, drawn from a thread of this process: submit, listen, cancel."""
 
 import asyncio
 import threading
@@ -15,7 +15,7 @@ from storyadapter.method.story import Story
 from storyadapter.runtime.decoding import POLL_SECONDS
 from storyadapter.runtime.drive import turn
 from storyadapter.runtime.frame_store import FrameStore
-from storyadapter.runtime.pipeline import StoryPipeline, check_request
+from storyadapter.runtime.pipeline import Pipeline, check_request
 from storyadapter.runtime.scheduler import Scheduler
 from storyadapter.runtime.story_source import StorySource
 
@@ -27,13 +27,15 @@ class SubmittedStory:
     `concurrent.futures.CancelledError` if that was `cancel`.
     """
 
-    def __init__(self, begin: Callable[[], StorySource], is_measured: Callable[[], bool]) -> None:
+    def __init__(self, begin: Callable[[], StorySource], is_measured: Callable[[], bool], share: int = 1) -> None:
         self._begin = begin
         self._is_measured = is_measured
+        self._share = share
         self._told: deque[Event] = deque()
         self._end: BaseException | None = None
         self._has_ended = False
         self._is_cancelled = False
+        self._let_go = threading.Event()
         self._changed = threading.Condition()
         self._listeners: set[Callable[[], None]] = set()
 
@@ -46,6 +48,10 @@ class SubmittedStory:
     def has_ended(self) -> bool:
         """Whether it is drawn, failed or cancelled."""
         return self._has_ended
+
+    def wait_until_let_go(self) -> None:
+        """Wait until nothing calls its store any more: a little longer than `cancel`."""
+        self._let_go.wait()
 
     def __iter__(self) -> Iterator[Event]:
         while True:
@@ -104,15 +110,19 @@ class SubmittedStory:
 
 
 class LocalExecutor:
-    """Draws any number of stories on one device, their frames together where they may be; use it in a `with` statement.
+    """Draws any number of stories, their frames together where they may be; use it in a `with` statement.
 
     All its methods may be called from any thread. A story that fails, or is cancelled, doesn't disturb the others.
 
     Args:
-        pipeline: the networks and buffers; nobody else may run it as long as the executor is open.
+        pipeline: whose workers draw; nobody else may run it as long as the executor is open.
+
+    Attributes:
+        error: why it draws nothing any more, where its devices failed.
     """
 
-    def __init__(self, pipeline: StoryPipeline) -> None:
+    def __init__(self, pipeline: Pipeline) -> None:
+        self.error: BaseException | None = None
         self._pipeline = pipeline
         self._arrived: deque[SubmittedStory] = deque()
         self._is_closing = self._cancels_rest = False
@@ -121,9 +131,18 @@ class LocalExecutor:
         self._thread.start()
 
     def submit(
-        self, story: Story, plan: RunPlan | None = None, *, style: str | None = None, store: FrameStore | None = None
+        self,
+        story: Story,
+        plan: RunPlan | None = None,
+        *,
+        style: str | None = None,
+        store: FrameStore | None = None,
+        share: int = 1,
     ) -> SubmittedStory:
         """Give it a story; returns at once. Arguments as of `StoryPipeline.run`; `store` is called from its thread.
+
+        Args:
+            share: of the devices, beside other stories: one of 4 gets four times as much as one of 1.
 
         Raises:
             InputError: the engine can't serve the plan.
@@ -137,6 +156,7 @@ class LocalExecutor:
         submitted = SubmittedStory(
             lambda: pipeline.source(story, decided, style, store=store),
             lambda: pipeline.knows_batching(decided, frames, negatives),
+            share,
         )
         with self._changed:
             if self._is_closing:
@@ -163,7 +183,7 @@ class LocalExecutor:
 
     def _work(self) -> None:
         self._pipeline.use_device()
-        scheduler, worker = Scheduler(), self._pipeline.worker()
+        scheduler, workers = Scheduler(), self._pipeline.workers()
         drawn: dict[StorySource, SubmittedStory] = {}
         end: BaseException = CancelledError()
         try:
@@ -176,10 +196,10 @@ class LocalExecutor:
                 feed = True
                 while feed and self._arrived:
                     # what has to be measured waits until nothing is on its way, and nothing more is begun before it
-                    feed = self._arrived[0]._is_measured() or worker.is_idle
+                    feed = self._arrived[0]._is_measured() or all(worker.is_idle for worker in workers())
                     if feed:
                         self._admit(self._arrived.popleft(), scheduler, drawn)
-                happened = turn(scheduler, worker, feed=feed)
+                happened = turn(scheduler, workers(), feed=feed)
                 for source, story in list(drawn.items()):
                     try:
                         story._tell(list(source.events()))
@@ -188,26 +208,33 @@ class LocalExecutor:
                     if source.is_finished or story._is_cancelled:
                         del drawn[source]
                         scheduler.remove(source)
-                        worker.cancel(source)
+                        for worker in workers():
+                            worker.cancel(source)
                         story._finish(source.error)
+                        story._let_go.set()
                 if not happened:
                     time.sleep(POLL_SECONDS)
         except BaseException as error:
-            end = error  # the device itself failed: nobody's story goes on
+            end = self.error = error  # the device itself failed: nobody's story goes on
         finally:
-            worker.close()
+            for worker in workers():
+                worker.close()
             with self._changed:
                 self._is_closing = True
                 for story in (*drawn.values(), *self._arrived):
                     story._finish(end)
+                    story._let_go.set()
 
     def _admit(self, arrived: SubmittedStory, scheduler: Scheduler, drawn: dict[StorySource, SubmittedStory]) -> None:
         if arrived.has_ended:
+            arrived._let_go.set()
             return
         try:
             source = arrived._begin()
         except Exception as error:  # such as lack of memory for a single frame, or a store that can't be read
             arrived._finish(error)
+            arrived._let_go.set()
             return
+        source.share = arrived._share
         drawn[source] = arrived
         scheduler.add(source)

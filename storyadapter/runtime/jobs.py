@@ -93,7 +93,9 @@ class References:
 
     @cached_property
     def key(self) -> str:
-        return digest(self.keys)
+        """Of the numbers too: frames that were drawn in other batches have embeddings that are rounded otherwise."""
+        numbers = self.embeddings.contiguous().numpy().tobytes()
+        return digest([*self.keys, hashlib.sha256(numbers).hexdigest()])
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,7 @@ class Task:
         embed: whether the frame's own embedding is wanted, as a reference of the next iteration.
         room: references that later frames of this story will have, so that all of them have one shape.
         alone: whether it comes again, because it found no room even by itself.
+        lost: workers that were lost while they drew it.
     """
 
     owner: Any
@@ -139,6 +142,7 @@ class Task:
     keep_latents: bool = False
     room: int = 1
     alone: bool = False
+    lost: int = 0
 
     def again(self, *, alone: bool) -> "Task":
         """The same once more, for which there was no memory."""

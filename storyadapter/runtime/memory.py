@@ -37,7 +37,7 @@ RESERVE_SHARE: Final = 16
 RESERVE_AT_LEAST: Final = 512 << 20
 _DECODED_TOGETHER: Final = 2  # one frame fills a GPU, and smaller parts come to the host earlier
 _PROBED_FRAMES: Final = 3
-_KNOWN_AT_MOST: Final = 64
+KNOWN_AT_MOST: Final = 64
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class Batchings:
 
     def is_known(self, plan: RunPlan, frames: int, negatives: int) -> bool:
         """Whether `take` needs no measurement, which nothing else may go on beside."""
-        return self._networks.device.type != "cuda" or self._key(plan, frames, negatives) in self._known
+        return self._networks.device.type != "cuda" or batching_key(plan, frames, negatives) in self._known
 
     def take(self, plan: RunPlan, frames: int, negatives: int) -> Batching:
         """How a story of so many frames and distinct negative prompts is split.
@@ -167,10 +167,10 @@ class Batchings:
         Raises:
             torch.OutOfMemoryError: a single frame doesn't fit.
         """
-        key = self._key(plan, frames, negatives)
+        key = batching_key(plan, frames, negatives)
         if key not in self._known:
             self._known[key] = self._choose(plan, frames, negatives)
-            if len(self._known) > _KNOWN_AT_MOST:
+            if len(self._known) > KNOWN_AT_MOST:
                 self._known.pop(next(iter(self._known)))
         return self._known[key]
 
@@ -189,8 +189,10 @@ class Batchings:
         needs = measure_needs(networks, plan, plan.references(frames), allowed)
         return share_memory(needs, allowed, frames=frames, max_frames=plan.max_frames, text=text)
 
-    def _key(self, plan: RunPlan, frames: int, negatives: int) -> tuple[object, ...]:
-        return plan.size, plan.guided, bool(plan.scales), plan.max_frames, frames, negatives
+
+def batching_key(plan: RunPlan, frames: int, negatives: int) -> tuple[object, ...]:
+    """Of stories that are split alike equal."""
+    return plan.size, plan.guided, bool(plan.scales), plan.max_frames, frames, negatives
 
 
 def release_memory(networks: Networks, states: StatePool) -> None:

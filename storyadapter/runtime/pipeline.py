@@ -2,7 +2,8 @@
 
 import threading
 import time
-from collections.abc import Generator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import closing
 from dataclasses import replace
@@ -19,6 +20,7 @@ from storyadapter.method.sampler import sampler_of
 from storyadapter.method.story import Story
 from storyadapter.model.contract import Range
 from storyadapter.model.networks import Networks, idle_inputs
+from storyadapter.runtime.batches import BatchWorker
 from storyadapter.runtime.conditioning import TEXTS_AT_ONCE, Tokenizers
 from storyadapter.runtime.denoising import StatePool
 from storyadapter.runtime.drive import drive
@@ -31,42 +33,34 @@ _SLOW_CALL = 5.0  # seconds
 _UNSAID = ModelSampling()
 
 
-class StoryPipeline:
-    """Draws stories. Between runs it keeps nothing but buffers, so that equal shapes find the same memory again.
+class Pipeline(ABC):
+    """Draws stories of one model, here or on workers elsewhere.
 
-    Made by `storyadapter.open`. It is for one thread at a time: a story is drawn where its events are asked for. For
-    many stories, or many threads, give it to a `LocalExecutor`, all of whose methods may be called from any thread.
+    It is for one thread at a time: a story is drawn where its events are asked for. For many stories, or many threads,
+    give it to a `LocalExecutor`, all of whose methods may be called from any thread.
 
     >>> story = Story.from_prompts(["a red fox is reading a book", "a red fox is running at night"])
     >>> for event in storyadapter.open().run(story, RunPlan(seed=7)):
     ...     print(event)
 
-    Args:
-        networks: of one model, from `storyadapter.engine.opening.open_networks`.
-        tokenizers: of text encoder 1 and 2 of the same checkpoint, from `Checkpoint.load_tokenizers`.
+    Attributes:
+        networks: of the model; of workers elsewhere only what is known of them.
+        tokenizers: of the same checkpoint.
         model: key of the model's files, which becomes part of the keys of what is drawn.
         sampling: what the model says of its own sampling, which decides what a plan leaves open.
-        overlapped: whether decoding and what follows on it go on beside the UNet's work on the next batch; by default
-            on a GPU alone, as there is nothing to gain on a CPU.
+        worker_count: devices that draw; an iteration is split so that all of them end together.
     """
 
-    def __init__(
-        self,
-        networks: Networks,
-        tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase],
-        *,
-        model: str = "",
-        sampling: ModelSampling = _UNSAID,
-        overlapped: bool | None = None,
-    ) -> None:
-        self.networks = networks
-        self.tokenizers = Tokenizers(*tokenizers)
-        self.model = model
-        self.sampling = replace(sampling, embeds_guidance=bool(networks.geometry.guidance_embedding))
-        self.overlapped = overlapped
-        self._gpu = torch.cuda.current_device() if networks.device.type == "cuda" else None
-        self._states = StatePool(networks)
-        self._batchings = Batchings(networks, self._states)
+    networks: Networks
+    tokenizers: Tokenizers
+    model: str
+    sampling: ModelSampling
+    worker_count: int = 1
+
+    @property
+    def restarts(self) -> int:
+        """Workers that were lost and begun again."""
+        return 0
 
     def run(
         self,
@@ -129,21 +123,22 @@ class StoryPipeline:
             tokenizers=self.tokenizers,
             batching=self.batching(plan, len(story.frames), len(story.negative_prompts(plan))),
             texts_at_once=min(TEXTS_AT_ONCE, letters["P"].maximum) if letters else TEXTS_AT_ONCE,
+            workers=self.worker_count,
             resume=resume,
             store=store,
         )
 
-    def worker(self) -> Worker:
-        """A worker on these networks; only one may be at work at a time."""
-        return Worker(self.networks, self.tokenizers, self._states, overlapped=self.overlapped)
+    @abstractmethod
+    def workers(self) -> Callable[[], Sequence[BatchWorker]]:
+        """For one loop; only one may go on at a time. It asks again each turn who is there: workers come and go."""
 
+    @abstractmethod
     def use_device(self) -> None:
         """Make the GPU that the networks were opened on the calling thread's current one; each thread has its own."""
-        if self._gpu is not None:
-            torch.cuda.set_device(self._gpu)
 
+    @abstractmethod
     def batching(self, plan: RunPlan, frames: int, negatives: int = 1) -> Batching:
-        """How a story of so many frames and distinct negative prompts is split into batches here.
+        """How a story of so many frames and distinct negative prompts is split into batches.
 
         On a GPU this follows from the memory that is free, measured once per pipeline and size of story, so that a
         story that is drawn again is split as before.
@@ -151,11 +146,92 @@ class StoryPipeline:
         Raises:
             torch.OutOfMemoryError: a single frame doesn't fit.
         """
+
+    @abstractmethod
+    def knows_batching(self, plan: RunPlan, frames: int, negatives: int = 1) -> bool:
+        """Whether `batching` needs no measurement, which nothing else may go on beside."""
+
+    @abstractmethod
+    def seconds_per_row(self, plan: RunPlan, frames: int, references: int) -> float:
+        """Seconds of one row of a UNet call with so many frames and references, of all workers together."""
+
+    @abstractmethod
+    def memory_in_use(self) -> int:
+        """Bytes held now: of GPUs by tensors, or of the processes themselves on a CPU."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of what doesn't end with this process."""
+
+    def _events(
+        self,
+        story: Story,
+        plan: RunPlan,
+        style: str | None,
+        resume: FinishedIteration | None,
+        store: FrameStore | None,
+        cancel: threading.Event | None,
+    ) -> Generator[Event, None, None]:
+        self.use_device()
+        source = self.source(story, plan, style, resume, store)
+        with closing(drive(self.workers(), [source])) as driven:
+            for _, event in driven:
+                if cancel is not None and cancel.is_set():
+                    raise CancelledError
+                yield event
+
+
+class StoryPipeline(Pipeline):
+    """Draws stories on one device of this process. Between runs it keeps nothing but buffers, so that equal shapes find
+    the same memory again.
+
+    Args:
+        networks: of one model, from `storyadapter.engine.opening.open_networks`.
+        tokenizers: of text encoder 1 and 2 of the same checkpoint, from `Checkpoint.load_tokenizers`.
+        model: key of the model's files, which becomes part of the keys of what is drawn.
+        sampling: what the model says of its own sampling, which decides what a plan leaves open.
+        overlapped: whether decoding and what follows on it go on beside the UNet's work on the next batch; by default
+            on a GPU alone, as there is nothing to gain on a CPU.
+    """
+
+    def __init__(
+        self,
+        networks: Networks,
+        tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase],
+        *,
+        model: str = "",
+        sampling: ModelSampling = _UNSAID,
+        overlapped: bool | None = None,
+    ) -> None:
+        self.networks = networks
+        self.tokenizers = Tokenizers(*tokenizers)
+        self.model = model
+        self.sampling = replace(sampling, embeds_guidance=bool(networks.geometry.guidance_embedding))
+        self.overlapped = overlapped
+        self._gpu = torch.cuda.current_device() if networks.device.type == "cuda" else None
+        self._states = StatePool(networks)
+        self._batchings = Batchings(networks, self._states)
+
+    def use_device(self) -> None:
+        if self._gpu is not None:
+            torch.cuda.set_device(self._gpu)
+
+    def worker(self) -> Worker:
+        """A worker on these networks; only one may be at work at a time."""
+        return Worker(self.networks, self.tokenizers, self._states, overlapped=self.overlapped)
+
+    def workers(self) -> Callable[[], Sequence[BatchWorker]]:
+        worker = self.worker()
+        return lambda: (worker,)
+
+    def batching(self, plan: RunPlan, frames: int, negatives: int = 1) -> Batching:
         return self._batchings.take(self.decided(plan), frames, negatives)
 
     def knows_batching(self, plan: RunPlan, frames: int, negatives: int = 1) -> bool:
-        """Whether `batching` needs no measurement, which nothing else may go on beside."""
         return self._batchings.is_known(self.decided(plan), frames, negatives)
+
+    def close(self) -> None:
+        """Nothing to do."""
 
     def seconds_per_row(self, plan: RunPlan, frames: int, references: int) -> float:
         """Seconds of one row of a UNet call with so many frames and references, from one call after a warm-up.
@@ -191,23 +267,6 @@ class StoryPipeline:
             if seconds > _SLOW_CALL:
                 break
         return seconds / letters["B"]
-
-    def _events(
-        self,
-        story: Story,
-        plan: RunPlan,
-        style: str | None,
-        resume: FinishedIteration | None,
-        store: FrameStore | None,
-        cancel: threading.Event | None,
-    ) -> Generator[Event, None, None]:
-        self.use_device()
-        source = self.source(story, plan, style, resume, store)
-        with closing(drive(self.worker(), [source])) as driven:
-            for _, event in driven:
-                if cancel is not None and cancel.is_set():
-                    raise CancelledError
-                yield event
 
 
 def check_request(networks: Networks, story: Story, plan: RunPlan, resume: FinishedIteration | None = None) -> None:

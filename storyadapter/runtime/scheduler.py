@@ -1,11 +1,16 @@
 """Which frames of which stories are drawn together, and what becomes of them."""
 
 from collections.abc import Hashable
+from dataclasses import replace
 from itertools import groupby
+from typing import Final
 
-from storyadapter.runtime.batches import Batch, BatchDone, FrameDone, OutOfMemory, Report, StepDone
+from storyadapter.method.errors import RunError
+from storyadapter.runtime.batches import Batch, BatchDone, BatchLost, FrameDone, OutOfMemory, Report, StepDone
 from storyadapter.runtime.jobs import BatchKey, Task
 from storyadapter.runtime.story_source import StorySource
+
+TRIES: Final = 3  # of a batch, each on a worker that is lost
 
 
 class Scheduler:
@@ -26,7 +31,7 @@ class Scheduler:
 
     def add(self, source: StorySource) -> None:
         """A story joins; it has no claim on what was drawn for others before."""
-        source.served = min((other.served for other in self.sources), default=0)
+        source.served = min((other.served for other in self.sources), default=0.0)
         self.sources.append(source)
         self._shared = self._shared or len(self.sources) > 1
 
@@ -60,7 +65,7 @@ class Scheduler:
                     break
                 members.append(source)
             tasks.append(source.take())
-            source.served += tasks[-1].job.cost
+            source.served += tasks[-1].job.cost / source.share
         # frames of one story lie side by side
         tasks.sort(key=lambda task: members.index(task.owner))
         decode = [source.batching.decode_frames for source in members]
@@ -83,6 +88,8 @@ class Scheduler:
                     source.batch_done(tasks, report)
             case OutOfMemory():
                 self._out_of_memory(report, worker)
+            case BatchLost():
+                self._lost(report)
 
     def _out_of_memory(self, report: OutOfMemory, worker: Hashable) -> None:
         for source, tasks in self._owners(report.tasks):
@@ -92,6 +99,16 @@ class Scheduler:
                 source.give_back([task.again(alone=len(report.tasks) == 1) for task in tasks])
         if len(report.tasks) > 1 and not report.final:
             self._halve(report.batch, worker)
+
+    def _lost(self, report: BatchLost) -> None:
+        for source, tasks in self._owners(report.batch.tasks):
+            tries = 1 + max(task.lost for task in tasks)
+            if tries < TRIES:
+                source.give_back_batch([replace(task, lost=tries) for task in tasks])
+                continue
+            reason = str(report.error).partition("\n")[0]
+            place = f"iteration {tasks[0].iteration}, frames {', '.join(str(task.frame) for task in tasks)}"
+            source.fail(RunError(f"{place}: {tries} workers were lost that drew them, the last with: {reason}"))
 
     def _halve(self, batch: Batch, worker: Hashable) -> None:
         most = -(-len(batch.tasks) // 2)

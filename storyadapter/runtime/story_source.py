@@ -51,12 +51,14 @@ class StorySource:
         tokenizers: of the model.
         batching: how many frames are drawn at once.
         texts_at_once: texts of one call of the text encoders.
+        workers: that draw it: an iteration has as many batches for each of them.
         resume: pictures to go on from.
         store: where frames are kept, and found again.
 
     Attributes:
         ready: tasks that can be drawn, in story order.
-        served: what was drawn for it, in `FrameJob.cost`; kept by the scheduler.
+        served: what was drawn for it, in `FrameJob.cost` over its share; kept by the scheduler.
+        share: of the devices, beside other stories.
         error: why it can't be drawn; nothing more comes of it then.
     """
 
@@ -70,18 +72,21 @@ class StorySource:
         tokenizers: Tokenizers,
         batching: Batching,
         texts_at_once: int = TEXTS_AT_ONCE,
+        workers: int = 1,
         resume: FinishedIteration | None = None,
         store: FrameStore | None = None,
     ) -> None:
         self.plan = plan
         self.batching = batching
         self.ready: deque[Task] = deque()
-        self.served = 0
+        self.served = 0.0
+        self.share = 1
         self.error: BaseException | None = None
         self._story = frames
         self._model = model
         self._numerics = numerics
         self._store = store
+        self._workers = workers
         self._max_frames = batching.max_frames  # halved where memory didn't suffice
         negatives = tuple(dict.fromkeys(frame.negative_prompt for frame in frames if frame.negative_prompt is not None))
         texts = [*negatives, *(frame.prompt for frame in frames)]
@@ -155,6 +160,12 @@ class StorySource:
         self._groups.clear()
         self.ready.extendleft(reversed(tasks))
 
+    def give_back_batch(self, tasks: Sequence[Task]) -> None:
+        """A batch that was lost comes again, with the same frames: of those that are told, nothing more is taken."""
+        if self._groups or not self.ready:
+            self._groups.appendleft(len(tasks))
+        self.ready.extendleft(reversed(tasks))
+
     def halved(self, tasks: Sequence[Task], max_frames: int) -> None:
         """There was no memory for these tasks in one batch; from now on, at most `max_frames`."""
         self._groups.clear()
@@ -174,7 +185,7 @@ class StorySource:
         if picture is None:
             self.fail(decoded.error or RuntimeError("a frame without a picture"))
             return
-        if task.frame in self._found:  # drawn again with those that were missing in its batch
+        if task.frame in self._embeddings:  # drawn again with those that were missing in its batch
             return
         self._embeddings[task.frame] = decoded.embedding
         if decoded.latents is not None:
@@ -240,7 +251,7 @@ class StorySource:
         first = self._iteration
         self._begin_iteration()
         whole = self.plan.iterations - first - bool(self.ready)  # iterations of which every frame is to be drawn
-        batches = split_evenly(self.frames, self.batching.max_frames)
+        batches = split_evenly(self.frames, self.batching.max_frames, self._workers)
         told: list[Event] = [
             RunStarted(
                 self.frames,
@@ -259,7 +270,7 @@ class StorySource:
         split = self._store.split(self._iteration) if self._store else None
         if split and sum(split) == self.frames:
             return list(split)
-        return [len(batch) for batch in split_evenly(self.frames, self._max_frames)]
+        return [len(batch) for batch in split_evenly(self.frames, self._max_frames, self._workers)]
 
     def _stored(self, jobs: Sequence[FrameJob]) -> dict[int, Tensor | Image.Image]:
         """The frames of an iteration that are kept: by their embedding, or the picture where that is missing."""

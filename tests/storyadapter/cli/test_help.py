@@ -42,7 +42,9 @@ def test_help_is_quick_and_imports_nothing_heavy(command: list[str]) -> None:
     assert min(seconds) < 0.5
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["build"], ["doctor"], ["engines", "prune"], ["bench", "throughput"]])
+@pytest.mark.parametrize(
+    "command", [[], ["run"], ["serve"], ["build"], ["doctor"], ["engines", "prune"], ["bench", "throughput"]]
+)
 def test_help_has_examples_that_parse(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([*command, "--help"])

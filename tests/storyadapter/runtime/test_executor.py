@@ -86,7 +86,7 @@ def drawn_together(pipeline: StoryPipeline, requests=STORIES) -> tuple[list[list
         start(batch)
 
     worker.start = counted
-    for source, event in drive(worker, sources):
+    for source, event in drive(lambda: (worker,), sources):
         told[source].append(event)
     return list(told.values()), filled
 

@@ -11,9 +11,12 @@ from torch import Tensor
 
 from storyadapter import Checkpoint, RunPlan, Story, StoryPipeline
 from storyadapter.engine.opening import open_networks
+from storyadapter.method.errors import RunError
 from storyadapter.method.events import Event, FrameFinished, IterationFinished, MicroBatchHalved, StepFinished
 from storyadapter.model.networks import Networks
+from storyadapter.runtime.batches import BatchLost
 from storyadapter.runtime.pipeline import FinishedIteration
+from storyadapter.runtime.scheduler import TRIES, Scheduler
 from tests.storyadapter.runtime.replaced import ShortOfMemory, SmallMemory, with_networks
 
 STORY = Story(tuple(f"a fox and {number} owls" for number in range(7)), style="none")
@@ -219,3 +222,15 @@ def test_a_frame_that_fits_alone_once_memory_is_given_back_is_drawn(pipeline: St
     events = run(other(pipeline, with_networks(pipeline.networks, denoiser=full)), plan)
     assert not [event for event in events if isinstance(event, MicroBatchHalved)]
     assert frames(events) == frames(run(other(pipeline, pipeline.networks), plan))
+
+
+def test_a_batch_that_every_worker_dies_of_fails_its_story_with_the_reason(pipeline: StoryPipeline) -> None:
+    scheduler, source = Scheduler(), pipeline.source(STORY, replace(PLAN, max_frames=2))
+    scheduler.add(source)
+    for _ in range(TRIES):
+        assert source.error is None
+        batch = scheduler.next_batch()
+        assert [task.frame for task in batch.tasks] == [0, 1]
+        scheduler.take(BatchLost(batch, RuntimeError("no power")))
+    assert isinstance(source.error, RunError)
+    assert str(source.error) == "iteration 0, frames 0, 1: 3 workers were lost that drew them, the last with: no power"

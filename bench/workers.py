@@ -1,0 +1,53 @@
+"""`storyadapter-trt bench workers`: one story on one device and on several."""
+
+import argparse
+
+from storyadapter.bench.options import add_engine_options, add_report_options, check_least
+from storyadapter.bench.report import check_out, write_report
+
+HELP = "a story on one device and on several: how much faster, and whether the pictures are the same"
+DESCRIPTION = """\
+Draws a story with random weights in this process, as several stories at once (as serve draws them), by one worker and
+by several on this machine (see run --workers), after a warm-up each, and compares speed and pictures. The engine is
+built first where the store has none.
+"""
+
+MODELS = ("sdxl", "toy")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options; imports nothing heavy."""
+    parser.add_argument("--workers", type=int, default=2, metavar="N", help="that draw together (default: %(default)s)")
+    parser.add_argument(
+        "--stories", type=int, default=4, metavar="M", help="of as many frames together (default: %(default)s)"
+    )
+    parser.add_argument("--frames", type=int, default=32, metavar="N", help="of the story (default: %(default)s)")
+    parser.add_argument(
+        "--iterations", type=int, default=2, metavar="K", help="after the text-only one (default: %(default)s)"
+    )
+    parser.add_argument("--steps", type=int, default=20, help="denoising steps (default: %(default)s)")
+    parser.add_argument("--max-frames", type=int, default=8, metavar="F", help="of a batch (default: %(default)s)")
+    parser.add_argument(
+        "--synthetic-weights", choices=MODELS, default="sdxl", metavar="SIZE", help="sdxl or toy (default: %(default)s)"
+    )
+    add_engine_options(parser, backend="what runs the networks")
+    add_report_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print the page, write the files.
+
+    Raises:
+        InputError: options that don't fit, or more workers than the machine has GPUs.
+        UnavailableError: the backend can't serve here, or Ray isn't installed.
+        RunError: a worker was lost too often, or a file can't be written.
+    """
+    check_least(args, workers=1, stories=1, frames=args.stories, iterations=0, steps=1, max_frames=1)
+    check_out(args.out)
+    from storyadapter.bench.workers_run import as_data, markdown, measure
+
+    found = measure(args)
+    page = markdown(found)
+    print(page)
+    write_report(args.out, page, as_data(found))
+    return 0

@@ -1,0 +1,1 @@
+"""Stories over HTTP: a queue that outlives the process, events, pictures, metrics, a page."""

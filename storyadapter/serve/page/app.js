@@ -1,0 +1,170 @@
+// The page: submits stories, lists them, and follows one by its events.
+
+const $ = (id) => document.getElementById(id);
+let shown = null; // the story that is followed
+let source = null;
+let follows = true; // whether the newest iteration is shown
+
+async function call(path, method = "GET", body = undefined) {
+  const headers = body === undefined ? {} : { "Content-Type": "application/json" };
+  const answer = await fetch(path, { method, headers, body: body && JSON.stringify(body) });
+  if (answer.status === 401) $("sign-in").hidden = false;
+  const told = answer.status === 204 ? null : await answer.json();
+  if (!answer.ok) throw new Error(told.detail);
+  return told;
+}
+
+function attempt(work) {
+  return async (event) => {
+    event?.preventDefault();
+    $("message").textContent = "";
+    try {
+      await work(event);
+    } catch (error) {
+      $("message").textContent = error.message;
+    }
+  };
+}
+
+function inWords(story) {
+  const words = { queued: "waits", in_progress: "is being drawn", completed: "done", failed: "failed", cancelled: "cancelled" };
+  const parts = [words[story.state], `${story.frames_done} of ${story.frames_total} frames`];
+  if (story.place !== null) parts.push(`${story.place} before it`);
+  if (story.seconds_left !== null) parts.push(`about ${Math.ceil(story.seconds_left)} s left`);
+  if (story.cost !== null) parts.push(`cost so far ${story.cost.toFixed(4)}`);
+  if (story.error) parts.push(story.error.detail);
+  return parts.join(", ");
+}
+
+const titleOf = (story) => story.title ?? story.prompts[0];
+
+async function list() {
+  const { stories } = await call("/v1/stories");
+  $("empty").hidden = stories.length > 0;
+  $("stories").replaceChildren(
+    ...stories.map((story) => {
+      const item = document.createElement("li");
+      const button = document.createElement("button");
+      button.type = "button";
+      button.textContent = `${titleOf(story)}: ${inWords(story)}`;
+      button.setAttribute("aria-current", String(story.id === shown?.id));
+      button.addEventListener("click", attempt(() => show(story.id, true)));
+      item.append(button);
+      return item;
+    }),
+  );
+}
+
+function newest(story) {
+  return Math.min(story.iterations - 1, Math.floor(story.frames_done / story.prompts.length));
+}
+
+function draw() {
+  const iteration = Number($("iteration").value);
+  const place = `${iteration} of ${shown.iterations - 1}`;
+  $("iteration-shown").textContent = place;
+  $("iteration").setAttribute("aria-valuetext", place);
+  $("frames").replaceChildren(
+    ...shown.prompts.map((prompt, number) => {
+      const [item, figure, caption] = ["li", "figure", "figcaption"].map((name) => document.createElement(name));
+      const picture = document.createElement("img");
+      picture.alt = prompt;
+      picture.src = `/v1/stories/${shown.id}/iterations/${iteration}/frames/${number}.png`;
+      picture.addEventListener("error", () => {
+        const missing = document.createElement("div");
+        missing.className = "missing";
+        missing.setAttribute("role", "img");
+        missing.setAttribute("aria-label", `${prompt}: not drawn yet`);
+        picture.replaceWith(missing);
+      });
+      caption.textContent = prompt;
+      figure.append(picture, caption);
+      item.append(figure);
+      return item;
+    }),
+  );
+}
+
+async function refresh() {
+  shown = await call(`/v1/stories/${shown.id}`);
+  const open = ["queued", "in_progress"].includes(shown.state);
+  $("story-title").textContent = titleOf(shown);
+  $("state").textContent = inWords(shown);
+  $("progress").value = shown.progress;
+  $("cancel").disabled = !open;
+  $("sheet").hidden = shown.state !== "completed";
+  $("sheet").href = `/v1/stories/${shown.id}/contact-sheet.png`;
+  $("archive").href = shown.links["archive.zip"];
+  $("iteration").max = shown.iterations - 1;
+  if (follows) $("iteration").value = newest(shown);
+}
+
+async function show(id, focus = false) {
+  source?.close();
+  shown = { id };
+  follows = true;
+  await refresh();
+  draw();
+  $("story").hidden = false;
+  if (focus) $("story").focus();
+  source = new EventSource(shown.links.events);
+  const changed = attempt(async () => {
+    await refresh();
+    draw();
+    await list();
+  });
+  for (const kind of ["started", "frame_finished", "iteration_finished"]) source.addEventListener(kind, changed);
+  for (const kind of ["completed", "failed", "cancelled"]) {
+    source.addEventListener(kind, () => {
+      source.close();
+      changed();
+    });
+  }
+  await list();
+}
+
+function lines(id) {
+  return $(id).value.split("\n").map((line) => line.trim()).filter(Boolean);
+}
+
+$("new").addEventListener("submit", attempt(async () => {
+  const settings = {};
+  for (const name of ["iterations", "steps", "seed"]) if ($(name).value) settings[name] = Number($(name).value);
+  const story = { prompts: lines("prompts"), style: $("style").value, settings };
+  if ($("title").value) story.title = $("title").value;
+  const pairs = lines("characters").map((line) => line.split(/:(.*)/s).slice(0, 2).map((part) => part.trim()));
+  if (pairs.length) story.characters = Object.fromEntries(pairs);
+  await show((await call("/v1/stories", "POST", story)).id, true);
+}));
+
+$("sign-in").addEventListener("submit", attempt(async () => {
+  await call("/session", "POST", { key: $("key").value });
+  $("key").value = "";
+  $("sign-in").hidden = true;
+  await list();
+}));
+
+$("cancel").addEventListener("click", attempt(async () => {
+  await call(`/v1/stories/${shown.id}`, "DELETE");
+  await refresh();
+  await list();
+}));
+
+$("again").addEventListener("click", () => {
+  $("prompts").value = shown.prompts.join("\n");
+  $("title").value = shown.title ?? "";
+  $("style").value = shown.style ?? "none";
+  $("characters").value = Object.entries(shown.characters).map((pair) => pair.join(": ")).join("\n");
+  $("iterations").value = shown.iterations - 1;
+  $("steps").value = shown.settings.steps;
+  $("seed").value = shown.settings.seed;
+  $("prompts").focus();
+});
+
+$("iteration").addEventListener("input", () => {
+  follows = Number($("iteration").value) >= newest(shown);
+  draw();
+});
+
+attempt(list)();
+setInterval(attempt(list), 10000);

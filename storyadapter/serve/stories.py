@@ -1,0 +1,355 @@
+"""The life of accepted stories: they wait, are drawn together, and end once; a restarted server goes on with them."""
+
+import asyncio
+import shutil
+import sqlite3
+import time
+from collections.abc import AsyncIterator, Mapping
+from concurrent.futures import CancelledError
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from pydantic import TypeAdapter
+
+from storyadapter.method.errors import InputError, StoryAdapterError
+from storyadapter.method.events import (
+    Event,
+    FrameFinished,
+    IterationFinished,
+    IterationStarted,
+    MicroBatchHalved,
+    PromptTruncated,
+    RunFinished,
+    RunStarted,
+    StepFinished,
+)
+from storyadapter.method.plan import RunPlan
+from storyadapter.method.story import Story
+from storyadapter.output.files import is_full
+from storyadapter.output.run_folder import RunFolder
+from storyadapter.runtime.executor import LocalExecutor, SubmittedStory
+from storyadapter.runtime.pipeline import Pipeline
+from storyadapter.serve.limits import DAY, Limits
+from storyadapter.serve.metrics import Metrics
+from storyadapter.serve.queue import Priority, QueuedStory, StoryEvent, StoryQueue
+
+_SHARE: Final[Mapping[Priority, int]] = {"interactive": 4, "batch": 1}
+_FULL_AGAIN: Final = 5.0  # seconds until a full disk is tried again
+_EXPIRE_EVERY: Final = 3600.0
+
+
+@dataclass
+class Progress:
+    """How far a story is since it was begun by this process; `rows` are those of UNet calls."""
+
+    rows: int = 0
+    of_rows: int = 0
+    frames: int = 0
+    priority: Priority = "interactive"
+    submitted: SubmittedStory | None = None
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Stories:
+    """Accepts, draws and removes stories; use it in an `async with` statement.
+
+    Args:
+        pipeline: what draws; nobody else may run it.
+        queue: of this server alone.
+        folder: holds a run folder for each story.
+        limits: of the server.
+        metrics: are kept up to date.
+
+    Attributes:
+        error: why nothing is drawn any more; the server is to be started again then.
+        is_paused: whether nothing new begins, as the disk is full.
+    """
+
+    def __init__(self, pipeline: Pipeline, queue: StoryQueue, folder: Path, limits: Limits, metrics: Metrics) -> None:
+        self.pipeline = pipeline
+        self.queue = queue
+        self.metrics = metrics
+        self.limits = limits
+        self.error: BaseException | None = None
+        self.is_paused = False
+        self._folder = folder
+        self._progress: dict[str, Progress] = {}
+        self._drawing: dict[str, asyncio.Task[None]] = {}
+        self._wake = asyncio.Event()
+
+    async def __aenter__(self) -> "Stories":
+        self._executor = LocalExecutor(self.pipeline)
+        self._tasks = [asyncio.create_task(self._begin_stories()), asyncio.create_task(self._expire())]
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        """Draw no more; stories that aren't finished stay in the queue."""
+        tasks = [*self._tasks, *self._drawing.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.to_thread(self._executor.close)
+        self.queue.close()
+
+    def accept(
+        self,
+        owner: str,
+        story: Story,
+        plan: RunPlan,
+        *,
+        style: str | None = None,
+        priority: Priority = "interactive",
+        idempotency: str | None = None,
+        digest: str | None = None,
+    ) -> QueuedStory:
+        """A story whose request was checked; it waits from now on, whatever happens to this process."""
+        accepted = self.queue.add(owner, priority, story.to_dict(), style, plan.as_dict(), idempotency, digest)
+        self._wake.set()
+        self._count()
+        return accepted
+
+    def path(self, name: str) -> Path:
+        """The run folder of a story."""
+        return self._folder / name
+
+    def progress(self, name: str) -> Progress:
+        """Of a story that this process has begun; all zero for others."""
+        return self._progress.get(name) or Progress()
+
+    def seconds_left(self, story: QueuedStory) -> float | None:
+        """Until it is drawn, if it goes on as it did lately; None where nothing is known."""
+        progress, rate = self.progress(story.id), self.metrics.rate()
+        if story.state != "in_progress" or not progress.of_rows or not rate:
+            return None
+        return max(0, progress.of_rows - progress.rows) * max(1, len(self._drawing)) / rate
+
+    async def cancel(self, name: str) -> None:
+        """Draw no more of a story; nothing happens to one that is over."""
+        self._end(name, "cancelled")
+        progress = self._progress.get(name)
+        if progress and progress.submitted:
+            progress.submitted.cancel()
+        if name in self._drawing:
+            await asyncio.wait([self._drawing[name]])
+
+    async def remove(self, name: str) -> None:
+        """A story, its pictures and its events."""
+        await self.cancel(name)
+        self.queue.remove(name)
+        if name in self._progress:
+            self._progress.pop(name).changed.set()
+        await asyncio.to_thread(shutil.rmtree, self.path(name), ignore_errors=True)
+
+    async def events(self, name: str, after: int, *, pause: float) -> AsyncIterator[StoryEvent | None]:
+        """What happened to a story after an event, up to its end; None after each pause in which nothing did."""
+        is_open = self.queue.story(name).is_open
+        progress = self._progress.setdefault(name, Progress()) if is_open else Progress()
+        while True:
+            progress.changed.clear()
+            told = self.queue.events(name, after)
+            for event in told:
+                yield event
+                after = event.number
+            if told:
+                continue
+            try:
+                if not self.queue.story(name).is_open:
+                    return
+            except KeyError:
+                return
+            try:
+                await asyncio.wait_for(progress.changed.wait(), pause)
+            except TimeoutError:
+                yield None
+
+    async def wait(self, name: str) -> QueuedStory:
+        """The story once it is over."""
+        progress = self._progress.setdefault(name, Progress())
+        if self.queue.story(name).is_open:
+            await progress.ended.wait()
+        return self.queue.story(name)
+
+    def measured(self) -> bytes:
+        """The metrics, for Prometheus."""
+        self.metrics.memory.set(self.pipeline.memory_in_use())
+        self.metrics.restarts.set(self.pipeline.restarts)
+        return self.metrics.text()
+
+    async def _begin_stories(self) -> None:
+        while True:
+            self._wake.clear()
+            while not self.is_paused and len(self._drawing) < self.limits.limit_active:
+                batch = sum(self.progress(name).priority == "batch" for name in self._drawing)
+                story = self.queue.next(interactive_only=2 * batch >= self.limits.limit_active)
+                if story is None:
+                    break
+                try:
+                    self.queue.begin(story.id)
+                except sqlite3.OperationalError:
+                    self._pause()
+                    break
+                self._progress.setdefault(story.id, Progress()).priority = story.priority
+                task = asyncio.create_task(self._draw(story))
+                self._drawing[story.id] = task
+                task.add_done_callback(lambda done, name=story.id: self._drawn(name, done))  # type: ignore[misc]
+            self._count()
+            await self._wake.wait()
+
+    def _drawn(self, name: str, task: asyncio.Task[None]) -> None:
+        del self._drawing[name]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.error = self.error or error
+        self._wake.set()
+
+    async def _draw(self, queued: QueuedStory) -> None:
+        name = queued.id
+        progress = self._progress.setdefault(name, Progress())
+        if not queued.started:
+            self.metrics.queued.observe(time.time() - queued.accepted)
+        try:
+            story, plan = TypeAdapter(Story).validate_python(queued.story), plan_of(queued)
+            folder = await asyncio.to_thread(self._open_folder, queued, story, plan)
+        except StoryAdapterError as error:
+            self._fail(name, error)
+            return
+        submitted = None
+        try:
+            submitted = progress.submitted = self._executor.submit(
+                story, plan, style=queued.style, store=folder, share=_SHARE[queued.priority]
+            )
+            if not self.queue.story(name).is_open:  # cancelled meanwhile
+                submitted.cancel()
+            async for event in submitted:
+                if isinstance(event, RunFinished):
+                    await asyncio.to_thread(folder.finish, event.seconds, story.prompts, story.title)
+                self._note(name, plan, progress, event)
+            self._end(name, "completed")
+        except CancelledError:
+            self._end(name, "cancelled")
+        except StoryAdapterError as error:
+            if self._executor.error is not None:  # no device is left: the story waits for the next process
+                self.error = error
+                self.queue.wait_again(name)
+            else:
+                self._fail(name, error)
+        except (RuntimeError, MemoryError, sqlite3.OperationalError) as error:
+            if self._executor.error is not None:
+                self.error = error
+                self.queue.wait_again(name)
+            elif isinstance(error, sqlite3.OperationalError):
+                self._pause()
+                self.queue.wait_again(name)
+            else:
+                self._fail(name, InputError(f"it can't be drawn here: {error}"))
+        finally:
+            if submitted is not None:
+                submitted.cancel()
+                await asyncio.to_thread(submitted.wait_until_let_go)
+            await asyncio.to_thread(folder.close)
+
+    def _open_folder(self, queued: QueuedStory, story: Story, plan: RunPlan) -> RunFolder:
+        pipeline, final = self.pipeline, story.final_frames(plan, queued.style)
+        identity = {
+            "story": story.to_dict(),
+            "style": queued.style,
+            "plan": plan.as_dict(),
+            "model": pipeline.model,
+            "backend": pipeline.networks.backend,
+            "numerics": asdict(pipeline.networks.numerics),
+        }
+        return RunFolder.open(
+            self.path(queued.id),
+            identity,
+            frames=len(story.frames),
+            scales=[plan.scale_of(iteration) for iteration in range(plan.iterations)],
+            resume=True,
+            details={"final_prompts": [frame.prompt for frame in final]},
+            text=lambda frame: {"prompt": final[frame.frame].prompt, "seed": str(final[frame.frame].seed)},
+        )
+
+    def _note(self, name: str, plan: RunPlan, progress: Progress, event: Event) -> None:
+        """Count an event, and tell it to whoever listens."""
+        metrics = self.metrics
+        match event:
+            case StepFinished():
+                rows = len(event.frames) * (2 if plan.is_guided_in(event.iteration) else 1)
+                progress.rows += rows
+                metrics.drew_rows(rows)
+            case RunStarted():
+                progress.of_rows = plan.unet_rows(event.left) // plan.iterations
+                self._tell(name, "started", {"frames": event.frames, "iterations": event.iterations})
+            case FrameFinished():
+                progress.frames += 1
+                metrics.frames.inc()
+                self._tell(name, "frame_finished", {"iteration": event.iteration, "frame": event.frame})
+            case IterationStarted():
+                for frame in event.found:
+                    progress.frames += 1
+                    self._tell(name, "frame_found", {"iteration": event.iteration, "frame": frame})
+            case IterationFinished():
+                for stage, seconds in event.seconds.items():
+                    metrics.worked(stage, seconds)
+                self.queue.spend(name, sum(event.seconds.values()))
+                self._tell(name, "iteration_finished", {"iteration": event.iteration})
+            case PromptTruncated():
+                self._tell(name, "prompt_truncated", {"frame": event.frame, "words": event.words})
+            case MicroBatchHalved():
+                self._tell(name, "batch_halved", {"max_frames": event.max_frames})
+
+    def _tell(self, name: str, kind: str, data: Mapping[str, Any]) -> None:
+        self.queue.tell(name, kind, data)
+        self._changed(name)
+
+    def _fail(self, name: str, error: StoryAdapterError) -> None:
+        cause = error.__cause__
+        if isinstance(cause, OSError) and is_full(cause):
+            self._pause()
+            self.queue.wait_again(name)
+            return
+        self._end(name, "failed", error.as_dict() | {"detail": str(error)})
+
+    def _end(self, name: str, state: Any, error: Mapping[str, Any] | None = None) -> None:
+        if self.queue.end(name, state, error) is None:
+            return
+        story = self.queue.story(name)
+        self.metrics.finished.labels(state).inc()
+        self.metrics.latency.observe(time.time() - story.accepted)
+        self._count()
+        self._changed(name)
+        if name in self._progress:
+            self._progress[name].ended.set()
+
+    def _changed(self, name: str) -> None:
+        if name in self._progress:
+            self._progress[name].changed.set()
+
+    def _pause(self) -> None:
+        """The disk is full: what was accepted waits until there is room."""
+        self.is_paused = True
+
+        def go_on() -> None:
+            self.is_paused = False
+            self._wake.set()
+
+        asyncio.get_running_loop().call_later(_FULL_AGAIN, go_on)
+
+    def _count(self) -> None:
+        self.metrics.running.set(self.queue.count("in_progress"))
+        self.metrics.waiting.set(self.queue.count("queued"))
+
+    async def _expire(self) -> None:
+        while True:
+            for name in self.queue.expired(time.time() - self.limits.retain * DAY):
+                await self.remove(name)
+            for name in [name for name, progress in self._progress.items() if progress.ended.is_set()]:
+                if name not in self._drawing:
+                    del self._progress[name]
+            await asyncio.sleep(_EXPIRE_EVERY)
+
+
+def plan_of(queued: QueuedStory) -> RunPlan:
+    """The settings that were accepted."""
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in queued.plan.items()}
+    return RunPlan(**given)
