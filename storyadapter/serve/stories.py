@@ -351,5 +351,5 @@ class Stories:
 
 def plan_of(queued: QueuedStory) -> RunPlan:
     """The settings that were accepted."""
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in queued.plan.items()}
+    given: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in queued.plan.items()}
     return RunPlan(**given)
