@@ -165,9 +165,11 @@ def _hashed_while_read(checkpoint: Checkpoint, weights: ModelWeights) -> Iterato
             read = reading.result()
         finally:
             left = True  # where something failed, the rest needn't be read
-        for before, now in zip((*weights.files, *weights.loras), (*read.files, *read.loras), strict=True):
+        names = [file.name for file in weights.files] + [lora.name for lora in weights.loras]
+        pairs = zip((*weights.files, *weights.loras), (*read.files, *read.loras), strict=True)
+        for name, (before, now) in zip(names, pairs, strict=True):
             if before != now:
                 raise CheckpointError(
-                    f"{before.name} isn't what it was when it was hashed, though its size and times are the same",
+                    f"{name} isn't what it was when it was hashed, though its size and times are the same",
                     advice="type the same command again if it is to be used as it is now",
                 )

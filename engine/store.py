@@ -205,8 +205,8 @@ class EngineStore:
                     shutil.rmtree(folder)  # a broken engine: `get` didn't take it
                 unfinished.rename(folder)
             except BaseException as error:
-                told = isinstance(error, InputError) or not isinstance(error, Exception)
-                reason = None if told else why_no_room(error, self.root)
+                told = isinstance(error, InputError)
+                reason = why_no_room(error, self.root) if isinstance(error, Exception) and not told else None
                 shutil.rmtree(unfinished, ignore_errors=True)
                 if reason:
                     where = getattr(error, "filename", None) or self.root

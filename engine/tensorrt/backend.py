@@ -30,7 +30,7 @@ class TensorRT(Backend):
     def rank(self) -> int:
         return 0
 
-    def default_precision(self) -> Precision:
+    def default_precision(self, device: "torch.device | None" = None) -> Precision:
         """fp16: it builds for a GPU, wherever it is built."""
         return "fp16"
 

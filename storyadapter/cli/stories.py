@@ -42,8 +42,9 @@ def check(args: argparse.Namespace) -> int:
             lines.append(f"  negative prompt: {given.negative or 'none'}")
     notices += [*story_notices(story), *map(truncation_in_words, truncated(final, plan, tokenizers))]
     lines += [f"warning: {spelled(notice, option)}" for notice in notices]
+    steps = " or ".join(dict.fromkeys(count(plan.steps_in(number), "step") for number in range(plan.iterations)))
     lines.append(
-        f"{count(plan.iterations, 'iteration')} of {count(plan.steps, 'step')}, "
+        f"{count(plan.iterations, 'iteration')} of {steps}, "
         f"{'guided' if plan.guided else 'unguided'}: {plan.unet_rows(len(final)):,} UNet rows"
     )
     print_result("\n".join(map(one_line, lines)))
