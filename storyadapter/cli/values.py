@@ -45,7 +45,9 @@ def scales_list(text: str) -> tuple[float, ...]:
 
 
 def numbers(text: str) -> tuple[float, ...]:
-    """ "5" or "7,5,5"."""
+    """ "5" or "7,5,5"; of two "7.0,5.0", as "7,5" may be meant as one."""
+    if re.fullmatch(r"[^,]*|-?\d+,\d+", text):
+        return (decimal(text),)
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:

@@ -102,7 +102,8 @@ class RunPlan:
         shown="what the checkpoint says, else not",
     )
     guidance: float | tuple[float, ...] = setting(
-        "classifier-free guidance; 1 or less computes no unconditional rows; one number, or one per iteration",
+        "classifier-free guidance; 1 or less computes no unconditional rows; one number, or one per "
+        "iteration, each with its point (7.0,5.0)",
         constants.GUIDANCE,
     )
     # arXiv 2404.07724
