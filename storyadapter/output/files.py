@@ -90,7 +90,7 @@ def why_no_room(error: Exception, folder: Path) -> str | None:
             if getattr(seen, "errno", None) == number or os.strerror(number) in str(seen):
                 return os.strerror(number)
         if _NUMPYS.search(str(seen)) or _PYTORCHS.search(str(seen)):
-            return str(seen).splitlines()[0]
+            return f"no more can be written ({str(seen).splitlines()[0]})"
         seen = seen.__cause__ or seen.__context__
     return os.strerror(errno.ENOSPC) if shutil.disk_usage(folder).free < _FULL else None
 
