@@ -95,7 +95,7 @@ class Server:
         """Its Ray actors."""
         assert self._process is not None
         found = psutil.Process(self._process.pid).children(recursive=True)
-        return [child for child in found if "_Actor" in " ".join(child.cmdline())]
+        return [child for child in found if "ray::Actor" in " ".join(child.cmdline())]
 
     def memory(self) -> int:
         """Bytes, resident; 0 where it was just killed."""

@@ -80,7 +80,7 @@ def draw(pipeline: Pipeline, plan: RunPlan, frames: int, stories: int) -> Pictur
 
 def measure(args: argparse.Namespace) -> WorkersReport:
     """See `bench workers`."""
-    from storyadapter.runtime.ray_workers import RayPipeline
+    from storyadapter.runtime.ray_pipeline import RayPipeline
 
     engine = EngineChoice.typed(args).with_fast_vae()
     model = BenchmarkModel.synthetic(args.synthetic_weights, engine, default_device())

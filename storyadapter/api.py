@@ -175,7 +175,7 @@ def open_workers(
     if address is None:
         os.environ.setdefault(_RAY_BEYOND_LOOPBACK, "0")
     try:
-        from storyadapter.runtime.ray_workers import RayPipeline
+        from storyadapter.runtime.ray_pipeline import RayPipeline
     except ImportError as error:
         advice = "pip install 'storyadapter-trt[ray]'"
         raise UnavailableError("Ray isn't installed, which runs workers", advice=advice) from error

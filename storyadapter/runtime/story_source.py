@@ -252,16 +252,8 @@ class StorySource:
         self._begin_iteration()
         whole = self.plan.iterations - first - bool(self.ready)  # iterations of which every frame is to be drawn
         batches = split_evenly(self.frames, self.batching.max_frames, self._workers)
-        told: list[Event] = [
-            RunStarted(
-                self.frames,
-                self.plan.iterations,
-                first,
-                batches,
-                self.batching.keep_text,
-                left=len(self.ready) + whole * self.frames,
-            )
-        ]
+        kept, left = self.batching.keep_text, len(self.ready) + whole * self.frames
+        told: list[Event] = [RunStarted(self.frames, self.plan.iterations, first, batches, kept, left=left)]
         told += truncated(self._story, self.plan, tokenizers)
         self._events.extendleft((event, None) for event in reversed(told))
 

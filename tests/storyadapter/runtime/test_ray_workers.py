@@ -101,10 +101,10 @@ def test_stories_are_drawn_together_and_cancelled_on_workers(alone: StoryPipelin
 def test_what_a_worker_cannot_open_is_told_as_here(checkpoint: Checkpoint, workers: Pipeline, tmp_path: Path) -> None:
     import ray
 
-    from storyadapter.runtime.ray_workers import RayWorker, _Actor
+    from storyadapter.runtime.ray_workers import Actor, RayWorker
 
     opening = partial(api.open_checkpoint, checkpoint, backend="onnxruntime", engine_dir=tmp_path)
-    worker = RayWorker(lambda: ray.remote(num_cpus=0)(_Actor).remote(opening, 1), workers._accept)
+    worker = RayWorker(lambda: ray.remote(num_cpus=0)(Actor).remote(opening, 1), workers._accept)
     while worker.error is None:
         worker.advance()
     assert isinstance(worker.error, EngineMismatchError) and "build it" in str(worker.error)
