@@ -32,8 +32,7 @@ def check(args: argparse.Namespace) -> int:
     tokenizers = Tokenizers(*Checkpoint.open(model.paths).load_tokenizers())
     final = story.final_frames(plan, style)
     lines = [f"{count(len(final), 'frame')}, style {style}, tokens of {model.label}"]
-    for number, (frame, given) in enumerate(zip(final, story.frames, strict=True)):
-        found = story.characters_in(given.prompt)
+    for number, (frame, given, found) in enumerate(zip(final, story.frames, story.characters_found(), strict=True)):
         about = [f"{tokenizers.count(frame.prompt)} of {TEXT_TOKENS} tokens"]
         about += [f"characters {', '.join(found)}"] if found else []
         about += [] if given.seed is None else [f"seed {given.seed}"]

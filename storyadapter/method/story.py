@@ -17,10 +17,11 @@ from storyadapter.method.errors import Field, InputError, Text, spelled
 from storyadapter.method.plan import SEED_LIMIT, RunPlan
 from storyadapter.method.story_files.document import StoryFile, excerpt, kind
 from storyadapter.method.story_files.reading import STANDARD_INPUT, STORY_SUFFIXES, read_story_file
-from storyadapter.method.text import names_in, normalized, unprintable
+from storyadapter.method.text import NameFinder, normalized, unprintable
 
 MAX_FRAMES: Final = 10_000
 MAX_CHARACTERS: Final = 1_000
+MAX_NAME: Final = 60  # letters
 
 _PATH = re.compile(r"\S*/\S*|\S+\.[A-Za-z]\w{0,4}")
 
@@ -107,8 +108,13 @@ def _characters(value: Any) -> Any:
         raise StoryError(f" has {len(value or ()):,} names,", expected=f"{MAX_CHARACTERS:,} at the most")
     seen = set()
     for name in value or ():
-        if (stripped := normalized(str(name).strip())) in seen:
+        stripped, error = normalized(str(name).strip()), None
+        if stripped in seen:
             error = StoryError(f"the character {excerpt(stripped)} is defined twice,", expected="once")
+        elif len(stripped) > MAX_NAME:  # each letter of a prompt may begin one
+            found = f"the character {excerpt(stripped)} has a name of {len(stripped)} letters,"
+            error = StoryError(found, expected=f"{MAX_NAME} at the most")
+        if error:
             error.inside = (name,)
             raise error
         seen.add(stripped)
@@ -269,7 +275,17 @@ class Story:
             InputError: `style` is unknown.
         """
         before, after = STYLES[check_style(style or self.style or "none")]
-        return tuple(before + self._with_definitions(prompt) + after for prompt in self.prompts)
+        definitions = {normalized(name): definition for name, definition in self.characters.items()}
+        finder = NameFinder(definitions)
+
+        def defined(prompt: str) -> str:
+            text, parts, done = normalized(prompt), list[str](), 0
+            for place, name in finder.find(text):
+                parts += text[done:place], definitions[name]
+                done = place + len(name)
+            return "".join((*parts, text[done:])) if parts else prompt
+
+        return tuple(before + defined(prompt) + after for prompt in self.prompts)
 
     def final_frames(self, plan: RunPlan, style: str | None = None) -> tuple[FinalFrame, ...]:
         """What decides each frame's pixels; `style` and errors as for `final_prompts`."""
@@ -286,10 +302,12 @@ class Story:
         """The distinct ones; none without guidance."""
         return tuple(dict.fromkeys(frame.negative_prompt(plan) for frame in self.frames)) if plan.guided else ()
 
-    def characters_in(self, prompt: str) -> tuple[str, ...]:
-        """The names that are replaced in a prompt, each once, in their order there."""
+    def characters_found(self) -> tuple[tuple[str, ...], ...]:
+        """For each frame the names that are replaced in its prompt, each once, in their order there."""
         names = {normalized(name): name for name in self.characters}
-        return tuple(dict.fromkeys(names[name] for _, name in names_in(normalized(prompt), names)))
+        finder = NameFinder(names)
+        found = (dict.fromkeys(name for _, name in finder.find(normalized(prompt))) for prompt in self.prompts)
+        return tuple(tuple(names[name] for name in of_prompt) for of_prompt in found)
 
     def to_dict(self) -> dict[str, Any]:
         """The story as JSON values, under the keys of a story file. Equal stories give equal values."""
@@ -299,14 +317,6 @@ class Story:
             "characters": dict(sorted(self.characters.items())),
             "prompts": [frame.to_dict() for frame in self.frames],
         }
-
-    def _with_definitions(self, prompt: str) -> str:
-        definitions = {normalized(name): definition for name, definition in self.characters.items()}
-        text, parts, done = normalized(prompt), list[str](), 0
-        for place, name in names_in(text, definitions):
-            parts += text[done:place], definitions[name]
-            done = place + len(name)
-        return "".join((*parts, text[done:])) if parts else prompt
 
 
 def story_schema() -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from difflib import get_close_matches
+from itertools import islice
 from typing import Final
 
 from storyadapter.method.errors import Field, Text
@@ -10,7 +11,10 @@ from storyadapter.method.story import Story
 from storyadapter.method.story_files.document import excerpt
 from storyadapter.method.text import normalized
 
-_WORDS_COMPARED: Final = 2_000
+_NAMES_TOLD: Final = 10
+_PHRASES_COMPARED: Final = 2_000
+_PROMPT_LETTERS: Final = 2_000
+_LETTERS: Final = 100  # of a word that is compared
 # what other programs read as more than words -> what to do
 _SYNTAX: Final[tuple[tuple[re.Pattern[str], Text], ...]] = (
     (
@@ -43,28 +47,30 @@ def story_notices(story: Story) -> tuple[Text, ...]:
 
 
 def _unused(story: Story) -> Iterator[Text]:
-    used = {name for prompt in story.prompts for name in story.characters_in(prompt)}
-    for name in story.characters:
-        if name not in used:
-            close = _closest(story, normalized(name))
-            hint = f"; did you mean {excerpt(close)}? " if close else "; "
-            yield f"no prompt names the character {excerpt(name)}{hint}names are found in the same case alone"
+    used = {name for found in story.characters_found() for name in found}
+    unused = [name for name in story.characters if name not in used]
+    for name in unused[:_NAMES_TOLD]:
+        close = _closest(story, normalized(name))
+        hint = f"; did you mean {excerpt(close)}? " if close else "; "
+        yield f"no prompt names the character {excerpt(name)}{hint}names are found in the same case alone"
+    if len(unused) > _NAMES_TOLD:
+        yield f"nor do they name {len(unused) - _NAMES_TOLD} other characters"
 
 
 def _closest(story: Story, name: str) -> str | None:
     """What is most like a name among as many words of the prompts as it has."""
-    count = len(name.split())
-    found: dict[str, str] = {}
+    phrases = dict(islice(_phrases(story, len(name.split())), _PHRASES_COMPARED))
+    close = get_close_matches(name.casefold()[:_LETTERS], phrases, n=1, cutoff=0.7)
+    return phrases[close[0]] if close else None
+
+
+def _phrases(story: Story, count: int) -> Iterator[tuple[str, str]]:
+    """So many words that follow each other in a prompt, in small letters and as they are."""
     for prompt in story.prompts:
-        words = [word.strip(".,;:!?\"'()") for word in normalized(prompt)[:2_000].split()]
+        words = [word.strip(".,;:!?\"'()")[:_LETTERS] for word in normalized(prompt[:_PROMPT_LETTERS]).split()]
         for start in range(len(words) - count + 1):
-            if len(found) == _WORDS_COMPARED:
-                break
             phrase = " ".join(words[start : start + count])
-            if len(phrase) <= 100:
-                found.setdefault(phrase.casefold(), phrase)
-    close = get_close_matches(name.casefold(), found, n=1, cutoff=0.7)
-    return found[close[0]] if close else None
+            yield phrase.casefold(), phrase
 
 
 def _foreign_syntax(story: Story) -> Iterator[Text]:

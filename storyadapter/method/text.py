@@ -2,7 +2,8 @@
 
 import unicodedata
 from collections.abc import Iterable, Iterator
-from typing import Final
+from functools import lru_cache
+from typing import Any, Final
 
 # Scripts that put no spaces between words: there, a name may touch what it doesn't belong to. Korean puts its
 # particles behind names without a space.
@@ -21,30 +22,49 @@ def normalized(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-def names_in(text: str, names: Iterable[str]) -> Iterator[tuple[int, str]]:
-    """Where names stand as whole words, in the same case: the place and the name; of two that fit, the longer one.
+class NameFinder:
+    """Finds where names stand as whole words, in the same case; of two that fit, the longer one.
 
-    Text and names are normalized ones.
+    Names and texts are normalized ones. What it takes grows with the text, not with the number of names.
     """
-    by_start: dict[str, list[str]] = {}
-    for name in sorted(names, key=len, reverse=True):
-        by_start.setdefault(name[:1], []).append(name)
-    place = 0
-    while place < len(text):
-        for name in by_start.get(text[place], ()):
-            end = place + len(name)
-            if text.startswith(name, place) and not _joined(text, place) and not _joined(text, end):
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._first: dict[str, Any] = {}  # a letter -> what may follow on it; "" -> the name that ends there
+        for name in names:
+            letters = self._first
+            for letter in name:
+                letters = letters.setdefault(letter, {})
+            letters[""] = name
+
+    def find(self, text: str) -> Iterator[tuple[int, str]]:
+        """Places and names, from the left."""
+        place = 0
+        while place < len(text):
+            name = self._name_at(text, place) if text[place] in self._first else ""
+            if name:
                 yield place, name
-                place = end - 1
-                break
-        place += 1
+            place += len(name) or 1
+
+    def _name_at(self, text: str, place: int) -> str:
+        """The longest name that begins there; empty if there is none."""
+        longest, letters, end = "", self._first, place
+        if _joined(text, place):
+            return longest
+        while end < len(text) and text[end] in letters:
+            letters = letters[text[end]]
+            end += 1
+            if "" in letters and not _joined(text, end):
+                longest = letters[""]
+        return longest
 
 
 def _joined(text: str, place: int) -> bool:
     """Whether the letters before and behind a place belong to one word."""
-    if not 0 < place < len(text):
-        return False
-    before, behind = text[place - 1], text[place]
+    return 0 < place < len(text) and _join(text[place - 1], text[place])
+
+
+@lru_cache(maxsize=1 << 16)
+def _join(before: str, behind: str) -> bool:
     if unicodedata.category(behind).startswith("M"):  # a mark, which changes the letter before it
         return True
     return all(_is_letter(char) and not stands_without_spaces(char) for char in (before, behind))

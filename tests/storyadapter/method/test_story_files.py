@@ -59,6 +59,10 @@ HOSTILE = {
         json.dumps({"prompts": ["a"], "characters": {f"n{n}": "x" for n in range(1001)}}),
         "line 1: 'characters' has 1,001 names, expected 1,000 at the most",
     ),
+    "name.yaml": (
+        f"prompts: [a]\ncharacters:\n  {'n' * 61}: x",
+        f"line 3: the character '{'n' * 60}…' has a name of 61 letters, expected 60 at the most",
+    ),
     "field.csv": (f"prompt\n{'x' * 200_000}", "line 2: not valid CSV: field larger than field limit (131072)"),
     "quote.csv": ('prompt\n"a fox', "line 2: not valid CSV: unexpected end of data"),
     "cells.csv": (

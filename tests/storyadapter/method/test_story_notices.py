@@ -19,6 +19,8 @@ def test_a_definition_that_no_prompt_uses() -> None:
         f"no prompt names the character 'Quux'; {told}",
     ]
     assert notices("Renard walks", "Ann Lee runs", "Quux", characters=characters) == []
+    many = notices("nobody " * 5000, characters={f"somebody {n}": "x" for n in range(1000)})
+    assert len(many) == 11 and many[-1] == "nor do they name 990 other characters"
 
 
 @pytest.mark.parametrize(
