@@ -1,5 +1,6 @@
 """Text of users: what can be drawn of it, and where names stand in it."""
 
+import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
@@ -35,15 +36,19 @@ class NameFinder:
             for letter in name:
                 letters = letters.setdefault(letter, {})
             letters[""] = name
+        self._any = re.compile(_pattern(self._first) or r"\b\B")  # without names, what is nowhere
 
     def find(self, text: str) -> Iterator[tuple[int, str]]:
         """Places and names, from the left."""
         place = 0
-        while place < len(text):
-            name = self._name_at(text, place) if text[place] in self._first else ""
+        while match := self._any.search(text, place):
+            place = match.start()
+            name = self._name_at(text, place)
             if name:
                 yield place, name
             place += len(name) or 1
+            while not name and _joined(text, place):  # no name begins within a word
+                place += 1
 
     def _name_at(self, text: str, place: int) -> str:
         """The longest name that begins there; empty if there is none."""
@@ -56,6 +61,13 @@ class NameFinder:
             if "" in letters and not _joined(text, end):
                 longest = letters[""]
         return longest
+
+
+def _pattern(letters: dict[str, Any]) -> str:
+    """A regular expression of all that begins so: the names are few steps from any letter of a text."""
+    followed = [re.escape(letter) + _pattern(below) for letter, below in letters.items() if letter]
+    one_of = f"(?:{'|'.join(followed)})" if len(followed) > 1 or (followed and "" in letters) else "".join(followed)
+    return f"{one_of}?" if followed and "" in letters else one_of
 
 
 def _joined(text: str, place: int) -> bool:
