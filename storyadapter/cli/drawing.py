@@ -127,7 +127,9 @@ def draw(
         seconds=reporter.seconds,
         cost={"seconds": reporter.seconds, "unet_rows": rows, "device": str(pipeline.networks.device)},
     )
-    reporter.hint(f"pictures: {sheet.parent}/frames, of the last round; all in a row: {sheet.parent}/story.{args.animation}")
+    reporter.hint(
+        f"pictures: {sheet.parent}/frames, of the last round; all in a row: {sheet.parent}/story.{args.animation}"
+    )
     if session.model.paths.is_demo:
         reporter.hint('next: your own story, --out mine --prompt "a blue cat is reading a book" …, or --story FILE')
     else:
