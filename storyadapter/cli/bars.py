@@ -1,10 +1,21 @@
 """The bars of a terminal: one for the frames that are finished, one for the steps of those that are being drawn."""
 
+import sys
+from textwrap import fill
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn
-from rich.progress import TimeRemainingColumn as TimeLeftColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TaskID,
+    TextColumn,
+)
+from rich.text import Text
 
 from storyadapter.cli.printing import one_line
 from storyadapter.cli.reporting import LineReporter, round_in_words, scale_in_words
@@ -17,6 +28,18 @@ def terminal_console() -> Console:
     return Console(stderr=True, highlight=False)
 
 
+class _TimeLeft(ProgressColumn):
+    """By all that was done so far; frames are finished many at once, so theirs counts the steps between."""
+
+    def render(self, task: Task) -> Text:
+        work = task.fields.get("work", task.completed)
+        if not work or task.total is None or task.elapsed is None:
+            return Text("--:--")
+        minutes, seconds = divmod(round(task.elapsed / work * max(0.0, task.total - work)), 60)
+        hours, minutes = divmod(minutes, 60)
+        return Text(f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes:02d}:{seconds:02d}")
+
+
 class BarReporter(LineReporter):
     """Bars with the time left while frames are drawn; before, the status in one line that changes."""
 
@@ -25,9 +48,15 @@ class BarReporter(LineReporter):
         self._console = console
         self._progress: Progress | None = None
         self._drawn, self._steps = TaskID(0), TaskID(0)
+        self._denoised = 0
 
     def line(self, text: str, *, warning: bool = False) -> None:
         self._console.print(one_line(text), markup=False, style="yellow" if warning else None)
+
+    def result(self, kind: str, text: str, **fields: Any) -> None:
+        if sys.stdout.isatty():
+            text = fill(text, self._console.width, break_long_words=False, break_on_hyphens=False)
+        super().result(kind, text, **fields)
 
     def event(self, event: Event, **fields: Any) -> None:
         match event:
@@ -38,11 +67,11 @@ class BarReporter(LineReporter):
                     TextColumn("{task.description}"),
                     BarColumn(bar_width=None),
                     MofNCompleteColumn(),
-                    TimeLeftColumn(compact=True),
+                    _TimeLeft(),
                     console=self._console,
                     expand=True,
                 )
-                self._drawn = self._progress.add_task("frames", total=left)
+                self._drawn = self._progress.add_task("frames", total=left, start=False)
                 self._steps = self._progress.add_task("steps", total=None, visible=False)
             case IterationStarted(iteration, scale, _) if self._progress:
                 super().event(event)
@@ -50,11 +79,15 @@ class BarReporter(LineReporter):
                 which += f", {scale_in_words(scale)}" if self._verbose else ""
                 self._progress.update(self._drawn, description=f"{which}: frames")
                 self._progress.start()
+                self._progress.start_task(self._drawn)  # the first time counts
             case StepFinished(_, frames, step, steps) if self._progress:
                 which = f"frames {frames[0]} to {frames[-1]}" if len(frames) > 1 else f"frame {frames[0]}"
                 if step == 1:  # the time left is this micro-batch's own
                     self._progress.reset(self._steps, description=f"steps of {which}", total=steps, visible=True)
                 self._progress.update(self._steps, completed=step)
+                self._progress.update(self._drawn, work=self._denoised + len(frames) * step / steps)
+                if step == steps:  # they are decoded while the next ones are denoised
+                    self._denoised += len(frames)
             case FrameFinished() if self._progress:
                 self._progress.advance(self._drawn)
             case RunFinished():

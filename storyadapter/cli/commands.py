@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from storyadapter.method.story import Story
 
 DEFAULT_STYLE = "comic"
-OPENING: Final = "importing PyTorch, opening the model"
+OPENING: Final = "importing PyTorch and opening the model"
 _NAMED, _LETTERS = 5, 30  # of words that the demo model doesn't know: how many are named, and how much of each
 _ANY_SIZE = constants.PIXEL_MULTIPLE  # until the model's own is known
 
