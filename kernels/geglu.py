@@ -20,15 +20,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch._higher_order_ops.triton_kernel_wrap import (
-    create_tma_stable_metadata,
-    kernel_side_table,
-    triton_kernel_wrapper_mutation,
-)
-from torch.library import triton_op, wrap_triton
-from triton.tools.tensor_descriptor import TensorDescriptor
+from torch.library import triton_op
 
-from storyadapter.kernels.launching import Checks, capability, processors
+from storyadapter.kernels.launching import Checks, capability, launch, processors
 from storyadapter.kernels.tiles import GEGLU, GegluTiles
 
 # Value rows, then as many gate rows: eight columns are what a matrix instruction spreads over one row of four threads.
@@ -66,7 +60,7 @@ def gelu(x):
 
 
 @triton.jit
-def _halves(product, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def halves(product, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Value and gate columns, each [ROWS, COLUMNS / 2], of [ROWS, COLUMNS]."""
     runs = tl.reshape(product, (ROWS, COLUMNS // (2 * RUN), 2, RUN))
     value, gate = tl.split(tl.permute(runs, (0, 1, 3, 2)))
@@ -114,8 +108,8 @@ def _tile(
         biases = tl.load(bias + bias_columns)
     else:
         biases = tl.load(bias + bias_columns, mask=bias_columns < 2 * N, other=0.0)
-    value_bias, gate_bias = _halves(biases.to(tl.float32)[None, :], 1, BLOCK_N)
-    value, gate = _halves(accumulator, BLOCK_M, BLOCK_N)
+    value_bias, gate_bias = halves(biases.to(tl.float32)[None, :], 1, BLOCK_N)
+    value, gate = halves(accumulator, BLOCK_M, BLOCK_N)
     result = (value + value_bias) * gelu(gate + gate_bias)
 
     out_rows = first_row + tl.arange(0, BLOCK_M)
@@ -134,8 +128,7 @@ def geglu_kernel(
 ):  # fmt: skip
     """out [rows, N] from x [rows, K], weight [2·N, K] and bias [2·N] in runs, all contiguous.
 
-    The output comes first: PyTorch counts arguments to find the ones that a kernel writes, and descriptors shift what
-    follows them. x and weight are pointers, or, if DESCRIPTORS, tensor descriptors of blocks [BLOCK_M, BLOCK_K] and
+    x and weight are pointers, or, if DESCRIPTORS, tensor descriptors of blocks [BLOCK_M, BLOCK_K] and
     [BLOCK_N, BLOCK_K].
     """
     row_blocks = (rows + BLOCK_M - 1) // BLOCK_M
@@ -196,9 +189,9 @@ def check_geglu_arguments(x: Tensor, weight: Tensor, bias: Tensor) -> None:
     _CHECKS.device("x", x, geglu_kernel)
 
 
-def geglu_keywords(x: Tensor, weight: Tensor, tiles: GegluTiles) -> dict[str, Any]:
-    """Compile-time arguments and options of `geglu_kernel`; int() fixes what a compiler may have made symbolic."""
-    return {"K": int(x.shape[1]), "N": int(weight.shape[0]) // 2, **tiles.constants(), **tiles.options()}
+def geglu_constants(x: Tensor, weight: Tensor, tiles: GegluTiles) -> dict[str, Any]:
+    """Compile-time arguments of `geglu_kernel`; int() fixes what a compiler may have made symbolic."""
+    return {"K": int(x.shape[1]), "N": int(weight.shape[0]) // 2, **tiles.constants()}
 
 
 def launch_geglu(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, tiles: GegluTiles, programs: int) -> None:
@@ -206,33 +199,16 @@ def launch_geglu(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, tiles: Ge
 
     `programs`: of a persistent kernel.
     """
-    rows, keywords = x.shape[0], geglu_keywords(x, weight, tiles)
-    blocks = (rows + tiles.block_m - 1) // tiles.block_m * -(-2 * keywords["N"] // tiles.block_n)
-    grid = (programs if tiles.persistent else blocks, 1, 1)
-    if not tiles.descriptors:
-        wrap_triton(geglu_kernel)[grid](out, x, weight, bias, rows, **keywords)
-        return
-    blocks_of: dict[str, list[int | torch.SymInt]] = {
-        "x": [tiles.block_m, tiles.block_k],
-        "weight": [tiles.block_n, tiles.block_k],
-    }
-    if wrap_triton(geglu_kernel) is geglu_kernel:
-        x_blocks = TensorDescriptor.from_tensor(x, blocks_of["x"])
-        weight_blocks = TensorDescriptor.from_tensor(weight, blocks_of["weight"])
-        geglu_kernel[grid](out, x_blocks, weight_blocks, bias, rows, **keywords)
-        return
-    # Outside of Dynamo, wrap_triton records no descriptors (torch 2.11 to 2.13); this is the node that Dynamo records:
-    # tensors instead of descriptors, the blocks beside them, and the options as those of a single configuration.
-    single = triton.autotune([triton.Config({}, **tiles.options())], key=[])(geglu_kernel)
-    triton_kernel_wrapper_mutation(
-        kernel_idx=wrap_triton(single).kernel_idx,
-        constant_args_idx=kernel_side_table.add_constant_args({}),
-        grid=[grid],
-        tma_descriptor_metadata={name: create_tma_stable_metadata(block) for name, block in blocks_of.items()},
-        kwargs={
-            **{"out": out, "x": x, "weight": weight, "bias": bias, "rows": rows},
-            **{name: value for name, value in keywords.items() if name not in tiles.options()},
-        },
+    rows, constants = x.shape[0], geglu_constants(x, weight, tiles)
+    count = (rows + tiles.block_m - 1) // tiles.block_m * -(-2 * constants["N"] // tiles.block_n)
+    blocks = {"x": [tiles.block_m, tiles.block_k], "weight": [tiles.block_n, tiles.block_k]}
+    launch(
+        geglu_kernel,
+        (programs if tiles.persistent else count, 1, 1),
+        {"out": out, "x": x, "weight": weight, "bias": bias, "rows": rows},
+        constants,
+        tiles.options(),
+        blocks if tiles.descriptors else {},
     )
 
 

@@ -1,12 +1,20 @@
 """What the launchers share: what they know about the machine, and how they refuse arguments."""
 
 import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 import triton
 from torch import Tensor
+from torch._higher_order_ops.triton_kernel_wrap import (
+    create_tma_stable_metadata,
+    kernel_side_table,
+    triton_kernel_wrapper_mutation,
+)
+from torch.library import wrap_triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 ELEMENT_TYPES: Final = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
@@ -35,6 +43,42 @@ def processors(device: torch.device) -> int:
 def interpreted(kernel: Any) -> bool:
     """Whether Triton runs the kernel in its interpreter (TRITON_INTERPRET=1 when it was defined)."""
     return not isinstance(kernel, triton.runtime.JITFunction)
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, int, int],
+    arguments: Mapping[str, Any],
+    constants: Mapping[str, Any],
+    options: Mapping[str, int],
+    blocks: Mapping[str, Sequence[int]],
+) -> None:
+    """Starts a kernel, inside or outside of a compiler's tracing.
+
+    Args:
+        arguments: in the kernel's order; what it writes comes first: PyTorch counts arguments to find it, and
+            descriptors shift what follows them.
+        constants, options: compile-time arguments, and the compiler's options.
+        blocks: of those arguments that the kernel takes as tensor descriptors.
+    """
+    if not blocks:
+        wrap_triton(kernel)[grid](*arguments.values(), **constants, **options)
+        return
+    if wrap_triton(kernel) is kernel:
+        described = {name: TensorDescriptor.from_tensor(arguments[name], list(block)) for name, block in blocks.items()}
+        kernel[grid](*{**arguments, **described}.values(), **constants, **options)
+        return
+    # Outside of Dynamo, wrap_triton records no descriptors (torch 2.11 to 2.13); this is the node that Dynamo records:
+    # tensors instead of descriptors, the blocks beside them, and the options as those of a single configuration.
+    single = triton.autotune([triton.Config({}, **options)], key=[])(kernel)
+    symbolic: dict[str, list[int | torch.SymInt]] = {name: [*block] for name, block in blocks.items()}
+    triton_kernel_wrapper_mutation(
+        kernel_idx=wrap_triton(single).kernel_idx,
+        constant_args_idx=kernel_side_table.add_constant_args({}),
+        grid=[grid],
+        tma_descriptor_metadata={name: create_tma_stable_metadata(block) for name, block in symbolic.items()},
+        kwargs={**arguments, **constants},
+    )
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+from storyadapter.kernels.e4m3 import to_e4m3
 from storyadapter.kernels.launching import Checks, capability
 from storyadapter.kernels.tiles import LAYER_NORM, LayerNormTiles
 
@@ -40,7 +41,10 @@ def _store_normed(normed, weight, bias, channels, channel_inside, offsets, insid
     factor = tl.load(weight + channels, mask=channel_inside, other=0.0).to(tl.float32)
     shift = tl.load(bias + channels, mask=channel_inside, other=0.0).to(tl.float32)
     result = scaled * factor[None, :] + shift[None, :]
-    tl.store(normed + offsets, result.to(normed.dtype.element_ty), mask=inside)
+    if normed.dtype.element_ty == tl.float8e4nv:
+        tl.store(normed + offsets, to_e4m3(result), mask=inside)
+    else:
+        tl.store(normed + offsets, result.to(normed.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=("rows",))
@@ -142,7 +146,7 @@ def launch_layer_norm(
 
 @triton_op("storyadapter::add_layer_norm_triton", mutates_args={})
 def add_layer_norm_triton(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, fp8: bool = False
 ) -> tuple[Tensor, Tensor]:
     """sum = x + residual, and its layer norm, in one kernel that reads each input once.
 
@@ -152,17 +156,18 @@ def add_layer_norm_triton(
         weight: [C], contiguous, dtype of x.
         bias: [C], contiguous, dtype of x.
         eps: ε, over 0; a compile-time constant of the kernel.
+        fp8: the norm is e4m3; its scale is folded into weight and bias. What lies beyond ±448 becomes ±448, NaN stays.
 
     Returns:
         The sum, rounded to the dtype, and its layer norm, computed in fp32 from the rounded sum; both [M, C],
-        contiguous, dtype of x.
+        contiguous, dtype of x, or e4m3 the norm if asked for.
 
     Raises:
         ValueError: an argument that the kernel can't read; see `check_layer_norm_arguments`.
     """
     check_layer_norm_arguments(x, residual, weight, bias, eps)
     total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    normed = torch.empty(x.shape, dtype=torch.float8_e4m3fn if fp8 else x.dtype, device=x.device)
     if x.device.type == "meta" or x.shape[0] == 0:
         return total, normed
     tiles, _ = LAYER_NORM.choose(capability(x.device), x.element_size(), int(x.shape[1]))

@@ -62,6 +62,31 @@ class GegluTiles(Tiles):
 
 
 @dataclass(frozen=True)
+class ProductTiles(Tiles):
+    """Tiles of `product_fp8_kernel`."""
+
+    block_h: int  # rows of pixels in a tile; 1 for linear layers
+    block_w: int  # pixels of a row, or rows of a linear layer's input; block_h · block_w: a power of two from 16 on
+    block_n: int  # columns of the product in a tile; a power of two, at least 16
+    block_k: int  # depth of one step; a power of two, at least 32
+    group_m: int  # tiles of pixels that are walked together
+    num_warps: int  # warps of a program
+    num_stages: int  # steps in flight
+    persistent: bool  # as many programs as multiprocessors, each taking many tiles
+    descriptors: bool  # loads by the tensor memory accelerator (compute capability 9.0 and later)
+
+
+@dataclass(frozen=True)
+class GroupNormTiles(Tiles):
+    """Tiles of the three kernels of a group norm."""
+
+    rows: int  # pixels that one program reads at a time; a power of two
+    steps: int  # how many times it does, for the moments
+    block_c: int  # channels of a program; a power of two
+    num_warps: int  # warps of a program
+
+
+@dataclass(frozen=True)
 class LayerNormTiles(Tiles):
     """Tiles of `add_layer_norm_kernel`."""
 
@@ -89,8 +114,8 @@ class TileTable(Generic[KernelTiles]):
 
         Args:
             capability: compute capability, 10·major + minor: 80, 89, 90, 100, 120; 0 for none.
-            element_bytes: 2 for fp16 and bf16, 4 for fp32.
-            width: D of GRCA, K of the GEGLU, C of the layer norm.
+            element_bytes: 1 for fp8, 2 for fp16 and bf16, 4 for fp32.
+            width: D of GRCA, K of the GEGLU, C of the layer norm, …
 
         Raises:
             KeyError: the table holds no tiles for the width or the element size.
@@ -119,4 +144,8 @@ GRCA: Final = TileTable("grca", GrcaTiles, "D")
 GRCA_EMBEDDED: Final = TileTable("grca_embedded", GrcaTiles, "D")
 GEGLU: Final = TileTable("geglu", GegluTiles, "K")
 LAYER_NORM: Final = TileTable("layer_norm", LayerNormTiles, "C")
-TABLES: Final = (GRCA, GRCA_EMBEDDED, GEGLU, LAYER_NORM)
+CONVOLUTION_FP8: Final = TileTable("convolution_fp8", ProductTiles, "N")
+LINEAR_FP8: Final = TileTable("linear_fp8", ProductTiles, "K")
+GEGLU_FP8: Final = TileTable("geglu_fp8", ProductTiles, "K")
+GROUP_NORM: Final = TileTable("group_norm", GroupNormTiles, "C")
+TABLES: Final = (GRCA, GRCA_EMBEDDED, GEGLU, LAYER_NORM, CONVOLUTION_FP8, LINEAR_FP8, GEGLU_FP8, GROUP_NORM)

@@ -101,3 +101,37 @@ def layer_norm_baselines(eps: float) -> list[Baseline]:
         return total, functional.layer_norm(total, total.shape[-1:], weight, bias, eps)
 
     return [Baseline("eager add + layer_norm", add_layer_norm)]
+
+
+def convolution_baselines() -> list[Baseline]:
+    """cuDNN in half precision, channels-last; it adds no residual in its own kernel."""
+
+    def convolution(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+        return (functional.conv2d(x, weight, bias, padding=1) + residual).permute(0, 2, 3, 1)
+
+    return [Baseline("F.conv2d + residual in half precision", convolution)]
+
+
+def linear_baselines() -> list[Baseline]:
+    """cuBLAS in half precision."""
+    return [Baseline("F.linear in half precision", functional.linear)]
+
+
+def geglu_fp8_baselines() -> list[Baseline]:
+    """As for `geglu_baselines`, whose fused kernel is measured beside; 16 times the result, as the case has it."""
+    compiled_gate = torch.compile(gate, dynamic=False)
+
+    def layer(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return 16 * compiled_gate(functional.linear(x, weight, bias))
+
+    return [Baseline("F.linear + compiled elementwise GEGLU, half precision", layer, cuda_only=True)]
+
+
+def group_norm_baselines(groups: int, eps: float) -> list[Baseline]:
+    """PyTorch's, eager and compiled."""
+
+    def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return functional.silu(functional.group_norm(x, groups, weight, bias, eps)).permute(0, 2, 3, 1)
+
+    compiled = torch.compile(norm, dynamic=False)
+    return [Baseline("eager group_norm + silu", norm), Baseline("compiled group_norm + silu", compiled, cuda_only=True)]

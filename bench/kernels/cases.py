@@ -1,99 +1,38 @@
 """Cases of the kernel benchmark as data, their inputs, their functions' meaning, and what they cost at least."""
 
 import functools
-from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Final
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from storyadapter.bench.kernels.baselines import Baseline, gate, geglu_baselines, grca_baselines, layer_norm_baselines
+from storyadapter.bench.kernels.baselines import (
+    Baseline,
+    gate,
+    geglu_baselines,
+    grca_baselines,
+    group_norm_baselines,
+    layer_norm_baselines,
+)
+from storyadapter.bench.kernels.case import COMPILED_ROWS, KernelCase, normal
+from storyadapter.bench.kernels.fp8_cases import ConvolutionFp8Case, GegluFp8Case, LinearFp8Case
 from storyadapter.kernels.geglu import geglu_triton, interleave_geglu, launch_geglu
 from storyadapter.kernels.grca.kernel import grca_kernel
 from storyadapter.kernels.grca.launch import grca_triton, launch_arguments
+from storyadapter.kernels.group_norm import group_norm_triton, launch_group_norm
 from storyadapter.kernels.launching import processors
 from storyadapter.kernels.layer_norm import add_layer_norm_triton, launch_layer_norm
-from storyadapter.kernels.tiles import GegluTiles, GrcaTiles, LayerNormTiles
+from storyadapter.kernels.tiles import GegluTiles, GrcaTiles, GroupNormTiles, LayerNormTiles
 from storyadapter.method.constants import TEXT_TOKENS, TOKENS_PER_IMAGE
 from storyadapter.model.grca import grca
 
 # The batch size that summaries speak of.
 REPORTED_ROWS: Final = 16
-EPS: Final = 1e-5  # of SDXL's layer norms
-# A compiled kernel serves every number of rows and queries that is a multiple of 16: few will do to compile one.
-COMPILED_ROWS: Final = 256
-
-
-class KernelCase(ABC):
-    """One call of a kernel.
-
-    Attributes:
-        kernel: what the benchmark calls it.
-        operator: name of `run`.
-        run: the operator that is measured, with the stored tiles, from `kernel_inputs`.
-        columns: of a report, and what `as_data` calls them.
-        warmup_seconds: until clocks have settled.
-    """
-
-    kernel: ClassVar[str]
-    operator: ClassVar[str]
-    run: ClassVar[Callable[..., Any]]
-    columns: ClassVar[dict[str, str]]
-    warmup_seconds: ClassVar[float] = 0.05
-
-    def as_data(self) -> dict[str, Any]:
-        """The shape, as JSON data."""
-        return asdict(self)  # type: ignore[call-overload]  # the cases are dataclasses
-
-    @property
-    def cells(self) -> list[str]:
-        """The shape, for a report."""
-        return [str(self.as_data()[name]) for name in self.columns.values()]
-
-    @property
-    def operations(self) -> int:
-        """Floating-point operations of matrix products."""
-        return 0
-
-    @property
-    def exponentials(self) -> int:
-        """That can't be avoided."""
-        return 0
-
-    @abstractmethod
-    def bytes_moved(self, element_bytes: int) -> int:
-        """Each input read once, each output written once."""
-
-    @abstractmethod
-    def smallest(self) -> "KernelCase":
-        """The least case for which the same kernel is compiled."""
-
-    @abstractmethod
-    def inputs(self, dtype: torch.dtype, device: torch.device, seed: int) -> tuple[Tensor, ...]:
-        """Random inputs, in the layout of PyTorch's own operators."""
-
-    def kernel_inputs(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """The inputs as the kernel takes them."""
-        return inputs
-
-    def baseline_inputs(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """The inputs as baselines take them."""
-        return inputs
-
-    @abstractmethod
-    def expected(self, *inputs: Tensor) -> Any:
-        """The result in fp32: a tensor, or several."""
-
-    @abstractmethod
-    def launch(self, tiles: Any, *inputs: Tensor) -> Any:
-        """The kernel with other tiles, from `kernel_inputs`."""
-
-    @abstractmethod
-    def baselines(self) -> list[Baseline]:
-        """What it is compared with."""
+EPS: Final = 1e-5  # of SDXL's norms
+GROUPS: Final = 32  # of SDXL's group norms
 
 
 @dataclass(frozen=True)
@@ -158,7 +97,7 @@ class GrcaCase(KernelCase):
         frames, width = self.rows - unconditional, layer.heads * layer.head_size
         bank, prompts = (2, 2, self.ref_tokens, width), (frames + 1, 2, TEXT_TOKENS, width)
         queries = (self.rows, layer.query_tokens, layer.heads, layer.head_size)
-        ref_kv, q, text_kv = _normal(seed, dtype, device, bank, queries, prompts)
+        ref_kv, q, text_kv = normal(seed, dtype, device, bank, queries, prompts)
         ref_kv[0, :, TOKENS_PER_IMAGE:] = 0
         tables = ([0] * unconditional + [*range(1, frames + 1)], [0] * unconditional + [1] * frames)
         text_row, ref_row, ref_length = (
@@ -217,7 +156,7 @@ class GegluCase(KernelCase):
         return replace(self, M=COMPILED_ROWS)
 
     def inputs(self, dtype: torch.dtype, device: torch.device, seed: int) -> tuple[Tensor, ...]:
-        x, weight, bias = _normal(seed, dtype, device, (self.M, self.K), (2 * self.N, self.K), (2 * self.N,))
+        x, weight, bias = normal(seed, dtype, device, (self.M, self.K), (2 * self.N, self.K), (2 * self.N,))
         return x, weight / self.K**0.5, bias / 4
 
     def kernel_inputs(self, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -259,7 +198,7 @@ class LayerNormCase(KernelCase):
 
     def inputs(self, dtype: torch.dtype, device: torch.device, seed: int) -> tuple[Tensor, ...]:
         rows = (self.M, self.C)
-        x, residual, weight, bias = _normal(seed, dtype, device, rows, rows, (self.C,), (self.C,))
+        x, residual, weight, bias = normal(seed, dtype, device, rows, rows, (self.C,), (self.C,))
         return x, residual, weight / 4 + 1, bias / 4
 
     def expected(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -278,9 +217,48 @@ class LayerNormCase(KernelCase):
         return layer_norm_baselines(EPS)
 
 
-def _normal(seed: int, dtype: torch.dtype, device: torch.device, *shapes: tuple[int, ...]) -> list[Tensor]:
-    generator = torch.Generator(device).manual_seed(seed)
-    return [torch.randn(shape, generator=generator, device=device, dtype=dtype) for shape in shapes]
+@dataclass(frozen=True)
+class GroupNormCase(KernelCase):
+    """A group norm of B square pictures with SiLU behind it: x [B, C, S, S], weight and bias [C]."""
+
+    B: int
+    S: int
+    C: int
+
+    kernel: ClassVar[str] = "group_norm"
+    operator: ClassVar[str] = "group_norm_triton"
+    run: ClassVar[Callable[..., Any]] = staticmethod(
+        functools.partial(group_norm_triton, groups=GROUPS, eps=EPS, silu=True, factor=None, tokens=False)
+    )
+    columns: ClassVar[dict[str, str]] = {"B": "B", "S": "S", "C": "C"}
+    warmup_seconds: ClassVar[float] = 0.15
+
+    def bytes_moved(self, element_bytes: int) -> int:
+        return 2 * element_bytes * self.B * self.S**2 * self.C
+
+    def smallest(self) -> "GroupNormCase":
+        return replace(self, B=1, S=16)
+
+    def inputs(self, dtype: torch.dtype, device: torch.device, seed: int) -> tuple[Tensor, ...]:
+        picture = (self.B, self.C, self.S, self.S)
+        x, weight, bias = normal(seed, dtype, device, picture, (self.C,), (self.C,))
+        return x.to(memory_format=torch.channels_last), weight / 4 + 1, bias / 4
+
+    def kernel_inputs(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return inputs[0].permute(0, 2, 3, 1), *inputs[1:]
+
+    def expected(self, *inputs: Tensor) -> Tensor:
+        x, weight, bias = (tensor.float() for tensor in inputs)
+        return functional.silu(functional.group_norm(x, GROUPS, weight, bias, EPS)).permute(0, 2, 3, 1)
+
+    def launch(self, tiles: GroupNormTiles, *inputs: Tensor) -> Tensor:
+        x, weight, bias = inputs
+        out = torch.empty_like(x)
+        launch_group_norm(x, weight, bias, GROUPS, EPS, True, None, out, tiles)
+        return out
+
+    def baselines(self) -> list[Baseline]:
+        return group_norm_baselines(GROUPS, EPS)
 
 
 LAYERS_1024: Final = (LayerShape("1024x1024 C=640", 4096, 10), LayerShape("1024x1024 C=1280", 1024, 20))
@@ -290,17 +268,37 @@ LAYERS_OTHER: Final = (
     LayerShape("1344x768 C=640", 4032, 10),
     LayerShape("1344x768 C=1280", 1008, 20),
 )
-# SDXL at 1024x1024 with B = 16; the GEGLU's N is 4·C.
+# SDXL at 1024x1024 with B = 16; the GEGLU's N is 4·C, S the side of the latent picture.
 GEGLU_CASES: Final = (GegluCase(16 * 4096, 640, 2560), GegluCase(16 * 1024, 1280, 5120))
 LAYER_NORM_CASES: Final = (LayerNormCase(16 * 4096, 640), LayerNormCase(16 * 1024, 1280))
+CONVOLUTION_FP8_CASES: Final = tuple(
+    ConvolutionFp8Case(16, *shape)
+    for shape in ((128, 320, 320), (128, 640, 320), (64, 640, 640), (64, 1920, 640), (32, 1280, 1280), (32, 2560, 1280))
+)
+LINEAR_FP8_CASES: Final = tuple(
+    LinearFp8Case(16 * rows, depth, columns)
+    for rows, width in ((4096, 640), (1024, 1280))
+    for depth, columns in ((width, width), (width, 3 * width), (4 * width, width))
+)
+GEGLU_FP8_CASES: Final = tuple(GegluFp8Case(case.M, case.K, case.N) for case in GEGLU_CASES)
+GROUP_NORM_CASES: Final = tuple(
+    GroupNormCase(16, *shape) for shape in ((128, 320), (128, 960), (64, 640), (64, 1280), (32, 1280), (32, 2560))
+)
 SMOKE_CASES: Final[tuple[KernelCase, ...]] = (
     *(GrcaCase(LayerShape("smoke", 32, 1, 32), 4, frames) for frames in (1, 3)),
     GegluCase(16, 32, 48),
     LayerNormCase(4, 48),
-)  # small enough for a CPU
+    ConvolutionFp8Case(1, 4, 32, 48),
+    LinearFp8Case(16, 32, 48),
+    GroupNormCase(1, 4, 64),
+)  # small enough for a CPU; Triton's interpreter rounds no e4m3 results, so none of GEGLU in fp8
 ALL_CASES: Final[tuple[KernelCase, ...]] = (
     *(GrcaCase(layer, rows, n) for layer in LAYERS_1024 for rows in (2, 8, 16, 32) for n in (1, 8, 16, 50, 100)),
     *(GrcaCase(layer, REPORTED_ROWS, n) for layer in LAYERS_OTHER for n in (16, 100)),
     *GEGLU_CASES,
     *LAYER_NORM_CASES,
+    *CONVOLUTION_FP8_CASES,
+    *LINEAR_FP8_CASES,
+    *GEGLU_FP8_CASES,
+    *GROUP_NORM_CASES,
 )

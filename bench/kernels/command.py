@@ -9,10 +9,11 @@ from storyadapter.cli.printing import print_result
 HELP = "the fused kernels against their baselines"
 DESCRIPTION = """\
 Times the fused kernels on the layers of SDXL, beside PyTorch's ways to compute the same: text and reference attention
-(grca), product and activation of the feed-forward layer (geglu), residual addition and layer norm (layer_norm). Says
-what share of the device's measured limits they reach. Results are compared with fp32 first.
+(grca), product and activation of the feed-forward layer (geglu), residual addition and layer norm (layer_norm), group
+norm with SiLU (group_norm), and in fp8 3x3 convolutions, linear and GEGLU layers (convolution_fp8, …). Says what share
+of the device's measured limits they reach. Results are compared with fp32 first.
 """
-KERNELS = ("grca", "geglu", "layer_norm")
+KERNELS = ("grca", "geglu", "layer_norm", "convolution_fp8", "linear_fp8", "geglu_fp8", "group_norm")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

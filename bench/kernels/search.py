@@ -13,7 +13,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -22,10 +22,14 @@ import torch
 
 from storyadapter.bench.environment import describe
 from storyadapter.bench.kernels.cases import (
+    CONVOLUTION_FP8_CASES,
     GEGLU_CASES,
+    GEGLU_FP8_CASES,
+    GROUP_NORM_CASES,
     LAYER_NORM_CASES,
     LAYERS_1024,
     LAYERS_OTHER,
+    LINEAR_FP8_CASES,
     GrcaCase,
     KernelCase,
 )
@@ -35,13 +39,19 @@ from storyadapter.bench.timing import buffer_sets
 from storyadapter.kernels.grca.aot import compile_kernel
 from storyadapter.kernels.launching import capability
 from storyadapter.kernels.tiles import (
+    CONVOLUTION_FP8,
     GEGLU,
+    GEGLU_FP8,
     GRCA,
     GRCA_EMBEDDED,
+    GROUP_NORM,
     LAYER_NORM,
+    LINEAR_FP8,
     GegluTiles,
     GrcaTiles,
+    GroupNormTiles,
     LayerNormTiles,
+    ProductTiles,
     Tiles,
     TileTable,
 )
@@ -100,12 +110,38 @@ _GEGLU_TILES: Final = tuple(
 _LAYER_NORM_TILES: Final = tuple(
     LayerNormTiles(*row) for row in ((1, 1), (2, 1), (1, 2), (2, 2), (1, 4), (2, 4), (4, 4), (8, 4), (8, 8))
 )
+# pixels or rows, block_n, block_k, group_m, num_warps, num_stages
+_PRODUCTS: Final = (
+    (128, 256, 128, 8, 8, 3),
+    (128, 256, 128, 16, 8, 3),
+    (128, 256, 64, 8, 8, 4),
+    (128, 128, 128, 8, 8, 4),
+    (128, 128, 128, 8, 4, 3),
+    (256, 128, 64, 8, 8, 4),
+    (256, 128, 128, 8, 8, 3),
+)
+_CONVOLUTION_TILES: Final = tuple(
+    ProductTiles(8, pixels // 8, *others, persistent=True, descriptors=descriptors)
+    for pixels, *others in _PRODUCTS
+    for descriptors in (True, False)
+)
+_MATRIX_TILES: Final = tuple(replace(tiles, block_h=1, block_w=8 * tiles.block_w) for tiles in _CONVOLUTION_TILES)
+# rows, steps, block_c, num_warps
+_GROUP_NORM_TILES: Final = tuple(
+    GroupNormTiles(*row)
+    for row in itertools.product((8, 16, 32), (8, 16, 32), (64, 128, 256), (4, 8))
+    if row[0] * row[2] <= 4096
+)
 # torch.compile drops a cap on the registers, so tiles that need one are for the embedded kernel alone
 SEARCHES: Final = (
     Search(GRCA, _GRCA_CASES, _grca_tiles(caps=(None,))),
     Search(GRCA_EMBEDDED, _GRCA_CASES, _grca_tiles(caps=(None, 128, 168))),
     Search(GEGLU, GEGLU_CASES, _GEGLU_TILES),
     Search(LAYER_NORM, LAYER_NORM_CASES, _LAYER_NORM_TILES),
+    Search(CONVOLUTION_FP8, CONVOLUTION_FP8_CASES, _CONVOLUTION_TILES),
+    Search(LINEAR_FP8, LINEAR_FP8_CASES, _MATRIX_TILES),
+    Search(GEGLU_FP8, GEGLU_FP8_CASES, _MATRIX_TILES),
+    Search(GROUP_NORM, GROUP_NORM_CASES, _GROUP_NORM_TILES),
 )
 
 Job = TypeVar("Job")
@@ -192,7 +228,7 @@ def search(wanted: Search, device: torch.device) -> list[Found]:
     refusals = compile_all(compile_one, jobs)
     by_key: dict[str, list[KernelCase]] = {}
     for case in wanted.cases:
-        by_key.setdefault(wanted.table.key(DTYPE.itemsize, case.as_data()[wanted.table.letter]), []).append(case)
+        by_key.setdefault(wanted.table.key(case.element_bytes, case.as_data()[wanted.table.letter]), []).append(case)
     found = []
     for key, cases in by_key.items():
         measured: dict[Tiles, list[Measured]] = {tiles: [] for tiles in wanted.candidates}
@@ -220,7 +256,8 @@ def _measure(
         try:
             if refused[tiles] is not None:
                 raise WrongResult(refused[tiles])
-            items.append(measure_contender(calls, expected, TOLERANCE[DTYPE], device, REPEATS, case.warmup_seconds))
+            tolerance = case.tolerance or TOLERANCE[DTYPE]
+            items.append(measure_contender(calls, expected, tolerance, device, REPEATS, case.warmup_seconds))
         except WrongResult as error:
             items.append(Measured(None, None, str(error)))
 

@@ -16,6 +16,7 @@ from storyadapter.model.networks import Networks, idle_inputs
 # and of Triton kernels: the project's own, and compiled ones, whose names list the operators that were fused.
 CLASSES: Final = (
     ("grca", r"grca"),
+    ("fp8 products", r"product_fp8"),
     ("matrix products", r"geglu_kernel|triton_tem_fused"),
     ("norms", r"layer_?norm|group_?norm|RowwiseMoments|ComputeFusedParams"),
     ("elementwise", r"^triton_"),

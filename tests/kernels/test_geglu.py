@@ -176,7 +176,7 @@ def _specialization(rows: int, depth: int) -> tuple[Any, ...]:
     )
     x, weight, bias = geglu_inputs(rows, depth, 32, torch.float16)
     tiles, _ = TABLE.choose(80, 2, depth)
-    keywords = geglu.geglu_keywords(x, weight, tiles)
+    keywords = {**geglu.geglu_constants(x, weight, tiles), **tiles.options()}
     _, specialization, options = bind(x.new_empty(rows, 32), x, weight, bias, rows, **keywords)
     return tuple(specialization), tuple(sorted(options.items()))
 
@@ -188,13 +188,7 @@ def test_one_compilation_over_row_counts() -> None:
 
 def test_launcher_counts_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     grids = []
-
-    class Recorder:
-        def __getitem__(self, grid: tuple[int, int, int]) -> Any:
-            grids.append(grid)
-            return lambda *_, **__: None
-
-    monkeypatch.setattr(geglu, "wrap_triton", lambda _: Recorder())
+    monkeypatch.setattr(geglu, "launch", lambda kernel, grid, *_: grids.append(grid))
     x, weight, bias = geglu_inputs(130, 32, 48, torch.float16)
     for persistent in (False, True):
         tiles = GegluTiles(64, 32, 32, 8, 4, 2, persistent, descriptors=False)

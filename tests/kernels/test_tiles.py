@@ -4,7 +4,22 @@ from dataclasses import asdict
 
 import pytest
 
-from storyadapter.kernels.tiles import GEGLU, GRCA, GRCA_EMBEDDED, LAYER_NORM, TABLES, GegluTiles, GrcaTiles, stored
+from storyadapter.kernels.tiles import (
+    CONVOLUTION_FP8,
+    GEGLU,
+    GEGLU_FP8,
+    GRCA,
+    GRCA_EMBEDDED,
+    GROUP_NORM,
+    LAYER_NORM,
+    LINEAR_FP8,
+    TABLES,
+    GegluTiles,
+    GrcaTiles,
+    GroupNormTiles,
+    ProductTiles,
+    stored,
+)
 from storyadapter.kernels.tiles import LayerNormTiles as NormTiles
 
 CAPABILITIES = (0, 75, 80, 86, 89, 90, 100, 120)
@@ -18,6 +33,10 @@ MEASURED = {
     (GEGLU, 2, 1280): GegluTiles(128, 256, 64, 16, 8, 4, True, True),
     (LAYER_NORM, 2, 640): NormTiles(1, 1),
     (LAYER_NORM, 2, 1280): NormTiles(1, 1),
+    (CONVOLUTION_FP8, 1, 320): ProductTiles(8, 32, 128, 64, 8, 8, 4, True, True),
+    **{(CONVOLUTION_FP8, 1, n): ProductTiles(8, 16, 256, 128, 8, 8, 3, True, True) for n in (640, 1280)},
+    **{(LINEAR_FP8, 1, k): ProductTiles(1, 128, 256, 128, 8, 8, 3, True, True) for k in (640, 1280, 2560, 5120)},
+    **{(GEGLU_FP8, 1, k): ProductTiles(1, 128, 256, 128, 8, 8, 3, True, True) for k in (640, 1280)},
 }
 UNTUNED = {
     (GRCA, 2, HEADS): GrcaTiles(64, 32, 1, 4, 2, False, True, None),
@@ -27,6 +46,11 @@ UNTUNED = {
     (GEGLU, 4, WIDTHS): GegluTiles(32, 32, 16, 8, 4, 2, False, False),
     (LAYER_NORM, 2, WIDTHS): NormTiles(4, 4),
     (LAYER_NORM, 4, WIDTHS): NormTiles(2, 4),
+    (CONVOLUTION_FP8, 1, WIDTHS): ProductTiles(4, 16, 128, 64, 8, 8, 3, False, False),
+    (LINEAR_FP8, 1, (*WIDTHS, 5120)): ProductTiles(1, 128, 128, 64, 8, 8, 3, False, False),
+    (GEGLU_FP8, 1, WIDTHS): ProductTiles(1, 128, 128, 64, 8, 8, 3, False, False),
+    (GROUP_NORM, 2, WIDTHS): GroupNormTiles(16, 16, 128, 4),
+    (GROUP_NORM, 4, WIDTHS): GroupNormTiles(16, 16, 64, 4),
 }
 
 
@@ -48,7 +72,7 @@ def test_stored_tiles_have_the_fields_of_their_class() -> None:
                 assert asdict(tiles) == entry
                 for name, size in entry.items():
                     if name.startswith("block_") or name == "rows":
-                        assert size >= (1 if name == "rows" else 16) and size.bit_count() == 1
+                        assert size >= (1 if name in ("rows", "block_h") else 16) and size.bit_count() == 1
 
 
 def test_fields_are_arguments_of_the_kernel_or_options_of_the_compiler() -> None:
@@ -67,7 +91,8 @@ def test_launched_tiles_leave_registers_to_the_assembler() -> None:
 
 
 def test_untuned_tiles_need_no_tensor_memory_accelerator() -> None:
-    assert not any(entry["descriptors"] for entry in stored()["geglu"]["untuned"].values())
+    for table in (GEGLU, CONVOLUTION_FP8, LINEAR_FP8, GEGLU_FP8):
+        assert not any(entry["descriptors"] for entry in stored()[table.kernel]["untuned"].values())
 
 
 @pytest.mark.parametrize(("table", "element_bytes", "width"), [(GRCA, 2, 48), (GRCA_EMBEDDED, 4, 64), (GEGLU, 8, 640)])

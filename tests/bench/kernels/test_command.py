@@ -32,6 +32,9 @@ CONTENDERS = {
     "grca": {"grca_triton", "published (materialized scores)"},
     "geglu": {"geglu_triton", "F.linear alone"},
     "layer_norm": {"add_layer_norm_triton", "eager add + layer_norm"},
+    "convolution_fp8": {"convolution_fp8_triton", "F.conv2d + residual in half precision"},
+    "linear_fp8": {"linear_fp8_triton", "F.linear in half precision"},
+    "group_norm": {"group_norm_triton", "eager group_norm + silu"},
 }
 
 
@@ -42,7 +45,7 @@ def test_smoke_run_writes_a_report(tmp_path: Path) -> None:
     assert printed.strip() == text.strip()
     data = json.loads((tmp_path / "kernel.json").read_text(encoding="utf-8"))
     assert {"device", "torch", "triton", "commit", "command"} <= set(data["environment"])
-    assert [result["kernel"] for result in data["results"]] == ["grca", "grca", "geglu", "layer_norm"]
+    assert [result["kernel"] for result in data["results"]] == ["grca", *CONTENDERS]
     for result in data["results"]:
         assert set(result["contenders"]) == CONTENDERS[result["kernel"]]
         for contender in result["contenders"].values():

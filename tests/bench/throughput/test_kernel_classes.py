@@ -16,6 +16,8 @@ from storyadapter.bench.throughput.kernel_classes import NAMES, class_of, summar
         ("sm90_xmma_gemm_f16f16_f16f32_f32_tn_n_tilesize128x128x64_warpgroupsize1x1x1", "matrix products"),
         ("void cutlass::device_kernel<cutlass::gemm::kernel::GemmUniversal<int>>", "matrix products"),
         ("geglu_kernel", "matrix products"),
+        ("product_fp8_kernel_3", "fp8 products"),
+        ("group_norm_moments_kernel", "norms"),
         ("sm90_xmma_fprop_implicit_gemm_f16f16_f16f32_f32_nhwckrsc_nhwc_tilesize128x256x64", "convolutions"),
         ("void cudnn::engines_precompiled::nchwToNhwcKernel<__half>", "convolutions"),
         ("triton_red_fused__to_copy_native_layer_norm_11", "norms"),
