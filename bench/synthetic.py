@@ -6,7 +6,7 @@ references matter in it: a path that forgets one draws other pictures.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partialmethod
 from pathlib import Path
@@ -180,6 +180,7 @@ class SyntheticCheckpoint:
         self.device = device
         self.seed = seed
         self.loras: tuple[LoraSpec, ...] = ()
+        self.rewrite: Callable[[nn.Module], None] | None = None
 
     @property
     def geometry(self) -> Geometry:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from storyadapter.engine.inductor import TOLERANCE, constants_name, package_name
+from storyadapter.engine.inductor import constants_name, package_name, tolerance
 from storyadapter.engine.inductor.fusion import prepare
 from storyadapter.engine.inductor.launch_analysis import analysed_once
 from storyadapter.engine.inductor.networks import InductorNetwork
@@ -24,7 +24,7 @@ from storyadapter.model.dynamic_shapes import dynamic_shapes
 from storyadapter.model.examples import compare_with_eager, example_inputs, run_examples
 from storyadapter.model.grca import grca
 from storyadapter.model.modules import ModelParts, iterate_modules
-from storyadapter.model.numerics import Numerics, Precision
+from storyadapter.model.numerics import Numerics
 
 # Measured on an H100 at S = 4096 and 10 heads: cuDNN 480 TFLOP/s, FlashAttention-2 304.
 _ATTENTION: Final = [
@@ -85,16 +85,14 @@ def build_networks(request: BuildRequest, tell: Callable[..., None]) -> dict[str
         def on_stage(stage: str, network: str = name) -> None:
             tell(network=network, stage=stage)
 
-        built[name] = build_network(
-            specs[name], module, request.numerics[name], request.letters, request.folder, on_stage
-        )
+        built[name] = build_network(specs[name], module, request.numerics, request.letters, request.folder, on_stage)
         del module
 
 
 def build_network(
     spec: NetworkSpec,
     module: nn.Module,
-    precision: Precision,
+    numerics: Numerics,
     letters: Mapping[str, Range],
     folder: Path,
     on_stage: Callable[[str], None] = lambda what: None,
@@ -108,7 +106,7 @@ def build_network(
     Raises:
         EngineBuildError: the network can't be compiled, or computes something else than eager.
     """
-    device = next(module.parameters()).device
+    device, precision = next(module.parameters()).device, numerics[spec.name]
     ranges = compiled_ranges(spec, letters)
     # before the module is rewritten: the comparison shall see the rewriting, too
     on_stage("running eager")
@@ -134,7 +132,7 @@ def build_network(
             f"{spec.name}: the code holds the values of {', '.join(unread)}; expected code that reads all weights"
         )
     del program, inputs, arguments
-    error = compare_with_eager(spec.name, network, examples, precision, TOLERANCE[precision])
+    error = compare_with_eager(spec.name, network, examples, precision, tolerance(numerics, spec.name))
     return BuiltNetwork(error, sum(value.nbytes for value in network.weights.values()))
 
 

@@ -5,63 +5,21 @@ with the layer norm that follows it, and GEGLU together with the matrix product 
 so that convolutions run in the layout that tensor cores read and pictures become tokens without a copy.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
 from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from diffusers.models.attention_processor import Attention
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.nn import functional
 
-from storyadapter.model.grca import GrcaFunction, grca
+from storyadapter.engine.inductor.fp8_fusion import Fp8Transformer
+from storyadapter.engine.inductor.operators import Operators, operators_for
+from storyadapter.engine.inductor.picture_fusion import Fp8Sampler, ResnetBlock
 from storyadapter.model.unet import CrossAttentionInputs, Denoiser
-
-# (x [M, C], residual [M, C], weight [C], bias [C], eps) -> (x + residual, its layer norm)
-AddLayerNorm = Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
-# (x [M, K], weight [2·N, K], bias [2·N], both in the operator's own order of rows) -> value · gelu(gate) [M, N]
-Geglu = Callable[[Tensor, Tensor, Tensor], Tensor]
-# (weight [2·N, K], bias [2·N], all values before all gates) -> the same in the operator's own order of rows
-ArrangeGeglu = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-@dataclass(frozen=True)
-class Operators:
-    """What the denoiser's transformer blocks are made of besides matrix products and self-attention."""
-
-    grca: GrcaFunction
-    add_layer_norm: AddLayerNorm
-    geglu: Geglu
-    arrange_geglu: ArrangeGeglu
-
-
-def operators_for(device: torch.device) -> Operators:
-    """The project's Triton kernels on a CUDA device, PyTorch's operators elsewhere."""
-    if device.type != "cuda":
-        return PLAIN
-    from storyadapter.kernels.geglu import geglu_triton, interleave_geglu
-    from storyadapter.kernels.grca.launch import grca_triton
-    from storyadapter.kernels.layer_norm import add_layer_norm_triton
-
-    return Operators(grca_triton, add_layer_norm_triton, geglu_triton, interleave_geglu)
-
-
-def _add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    total = x + residual
-    return total, functional.layer_norm(total, (total.shape[-1],), weight, bias, eps)
-
-
-def _geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    value, gate = functional.linear(x, weight, bias).chunk(2, dim=-1)
-    return value * functional.gelu(gate)
-
-
-def _as_it_is(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    return weight, bias
-
-
-PLAIN = Operators(grca, _add_layer_norm, _geglu, _as_it_is)
+from storyadapter.quantization.layers import Fp8Layer
 
 
 class SelfAttention(nn.Module):
@@ -158,19 +116,37 @@ class Transformer(nn.Module):
 
 
 def fuse_denoiser(denoiser: Denoiser, operators: Operators) -> None:
-    """Rewrite the transformers of a denoiser in place; they use these operators from now on.
+    """Rewrite a denoiser in place; it uses these operators from now on.
+
+    Transformers always; residual blocks and samplers where their convolutions are quantized.
 
     Raises:
-        ValueError: a transformer that isn't SDXL's (linear projections, plain layer norms, GEGLU).
+        ValueError: a transformer that isn't SDXL's (linear projections, plain layer norms, GEGLU), a residual block of
+            another kind, or a transformer some of whose layers are quantized.
     """
-    names = [name for name, part in denoiser.named_modules() if isinstance(part, Transformer2DModel)]
+    parts = dict(denoiser.named_modules())
+    names = [name for name, part in parts.items() if isinstance(part, Transformer2DModel | ResnetBlock2D | Sampler)]
+    del parts
     for name in names:  # by name: the weights of what was rewritten are let go one after the other
-        model: Transformer2DModel = denoiser.get_submodule(name)
-        blocks = model.transformer_blocks
-        if not model.use_linear_projection or any(block.norm_type != "layer_norm" for block in blocks):
-            raise ValueError(f"{name} isn't a transformer of SDXL's kind; expected linear projections and layer norms")
         parent, _, child = name.rpartition(".")
-        denoiser.get_submodule(parent).register_module(child, Transformer(model, operators))
+        fused = _fused(name, denoiser.get_submodule(name), operators)
+        if fused is not None:
+            denoiser.get_submodule(parent).register_module(child, fused)
+
+
+Sampler = Upsample2D | Downsample2D
+
+
+def _fused(name: str, part: nn.Module, operators: Operators) -> nn.Module | None:
+    quantized = any(isinstance(layer, Fp8Layer) for layer in part.modules())
+    if isinstance(part, ResnetBlock2D):
+        return ResnetBlock(part, operators) if quantized else None
+    if isinstance(part, Sampler):
+        return Fp8Sampler(part, operators) if quantized else None
+    blocks = part.transformer_blocks
+    if not part.use_linear_projection or any(block.norm_type != "layer_norm" for block in blocks):
+        raise ValueError(f"{name} isn't a transformer of SDXL's kind; expected linear projections and layer norms")
+    return Fp8Transformer(part, operators) if quantized else Transformer(part, operators)
 
 
 def prepare(module: nn.Module, device: torch.device) -> dict[str, Tensor]:

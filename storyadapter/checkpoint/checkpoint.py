@@ -1,7 +1,7 @@
 """A checkpoint: everything the user's model files hold, checked when opened and loaded network by network."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,7 @@ from storyadapter.model.contract import Geometry, LayerWidth
 if TYPE_CHECKING:
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
+    from torch import nn
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
 
 _TOKENIZERS = {"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2"}
@@ -52,6 +53,7 @@ class Checkpoint:
         configuration: of every network, the settings that its code depends on, as plain data.
         sampling: what the files say of how the model is sampled.
         notices: what was assumed where files say nothing, and where they contradict each other; one line each.
+        rewrite: rewrites the denoiser in place when it is loaded; None to leave it as the files have it.
     """
 
     paths: CheckpointPaths
@@ -65,6 +67,7 @@ class Checkpoint:
     _cross_attentions: tuple[CrossAttention, ...]
     _config_folder: Path
     _opened_loras: tuple[Lora, ...]
+    rewrite: "Callable[[nn.Module], None] | None" = None
 
     @classmethod
     def open(
@@ -160,7 +163,11 @@ class Checkpoint:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled as its paths: another process opens the same files."""
-        return type(self).open, (self.paths,)
+        return _reopened, (self.paths, self.rewrite)
+
+    def rewritten(self, rewrite: "Callable[[nn.Module], None]") -> "Checkpoint":
+        """The same files, whose denoiser is rewritten when it is loaded; `rewrite` can be pickled."""
+        return replace(self, rewrite=rewrite)
 
     @property
     def label(self) -> str:
@@ -213,6 +220,10 @@ class Checkpoint:
         for spec, lora in zip(self.loras, self._opened_loras, strict=True):
             fuse_lora(name, network, lora, spec.scale)
         return network
+
+
+def _reopened(paths: CheckpointPaths, rewrite: "Callable[[nn.Module], None] | None") -> Checkpoint:
+    return replace(Checkpoint.open(paths), rewrite=rewrite)
 
 
 def _geometry(unet_config: Path, empty: Mapping[str, Any], layers: tuple[CrossAttention, ...]) -> Geometry:

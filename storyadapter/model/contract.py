@@ -14,7 +14,7 @@ from typing import Any, Final, Literal
 from storyadapter.method import constants
 from storyadapter.method.errors import Field, InputError
 from storyadapter.method.plan import check_pixels
-from storyadapter.model.numerics import DTYPE_NAMES, Numerics, Precision
+from storyadapter.model.numerics import DTYPE_NAMES, Numerics, Precision, Quantization
 
 CONTRACT_VERSION: Final = 2
 
@@ -54,9 +54,11 @@ class Geometry:
     def default_pixels(self) -> int:
         return self.sample_size * self.pixels_per_latent
 
-    def numerics(self, precision: Precision, vae: Precision | None = None) -> Numerics:
+    def numerics(
+        self, precision: Precision, vae: Precision | None = None, quantization: Quantization | None = None
+    ) -> Numerics:
         """Everything in one precision but the VAE, where it has one of its own: `vae`, or what its model asks for."""
-        return Numerics.of(precision, vae_decoder=vae or ("fp32" if self.vae_in_fp32 else None))
+        return Numerics.of(precision, quantization, vae_decoder=vae or ("fp32" if self.vae_in_fp32 else None))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for a manifest; `Geometry.from_dict` reads it back."""

@@ -4,7 +4,7 @@ Each module's `forward` takes the contract's inputs in order and gives the contr
 them, the exporters export them, and nothing else knows how a network is computed.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Final, Protocol
 
 import torch
@@ -29,6 +29,11 @@ class ModelParts(Protocol):
 
     @property
     def geometry(self) -> Geometry: ...
+
+    @property
+    def rewrite(self) -> Callable[[nn.Module], None] | None:
+        """Rewrites the denoiser in place when it is loaded: quantizes it, say. None to leave it."""
+        ...
 
     def load_text_encoder(self, dtype: torch.dtype, device: torch.device | None = None) -> nn.Module: ...
 
@@ -126,6 +131,8 @@ def iterate_modules(
         del unet, adapter
         # taken out one by one: what a suspended generator still names would stay in memory
         modules = {name: module for name, module in modules.items() if wanted(name)}
+        if checkpoint.rewrite is not None and "denoiser" in modules:
+            checkpoint.rewrite(modules["denoiser"])
         for name in tuple(modules):
             yield name, modules.pop(name).eval()
     if wanted("vae_decoder"):

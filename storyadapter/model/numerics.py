@@ -1,13 +1,16 @@
 """In which arithmetic every network of a model runs: one value. Imports nothing heavy."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal, Self
 
 from storyadapter.method.errors import Field, Text
 
 Precision = Literal["fp32", "fp16", "bf16"]
 PRECISIONS: Final[tuple[Precision, ...]] = ("fp32", "fp16", "bf16")
+# of the operands of quantized products, beside which everything else has one of the precisions
+NumberFormat = Literal["fp8"]
+NUMBER_FORMATS: Final[tuple[NumberFormat, ...]] = ("fp8",)
 # as PyTorch names them
 DTYPE_NAMES: Final[dict[Precision, str]] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
@@ -20,35 +23,52 @@ def finer_precision(network: str, precision: Precision) -> Text:
 
 
 @dataclass(frozen=True)
+class Quantization:
+    """The denoiser's products over quantized operands."""
+
+    number_format: NumberFormat
+    scales: str = ""  # their key; "" for any
+
+
+@dataclass(frozen=True)
 class Numerics:
     """The arithmetic of each network, by the contract's names: `numerics["vae_decoder"]`."""
 
     precision: Precision  # of weights and activations of every network that `exceptions` doesn't name
     # network and precision, where that is another; sorted, so that equal numerics are equal values
     exceptions: tuple[tuple[str, Precision], ...] = ()
+    quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
         others = sorted((name, own) for name, own in self.exceptions if own != self.precision)
         object.__setattr__(self, "exceptions", tuple(others))
 
     @classmethod
-    def of(cls, precision: Precision, **exceptions: Precision | None) -> Self:
+    def of(cls, precision: Precision, quantization: Quantization | None = None, **exceptions: Precision | None) -> Self:
         """`Numerics.of("fp16", vae_decoder="fp32")`; a network whose precision is None has that of the others."""
-        return cls(precision, tuple((name, own) for name, own in exceptions.items() if own is not None))
+        others = tuple((name, own) for name, own in exceptions.items() if own is not None)
+        return cls(precision, others, quantization)
 
     def __getitem__(self, network: str) -> Precision:
         return dict(self.exceptions).get(network, self.precision)
 
+    @property
+    def name(self) -> str:
+        """ "fp16", or the number format of a quantized denoiser: "fp8"."""
+        return self.quantization.number_format if self.quantization else self.precision
+
     def __str__(self) -> str:
-        """ "fp16", or "fp16 (VAE fp32)"."""
+        """ "fp16", "fp16 (VAE fp32)" or "fp8 (VAE fp32)"."""
         words = {"vae_decoder": "VAE"}
         others = ", ".join(f"{words.get(name, name)} {own}" for name, own in self.exceptions)
-        return f"{self.precision} ({others})" if others else self.precision
+        return f"{self.name} ({others})" if others else self.name
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data; `Numerics.from_dict` reads it back."""
-        return {"precision": self.precision, **dict(self.exceptions)}
+        quantized = {"quantization": asdict(self.quantization)} if self.quantization else {}
+        return {"precision": self.precision, **dict(self.exceptions), **quantized}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        return cls.of(**data)
+        given = data.get("quantization")
+        return cls.of(**{**data, "quantization": Quantization(**given) if given else None})

@@ -35,7 +35,7 @@ def test_weights_that_lie_transposed_are_bound_as_they_are_read(checkpoint: Chec
     spec = network_specs(checkpoint.geometry)[NAME]
     module = transposed(checkpoint)
     examples = run_examples(spec, module, letters, "fp32")
-    built = build_network(spec, module, "fp32", letters, tmp_path)
+    built = build_network(spec, module, Numerics("fp32"), letters, tmp_path)
     assert built.relative_error < 1e-5
     weights = prepare(transposed(checkpoint), CPU)
     assert built.weight_bytes == sum(weight.nbytes for weight in weights.values())

@@ -1,0 +1,60 @@
+"""Which layers of a denoiser are quantized, as data."""
+
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from typing import Any, Final
+
+from torch import nn
+
+_UNIT: Final = 16  # of channels in and out that kernels take
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The number format, and the layers that stay in half precision.
+
+    Attributes:
+        number_format: "fp8": e4m3, weights with a scale per output channel, activations with one per tensor.
+        statistic: of a layer's inputs over all of calibration, on which its scale rests: "max", the largest magnitude.
+        kept: patterns of the names of layers that aren't quantized.
+    """
+
+    number_format: str = "fp8"
+    statistic: str = "max"
+    kept: tuple[str, ...] = ()
+
+    def layers(self, denoiser: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
+        """The layers to be quantized, by name: linear layers and 3×3 convolutions whose widths kernels take."""
+        parts = ((name, part) for name, part in denoiser.named_modules() if isinstance(part, nn.Linear | nn.Conv2d))
+        return {
+            name: part
+            for name, part in parts
+            if _fits(part) and not any(fnmatch(name, pattern) for pattern in self.kept)
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data; `Recipe.from_dict` reads it back."""
+        return {"number_format": self.number_format, "statistic": self.statistic, "kept": list(self.kept)}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Recipe":
+        return cls(**{**data, "kept": tuple(data["kept"])})
+
+
+def _fits(part: nn.Linear | nn.Conv2d) -> bool:
+    if isinstance(part, nn.Linear):
+        widths = (part.in_features, part.out_features)
+    else:
+        if part.kernel_size != (3, 3) or part.padding != (1, 1) or part.groups != 1 or part.dilation != (1, 1):
+            return False
+        widths = (part.in_channels, part.out_channels)
+    return all(width % _UNIT == 0 for width in widths)
+
+
+# Source of what is kept: NVIDIA's FP8 recipe for SDXL (modelopt's diffusers example, MLPerf Inference).
+FP8: Final = Recipe(
+    kept=(
+        *("conv_in", "conv_out", "time_embedding.*", "*.time_emb_proj", "*.conv_shortcut"),
+        *("up_blocks.2.resnets.2.conv1", "up_blocks.2.resnets.2.conv2"),
+    )
+)
