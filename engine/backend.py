@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from storyadapter.engine.identity import EngineIdentity, configuration_digest, contract_digest, model_weights
 from storyadapter.method.errors import Field, InputError, Text, UnavailableError
-from storyadapter.model.numerics import PRECISIONS, Numerics, Precision
+from storyadapter.model.numerics import PRECISIONS, NumberFormat, Numerics, Precision
 
 if TYPE_CHECKING:
     import torch
@@ -111,6 +111,7 @@ class Backend(ABC):
     any_device: ClassVar[bool] = False  # whether it runs on whatever device it is given
     precisions: ClassVar[tuple[Precision, ...]] = PRECISIONS  # those it can serve
     vae_precisions: ClassVar[tuple[Precision, ...]] = PRECISIONS  # the VAE's needn't be that of the other networks
+    number_formats: ClassVar[tuple[NumberFormat, ...]] = ()  # of quantized products that it can serve
     settings: ClassVar[tuple[Setting, ...]] = ()  # of its builds
 
     @abstractmethod
@@ -189,6 +190,9 @@ class Backend(ABC):
             if asked not in served:
                 expected = (Field(field), f" {' or '.join(served)}")
                 raise UnavailableError(f"{refused}it can't run{what} in {asked}", expected=expected, field=field)
+        if numerics.quantization and numerics.name not in self.number_formats:
+            expected = (Field("precision"), f" {' or '.join(self.precisions)}")
+            raise UnavailableError(f"{refused}it can't run in {numerics.name}", expected=expected, field="precision")
 
     def options(self, given: Mapping[str, Any]) -> Any:
         """How it is to build, from the values of its `settings` by name; has `named()`, those chosen, for the key.

@@ -129,7 +129,7 @@ class EngineIdentity:
         simple = [("backend", self.backend, asked.backend)]
         if same_backend:
             simple.append(("backend version", self.backend_version, asked.backend_version))
-        simple.append(("precision", self.numerics.precision, asked.numerics.precision))
+        simple.append(("precision", self.numerics.name, asked.numerics.name))
         for network in sorted(dict(self.numerics.exceptions).keys() | dict(asked.numerics.exceptions).keys()):
             words = "VAE precision" if network == "vae_decoder" else f"{network} precision"
             simple.append((words, self.numerics[network], asked.numerics[network]))

@@ -82,7 +82,7 @@ class StoredEngine:
     def __str__(self) -> str:
         ranges = self.ranges
         return (
-            f"{self.identity.backend} {self.identity.numerics.precision} for {_count(ranges.max_frames, 'frame')} of "
+            f"{self.identity.backend} {self.identity.numerics.name} for {_count(ranges.max_frames, 'frame')} of "
             f"{ranges.width}x{ranges.height} and {_count(ranges.max_references, 'reference')} ({self.key[:8]})"
         )
 

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from storyadapter.engine.backend import Backend, OpenRequest, default_device, installed_version
+from storyadapter.model.numerics import NUMBER_FORMATS
 
 if TYPE_CHECKING:
     import torch
@@ -16,6 +17,7 @@ class Eager(Backend):
     builds = False
     holds_weights = False
     any_device = True
+    number_formats = NUMBER_FORMATS  # emulated
 
     def rank(self) -> int:
         return 1

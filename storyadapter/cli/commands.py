@@ -48,6 +48,8 @@ def build(args: argparse.Namespace) -> int:
         session = open_session(args, model_choice(args))
         options = backend_options(args, session.backend)
         ranges = shape_ranges(args, session.checkpoint.geometry.default_pixels)
+        if session.numerics.quantization:
+            session = _calibrated(args, session, reporter)
         if session.backend.builds:
             _build(args, session, ranges, options, reporter)
         else:
@@ -82,6 +84,28 @@ def _build(args: argparse.Namespace, session: Session, ranges: ShapeRanges, opti
     how = f"built in {duration(time.perf_counter() - started)}" if engine.is_new else "was there already"
     text = f"engine {engine.folder} ({engine.bytes / 2**20:,.0f} MiB, {how})"
     reporter.result("built", text, folder=str(engine.folder), bytes=engine.bytes, new=engine.is_new)
+
+
+def _calibrated(args: argparse.Namespace, session: Session, reporter: Reporter) -> Session:
+    """The session with its model's scales, which are found first where the store has none."""
+    from storyadapter.engine.calibration import find_or_make_scales
+    from storyadapter.engine.identity import model_weights
+
+    started, drawn = time.perf_counter(), 0.0
+
+    def on_fraction(done: float) -> None:
+        nonlocal drawn
+        if not drawn:
+            reporter.stage("denoiser", "drawing stories of its own, which show the range of its numbers")
+        drawn = done
+        reporter.fraction("denoiser", done)
+
+    key = model_weights(session.checkpoint, reporter.bytes_read).key
+    scales = find_or_make_scales(session.checkpoint, key, args.engine_dir, on_fraction=on_fraction)
+    if drawn:
+        text = f"{count(len(scales.inputs), 'layer')} calibrated in {duration(time.perf_counter() - started)}"
+        reporter.stage("denoiser", text)
+    return session.quantized(scales)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -14,6 +14,7 @@ from storyadapter import api
 from storyadapter.cli.machine import versions
 from storyadapter.cli.options import Session, build_command, option
 from storyadapter.cli.reporting import Reporter, count, duration
+from storyadapter.engine.calibration import find_scales
 from storyadapter.engine.identity import ModelWeights, model_weights
 from storyadapter.method.errors import EngineMismatchError, RunError, spelled
 from storyadapter.method.events import FrameFinished, RunFinished, RunStarted
@@ -53,6 +54,8 @@ def draw(
     frames, final = len(story.frames), story.final_frames(plan, style)
     scales = [plan.scale_of(iteration) for iteration in range(plan.iterations)]
     weights = model_weights(session.checkpoint, reporter.bytes_read)
+    if session.numerics.quantization:
+        session = _with_scales(args, plan, frames, session, weights.key)
     identity = _identity(story, style, plan, session, weights)
     RunFolder.check(args.out, identity, frames=frames, scales=scales, resume=args.resume)
     with (
@@ -149,11 +152,23 @@ def _identity(story: Story, style: str, plan: RunPlan, session: Session, model: 
         "story": story.to_dict(),
         "style": style,
         "plan": {name: value for name, value in plan.as_dict().items() if name != "max_frames"},
-        "precision": session.numerics.precision,
+        "precision": session.numerics.name,
         "vae_precision": session.numerics["vae_decoder"],
+        **({"scales": session.numerics.quantization.scales} if session.numerics.quantization else {}),
         "weights": {f"{weight.component}/{weight.name}": weight.blake3 for weight in model.files},
         "loras": [{"name": lora.name, "blake3": lora.blake3, "scale": lora.scale} for lora in model.loras],
     }
+
+
+def _with_scales(args: argparse.Namespace, plan: RunPlan, frames: int, session: Session, model: str) -> Session:
+    """The session with its model's scales; raises EngineMismatchError where the store has none."""
+    scales = find_scales(args.engine_dir, model)
+    if scales is not None:
+        return session.quantized(scales)
+    height, width = Range(plan.height, plan.height), Range(plan.width, plan.width)
+    ranges = ShapeRanges(plan.max_frames or FRAMES_UNMEASURED, plan.references(frames), height, width)
+    command = build_command(args, session.backend.name, session.numerics, ranges)
+    raise EngineMismatchError(f"no scales of {session.model.label} in the engine store; build it: {command}")
 
 
 def _open_pipeline(

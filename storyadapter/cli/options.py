@@ -2,9 +2,9 @@
 
 import argparse
 import shlex
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from storyadapter.checkpoint import Checkpoint, CheckpointPaths, LoraSpec
 from storyadapter.cli.devices import device_name
@@ -16,7 +16,10 @@ from storyadapter.method.errors import InputError, StoryAdapterError, spelled
 from storyadapter.method.plan import FRAMES_UNMEASURED, RunPlan
 from storyadapter.method.presets import PRESETS, with_preset
 from storyadapter.model.contract import Range, ShapeRanges
-from storyadapter.model.numerics import PRECISIONS, Numerics, Precision
+from storyadapter.model.numerics import NUMBER_FORMATS, PRECISIONS, NumberFormat, Numerics, Precision, Quantization
+
+if TYPE_CHECKING:
+    from storyadapter.quantization.scales import Scales
 
 MAX_REFERENCES = 100
 STORY_HELP = (
@@ -144,8 +147,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     engine.add_argument(
         "--precision",
         default=AUTO,
-        choices=(AUTO, *PRECISIONS),
-        help="of weights and activations (default: auto, fp16 on a GPU, fp32 on a CPU)",
+        choices=(AUTO, *PRECISIONS, *NUMBER_FORMATS),
+        help="of weights and activations (default: auto, fp16 on a GPU, fp32 on a CPU); fp8: the denoiser's products "
+        "over 8-bit operands, whose scales build finds by drawing stories with the model (needs nvidia-modelopt once)",
     )
     engine.add_argument(
         "--vae-precision",
@@ -309,6 +313,13 @@ class Session:
     backend: Backend
     numerics: Numerics
 
+    def quantized(self, scales: "Scales") -> "Session":
+        """The same with the denoiser quantized by its model's scales."""
+        assert self.numerics.quantization
+        quantization = replace(self.numerics.quantization, scales=scales.key)
+        numerics = replace(self.numerics, quantization=quantization)
+        return replace(self, checkpoint=self.checkpoint.rewritten(scales.apply), numerics=numerics)
+
     @property
     def how(self) -> str:
         """Backend and numerics, for a message."""
@@ -316,9 +327,10 @@ class Session:
 
 
 def choose_engine(backend: str, precision: str) -> tuple[Backend, Precision]:
-    """What was typed; for `auto`, what serves best on this machine."""
+    """What was typed; for `auto`, and beside quantized products, what serves best on this machine."""
     found = find_backend(backend)
-    return found, found.default_precision() if precision == AUTO else cast(Precision, precision)
+    typed_ = precision in PRECISIONS
+    return found, cast(Precision, precision) if typed_ else found.default_precision()
 
 
 def open_session(args: argparse.Namespace, model: ModelChoice) -> Session:
@@ -330,9 +342,12 @@ def open_session(args: argparse.Namespace, model: ModelChoice) -> Session:
     """
     backend, precision = choose_engine(args.backend, args.precision)
     asked: Precision | None = None if args.vae_precision == AUTO else args.vae_precision
-    backend.check(Numerics.of(precision, vae_decoder=asked))
+    quantization = None
+    if args.precision in NUMBER_FORMATS:
+        quantization = Quantization(cast(NumberFormat, args.precision))
+    backend.check(Numerics.of(precision, quantization, vae_decoder=asked))
     checkpoint = Checkpoint.open(model.paths)
-    return Session(model, checkpoint, backend, checkpoint.geometry.numerics(precision, asked))
+    return Session(model, checkpoint, backend, checkpoint.geometry.numerics(precision, asked, quantization))
 
 
 def shape_ranges(args: argparse.Namespace, default_pixels: int) -> ShapeRanges:
@@ -359,7 +374,7 @@ def build_command(args: argparse.Namespace, backend: str, numerics: Numerics, ra
         for value in values:
             words += [option, value]
     words += ["--device", args.device] if args.device else []
-    words += ["--backend", backend, "--precision", numerics.precision, "--vae-precision", numerics["vae_decoder"]]
+    words += ["--backend", backend, "--precision", numerics.name, "--vae-precision", numerics["vae_decoder"]]
     words += ["--height", str(ranges.height).replace("..", ":"), "--width", str(ranges.width).replace("..", ":")]
     words += ["--max-frames", ranges.max_frames, "--max-references", max(MAX_REFERENCES, ranges.max_references)]
     if args.engine_dir:

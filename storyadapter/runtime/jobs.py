@@ -51,10 +51,7 @@ class FrameJob:
     @cached_property
     def key(self) -> str:
         """SHA-256 of all of it, in 64 hexadecimal digits: equal jobs make equal pictures."""
-        data = asdict(self)
-        if self.numerics.quantization is None:
-            del data["numerics"]["quantization"]  # so that frames of before there was any keep their keys
-        return digest([KEY_FORMAT, data])
+        return digest([KEY_FORMAT, asdict(self)])
 
     @cached_property
     def batch_key(self) -> "BatchKey":

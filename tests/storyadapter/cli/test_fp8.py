@@ -1,0 +1,84 @@
+"""A model in fp8: build finds its scales, run draws with them, and what can't be is told."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from storyadapter.checkpoint import Checkpoint
+from storyadapter.engine import calibration
+from storyadapter.engine.calibration import calibration_stories, find_or_make_scales, find_scales
+from storyadapter.engine.identity import model_weights
+from storyadapter.method.errors import InputError
+from storyadapter.quantization.recipe import FP8
+from tests.storyadapter.cli.running import Type
+
+pytest.importorskip("modelopt", reason="needs nvidia-modelopt")
+
+
+@pytest.fixture
+def few_stories(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One story of two steps is drawn to calibrate."""
+    story = next(calibration_stories())
+    monkeypatch.setattr(calibration, "calibration_stories", lambda: iter([story]))
+    monkeypatch.setitem(find_or_make_scales.__kwdefaults__, "steps", 2)
+
+
+def _pixels(folder: str) -> np.ndarray:
+    with Image.open(Path(folder, "frames/000.png")) as image:
+        return np.asarray(image.convert("RGB"), dtype=np.int16)
+
+
+def _fp8(words: list[str]) -> list[str]:
+    return [*words, "--precision", "fp8", "--engine-dir", "engines"]
+
+
+def test_build_calibrates_and_run_draws(
+    type_in: Type, quick_run: list[str], tiny_model: list[str], few_stories: None
+) -> None:
+    missing = type_in(*_fp8(quick_run))
+    assert missing.code == 2
+    assert "no scales of " in missing.err and "in the engine store; build it: storyadapter-trt build" in missing.err
+    assert "--precision fp8" in missing.err and "Traceback" not in missing.err
+
+    build = _fp8(["build", *tiny_model, "--backend", "eager", "--json-log"])
+    built = type_in(*build)
+    assert built.code == 0 and " layers calibrated in " in built.out
+    again = type_in(*build)
+    assert again.code == 0 and "calibrated" not in again.out
+
+    assert type_in(*_fp8(quick_run), "--out", "fp8").code == 0
+    assert type_in(*quick_run, "--out", "exact").code == 0
+    identity = json.loads(Path("fp8/story.json").read_text(encoding="utf-8"))["identity"]
+    assert identity["precision"] == "fp8" and len(identity["scales"]) == 32
+    difference = np.abs(_pixels("fp8") - _pixels("exact")).mean()
+    assert 0 < difference < 20  # of 255: near, and not the same
+
+
+def test_what_cannot_be_had_in_fp8_is_told(type_in: Type, quick_run: list[str]) -> None:
+    for backend in ("onnxruntime", "inductor"):
+        done = type_in(*_fp8(quick_run), "--backend", backend)
+        assert done.code == 2 and len(done.err.strip().splitlines()) == 1
+        assert f"backend {backend} can't serve here: it can't run in fp8" in done.err
+
+
+@torch.no_grad()
+def test_scales_are_those_of_their_model(checkpoint: Checkpoint, few_stories: None, tmp_path: Path) -> None:
+    key, told = model_weights(checkpoint).key, []
+    assert find_scales(tmp_path, key) is None
+    made = find_or_make_scales(checkpoint, key, tmp_path, on_fraction=told.append)
+    assert find_scales(tmp_path, key) == made and made.recipe == FP8 and made.model == key
+    assert told == sorted(told) and told[-1] == 1.0
+    find_or_make_scales(checkpoint, key, tmp_path, on_fraction=told.clear)  # nothing is drawn again
+    assert told
+    (tmp_path / f".scales-{'0' * 32}").symlink_to(tmp_path / f".scales-{key}")
+    with pytest.raises(InputError, match="are of model"):
+        find_scales(tmp_path, "0" * 32)
+
+
+def test_stories_have_64_different_prompts() -> None:
+    prompts = [prompt for story in calibration_stories() for prompt in story.prompts]
+    assert len(set(prompts)) == 64
