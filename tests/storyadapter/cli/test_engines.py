@@ -52,7 +52,7 @@ def test_a_run_goes_on_with_another_backend_and_says_so(
     assert [session["details"]["backend"] for session in record["sessions"]] == ["onnxruntime", "eager"]
     assert [session["details"]["weights_hashed"] for session in record["sessions"]][1] == "as they were loaded"
     kept = pictures(Path("out/iteration-01"))
-    assert [name for name in first if kept[name] == first[name]][:2] == ["frame-000.png", "frame-001.png"]
+    assert {"frame-000.png", "frame-001.png"} <= {name for name in first if kept[name] == first[name]}
 
 
 def test_an_engine_serves_fewer_frames_at_once(type_in: Type, engine_run: list[str]) -> None:
@@ -79,7 +79,7 @@ def test_frames_that_attend_to_none_need_no_engine_for_so_many(type_in: Type, en
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a CUDA GPU the default is another backend")
 def test_onnxruntime_is_the_default_without_a_gpu(type_in: Type, engine_run: list[str]) -> None:
-    done = type_in(*engine_run, "--backend", "auto", "--precision", "auto", "--iterations", "0")
+    done = type_in(*engine_run, "--backend", "auto", "--precision", "auto", "--iterations", "0", "--verbose")
     assert done.code == 0
     assert "  onnxruntime fp32 on cpu: " in done.err
 
