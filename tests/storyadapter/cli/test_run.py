@@ -1,5 +1,6 @@
 """What a run writes and tells."""
 
+import ast
 import json
 import re
 from itertools import pairwise
@@ -11,6 +12,7 @@ import pytest
 from jsonschema import Draft202012Validator, FormatChecker
 from PIL import Image
 
+import storyadapter.cli
 from storyadapter.__main__ import build_parser
 from storyadapter.cli.drawing import draw
 from storyadapter.cli.json_log import schema
@@ -278,6 +280,11 @@ def test_the_schema_knows_every_event() -> None:
     Draft202012Validator.check_schema(schema())
     known = schema()["properties"]["event"]["enum"]
     names = {re.sub(r"(?<!^)([A-Z])", r"_\1", kind.__name__).lower() for kind in get_args(Event)}
+    for path in Path(storyadapter.cli.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            match node:
+                case ast.Call(ast.Attribute(ast.Name("reporter"), "note" | "result"), [ast.Constant(str(kind)), *_]):
+                    names.add(kind)
     assert names <= set(known) and len(known) == len(schema()["allOf"])
 
 
