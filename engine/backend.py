@@ -6,8 +6,10 @@ Imports nothing heavy until it is asked.
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from storyadapter.engine.identity import EngineIdentity, configuration_digest, contract_digest, model_weights
@@ -144,6 +146,17 @@ class Backend(ABC):
                 f"backend {self.name} runs on {own} here; {asked} asked for", expected="no device, or backend eager"
             )
         return own
+
+    def wake(self) -> None:
+        """Where it runs on a GPU, begin to make its context, beside what else there is to do: it takes a second."""
+        import torch
+
+        def use(device: torch.device) -> None:
+            with suppress(RuntimeError, AssertionError):  # whoever uses it next is told
+                torch.empty(1, device=device)
+
+        if (device := self.device()).type == "cuda":
+            Thread(target=use, args=(device,)).start()
 
     def why_unavailable(self, *, to_build: bool = False) -> str | None:
         """Why it can't serve here, in words; None if it can. Asks for packages, not a GPU."""

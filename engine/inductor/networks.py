@@ -27,7 +27,7 @@ from storyadapter.model.networks import Networks, check_inputs, run_directly
 from storyadapter.model.numerics import Precision
 
 if TYPE_CHECKING:
-    from torch.export.pt2_archive._package import AOTICompiledModel
+    from torch._C._aoti import AOTIModelPackageLoader
 
 # Above this share of the free memory the weights leave too little for frames: all but the denoiser's stay on the host.
 _OFFLOAD_ABOVE = 0.5
@@ -97,9 +97,9 @@ class InductorNetwork:
         return {tensor.name: value for tensor, value in zip(self.spec.outputs, outputs, strict=True)}
 
     def _bind(self, weights: dict[str, Tensor]) -> None:
-        # user_managed: the package reads them where they lie instead of keeping a copy. PyTorch 2.11 to 2.13 never let
+        # user-managed: the package reads them where they lie instead of keeping a copy. PyTorch 2.11 to 2.13 never let
         # go of a tensor that was bound so (pull request 194480), so memory is given back by emptying its storage.
-        self._package.load_constants(weights, check_full_update=True, user_managed=True)
+        self._package.load_constants(weights, *(False, True, True))  # all of them, for use at once, user-managed
 
     def _run(self, tensors: list[Tensor], sizes: Mapping[str, int]) -> list[Tensor]:
         if self._compiled.get("F") == Range(1, 1) and sizes["F"] > 1:
@@ -113,18 +113,15 @@ class InductorNetwork:
 
     def _call(self, tensors: list[Tensor]) -> list[Tensor]:
         with torch.inference_mode(), as_out_of_memory(self.device):
-            outputs = self._package(*tensors)
-        return list(outputs) if isinstance(outputs, tuple | list) else [outputs]
+            return self._package.boxed_run(list(tensors))  # which empties the list
 
 
-def _open_package(path: Path, device: torch.device) -> "AOTICompiledModel":
-    # PyTorch compares this machine with that of the build. To tell which vector instructions the host has it compiles
-    # programs and starts them, some 40 s in every process (PyTorch 2.11), and a package for a GPU has none of these.
-    on_gpu = device.type == "cuda"
-    index = device.index if on_gpu and device.index is not None else -1
-    with torch._inductor.config.patch({"cpp.vec_isa_ok": False} if on_gpu else {}):
-        # run_single_threaded: the other mode keeps a pool of runners that synchronizes, which no graph can capture
-        return torch._inductor.aoti_load_package(str(path), run_single_threaded=True, device_index=index)
+def _open_package(path: Path, device: torch.device) -> "AOTIModelPackageLoader":
+    """PyTorch's reader of packages itself. What `torch._inductor.aoti_load_package` puts around it imports the whole
+    compiler, and compares this machine with that of the build by compiling programs; an engine's identity says that."""
+    index = device.index if device.type == "cuda" and device.index is not None else -1
+    # single-threaded: the other mode keeps a pool of runners that synchronizes, which no graph can capture
+    return torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, index)
 
 
 def _without_memory(value: Tensor, device: torch.device) -> Tensor:
@@ -172,6 +169,7 @@ def open_inductor(
         if examples:
             errors[name] = compare_with_eager(name, networks[name], examples, precision, tolerance(numerics, name))
         del weights, examples
+        on_stage("", "loading weights")
     if on_gpu:
         torch.cuda.empty_cache()  # what rewriting and comparing took is free for frames
     if not compared:

@@ -5,7 +5,7 @@ the header's shapes for the check and the weights for loading.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +46,8 @@ class Component:
     files: tuple[Path, ...]  # weights; a shard index may be among them
     convert: Convert  # from the tensors of the files to those of the network
     prefix: str = ""  # only tensors whose names start with it are read: a single file holds several networks
+    # the empty network that was checked, until it is loaded: to make one takes a second
+    _checked: list[Any] = field(default_factory=list, compare=False)
 
     def check(self) -> Any:
         """Compare names and shapes in the files' headers with the network, and return the empty network.
@@ -55,6 +57,7 @@ class Component:
                 missing, unexpected, of other shapes, or quantized.
         """
         network, _ = self._read(read_headers)
+        self._checked.append(network)
         return network
 
     def load(self, dtype: "torch.dtype", device: "torch.device | None" = None) -> "nn.Module":
@@ -72,7 +75,7 @@ class Component:
 
     def _read(self, read: "Callable[[Path], dict[str, Tensor]]") -> "tuple[Any, dict[str, Tensor]]":
         """The empty network, and what `read` finds in its files, by the network's names, if that fits."""
-        network = self._empty()
+        network = self._checked.pop() if self._checked else self._empty()
         found: dict[str, Tensor] = {}
         paths = [path for path in self.files if path.suffix != ".json"]
         for path in paths:
@@ -91,9 +94,10 @@ class Component:
     def _empty(self) -> Any:
         """The network with all its parameters on the meta device, in evaluation mode."""
         from accelerate import init_empty_weights
+        from transformers.initialization import no_init_weights
 
         try:
-            with init_empty_weights(include_buffers=False):
+            with init_empty_weights(include_buffers=False), no_init_weights():
                 return self.build().eval().requires_grad_(False)
         except Exception as error:  # anything a nonsensical configuration makes the constructors raise
             raise CheckpointError(f"{self.config_file} doesn't describe ", self.title, f": {said(error)}") from error

@@ -50,16 +50,28 @@ def read_tensors(
 
     Tensors that need no conversion and stay on the CPU stay mapped to the file. The others are converted and moved one
     by one, so that beside the result only pages of the file are in memory, which the system drops when it needs the
-    room.
+    room. To a GPU, the tensors of a `.safetensors` file go without a mapping.
 
     Raises:
         CheckpointError: as for `read_headers`.
     """
-    if (kind := file_kind(path)) is FileKind.SAFETENSORS:
-        pairs = _safetensors(path, lambda file, name: file.get_tensor(name), wanted)
-    else:
+    if (kind := file_kind(path)) is not FileKind.SAFETENSORS:
         pairs = ((name, t) for name, t in _flatten(path, _unpickle(path, kind, "cpu")) if wanted(name))
+    elif device is not None and device.type == "cuda":
+        pairs = _to_gpu(path, wanted, device)
+    else:
+        pairs = _safetensors(path, lambda file, name: file.get_tensor(name), wanted)
     return {name: t.to(device, dtype if t.is_floating_point() else None) for name, t in pairs}
+
+
+def _to_gpu(path: Path, wanted: Callable[[str], bool], device: "torch.device") -> "Iterator[tuple[str, Tensor]]":
+    from storyadapter.checkpoint.gpu_reading import read_to_gpu
+
+    list(_safetensors(path, lambda file, name: file.get_tensor(name), lambda name: False))  # its header is whole
+    try:
+        yield from read_to_gpu(path, wanted, device)
+    except OSError as error:
+        raise CheckpointError(can_not_be_read(path, error)) from error
 
 
 def read_metadata(path: Path) -> dict[str, str]:

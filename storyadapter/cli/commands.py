@@ -17,8 +17,10 @@ from storyadapter.cli.options import (
     shape_ranges,
 )
 from storyadapter.cli.reporting import Reporter, count, duration, reporting
+from storyadapter.cli.start_clock import StartClock
 from storyadapter.demo.shipped import STORY
 from storyadapter.demo.vocabulary import KINDS, examples, unknown_words
+from storyadapter.engine.backends import find_backend
 from storyadapter.method import constants
 from storyadapter.method.errors import InputError, Text, spelled
 from storyadapter.method.presets import check_preset
@@ -115,6 +117,7 @@ def run(args: argparse.Namespace) -> int:
         InputError: it can't be drawn as typed; nothing was written.
         RunError: it had to stop; finished iterations are kept.
     """
+    clock = StartClock()
     with reporting(args) as reporter, only_device(args.device):
         from storyadapter.method.story import check_style  # a third of a second, while the status is told
         from storyadapter.method.story_notices import story_notices
@@ -124,18 +127,23 @@ def run(args: argparse.Namespace) -> int:
         style = check_style(args.style or story.style or DEFAULT_STYLE)
         seed = _seed(args, stored_identity(args.out))
         run_plan(args, _ANY_SIZE, seed)
+        model = model_choice(args)
         reporter.stage("", OPENING)
-        session = open_session(args, model_choice(args))
-        check_preset(args.preset, session.checkpoint.sampling.embeds_guidance)
-        plan = run_plan(args, session.checkpoint.geometry.default_pixels, seed)
+        if not (args.workers or args.ray):
+            find_backend(args.backend).wake()
         from storyadapter.cli.drawing import draw
 
+        clock.mark("imports")
+        session = open_session(args, model)
+        check_preset(args.preset, session.checkpoint.sampling.embeds_guidance)
+        plan = run_plan(args, session.checkpoint.geometry.default_pixels, seed)
+        clock.mark("model files")
         for notice in (*notices, *story_notices(story)):
             reporter.note("warning", spelled(notice, option))
         if session.model.paths.is_demo:
             for text in _words_it_does_not_know(story):
                 reporter.note("warning", text)
-        draw(args, story, style, plan, session, reporter)
+        draw(args, story, style, plan, session, reporter, clock)
     return 0
 
 

@@ -14,10 +14,12 @@ from storyadapter import api
 from storyadapter.cli.machine import versions
 from storyadapter.cli.options import Session, build_command, option
 from storyadapter.cli.reporting import Reporter, count, duration
+from storyadapter.cli.start_clock import StartClock
+from storyadapter.engine.backend import ReportStage
 from storyadapter.engine.calibration import find_scales
 from storyadapter.engine.identity import ModelWeights, model_weights
 from storyadapter.method.errors import EngineMismatchError, RunError, spelled
-from storyadapter.method.events import FrameFinished, RunFinished, RunStarted
+from storyadapter.method.events import FrameFinished, RunFinished, RunStarted, StepFinished
 from storyadapter.method.memory_errors import is_out_of_memory
 from storyadapter.method.plan import FRAMES_UNMEASURED, RunPlan, split_evenly
 from storyadapter.method.sampler import sampler_of
@@ -34,9 +36,15 @@ _EMBEDDED: Final = 4_000  # letters of a text in a frame's file
 
 
 def draw(
-    args: argparse.Namespace, story: Story, style: str, plan: RunPlan, session: Session, reporter: Reporter
+    args: argparse.Namespace,
+    story: Story,
+    style: str,
+    plan: RunPlan,
+    session: Session,
+    reporter: Reporter,
+    clock: StartClock,
 ) -> None:
-    """Draw a story whose settings are checked.
+    """Draw a story whose settings are checked; `clock` runs until the first step.
 
     Raises:
         InputError: the sampler, the engine store or the output folder refuses; nothing was written.
@@ -57,12 +65,14 @@ def draw(
     if session.numerics.quantization:
         session = _with_scales(args, plan, frames, session, weights.key)
     identity = _identity(story, style, plan, session, weights)
+    clock.mark("weights' hashes")
     RunFolder.check(args.out, identity, frames=frames, scales=scales, resume=args.resume)
     with (
         _told_when_out_of_memory(plan),
-        closing(_open_pipeline(args, plan, frames, session, reporter)) as pipeline,
+        closing(_open_pipeline(args, plan, frames, session, reporter, clock)) as pipeline,
     ):
         batching = pipeline.batching(plan, frames, len(story.negative_prompts(plan)))
+        clock.mark("measuring memory")
         loading = time.perf_counter() - started
         details = {
             "model": session.model.label,
@@ -87,6 +97,7 @@ def draw(
             details=details,
             text=_frame_text(final),
         ) as folder:
+            start: Mapping[str, float] = {}
             try:
                 for notice in folder.notices:
                     reporter.note("warning", spelled(notice, option))
@@ -100,7 +111,12 @@ def draw(
                         if isinstance(event, RunFinished):
                             seconds = {"load": loading, **event.seconds, "save": folder.seconds}
                             told = folder.finish(
-                                seconds, story.prompts, story.title, form=args.animation, lettering=lettering
+                                seconds,
+                                story.prompts,
+                                story.title,
+                                form=args.animation,
+                                lettering=lettering,
+                                start=start,
                             )
                             for notice in told:
                                 reporter.note("warning", spelled(notice, option))
@@ -111,6 +127,10 @@ def draw(
                         if isinstance(event, RunStarted):
                             rows = _rows(plan, event)
                             _tell_plan(plan, session, pipeline, event, batching.needs, reporter)
+                            clock.mark("first batch")
+                        elif isinstance(event, StepFinished) and not start:
+                            clock.mark("first step")
+                            start = clock.seconds
             except KeyboardInterrupt as stop:
                 done = folder.finished_iterations()
                 stop.add_note(
@@ -172,23 +192,39 @@ def _with_scales(args: argparse.Namespace, plan: RunPlan, frames: int, session: 
 
 
 def _open_pipeline(
-    args: argparse.Namespace, plan: RunPlan, frames: int, session: Session, reporter: Reporter
+    args: argparse.Namespace, plan: RunPlan, frames: int, session: Session, reporter: Reporter, clock: StartClock
 ) -> Pipeline:
     """The networks for the plan's batches; the build command that is told asks for `--max-frames`."""
     height, width = (Range(pixels, pixels) for pixels in plan.size)
     asked = FRAMES_UNMEASURED if plan.max_frames is None else plan.max_frames
     ranges = ShapeRanges(asked, plan.references(frames), height, width)
-    return open_pipeline(args, session, ranges, len(split_evenly(frames, asked)[0]), reporter)
+    stage = "opening"
+
+    def on_stage(network: str, what: str) -> None:
+        nonlocal stage
+        clock.mark(stage)
+        stage = what
+        reporter.stage(network, what)
+
+    pipeline = open_pipeline(args, session, ranges, len(split_evenly(frames, asked)[0]), reporter, on_stage)
+    clock.mark(stage)
+    return pipeline
 
 
 def open_pipeline(
-    args: argparse.Namespace, session: Session, ranges: ShapeRanges, together: int, reporter: Reporter
+    args: argparse.Namespace,
+    session: Session,
+    ranges: ShapeRanges,
+    together: int,
+    reporter: Reporter,
+    on_stage: ReportStage | None = None,
 ) -> Pipeline:
     """The networks, on this device or on workers.
 
     Args:
         ranges: of the engine whose build command is told where there is none.
         together: frames that are to be drawn at once; fewer where the engine takes fewer and nobody asked for as many.
+        on_stage: told of the networks that are opened on this device, instead of the reporter.
     """
 
     def opened(together: int) -> Pipeline:
@@ -202,7 +238,7 @@ def open_pipeline(
         if args.workers or args.ray:
             reporter.note("workers", "starting workers")
             return api.open_workers(session.checkpoint, workers=args.workers, address=args.ray, **how)
-        return api.open_checkpoint(session.checkpoint, on_stage=reporter.stage, **how)
+        return api.open_checkpoint(session.checkpoint, on_stage=on_stage or reporter.stage, **how)
 
     try:
         return opened(together)
@@ -242,9 +278,12 @@ def _tell_plan(
 ) -> None:
     """The line before slow work; the time is that of the rows that are left, from one timed UNet call."""
     frames, first, left = started.frames, started.first_iteration, _rows(plan, started)
-    reporter.stage("", "timing one step")
-    together = len(started.batches[0])
-    seconds = pipeline.seconds_per_row(plan, together, plan.references(frames)) * left if left else 0.0
+    seconds = 0.0
+    if left and needs is not None:  # a GPU's memory was measured by calls, and one of them was timed
+        seconds = needs.seconds_per_row * left
+    elif left:
+        reporter.stage("", "timing one step")
+        seconds = pipeline.seconds_per_row(plan, len(started.batches[0]), plan.references(frames)) * left
     memory = pipeline.memory_in_use()
     split = " + ".join(str(len(batch)) for batch in started.batches)
     text = "once" if started.text_kept else "again for each of them, to save memory"

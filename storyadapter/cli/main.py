@@ -89,7 +89,7 @@ A .csv or .tsv has a frame per row, under a header: prompt, or character, intera
 A .txt or .md has a prompt per line, or is a numbered or bulleted list. --story - reads standard input.
 
 DIR/ then holds iteration-00/frame-000.png …, frames/000.png … (the last iteration), contact-sheet.png (a row per
-iteration), story.gif and story.json (every setting, the seed, versions, seconds per stage).
+iteration), story.gif and story.json (every setting, the seed, versions, seconds per stage and before the first step).
 """
 
 _SERVE_EPILOG = """\

@@ -255,12 +255,13 @@ class RunFolder:
         *,
         form: Form = "gif",
         lettering: Lettering | None = None,
+        start: Mapping[str, float] | None = None,
     ) -> tuple[Text, ...]:
         """Write `frames/`, the contact sheet, the animation, and the end of `story.json`, once all iterations are
         finished.
 
         Args:
-            seconds: of each stage of this process's part of the run, by name.
+            seconds, start: of this process's part of the run, see `run_record.Session`.
             captions: one per frame, shown on the contact sheet, with the title, where there is room.
             form: of the animation.
             lettering: what text is drawn with.
@@ -288,7 +289,7 @@ class RunFolder:
         sheet = self._strips.sheet(self._record.scales, captions, title, lettering)
         write_atomically(self.path / "contact-sheet.png", encode_png(sheet, {}))
         *earlier, session = self._record.sessions
-        sessions = (*earlier, replace(session, seconds=dict(seconds)))
+        sessions = (*earlier, replace(session, seconds=dict(seconds), start=dict(start or {})))
         self._write_record(replace(self._record, sessions=sessions, finished=True))
         notices = (shown.notice, lettering.notice((*captions, title or "")))
         return tuple(notice for notice in notices if notice)

@@ -53,6 +53,8 @@ class Session:
     details: Mapping[str, Any]  # what doesn't decide the pictures: versions, device, split into micro-batches, …
     # of each stage in this process, by name; written when the run is finished
     seconds: Mapping[str, float] = field(default_factory=dict)
+    # those before the first step, from when the process began, by what was done in them, in order; written likewise
+    start: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

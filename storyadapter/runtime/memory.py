@@ -19,6 +19,7 @@ few thousandths of the time; and two frames are decoded at once if there is stil
 """
 
 import gc
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -42,12 +43,13 @@ KNOWN_AT_MOST: Final = 64
 
 @dataclass(frozen=True)
 class MemoryNeeds:
-    """Bytes on the device; see this module's text."""
+    """Bytes on the device, and the time that was seen beside; see this module's text."""
 
     free: int
     fixed: int
     per_frame: int
     decode: int
+    seconds_per_row: float = 0.0  # of a UNet call with a few frames
 
 
 @dataclass(frozen=True)
@@ -120,11 +122,16 @@ def measure_needs(networks: Networks, plan: RunPlan, references: int, allowed: R
         decode, encode = peak("vae_decoder"), peak("image_encoder")
         text = ("text_encoder", "text_encoder_2", "text_projection")
         between = max(map(peak, (*text, "reference_projection")))
+        probed = 1
         if allowed.maximum >= _PROBED_FRAMES:
             try:
                 per_frame = (peak("denoiser", _PROBED_FRAMES) - one) // (_PROBED_FRAMES - 1)
+                probed = _PROBED_FRAMES
             except torch.OutOfMemoryError:
                 per_frame = one
+        started = time.perf_counter()
+        peak("denoiser", probed)
+        seconds = time.perf_counter() - started
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
     return MemoryNeeds(
@@ -132,6 +139,7 @@ def measure_needs(networks: Networks, plan: RunPlan, references: int, allowed: R
         fixed=max(0, one - per_frame) + max(0, encode - decode) + between,
         per_frame=per_frame + 2 * text_bytes(networks.geometry, networks.dtype("denoiser"), 1),
         decode=decode,
+        seconds_per_row=seconds / unet_letters(networks, plan, probed, references)["B"],
     )
 
 

@@ -2,14 +2,17 @@
 
 from collections.abc import Sequence
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from storyadapter.method import constants
 from storyadapter.model.networks import Networks
+
+if TYPE_CHECKING:
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 
 def decode_latents(networks: Networks, latents: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,5 +68,8 @@ def embed_pictures(
 
 
 @cache
-def _processor() -> CLIPImageProcessorPil:
+def _processor() -> "CLIPImageProcessorPil":
+    # imported beside the UNet's work on the first frames, a second later than everything else
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
     return CLIPImageProcessorPil()

@@ -18,6 +18,7 @@ from storyadapter.cli.drawing import draw
 from storyadapter.cli.json_log import schema
 from storyadapter.cli.options import model_choice, open_session, run_plan
 from storyadapter.cli.reporting import Reporter
+from storyadapter.cli.start_clock import StartClock
 from storyadapter.method.events import Event, FrameFinished
 from storyadapter.method.story import Story
 from tests.storyadapter.cli.running import Type, files, pictures
@@ -102,6 +103,9 @@ def test_everything_is_written(type_in: Type, quick_run: list[str]) -> None:
     assert {"torch", "python", "storyadapter-trt"} <= set(session["details"]["versions"])
     assert {"load", "text", "references", "denoise", "decode", "save"} == set(session["seconds"])
     assert session["seconds"]["denoise"] > 0
+    start = session["start"]
+    assert {"python", "imports", "model files", "opening", "measuring memory", "first step"} <= set(start)
+    assert all(seconds >= 0 for seconds in start.values()) and start["python"] > 0 and start["first step"] > 0
 
     for iteration, scale in enumerate(("none", "0.3", "0.5")):
         with Image.open(f"out/iteration-{iteration:02d}/frame-001.png") as image:
@@ -182,7 +186,7 @@ def test_a_frame_that_is_told_is_on_the_disk(quick_run: list[str], capfd: pytest
 
     args = build_parser().parse_args(quick_run)
     story, session = Story.from_prompts(args.prompt), open_session(args, model_choice(args))
-    draw(args, story, "none", run_plan(args, 64, 7), session, Looking())
+    draw(args, story, "none", run_plan(args, 64, 7), session, Looking(), StartClock())
     assert told == [True] * 9
 
 

@@ -111,6 +111,7 @@ def test_layout(tmp_path: Path) -> None:
             "first_iteration": 0,
             "details": {"versions": {"torch": "2.13"}, "batches": [2, 1]},
             "seconds": {"load": 0.5},
+            "start": {},
         }
     ]
 

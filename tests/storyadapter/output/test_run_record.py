@@ -46,7 +46,12 @@ def test_layout() -> None:
             "under_way": {"iteration": 1, "split": [2]},
         },
         "sessions": [
-            {"first_iteration": 0, "details": {"versions": {"torch": "2.13"}}, "seconds": {"load": 0.5}},
+            {
+                "first_iteration": 0,
+                "details": {"versions": {"torch": "2.13"}},
+                "seconds": {"load": 0.5},
+                "start": {},
+            },
         ],
     }
     assert '\n  "identity": {\n    "seed": 7,\n    "story": {\n      "title": "Größe"\n' in text
