@@ -121,8 +121,8 @@ _PRODUCTS: Final = (
     (256, 128, 128, 8, 8, 3),
 )
 _CONVOLUTION_TILES: Final = tuple(
-    ProductTiles(8, pixels // 8, *others, persistent=True, descriptors=descriptors)
-    for pixels, *others in _PRODUCTS
+    ProductTiles(8, pixels // 8, block_n, block_k, group_m, warps, stages, persistent=True, descriptors=descriptors)
+    for pixels, block_n, block_k, group_m, warps, stages in _PRODUCTS
     for descriptors in (True, False)
 )
 _MATRIX_TILES: Final = tuple(replace(tiles, block_h=1, block_w=8 * tiles.block_w) for tiles in _CONVOLUTION_TILES)

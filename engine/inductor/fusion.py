@@ -143,6 +143,7 @@ def _fused(name: str, part: nn.Module, operators: Operators) -> nn.Module | None
         return ResnetBlock(part, operators) if quantized else None
     if isinstance(part, Sampler):
         return Fp8Sampler(part, operators) if quantized else None
+    assert isinstance(part, Transformer2DModel)
     blocks = part.transformer_blocks
     if not part.use_linear_projection or any(block.norm_type != "layer_norm" for block in blocks):
         raise ValueError(f"{name} isn't a transformer of SDXL's kind; expected linear projections and layer norms")

@@ -185,7 +185,7 @@ def _with_scales(args: argparse.Namespace, plan: RunPlan, frames: int, session: 
     scales = find_scales(args.engine_dir, model)
     if scales is not None:
         return session.quantized(scales)
-    height, width = Range(plan.height, plan.height), Range(plan.width, plan.width)
+    height, width = (Range(pixels, pixels) for pixels in plan.size)
     ranges = ShapeRanges(plan.max_frames or FRAMES_UNMEASURED, plan.references(frames), height, width)
     command = build_command(args, session.backend.name, session.numerics, ranges)
     raise EngineMismatchError(f"no scales of {session.model.label} in the engine store; build it: {command}")
