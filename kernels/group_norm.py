@@ -146,8 +146,8 @@ def launch_group_norm(
     launch(group_norm_moments_kernel, grid, arguments, {**constants, **block, "STEPS": tiles.steps}, options, {})
     group = channels // groups
     own = {"EPS": eps, "GROUP": group, "BLOCK_G": triton.next_power_of_2(group), "CHUNK": chunk, "ROWS": _FINISH_ROWS}
-    inputs = {"factors": factors, "moments": moments, "weight": weight, "bias": bias}
-    inputs |= {"pixels": pixels, "chunks": chunks}
+    given = {"factors": factors, "moments": moments, "weight": weight, "bias": bias}
+    inputs = {**given, "pixels": pixels, "chunks": chunks}
     launch(group_norm_factors_kernel, (groups, images, 1), inputs, {**constants, **own}, {"num_warps": 4}, {})
     arguments = {"out": out, "x": x, "factors": factors, "scale": factors if factor is None else factor}
     grid = ((pixels + tiles.rows - 1) // tiles.rows, images, across)
