@@ -23,10 +23,9 @@ from storyadapter.bench.report import opening, table
 from storyadapter.bench.synthetic import SDXL, SyntheticCheckpoint
 from storyadapter.engine.backend import installed_version
 from storyadapter.engine.tensorrt.builder import build_request, run_worker
-from storyadapter.engine.tensorrt.layers import Layer, parse_layers
 from storyadapter.engine.tensorrt.library import AUTO, Library, choose_library, gpu_target, parse_targets
 from storyadapter.engine.tensorrt.options import BuildOptions
-from storyadapter.engine.tensorrt.worker import BuildReport, peak_memory
+from storyadapter.engine.tensorrt.worker import BuildReport, Layer, parse_layers, peak_memory
 from storyadapter.export.onnx_export import export_compared
 from storyadapter.model.contract import Range, ShapeRanges, network_specs
 from storyadapter.model.grca import grca
@@ -84,7 +83,7 @@ def measure(args: argparse.Namespace) -> Measured:
     tell("building")
     request = build_request(spec, path, args.folder, letters, args.precision, library, targets, BuildOptions())
     report = run_worker(spec.name, request, lambda fraction: None)
-    layers = parse_layers(Path(request.layers).read_text(encoding="utf-8")).layers
+    layers = parse_layers(Path(request.layers).read_text(encoding="utf-8"))
     return Measured(library, targets, args.precision, ranges, export_seconds, export_peak, error, report, layers)
 
 

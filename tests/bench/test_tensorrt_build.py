@@ -1,9 +1,8 @@
 """The full-size build's report, without the build."""
 
 from storyadapter.bench.tensorrt_build import REFERENCES, SELF, TEXT, Measured, fused_by_kind, write_report
-from storyadapter.engine.tensorrt.layers import Layer
 from storyadapter.engine.tensorrt.library import Library
-from storyadapter.engine.tensorrt.worker import BuildReport
+from storyadapter.engine.tensorrt.worker import BuildReport, Layer
 from storyadapter.model.contract import Range, ShapeRanges
 
 GRCA = "GlobalReferenceCrossAttention"
