@@ -26,13 +26,14 @@ def full_size_networks() -> dict[str, nn.Module]:
         CLIPVisionModelWithProjection,
     )
 
+    end = {"eos_token_id": 2}  # as SDXL's own files say
     with torch.device("meta"):
         unet = UNet2DConditionModel(**SDXL.unet)
         return {
             "unet": unet,
             "vae": AutoencoderKL(**SDXL.vae),
-            "text_encoder": CLIPTextModel(CLIPTextConfig(**SDXL.text_encoder)),
-            "text_encoder_2": CLIPTextModelWithProjection(CLIPTextConfig(**SDXL.text_encoder_2)),
+            "text_encoder": CLIPTextModel(CLIPTextConfig(**SDXL.text_encoder, **end)),
+            "text_encoder_2": CLIPTextModelWithProjection(CLIPTextConfig(**SDXL.text_encoder_2, **end)),
             "image_encoder": CLIPVisionModelWithProjection(CLIPVisionConfig(**SDXL.image_encoder)),
             "ip-adapter": Adapter(unet, SDXL.geometry.image_embedding_width),
         }
