@@ -117,36 +117,6 @@ def test_a_worker_with_another_model_is_refused(workers: Pipeline) -> None:
         workers._accept(workers.networks, "other", workers.sampling)
 
 
-def test_a_machine_that_joins_draws_and_one_that_goes_away_loses_nothing(checkpoint: Checkpoint) -> None:
-    import ray
-    from ray.cluster_utils import Cluster
-
-    ray.shutdown()
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    plan = replace(PLAN, steps=20)
-    expected = run(api.open_checkpoint(checkpoint, backend="eager"), plan)
-    pipeline = api.open_workers(checkpoint, workers=2, backend="eager", address=cluster.address)
-    try:
-        assert len(pipeline.processes) == 1
-        second = cluster.add_node(num_cpus=1)
-        while len(pipeline.processes) == 1:
-            run(pipeline, PLAN)
-        removed = 0
-
-        def remove(event: Event) -> None:
-            nonlocal removed
-            if isinstance(event, StepFinished) and event.step == 5 and not removed:
-                removed += 1
-                cluster.remove_node(second, allow_graceful=False)
-
-        assert same_bytes(run(pipeline, plan, remove), expected)
-        assert pipeline.restarts == 1
-    finally:
-        pipeline.close()
-        ray.shutdown()
-        cluster.shutdown()
-
-
 def test_a_driver_is_killed_and_resumed(tiny_model_dir: Path, tmp_path: Path) -> None:
     words = [
         *("run", "--base-model", str(tiny_model_dir), "--image-encoder", str(tiny_model_dir / "image_encoder")),
