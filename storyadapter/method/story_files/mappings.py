@@ -108,8 +108,9 @@ def _try_scalar(loader: _Loader, node: yaml.ScalarNode) -> None:
         loader.construct_object(node)
     except yaml.MarkedYAMLError:
         raise
-    except _UNMADE as error:
-        raise InputError(f"{where}not a story: {_first_line(error)}", advice=advice) from None
+    except _UNMADE:
+        kind = node.tag.rpartition(":")[2]
+        raise InputError(f"{where}{node.value!r} can't be read as {kind}", advice=advice) from None
 
 
 def _yaml_lines(loader: _Loader, node: yaml.Node, place: Place) -> dict[Place, int]:

@@ -246,7 +246,7 @@ BAD_FILES = [
         "prompts: !!python/name:os.system [a]",
         "a.yaml, line 1, column 10: not valid YAML: could not determine",
     ),
-    ("a.yaml", "prompts: [2024-99-99]", "a.yaml, line 1: not a story: month must be in 1..12"),
+    ("a.yaml", "prompts: [2024-99-99]", "a.yaml, line 1: '2024-99-99' can't be read as timestamp"),
     ("a.yaml", "? {a: b}\n: c", "a.yaml, line 1, column 3: not valid YAML: found unhashable key"),
     ("a.yaml", "prompts: &a [*a]", "a.yaml, line 1: prompt 1 is a list, expected text"),
     ("a.yaml", "- a\n- b", "a.yaml: found a list, expected a mapping with 'prompts:'"),

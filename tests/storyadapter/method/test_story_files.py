@@ -40,8 +40,8 @@ HOSTILE = {
         f"prompts:\n- {'1:' * 500}1",
         "line 2: 1,001 letters that read as int, expected 40 or fewer; put te",
     ),
-    "empty.yaml": ('prompts:\n- !!int ""', "line 2: not a story: string index out of range; put text in quotes"),
-    "truth.yaml": ("prompts: [!!bool maybe]", "line 1: not a story: 'maybe'; put text in quotes"),
+    "empty.yaml": ('prompts:\n- !!int ""', "line 2: '' can't be read as int; put text in quotes"),
+    "truth.yaml": ("prompts: [!!bool maybe]", "line 1: 'maybe' can't be read as bool; put text in quotes"),
     "set.yaml": ("prompts: !!set {a}", "line 1: 'prompts' is a set, expected a list with one text per frame"),
     "pairs.yaml": (
         "prompts: !!pairs [a]",
