@@ -2,11 +2,11 @@
 
 import argparse
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 
@@ -24,15 +24,14 @@ from storyadapter.method.memory_errors import is_out_of_memory
 from storyadapter.method.plan import FRAMES_UNMEASURED, RunPlan, split_evenly
 from storyadapter.method.sampler import sampler_of
 from storyadapter.method.sampling_notices import sampling_notices
-from storyadapter.method.story import FinalFrame, Story
+from storyadapter.method.story import Story
 from storyadapter.model.contract import Range, ShapeRanges
 from storyadapter.output.animation import check_form
+from storyadapter.output.frame_files import frame_text
 from storyadapter.output.lettering import Lettering
 from storyadapter.output.run_folder import RunFolder
 from storyadapter.runtime.memory import MemoryNeeds
 from storyadapter.runtime.pipeline import Pipeline
-
-_EMBEDDED: Final = 4_000  # letters of a text in a frame's file
 
 
 def draw(
@@ -95,7 +94,7 @@ def draw(
             resume=args.resume,
             keep=args.keep,
             details=details,
-            text=_frame_text(final),
+            text=frame_text(final),
         ) as folder:
             start: Mapping[str, float] = {}
             try:
@@ -125,7 +124,7 @@ def draw(
                         else:
                             reporter.event(event)
                         if isinstance(event, RunStarted):
-                            rows = _rows(plan, event)
+                            rows = plan.rows_left(event.first_iteration, event.frames, event.left)
                             _tell_plan(plan, session, pipeline, event, batching.needs, reporter)
                             clock.mark("first batch")
                         elif isinstance(event, StepFinished) and not start:
@@ -277,7 +276,8 @@ def _tell_plan(
     reporter: Reporter,
 ) -> None:
     """The line before slow work; the time is that of the rows that are left, from one timed UNet call."""
-    frames, first, left = started.frames, started.first_iteration, _rows(plan, started)
+    frames, first = started.frames, started.first_iteration
+    left = plan.rows_left(first, frames, started.left)
     seconds = 0.0
     if left and needs is not None:  # a GPU's memory was measured by calls, and one of them was timed
         seconds = needs.seconds_per_row * left
@@ -307,24 +307,3 @@ def _tell_plan(
         seconds=round(seconds, 1),
         seed=plan.seed,
     )
-
-
-def _rows(plan: RunPlan, started: RunStarted) -> int:
-    """UNet rows of the frames that are to be drawn."""
-    first, frames = started.first_iteration, started.frames
-    whole = [plan.rows_in(iteration) * frames for iteration in range(first + 1, plan.iterations)]
-    begun = started.left - len(whole) * frames
-    return sum(whole) + (plan.rows_in(first) * begun if begun else 0)
-
-
-def _frame_text(frames: Sequence[FinalFrame]) -> Callable[[FrameFinished], Mapping[str, str]]:
-    """What is written into a frame's file for people; texts that are no more than long stand in `story.json`."""
-
-    def text(drawn: FrameFinished) -> Mapping[str, str]:
-        frame = frames[drawn.frame]
-        words = {"prompt": frame.prompt, "negative_prompt": frame.negative_prompt or ""}
-        cut = {name: text if len(text) <= _EMBEDDED else f"{text[:_EMBEDDED]}…" for name, text in words.items() if text}
-        scale = "none" if drawn.scale is None else f"{drawn.scale:g}"
-        return {**cut, "seed": str(frame.seed), "scale": scale}
-
-    return text

@@ -171,13 +171,6 @@ def _add_build(commands: Commands) -> None:
     options.add_model_options(parser)
     options.add_size_options(parser, as_range=True)
     options.add_backend_options(parser)
-    parser.add_argument(
-        "--max-references",
-        type=int,
-        default=options.MAX_REFERENCES,
-        metavar="N",
-        help="frames of the longest story (default: %(default)s)",
-    )
     options.add_output_options(parser)
     parser.set_defaults(run=_later("commands", "build"))
 
@@ -290,13 +283,6 @@ def _add_serve(commands: Commands) -> None:
         text = f"{setting.metadata['help']} (default: %(default)s)"
         limits.add_argument(options.option(setting.name), type=int, default=setting.default, metavar="N", help=text)
     options.add_size_options(parser, as_range=True)
-    parser.add_argument(
-        "--max-references",
-        type=int,
-        default=options.MAX_REFERENCES,
-        metavar="N",
-        help="frames of the longest story that the engine takes (default: %(default)s)",
-    )
     options.add_model_options(parser)
     options.add_worker_options(parser)
     options.add_output_options(parser)

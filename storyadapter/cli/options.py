@@ -224,7 +224,7 @@ def backend_options(args: argparse.Namespace, backend: Backend) -> Any:
 
 
 def add_size_options(parser: argparse.ArgumentParser, *, as_range: bool) -> None:
-    """--height and --width: one number, or for `build` also a range."""
+    """--height and --width: one number, or what an engine is to serve: also ranges, and the length of stories."""
     group = parser.add_argument_group("picture size")
     for name in ("height", "width"):
         extra = "; MIN:MAX builds for a range" if as_range else ""
@@ -233,6 +233,14 @@ def add_size_options(parser: argparse.ArgumentParser, *, as_range: bool) -> None
             type=pixel_range if as_range else int,
             metavar=name[0].upper(),
             help=f"{PLAN_HELP[name]} (default: the model's own, 1024 for SDXL){extra}",
+        )
+    if as_range:
+        parser.add_argument(
+            "--max-references",
+            type=int,
+            default=MAX_REFERENCES,
+            metavar="N",
+            help="frames of the longest story (default: %(default)s)",
         )
 
 

@@ -265,6 +265,20 @@ class RunPlan:
         """Rows of all UNet calls of a story of so many frames."""
         return frames * sum(map(self.rows_in, range(self.iterations)))
 
+    def rows_left(self, first_iteration: int, frames: int, left: int) -> int:
+        """Rows for `left` frames of a story of so many: those of the iterations after the first, and the rest of it."""
+        later = range(first_iteration + 1, self.iterations)
+        begun = left - len(later) * frames
+        rows = frames * sum(map(self.rows_in, later))
+        return rows + (begun * self.rows_in(first_iteration) if begun else 0)
+
+    def rows_at(self, iteration: int, step: int) -> int:
+        """Rows of one frame in one of its UNet calls, which are counted from 1."""
+        steps = self.steps_in(iteration)
+        skipped = steps - last_calls(steps, self.strength if iteration else 1.0)
+        guided = self.is_guided_in(iteration) and step - 1 in guided_calls(self.guidance_interval, steps, skipped)
+        return 2 if guided else 1
+
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "scales": list(self.scales)}
 

@@ -3,7 +3,7 @@
 import base64
 import binascii
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from math import prod
 from pathlib import Path
@@ -14,11 +14,13 @@ from PIL.PngImagePlugin import PngInfo
 
 from storyadapter.method.errors import Field, RunError
 from storyadapter.method.events import FrameFinished
+from storyadapter.method.story import FinalFrame
 
 JOB_TEXT: Final = "job"  # keywords of PNG text chunks
 EMBEDDING_TEXT: Final = "embedding"
 PIXELS_TEXT: Final = "pixels"
 LATENTS_TEXT: Final = "latents"
+_EMBEDDED: Final = 4_000  # letters of a text in a frame's file
 
 
 def encode_png(image: Image.Image, text: Mapping[str, str]) -> bytes:
@@ -30,6 +32,19 @@ def encode_png(image: Image.Image, text: Mapping[str, str]) -> bytes:
     # Level 1: the levels above take longer and save little on photographs.
     image.save(file, "PNG", compress_level=1, pnginfo=info)
     return file.getvalue()
+
+
+def frame_text(frames: Sequence[FinalFrame]) -> Callable[[FrameFinished], Mapping[str, str]]:
+    """What is written into a frame's file for people; texts that are no more than long stand in `story.json`."""
+
+    def text(drawn: FrameFinished) -> Mapping[str, str]:
+        frame = frames[drawn.frame]
+        words = {"prompt": frame.prompt, "negative_prompt": frame.negative_prompt or ""}
+        cut = {name: text if len(text) <= _EMBEDDED else f"{text[:_EMBEDDED]}…" for name, text in words.items() if text}
+        scale = "none" if drawn.scale is None else f"{drawn.scale:g}"
+        return {**cut, "seed": str(frame.seed), "scale": scale}
+
+    return text
 
 
 def job_text(frame: FrameFinished) -> dict[str, str]:

@@ -27,6 +27,7 @@ from storyadapter.method.events import (
 from storyadapter.method.plan import RunPlan
 from storyadapter.method.story import Story
 from storyadapter.output.files import is_full
+from storyadapter.output.frame_files import frame_text
 from storyadapter.output.run_folder import RunFolder
 from storyadapter.runtime.executor import LocalExecutor, SubmittedStory
 from storyadapter.runtime.pipeline import Pipeline
@@ -266,7 +267,7 @@ class Stories:
             scales=[plan.scale_of(iteration) for iteration in range(plan.iterations)],
             resume=True,
             details={"final_prompts": [frame.prompt for frame in final]},
-            text=lambda frame: {"prompt": final[frame.frame].prompt, "seed": str(final[frame.frame].seed)},
+            text=frame_text(final),
         )
 
     def _note(self, name: str, plan: RunPlan, progress: Progress, event: Event) -> None:
@@ -274,11 +275,11 @@ class Stories:
         metrics = self.metrics
         match event:
             case StepFinished():
-                rows = len(event.frames) * (2 if plan.is_guided_in(event.iteration) else 1)
+                rows = len(event.frames) * plan.rows_at(event.iteration, event.step)
                 progress.rows += rows
                 metrics.drew_rows(rows)
             case RunStarted():
-                progress.of_rows = plan.unet_rows(event.left) // plan.iterations
+                progress.of_rows = plan.rows_left(event.first_iteration, event.frames, event.left)
                 self._tell(name, "started", {"frames": event.frames, "iterations": event.iterations})
             case FrameFinished():
                 progress.frames += 1
