@@ -1,8 +1,7 @@
 """Which frames of which stories are drawn together, and what becomes of them."""
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import replace
-from itertools import groupby
 from typing import Final
 
 from storyadapter.method.errors import RunError
@@ -18,7 +17,8 @@ class Scheduler:
 
     The story for which the least was drawn so far comes first, its next task decides the batch key, and the batch is
     filled with tasks of that key, each time from the story for which the least was drawn: so no story waits for ever. A
-    story that has the device for itself is split evenly instead, in the same way whenever it is drawn.
+    story that has the device for itself is split evenly instead, in the same way whenever it is drawn. Of equal jobs of
+    two stories one is drawn: the other's task waits for its frame.
 
     Attributes:
         sources: the stories that aren't finished, in the order in which they came.
@@ -28,6 +28,8 @@ class Scheduler:
         self.sources: list[StorySource] = []
         self._shared = False  # whether there was more than one story since there was none
         self._halved: dict[tuple[Hashable, BatchKey], int] = {}
+        # by the job's key: the task that a worker has, and those of other stories that wait for its frame
+        self._drawing: dict[str, tuple[Task, list[Task]]] = {}
 
     def add(self, source: StorySource) -> None:
         """A story joins; it has no claim on what was drawn for others before."""
@@ -38,12 +40,15 @@ class Scheduler:
     def remove(self, source: StorySource) -> None:
         """A story is finished, failed or cancelled: nothing more of it is drawn."""
         self.sources.remove(source)
+        self._release([task for task, _ in self._drawing.values() if task.owner is source])
         if not self.sources:
             self._shared = False
             self._halved.clear()
 
     def next_batch(self, worker: Hashable = None) -> Batch | None:
         """The batch that a worker draws next; None while no task is ready."""
+        for drawing in self._drawing:
+            self._join(drawing)
         waiting = [source for source in self.sources if source.ready and not source.is_saving]
         if not waiting:
             return None
@@ -64,8 +69,11 @@ class Scheduler:
                 if len(tasks) >= capacity:
                     break
                 members.append(source)
-            tasks.append(source.take())
-            source.served += tasks[-1].job.cost / source.share
+            task = source.take()
+            tasks.append(task)
+            source.served += task.job.cost / source.share
+            if self._drawing.setdefault(task.job.key, (task, []))[0] is task:
+                self._join(task.job.key)
         # frames of one story lie side by side
         tasks.sort(key=lambda task: members.index(task.owner))
         decode = [source.batching.decode_frames for source in members]
@@ -79,19 +87,48 @@ class Scheduler:
                 for source, tasks in self._owners(report.batch.tasks):
                     source.step_done(tasks, report)
             case FrameDone():
-                for source, _ in self._owners((report.decoded.task,)):
-                    source.frame_done(report.decoded)
+                for source, tasks in self._owners((report.decoded.task, *self._waiting((report.decoded.task,)))):
+                    for task in tasks:
+                        source.frame_done(replace(report.decoded, task=task))
             case BatchDone():
                 if report.crowded and len(report.batch.tasks) > 1:
                     self._halve(report.batch, worker)
+                waiting = self._waiting(report.batch.tasks, end=True)
                 for source, tasks in self._owners(report.batch.tasks):
-                    source.batch_done(tasks, report)
+                    share = len(tasks) / len(report.batch.tasks)
+                    source.batch_done(tasks, {stage: share * time for stage, time in report.seconds.items()})
+                for source, tasks in self._owners(waiting):
+                    source.batch_done(tasks, {})
             case OutOfMemory():
                 self._out_of_memory(report, worker)
             case BatchLost():
                 self._lost(report)
 
+    def _join(self, key: str) -> None:
+        """Ready tasks of other stories whose frames are being drawn wait for them."""
+        drawn, waiting = self._drawing[key]
+        for source in self.sources:
+            if source is not drawn.owner:
+                waiting += source.take_equal(drawn)
+
+    def _waiting(self, tasks: Iterable[Task], *, end: bool = False) -> list[Task]:
+        """Those that wait for the frames of these; with `end`, nobody is to wait for them any more."""
+        found = []
+        for task in tasks:
+            drawn, waiting = self._drawing.get(task.job.key, (None, []))
+            if drawn is task:
+                found += waiting
+                if end:
+                    del self._drawing[task.job.key]
+        return found
+
+    def _release(self, tasks: Iterable[Task]) -> None:
+        """These won't be drawn, or not yet: what waited for them comes again."""
+        for source, waiting in self._owners(self._waiting(tasks, end=True)):
+            source.give_back(waiting)
+
     def _out_of_memory(self, report: OutOfMemory, worker: Hashable) -> None:
+        self._release(report.tasks)
         for source, tasks in self._owners(report.tasks):
             if report.final or tasks[0].alone:
                 source.fail(report.error)
@@ -101,6 +138,7 @@ class Scheduler:
             self._halve(report.batch, worker)
 
     def _lost(self, report: BatchLost) -> None:
+        self._release(report.batch.tasks)
         for source, tasks in self._owners(report.batch.tasks):
             tries = 1 + max(task.lost for task in tasks)
             if tries < TRIES:
@@ -119,7 +157,9 @@ class Scheduler:
     def _capacity(self, source: StorySource, worker: Hashable, key: BatchKey) -> int:
         return min(source.batching.max_frames, self._halved.get((worker, key), source.batching.max_frames))
 
-    def _owners(self, tasks: tuple[Task, ...]) -> list[tuple[StorySource, list[Task]]]:
+    def _owners(self, tasks: Iterable[Task]) -> list[tuple[StorySource, list[Task]]]:
         """The stories of some tasks that are still there, each with its own."""
-        groups = [(owner, list(group)) for owner, group in groupby(tasks, key=lambda task: task.owner)]
-        return [(owner, group) for owner, group in groups if owner in self.sources and owner.error is None]
+        groups: dict[StorySource, list[Task]] = {}
+        for task in tasks:
+            groups.setdefault(task.owner, []).append(task)
+        return [(owner, group) for owner, group in groups.items() if owner in self.sources and owner.error is None]

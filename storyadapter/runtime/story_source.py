@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -24,7 +24,7 @@ from storyadapter.method.events import (
 from storyadapter.method.plan import RunPlan, split_evenly
 from storyadapter.method.story import FinalFrame
 from storyadapter.model.numerics import Numerics
-from storyadapter.runtime.batches import BatchDone, StepDone
+from storyadapter.runtime.batches import StepDone
 from storyadapter.runtime.conditioning import TEXTS_AT_ONCE, Tokenizers
 from storyadapter.runtime.decoding import Decoded
 from storyadapter.runtime.frame_store import FrameStore
@@ -148,6 +148,19 @@ class StorySource:
                 self._groups.popleft()
         return self.ready.popleft()
 
+    def take_equal(self, task: Task) -> list[Task]:
+        """Its ready tasks whose frames are that of another story's task."""
+        equal = [
+            mine
+            for mine in self.ready
+            if mine.job.key == task.job.key and mine.embed <= task.embed and mine.keep_latents <= task.keep_latents
+        ]
+        if equal:
+            self._groups.clear()
+            for mine in equal:
+                self.ready.remove(mine)
+        return equal
+
     def next_size(self, capacity: int) -> int:
         """How many tasks the next batch takes if the story has the device for itself: by the split of the whole
         iteration."""
@@ -194,12 +207,11 @@ class StorySource:
         event = FrameFinished(task.iteration, task.frame, task.job.scale, picture, task.job.key, *kept)
         self._tell(event, self._store.save(event) if self._store else None)
 
-    def batch_done(self, tasks: Sequence[Task], report: BatchDone) -> None:
-        """A batch with these tasks of this story has ended."""
-        share = len(tasks) / len(report.batch.tasks)
-        for stage, seconds in report.seconds.items():
+    def batch_done(self, tasks: Sequence[Task], seconds: Mapping[str, float]) -> None:
+        """A batch with these tasks of this story has ended, for which it took so many seconds of each stage."""
+        for stage, took in seconds.items():
             mine = self._seconds if stage == "text" else self._stages
-            mine[stage] = mine.get(stage, 0.0) + share * seconds
+            mine[stage] = mine.get(stage, 0.0) + took
         self._batches.append(_span(tasks))
         self._open -= len(tasks)
         if not self._open and not self.error:

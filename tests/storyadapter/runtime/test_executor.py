@@ -203,6 +203,66 @@ def test_one_is_cancelled_and_one_fails_and_the_third_does_not_notice(
         assert_same(list(third), alone[0])
 
 
+class Full:
+    """A store without room."""
+
+    def kept_from(self):
+        return 0
+
+    def find(self, iteration, frame, key):
+        return None
+
+    def split(self, iteration):
+        return None
+
+    def begin_iteration(self, iteration, split):
+        pass
+
+    def save(self, frame) -> Future:
+        future: Future = Future()
+        future.set_exception(RunError("no room"))
+        return future
+
+    def finish_iteration(self, iteration, seconds, split):
+        raise AssertionError("nothing was kept")
+
+
+def test_of_equal_stories_one_is_drawn(pipeline: StoryPipeline, alone: list[list[Event]]) -> None:
+    networks, calls = counting(pipeline.networks, "denoiser")
+    counted = other(pipeline, by_name=networks.by_name)
+    told, _ = drawn_together(counted, (STORIES[0], STORIES[1], STORIES[0]))
+    for events, expected in zip(told, (alone[0], alone[1], alone[0]), strict=True):
+        assert_same(events, expected)
+    batches = [[e.batches for e in told[index] if isinstance(e, IterationFinished)] for index in (0, 2)]
+    assert all(sorted(frame for batch in split for frame in batch) == [0, 1, 2, 3] for split in batches[1])
+    rows = sum(plan.unet_rows(len(story.prompts)) for story, plan in STORIES[:2])
+    assert calls["denoiser rows"] == rows
+
+
+def test_a_story_that_waits_for_another_goes_on_when_that_is_cancelled(
+    pipeline: StoryPipeline, alone: list[list[Event]]
+) -> None:
+    with LocalExecutor(other(pipeline)) as executor:
+        first = executor.submit(*STORIES[0])
+        next(event for event in first if isinstance(event, StepFinished))  # its first batch is under way
+        second = executor.submit(*STORIES[0])
+        with pytest.raises(CancelledError):
+            for event in first:
+                if isinstance(event, StepFinished):
+                    first.cancel()
+        assert_same(list(second), alone[0])
+
+
+def test_a_story_that_waits_for_another_goes_on_when_that_cannot_be_kept(
+    pipeline: StoryPipeline, alone: list[list[Event]]
+) -> None:
+    with LocalExecutor(other(pipeline)) as executor:
+        bad, good = executor.submit(*STORIES[0], store=Full()), executor.submit(*STORIES[0])
+        with pytest.raises(RunError, match="^no room$"):
+            list(bad)
+        assert_same(list(good), alone[0])
+
+
 def test_what_cannot_be_served_is_refused_at_once_and_nobody_notices(
     pipeline: StoryPipeline, alone: list[list[Event]]
 ) -> None:
@@ -227,27 +287,6 @@ def test_closing_cancels_what_is_not_drawn(pipeline: StoryPipeline) -> None:
 
 
 def test_a_frame_that_cannot_be_kept_stops_its_story_alone(pipeline: StoryPipeline, alone: list[list[Event]]) -> None:
-    class Full:
-        def kept_from(self):
-            return 0
-
-        def find(self, iteration, frame, key):
-            return None
-
-        def split(self, iteration):
-            return None
-
-        def begin_iteration(self, iteration, split):
-            pass
-
-        def save(self, frame) -> Future:
-            future: Future = Future()
-            future.set_exception(RunError("no room"))
-            return future
-
-        def finish_iteration(self, iteration, seconds, split):
-            raise AssertionError("nothing was kept")
-
     with LocalExecutor(other(pipeline)) as executor:
         bad, good = executor.submit(*STORIES[0], store=Full()), executor.submit(*STORIES[1])
         with pytest.raises(RunError, match="^no room$"):
