@@ -25,11 +25,12 @@ from PIL import Image
 
 from storyadapter import api
 from storyadapter.bench.environment import describe
-from storyadapter.bench.psnr import psnr
+from storyadapter.bench.psnr import MIN_PSNR, psnr
 from storyadapter.bench.report import table
 from storyadapter.bench.throughput.inputs import prompts
 from storyadapter.checkpoint import Checkpoint, CheckpointPaths
 from storyadapter.demo.shipped import MODEL
+from storyadapter.method import constants
 from storyadapter.method.errors import RunError
 from storyadapter.method.events import FrameFinished
 from storyadapter.method.plan import RunPlan
@@ -39,8 +40,9 @@ KIND: Final = "serve"
 _CANCELLED: Final = 0.1  # share of stories
 _VANISHING: Final = 0.1  # share of readers that go away in the middle, and come again
 _SLOW: Final = 0.1  # share of readers that wait after each event
-_COMPARED: Final = 3  # stories whose pictures are drawn again by `run`
-_AT_LEAST: Final = 40.0  # dB of their first iteration: frames of other stories stood beside them in a call
+_COMPARED: Final = 8  # stories whose pictures are drawn again by `run`
+_AT_LEAST: Final = 80.0  # dB in fp32: frames of other stories stood beside them in a call
+_GROWTH: Final = 1.1  # of the memory of a server's last life, from its second quarter to its last
 _ENDS: Final = ("completed", "failed", "cancelled")
 
 
@@ -60,7 +62,8 @@ class Sent:
 
 @dataclass(frozen=True)
 class ServeReport:
-    """What was measured; `seconds` by name and percentile, `memory` in bytes over time."""
+    """What was measured; `seconds` by name and percentile, `memory` in bytes over time, by life of the server,
+    `worst_psnr` in dB by iteration."""
 
     environment: dict[str, str]
     load: dict[str, Any]
@@ -69,10 +72,10 @@ class ServeReport:
     frames: int  # drawn
     redrawn: int  # frames that were told more than once
     latencies: dict[str, dict[str, float]]
-    memory: list[int]
+    memory: list[list[int]]
     kills: int
     worker_kills: int
-    worst_psnr: float | None
+    worst_psnr: list[float]
     problems: list[str]
 
 
@@ -123,7 +126,7 @@ class Load:
         self.args = args
         self.random = Random(args.seed)
         self.sent: list[Sent] = []
-        self.memory: list[int] = []
+        self.memory: list[list[int]] = [[]]  # of each life
         self.killed = self.killed_workers = 0
         self._server = server
         self._client = client
@@ -231,18 +234,19 @@ class Load:
         self.random.shuffle(kinds)
         for number, kind in enumerate(kinds, 1):
             while sum(sent.ended is not None for sent in self.sent) < args.stories * number / (len(kinds) + 2):
-                self.memory.append(self._server.memory())
+                self.memory[-1].append(self._server.memory())
                 await asyncio.sleep(0.5)
             if kind == "server":
                 self._server.kill()
                 self.killed += 1
                 self._server.start()
                 await self.ready()
+                self.memory.append([])
             elif workers := self._server.workers():
                 os.kill(self.random.choice(workers).pid, SIGKILL)
                 self.killed_workers += 1
         while True:
-            self.memory.append(self._server.memory())
+            self.memory[-1].append(self._server.memory())
             await asyncio.sleep(0.5)
 
 
@@ -294,8 +298,10 @@ async def _measure(args: argparse.Namespace, server: Server, address: str) -> Se
         }
         if len(frames) != len(sent.asked["prompts"]) * (args.iterations + 1):
             problems.append(f"story {sent.name} ended with {len(frames)} frames")
-    if worst is not None and worst < _AT_LEAST:
-        problems.append(f"pictures differ from those of run: {worst:.1f} dB")
+    if worst and min(worst) < (_AT_LEAST if args.precision in ("auto", "fp32") else MIN_PSNR):
+        problems.append(f"pictures differ from those of run: {min(worst):.1f} dB")
+    if (growth := growth_of(load.memory[-1])) > _GROWTH:
+        problems.append(f"the server's memory grew to {growth:.2f} times what it was")
     return ServeReport(
         environment=describe(torch.device("cpu"), args.commit),
         load={name: getattr(args, name) for name in ("stories", "clients", "rate", "frames", "iterations", "steps")}
@@ -309,7 +315,7 @@ async def _measure(args: argparse.Namespace, server: Server, address: str) -> Se
             "until the first frame": percentiles([sent.first - sent.accepted for sent in done if sent.first]),
             "until the end": percentiles([sent.ended - sent.accepted for sent in done if sent.ended]),
         },
-        memory=[count for count in load.memory if count],
+        memory=load.memory,
         kills=load.killed,
         worker_kills=load.killed_workers,
         worst_psnr=worst,
@@ -317,26 +323,31 @@ async def _measure(args: argparse.Namespace, server: Server, address: str) -> Se
     )
 
 
-async def _compare(args: argparse.Namespace, client: httpx.AsyncClient, stories: Sequence[Sent]) -> float | None:
-    """dB of the worst picture of the first iteration of some stories to those that `run` draws."""
+async def _compare(args: argparse.Namespace, client: httpx.AsyncClient, stories: Sequence[Sent]) -> list[float]:
+    """dB of the worst picture of each iteration of some stories to those that `run` draws."""
     checkpoint = Checkpoint.open(CheckpointPaths(MODEL, MODEL / "image_encoder", MODEL / "ip-adapter.safetensors"))
     pipeline = api.open_checkpoint(checkpoint, backend=args.backend, engine_dir=args.engine_dir)
-    pixels = checkpoint.geometry.default_pixels
-    found = []
+    pixels, scales = checkpoint.geometry.default_pixels, constants.reference_scales(args.iterations)
+    worst: dict[int, float] = {}
     for sent in [sent for sent in stories if sent.state == "completed"][:_COMPARED]:
-        plan = RunPlan(
-            height=pixels,
-            width=pixels,
-            steps=args.steps,
-            seed=sent.asked["settings"]["seed"],
-            scales=(),
-        )
+        seed = sent.asked["settings"]["seed"]
+        plan = RunPlan(height=pixels, width=pixels, steps=args.steps, seed=seed, scales=scales)
         for event in pipeline.run(Story(tuple(sent.asked["prompts"]), style="none"), plan):
             if isinstance(event, FrameFinished):
-                answer = await client.get(f"/v1/stories/{sent.name}/iterations/0/frames/{event.frame}.png")
+                place = f"iterations/{event.iteration}/frames/{event.frame}.png"
+                answer = await client.get(f"/v1/stories/{sent.name}/{place}")
                 served = Image.open(io.BytesIO(answer.raise_for_status().content)).convert("RGB")
-                found.append(psnr(served, event.picture))
-    return min(found, default=None)
+                found = psnr(served, event.picture)
+                worst[event.iteration] = min(found, worst.get(event.iteration, found))
+    return [worst[iteration] for iteration in sorted(worst)]
+
+
+def growth_of(memory: Sequence[int]) -> float:
+    """The median of the last quarter over that of the second; 1 of too few samples."""
+    quarter = len(memory) // 4
+    if not quarter:
+        return 1.0
+    return statistics.median(memory[-quarter:]) / statistics.median(memory[quarter : 2 * quarter])
 
 
 def percentiles(seconds: Sequence[float]) -> dict[str, float]:
@@ -349,12 +360,12 @@ def percentiles(seconds: Sequence[float]) -> dict[str, float]:
 
 def as_data(found: ServeReport) -> dict[str, Any]:
     """The report as JSON data."""
-    return {"kind": KIND, "version": 1, "passed": not found.problems, **asdict(found)}
+    return {"kind": KIND, "version": 2, "passed": not found.problems, **asdict(found)}
 
 
 def markdown(found: ServeReport) -> str:
     """The page."""
-    memory = [f"{count / 2**20:.0f}" for count in (found.memory[0], max(found.memory), found.memory[-1])]
+    most = max(count for life in found.memory for count in life)
     facts = found.environment | {name: str(value) for name, value in found.load.items() if value is not None}
     facts |= {
         "duration": f"{found.seconds:.1f} s",
@@ -363,10 +374,10 @@ def markdown(found: ServeReport) -> str:
         f"{found.frames / found.seconds:.2f} frames a second",
         "SIGKILLs": f"{found.kills} of the server, {found.worker_kills} of workers",
         "frames that were drawn again": str(found.redrawn),
-        "resident memory of the server": f"{memory[0]} MiB at first, {memory[1]} at most, {memory[2]} at the end",
-        "worst picture of the text-only iteration to that of run": f"{found.worst_psnr:.1f} dB"
-        if found.worst_psnr is not None
-        else "none compared",
+        "resident memory of the server": f"{most / 2**20:.0f} MiB at most; from the second quarter of its last life to "
+        f"the last quarter {growth_of(found.memory[-1]):.3f} times",
+        "worst picture to that of run, by iteration": ", ".join(f"{worst:.1f} dB" for worst in found.worst_psnr)
+        or "none compared",
     }
     rows = [
         (name, *(f"{seconds[percent]:.3f}" for percent in ("p50", "p90", "p95", "p99")))

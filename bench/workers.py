@@ -4,12 +4,13 @@ import argparse
 
 from storyadapter.bench.options import add_engine_options, add_report_options, check_least
 from storyadapter.bench.report import check_out, write_report
+from storyadapter.method.errors import InputError
 
-HELP = "a story on one device and on several: how much faster, and whether the pictures are the same"
+HELP = "a story on one device and on several, and several at once on one: how fast, and the same pictures?"
 DESCRIPTION = """\
-Draws a story with random weights in this process, as several stories at once (as serve draws them), by one worker and
-by several on this machine (see run --workers), after a warm-up each, and compares speed and pictures. The engine is
-built first where the store has none.
+Draws a story with random weights in this process and by several workers on this machine (see run --workers), and sends
+stories of as many frames together to a server in this process, one and then all at once; after a warm-up each. Compares
+speed and pictures. The engine is built first where the store has none.
 """
 
 MODELS = ("sdxl", "toy")
@@ -17,9 +18,11 @@ MODELS = ("sdxl", "toy")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options; imports nothing heavy."""
-    parser.add_argument("--workers", type=int, default=2, metavar="N", help="that draw together (default: %(default)s)")
     parser.add_argument(
-        "--stories", type=int, default=4, metavar="M", help="of as many frames together (default: %(default)s)"
+        "--workers", type=int, nargs="*", default=[2], metavar="N", help="that draw together, numbers (default: 2)"
+    )
+    parser.add_argument(
+        "--stories", type=int, default=4, metavar="M", help="that are sent to the server at once (default: %(default)s)"
     )
     parser.add_argument("--frames", type=int, default=32, metavar="N", help="of the story (default: %(default)s)")
     parser.add_argument(
@@ -42,7 +45,10 @@ def run(args: argparse.Namespace) -> int:
         UnavailableError: the backend can't serve here, or Ray isn't installed.
         RunError: a worker was lost too often, or a file can't be written.
     """
-    check_least(args, workers=1, stories=1, frames=args.stories, iterations=0, steps=1, max_frames=1)
+    check_least(args, stories=1, frames=args.stories, iterations=0, steps=1, max_frames=1)
+    for workers in args.workers:
+        if workers < 1:
+            raise InputError(f"--workers is {workers}; expected 1 or more")
     check_out(args.out)
     from storyadapter.bench.workers_run import as_data, markdown, measure
 

@@ -1,167 +1,239 @@
-"""The same story in this process, by one worker and by several: seconds, rows per second, pictures."""
+"""A story in this process and by several workers, and stories sent to a server at once: seconds, rows, pictures."""
 
 import argparse
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final
 
+import httpx
 from PIL import Image
 
+from storyadapter import api
 from storyadapter.bench.environment import describe
 from storyadapter.bench.model import BenchmarkModel, usual_ranges
 from storyadapter.bench.options import EngineChoice
 from storyadapter.bench.psnr import psnr_of_each
 from storyadapter.bench.report import table
+from storyadapter.bench.served import served
+from storyadapter.bench.throughput.cases import PUBLISHED
 from storyadapter.bench.throughput.inputs import SEED, prompts
 from storyadapter.engine.backend import default_device
+from storyadapter.engine.opening import open_networks
+from storyadapter.method.errors import RunError
 from storyadapter.method.events import FrameFinished
 from storyadapter.method.plan import RunPlan
 from storyadapter.method.story import Story
 from storyadapter.model.contract import ShapeRanges
-from storyadapter.runtime.executor import LocalExecutor
 from storyadapter.runtime.pipeline import Pipeline, StoryPipeline
+from storyadapter.serve.limits import Limits
 
 KIND: Final = "workers"
+_SERVED_SCALES: Final = 1  # iterations after the text-only one of a story that is sent to the server
+_WARM_UP_STEPS: Final = 2
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """What was drawn; `psnr`: dB of the worst picture of each iteration to those of one story in this process."""
+    """What was drawn, and how fast.
 
-    workers: int  # 0: in this process
+    Attributes:
+        how: in which way, for people.
+        stories, frames: how many stories at once, and of how many frames each.
+        rows: of all UNet calls.
+        ready_seconds: until all devices had opened the engine; 0 where they had before.
+        seconds: of the drawing.
+        psnr: dB of the worst picture of each iteration to those of the first way; empty where it isn't the same story.
+    """
+
+    how: str
     stories: int
-    ready_seconds: float  # until all of them had opened the engine
+    frames: int
+    rows: int
+    ready_seconds: float
     seconds: float
     psnr: list[float]
+
+    @property
+    def rate(self) -> float:
+        """UNet rows per second."""
+        return self.rows / self.seconds
 
 
 @dataclass(frozen=True)
 class WorkersReport:
-    """What was measured; `rows`: of all UNet calls of the story."""
+    """What was measured; the first way is one story in this process."""
 
     environment: dict[str, str]
     model: str
     backend: str
     precision: str
-    frames: int
     iterations: int
     steps: int
     max_frames: int
-    rows: int
+    is_full_size: bool
     drawn: list[Drawn]
-
-
-def open_here(size: str, engine: EngineChoice, ranges: ShapeRanges) -> StoryPipeline:
-    """In an actor: the model of random weights on its device."""
-    model = BenchmarkModel.synthetic(size, engine, default_device())
-    return model.pipeline(model.open(ranges, print).networks)
 
 
 Pictures = dict[tuple[int, int], Image.Image]
 
 
-def draw(pipeline: Pipeline, plan: RunPlan, frames: int, stories: int) -> Pictures:
-    """So many frames, of one story or divided among several that are drawn together; pictures of the last."""
+def open_here(size: str, engine: EngineChoice, ranges: ShapeRanges) -> StoryPipeline:
+    """In an actor: the model of random weights on its device; its engine was built by the driver."""
+    model = BenchmarkModel.synthetic(size, engine, default_device())
+    return model.pipeline(
+        open_networks(
+            model.checkpoint,
+            backend=engine.backend,
+            numerics=model.numerics,
+            ranges=ranges,
+            engine_dir=engine.engine_dir,
+        )
+    )
+
+
+def draw(pipeline: Pipeline, plan: RunPlan, frames: int) -> tuple[float, Pictures]:
+    """One story of so many frames; seconds, and its pictures."""
     pictures: Pictures = {}
-    words = prompts(frames)
-    with LocalExecutor(pipeline) as executor:
-        submitted = [
-            executor.submit(Story(tuple(words[number::stories]), style="none"), replace(plan, seed=plan.seed + number))
-            for number in range(stories)
-        ]
-        for story in submitted:
-            for event in story:
-                if isinstance(event, FrameFinished):
-                    pictures[event.iteration, event.frame] = event.picture
-    return pictures
+    started = time.perf_counter()
+    for event in pipeline.run(Story(tuple(prompts(frames)), style="none"), plan):
+        if isinstance(event, FrameFinished):
+            pictures[event.iteration, event.frame] = event.picture
+    return time.perf_counter() - started, pictures
+
+
+def draw_served(address: str, plan: RunPlan, frames: int, stories: int) -> float:
+    """So many stories of so many frames, sent at once; seconds until all have ended. Raises RunError: one failed."""
+    settings = {"steps": plan.steps, "scales": plan.scales, "prediction_type": plan.prediction_type}
+
+    def one(number: int) -> None:
+        asked = {"prompts": prompts(frames), "settings": settings | {"seed": plan.seed + number}}
+        with httpx.Client(base_url=address, timeout=None) as client:
+            at = client.post("/v1/stories", json=asked).raise_for_status().headers["Location"]
+            client.get(f"{at}/events").raise_for_status()  # it ends with the story
+            told = client.get(at).raise_for_status().json()
+        if told["state"] != "completed":
+            raise RunError(f"a story that was sent to the server {told['state']}: {told['error']}")
+
+    started = time.perf_counter()
+    with ThreadPoolExecutor(stories) as threads:
+        for ended in [threads.submit(one, number) for number in range(stories)]:
+            ended.result()
+    return time.perf_counter() - started
 
 
 def measure(args: argparse.Namespace) -> WorkersReport:
     """See `bench workers`."""
-    from storyadapter.runtime.ray_pipeline import RayPipeline
-
+    tell = partial(print, flush=True)
     engine = EngineChoice.typed(args).with_fast_vae()
     model = BenchmarkModel.synthetic(args.synthetic_weights, engine, default_device())
     ranges = usual_ranges(model.checkpoint.geometry, args.max_frames, args.frames)
-    here = model.pipeline(model.open(ranges, partial(print, flush=True)).networks)
     plan = model.plan(iterations=args.iterations, seed=SEED, steps=args.steps, max_frames=args.max_frames)
-    warm_up = RunPlan(**{**plan.as_dict(), "steps": 2, "scales": plan.scales[:1]})
-    factory = partial(open_here, args.synthetic_weights, engine, ranges)
-
-    def open_pipeline(workers: int) -> Pipeline:
-        if not workers:
-            return here
-        pipeline = RayPipeline(factory, model.tokenizers(), workers=workers)
-        pipeline.wait_for_all()
-        return pipeline
-
     drawn: list[Drawn] = []
     first: Pictures = {}
-    for workers, stories in dict.fromkeys([(0, 1), (0, args.stories), (1, 1), (args.workers, 1)]):
-        started = time.perf_counter()
-        with closing(open_pipeline(workers)) as pipeline:
-            ready = time.perf_counter() - started
-            draw(pipeline, warm_up, args.frames, stories)
-            started = time.perf_counter()
-            pictures = draw(pipeline, plan, args.frames, stories)
-            seconds = time.perf_counter() - started
-        first = first or pictures
+
+    def warm_up(plan: RunPlan) -> RunPlan:
+        return replace(plan, steps=_WARM_UP_STEPS, scales=plan.scales[:1])
+
+    def note(found: Drawn) -> None:
+        drawn.append(found)
+        tell(
+            f"{found.how}, {found.stories} x {found.frames} frames: ready in {found.ready_seconds:.1f} s, drawn in "
+            f"{found.seconds:.2f} s, {found.rate:.2f} rows/s, {found.rate / drawn[0].rate:.3f} times the first"
+        )
+
+    def one_story(how: str, pipeline: Pipeline, ready: float) -> None:
+        draw(pipeline, warm_up(plan), args.frames)
+        seconds, pictures = draw(pipeline, plan, args.frames)
+        first.update({} if first else pictures)
         psnr = []
-        for iteration in range(plan.iterations if stories == 1 else 0):
+        for iteration in range(plan.iterations):
             places = [(iteration, frame) for frame in range(args.frames)]
             psnr.append(min(psnr_of_each([pictures[at] for at in places], [first[at] for at in places])))
-        drawn.append(Drawn(workers, stories, ready, seconds, psnr))
-        print(f"{workers} workers, {stories} stories: {seconds:.1f} s", flush=True)
+        note(Drawn(how, 1, args.frames, plan.unet_rows(args.frames), ready, seconds, psnr))
+
+    started = time.perf_counter()
+    opened = model.open(ranges, tell)
+    here = model.pipeline(opened.networks)
+    one_story("this process", here, time.perf_counter() - started - opened.build_seconds)
+    for workers in args.workers:
+        started = time.perf_counter()
+        factory = partial(open_here, args.synthetic_weights, engine, ranges)
+        with closing(api.open_ray(factory, model.tokenizers(), workers=workers, on_wait=tell)) as pipeline:
+            tell(f"{workers} workers: the first has opened its engine")
+            pipeline.wait_for_all()
+            one_story(f"{workers} workers", pipeline, time.perf_counter() - started)
+    frames = args.frames // args.stories
+    shorter = replace(plan, scales=plan.scales[:_SERVED_SCALES])
+    with TemporaryDirectory() as folder:
+        limits = Limits(limit_frames=frames, limit_steps=max(args.steps, _WARM_UP_STEPS), limit_pixels=2**20)
+        pixels = model.checkpoint.geometry.default_pixels
+        with served(here, Path(folder), limits, pixels=pixels, max_frames=args.max_frames) as address:
+            draw_served(address, warm_up(shorter), frames, args.stories)
+            for stories in dict.fromkeys((1, args.stories)):
+                seconds = draw_served(address, shorter, frames, stories)
+                note(Drawn("a server here", stories, frames, stories * shorter.unet_rows(frames), 0, seconds, []))
     return WorkersReport(
         environment=describe(default_device(), args.commit),
         model=model.label,
         backend=engine.backend,
         precision=engine.precision,
-        frames=args.frames,
         iterations=args.iterations,
         steps=args.steps,
         max_frames=args.max_frames,
-        rows=plan.unet_rows(args.frames),
+        is_full_size=args.synthetic_weights == "sdxl",
         drawn=drawn,
     )
 
 
 def as_data(found: WorkersReport) -> dict[str, Any]:
     """The report as JSON data."""
-    return {"kind": KIND, "version": 1, **asdict(found)}
+    return {"kind": KIND, "version": 2, **asdict(found)}
 
 
 def markdown(found: WorkersReport) -> str:
     """The page."""
-    one, *_ = found.drawn
+    one = found.drawn[0]
     rows = [
         (
-            drawn.workers or "this process",
+            drawn.how,
             drawn.stories,
+            drawn.frames,
             f"{drawn.ready_seconds:.1f}",
             f"{drawn.seconds:.2f}",
-            f"{found.rows / drawn.seconds:.1f}",
-            f"{one.seconds / drawn.seconds:.3f}",
+            f"{drawn.rate:.2f}",
+            f"{drawn.rate / one.rate:.3f}",
             ", ".join(f"{psnr:.1f}" for psnr in drawn.psnr),
         )
         for drawn in found.drawn
     ]
     facts = [f"- {name}: {value}" for name, value in found.environment.items()]
+    published = [
+        f"{PUBLISHED.unet_rows / drawn.rate / 60:.1f} minutes by {drawn.how}" for drawn in found.drawn if drawn.psnr
+    ]
+    projection = (
+        f"Projected at the rate of the same row, the published workload ({PUBLISHED.frames} frames, "
+        f"{PUBLISHED.iterations} iterations, {PUBLISHED.steps} steps) takes {', '.join(published)}."
+    )
     return "\n".join(
         [
             "# A story on one device and on several",
             "",
-            f"{found.model}, {found.backend} {found.precision}: {found.frames} frames, {found.iterations} iterations "
-            f"after the text-only one, {found.steps} steps, at most {found.max_frames} frames in a batch.",
+            f"{found.model}, {found.backend} {found.precision}: {found.iterations} iterations after the text-only one "
+            f"(sent to the server: {min(_SERVED_SCALES, found.iterations)}), {found.steps} steps, at most "
+            f"{found.max_frames} frames in a batch.",
             "",
             *facts,
             "",
             *table(
-                ("workers", "stories", "s until ready", "s", "rows/s", "times one", "worst PSNR by iteration, dB"),
+                ("drawn by", "stories", "frames each", "s until ready", "s", "rows/s", "times one", "worst PSNR, dB"),
                 rows,
             ),
+            *(["", projection] if found.is_full_size else []),
             "",
         ]
     )

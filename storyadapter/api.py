@@ -1,10 +1,11 @@
 """From a model's files to a pipeline, in one call: where Python programs begin."""
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import torch
 
@@ -18,6 +19,9 @@ from storyadapter.model.contract import Range, ShapeRanges
 from storyadapter.model.numerics import PRECISIONS, Numerics, Precision
 from storyadapter.runtime.conditioning import Tokenizers
 from storyadapter.runtime.pipeline import Pipeline, StoryPipeline
+
+if TYPE_CHECKING:
+    from storyadapter.runtime.ray_pipeline import RayPipeline
 
 # Ray reads it when it is imported: without it, its processes listen on all addresses of a machine, also under Linux
 _RAY_BEYOND_LOOPBACK: Final = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
@@ -158,7 +162,12 @@ def open_checkpoint(
 
 
 def open_workers(
-    checkpoint: Checkpoint, *, workers: int | None = None, address: str | None = None, **how: Any
+    checkpoint: Checkpoint,
+    *,
+    workers: int | None = None,
+    address: str | None = None,
+    on_wait: Callable[[str], None] = lambda message: None,
+    **how: Any,
 ) -> Pipeline:
     """A pipeline whose frames are drawn by Ray actors, each on a device of its own; close it.
 
@@ -166,18 +175,50 @@ def open_workers(
         checkpoint: opened model files, which lie at the same paths on every machine.
         workers: how many; by default one for each GPU of the cluster.
         address: of a running Ray cluster; by default Ray is started on this machine alone.
+        on_wait: called with one line when no worker could begin for a while, as where no device is free.
         how: other arguments of `open_checkpoint`, which every actor calls.
 
     Raises:
         UnavailableError: Ray isn't installed.
         StoryAdapterError: see `open_checkpoint`, and `RayPipeline`.
     """
+    tokenizers = Tokenizers(*checkpoint.load_tokenizers())
+    opening = partial(open_checkpoint, checkpoint, **how)
+    return open_ray(opening, tokenizers, workers=workers, address=address, on_wait=on_wait)
+
+
+def open_ray(
+    open_pipeline: Callable[[], StoryPipeline],
+    tokenizers: Tokenizers,
+    *,
+    workers: int | None = None,
+    address: str | None = None,
+    on_wait: Callable[[str], None] = lambda message: None,
+) -> "RayPipeline":
+    """The same for any model that every actor can open.
+
+    Args:
+        open_pipeline: is pickled, and called in every actor.
+        tokenizers: of the same checkpoint.
+        workers, address, on_wait: as of `open_workers`.
+
+    Raises:
+        UnavailableError: Ray isn't installed.
+        InputError: Ray was imported before, and would listen beyond the loopback address.
+        StoryAdapterError: see `RayPipeline`.
+    """
     if address is None:
-        os.environ.setdefault(_RAY_BEYOND_LOOPBACK, "0")
+        imported = sys.modules.get("ray")
+        if imported and os.environ.get(_RAY_BEYOND_LOOPBACK) != "0" and not imported.is_initialized():
+            raise InputError(
+                "Ray was imported before workers were opened, and would listen on every address of this machine",
+                advice=f"import it later, or set {_RAY_BEYOND_LOOPBACK}=0 before, or call ray.init yourself",
+            )
+        os.environ[_RAY_BEYOND_LOOPBACK] = "0"
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else it tells its makers
     try:
         from storyadapter.runtime.ray_pipeline import RayPipeline
     except ImportError as error:
         advice = "pip install 'storyadapter-trt[ray]'"
         raise UnavailableError("Ray isn't installed, which runs workers", advice=advice) from error
-    tokenizers = Tokenizers(*checkpoint.load_tokenizers())
-    return RayPipeline(partial(open_checkpoint, checkpoint, **how), tokenizers, workers=workers, address=address)
+    return RayPipeline(open_pipeline, tokenizers, workers=workers, address=address, on_wait=on_wait)

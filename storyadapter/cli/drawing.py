@@ -236,7 +236,13 @@ def open_pipeline(
         }
         if args.workers or args.ray:
             reporter.note("workers", "starting workers")
-            return api.open_workers(session.checkpoint, workers=args.workers, address=args.ray, **how)
+            return api.open_workers(
+                session.checkpoint,
+                workers=args.workers,
+                address=args.ray,
+                on_wait=lambda message: reporter.note("wait", message),
+                **how,
+            )
         return api.open_checkpoint(session.checkpoint, on_stage=on_stage or reporter.stage, **how)
 
     try:

@@ -1,6 +1,7 @@
 """Stories on Ray: as many workers as there are devices, on this machine or in a cluster."""
 
 import logging
+import math
 import signal
 import threading
 import time
@@ -24,6 +25,7 @@ from storyadapter.runtime.ray_workers import Actor, RayWorker
 
 _CORES: Final = 4  # of a worker without a GPU, on a cluster whose size says nothing else
 _NEW_DEVICES_EVERY: Final = 5.0  # seconds
+_WAITS_SILENTLY: Final = 15.0  # seconds for the first worker
 _OBJECTS: Final = 1 << 30  # bytes of pictures on their way
 
 
@@ -35,6 +37,7 @@ class RayPipeline(Pipeline):
         tokenizers: of the same checkpoint.
         workers: how many; by default one for each GPU of the cluster, and for what joins it.
         address: of a running Ray cluster; by default Ray is started on this machine, on its loopback address alone.
+        on_wait: called with one line when no worker could begin for a while, as where no device is free.
 
     Raises:
         InputError: no cluster answers at the address.
@@ -49,8 +52,11 @@ class RayPipeline(Pipeline):
         *,
         workers: int | None = None,
         address: str | None = None,
+        on_wait: Callable[[str], None] = lambda message: None,
     ) -> None:
         self.tokenizers = tokenizers
+        self._on_wait = on_wait
+        self._waits_since: float | None = None  # since when there is no worker's process; infinity: it was told
         self._open_pipeline = open_pipeline
         self._asked = workers
         self._known: dict[tuple[object, ...], Batching] = {}
@@ -144,7 +150,21 @@ class RayPipeline(Pipeline):
             while len(self._workers) < wanted:
                 self._workers.append(RayWorker(self._begin, self._accept))
             self.worker_count = wanted
+            self._tell_if_waiting()
         return [worker for worker in self._workers if worker.error is None] or self._workers[-1:]
+
+    def _tell_if_waiting(self) -> None:
+        now = time.monotonic()
+        if any(worker.has_begun for worker in self._workers):
+            self._waits_since = None
+        elif self._waits_since is None:
+            self._waits_since = now
+        elif now - self._waits_since > _WAITS_SILENTLY:
+            name, each = _kind(self._options)
+            there, free = (int(told().get(name, 0)) for told in (ray.cluster_resources, ray.available_resources))
+            free_now = f"{free} of the cluster's {there} {name}s are free"
+            self._on_wait(f"no worker could begin yet: each takes {each:g} {name}, and {free_now}; waiting")
+            self._waits_since = math.inf
 
     def _begin(self) -> Any:
         actor = ray.remote(**self._options, max_restarts=0, scheduling_strategy="SPREAD")(Actor)
@@ -205,7 +225,11 @@ def _share_of(workers: int | None) -> tuple[dict[str, float], int]:
     return {"num_cpus": min(cores, smallest)}, min(cores, smallest)
 
 
+def _kind(options: dict[str, float]) -> tuple[str, float]:
+    """Which resource of a cluster a worker takes, and how many."""
+    return ("GPU", 1.0) if "num_gpus" in options else ("CPU", options["num_cpus"])
+
+
 def _places(options: dict[str, float]) -> int:
-    cluster = ray.cluster_resources()
-    name, each = ("GPU", 1.0) if "num_gpus" in options else ("CPU", options["num_cpus"])
-    return int(cluster.get(name, 0) // each)
+    name, each = _kind(options)
+    return int(ray.cluster_resources().get(name, 0) // each)

@@ -84,12 +84,16 @@ class Actor:
         self._owners: WeakValueDictionary[int, _Owner] = WeakValueDictionary()
         self._numbers: WeakKeyDictionary[Batch | Task, object] = WeakKeyDictionary()
 
+    def process(self) -> int:
+        """The number of its process; told as soon as it has a device."""
+        return os.getpid()
+
     def open(self) -> tuple[Networks, str, ModelSampling, int]:
         """What is known of its networks, its model's key, how that is sampled, and its process."""
         self._pipeline = self._open_pipeline()
         self._worker = self._pipeline.worker()
         pipeline = self._pipeline
-        return pipeline.networks.description(), pipeline.model, pipeline.sampling, os.getpid()
+        return pipeline.networks.description(), pipeline.model, pipeline.sampling, self.process()
 
     def ask(self, method: str, *arguments: Any) -> Any:
         """A method of the pipeline; only where the worker is idle."""
@@ -166,6 +170,11 @@ class RayWorker:
         return self.process is not None
 
     @property
+    def has_begun(self) -> bool:
+        """Whether there is its process; before, it may wait until a device of the cluster is free."""
+        return self.is_ready or bool(ray.wait([self._begun], timeout=0)[0])
+
+    @property
     def is_free(self) -> bool:
         return self.is_ready and self._has_room and self._call is None and self._next is None
 
@@ -230,6 +239,7 @@ class RayWorker:
         self._next = None
         self._has_room = True
         self._actor = self._begin()
+        self._begun = self._actor.process.remote()
         self._call = self._actor.open.remote()
 
     def _ready(self, networks: Networks, model: str, sampling: ModelSampling, process: int) -> list[Report]:

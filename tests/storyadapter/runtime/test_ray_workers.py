@@ -1,6 +1,8 @@
 """Stories on Ray actors: the pictures of one process, whatever dies."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from dataclasses import replace
@@ -115,6 +117,13 @@ def test_what_a_worker_cannot_open_is_told_as_here(checkpoint: Checkpoint, worke
 def test_a_worker_with_another_model_is_refused(workers: Pipeline) -> None:
     with pytest.raises(InputError, match="^a worker has another model: other; expected"):
         workers._accept(workers.networks, "other", workers.sampling)
+
+
+def test_ray_that_would_listen_to_others_is_refused() -> None:
+    program = "import ray, storyadapter.api as api; api.open_ray(None, None, workers=1)"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    ended = subprocess.run([sys.executable, "-c", program], env=environment, stderr=subprocess.PIPE, text=True)
+    assert "InputError: Ray was imported before workers were opened, and would listen on every" in ended.stderr
 
 
 def test_a_driver_is_killed_and_resumed(tiny_model_dir: Path, tmp_path: Path) -> None:

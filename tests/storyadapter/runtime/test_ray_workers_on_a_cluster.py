@@ -14,7 +14,13 @@ from tests.storyadapter.runtime.test_ray_workers import PLAN, run, same_bytes
 pytestmark = pytest.mark.cluster
 
 
-def test_a_machine_that_joins_draws_and_one_that_goes_away_loses_nothing(checkpoint: Checkpoint) -> None:
+def give_up(message: str) -> None:
+    raise TimeoutError(message)
+
+
+def test_a_machine_that_joins_draws_and_one_that_goes_away_loses_nothing(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import ray
     from ray.cluster_utils import Cluster
 
@@ -24,6 +30,9 @@ def test_a_machine_that_joins_draws_and_one_that_goes_away_loses_nothing(checkpo
     pipeline = api.open_workers(checkpoint, workers=2, backend="eager", address=cluster.address)
     try:
         assert len(pipeline.processes) == 1
+        monkeypatch.setattr("storyadapter.runtime.ray_pipeline._WAITS_SILENTLY", 0)
+        with pytest.raises(TimeoutError, match="each takes 1 CPU, and 0 of the cluster's 1 CPUs are free"):
+            api.open_workers(checkpoint, workers=1, backend="eager", address=cluster.address, on_wait=give_up)
         second = cluster.add_node(num_cpus=1)
         while len(pipeline.processes) == 1:
             run(pipeline, PLAN)

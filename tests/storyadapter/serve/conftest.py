@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import pytest
 
 from storyadapter import Checkpoint, StoryPipeline, api
-from tests.storyadapter.serve.serving import served
+from storyadapter.bench.served import served
+from tests.storyadapter.serve.serving import LIMITS
 
 
 @pytest.fixture(scope="package")
@@ -15,5 +16,5 @@ def pipeline(checkpoint: Checkpoint) -> StoryPipeline:
 
 @pytest.fixture(scope="package")
 def address(pipeline: StoryPipeline, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with served(pipeline, tmp_path_factory.mktemp("server")) as address:
+    with served(pipeline, tmp_path_factory.mktemp("server"), LIMITS, pixels=64, max_frames=None) as address:
         yield address
