@@ -1,7 +1,9 @@
 """Every mapped package imports from an editable and from a wheel install, and importing stays cheap."""
 
+import re
 import subprocess
 import sys
+import venv
 import zipfile
 from pathlib import Path
 
@@ -95,6 +97,39 @@ sys.exit(main("bench quality --stories 2 --frames 2 --seeds 1 --iterations 1 --s
 """
     table = run_python(code, cwd=tmp_path)
     assert "| iteration | consistency | fidelity |" in table
+
+
+@pytest.mark.parametrize("installed", ["wheel", "editable"])
+def test_a_strict_type_checker_accepts_the_documented_example(wheel: Path, installed: str, tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    (tmp_path / "example.py").write_text(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0])
+    (tmp_path / "wrong.py").write_text("import storyadapter\n\nstoryadapter.RunPlan(step=3)\n")
+    venv.create(tmp_path / "venv", symlinks=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    home = Path(subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True).stdout.strip())
+    if installed == "wheel":
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(home)
+    else:
+        editable = [*("--no-deps", "--no-build-isolation", "--config-settings", "editable_mode=strict"), "--editable"]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--target",
+            home,
+            *editable,
+            wheel.parent / "source",
+        ]
+        subprocess.run(command, check=True, capture_output=True)
+    # without PyTorch and the like, whose types take a minute to read; here they only pass through
+    checker = [sys.executable, "-m", "mypy", "--strict", "--python-executable", python]
+    for name, verdict in (("example.py", "Success"), ("wrong.py", 'Unexpected keyword argument "step" for "RunPlan"')):
+        done = subprocess.run([*checker, name], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert verdict in done.stdout, done.stdout + done.stderr
 
 
 def test_mapped_packages_import_from_the_editable_install(tmp_path: Path) -> None:

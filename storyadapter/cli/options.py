@@ -102,10 +102,13 @@ def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
         "--image-encoder",
         "--image_encoder_path",
         metavar="P",
-        help="folder of the CLIP image encoder with projection that belongs to the adapter",
+        help="folder of the adapter's CLIP image encoder with projection, or OWNER/NAME/FOLDER in the local hub cache",
     )
     model.add_argument(
-        "--ip-adapter", "--ip_ckpt", metavar="P", help="IP-Adapter for SDXL with 4 tokens, .safetensors or .bin"
+        "--ip-adapter",
+        "--ip_ckpt",
+        metavar="P",
+        help="IP-Adapter for SDXL with 4 tokens, .safetensors or .bin, or OWNER/NAME/FILE in the local hub cache",
     )
     model.add_argument(
         "--base-config", metavar="DIR", help="diffusers folder with the configuration of a single-file --base-model"
