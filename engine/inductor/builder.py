@@ -35,7 +35,7 @@ def build_inductor(
     *,
     only: Collection[str] | None = None,
 ) -> dict[str, BuiltNetwork]:
-    """Compile the seven networks into `folder`, each compared with eager on `device`.
+    """Compile the networks into `folder`, each compared with eager on `device`.
 
     Args:
         checkpoint: anything that gives the model's parts and can be pickled.

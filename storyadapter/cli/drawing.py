@@ -18,6 +18,7 @@ from storyadapter.cli.start_clock import StartClock
 from storyadapter.engine.backend import ReportStage
 from storyadapter.engine.calibration import find_scales
 from storyadapter.engine.identity import ModelWeights, model_weights
+from storyadapter.method.control_pictures import control_identity, read_controls
 from storyadapter.method.errors import EngineMismatchError, RunError, spelled
 from storyadapter.method.events import FrameFinished, RunFinished, RunStarted, StepFinished
 from storyadapter.method.memory_errors import is_out_of_memory
@@ -56,6 +57,7 @@ def draw(
     plan = plan.for_model(session.checkpoint.sampling)
     for iteration in range(plan.iterations):
         sampler_of(plan.sampler_in(iteration))
+    controls = read_controls(story, plan, lambda notice: reporter.note("warning", spelled(notice, option)))
     lettering = Lettering(args.font)
     check_form(args.animation)
     frames, final = len(story.frames), story.final_frames(plan, style)
@@ -63,7 +65,7 @@ def draw(
     weights = model_weights(session.checkpoint, reporter.bytes_read)
     if session.numerics.quantization:
         session = _with_scales(args, plan, frames, session, weights.key)
-    identity = _identity(story, style, plan, session, weights)
+    identity = _identity(story, style, plan, session, weights) | control_identity(controls)
     clock.mark("weights' hashes")
     RunFolder.check(args.out, identity, frames=frames, scales=scales, resume=args.resume)
     with (
@@ -81,6 +83,7 @@ def draw(
             "max_frames": batching.max_frames,
             "text_kept": batching.keep_text,
             "final_prompts": [frame.prompt for frame in final],
+            **({"control_pictures": [frame.control for frame in story.frames]} if any(controls) else {}),
             "device": str(pipeline.networks.device),
             "workers": pipeline.worker_count,
             "versions": versions(),
@@ -105,7 +108,7 @@ def draw(
                 if before not in (None, session.backend.name):
                     text = f"begun with backend {before}, going on with {session.backend.name}"
                     reporter.note("warning", f"{text}: frames differ, by rounding, from those of a run with one")
-                with closing(pipeline.run(story, plan, style=style, store=folder)) as events:
+                with closing(pipeline.run(story, plan, style=style, store=folder, controls=controls)) as events:
                     for event in events:
                         if isinstance(event, RunFinished):
                             seconds = {"load": loading, **event.seconds, "save": folder.seconds}
@@ -168,7 +171,7 @@ def _how_hashed(session: Session, weights: ModelWeights) -> str:
 def _identity(story: Story, style: str, plan: RunPlan, session: Session, model: ModelWeights) -> dict[str, Any]:
     """Everything that decides the pictures. The split into micro-batches doesn't: it may change in a resumed run."""
     return {
-        "story": story.to_dict(),
+        "story": story.without_control().to_dict(),
         "style": style,
         "plan": {name: value for name, value in plan.as_dict().items() if name != "max_frames"},
         "precision": session.numerics.name,
