@@ -13,7 +13,7 @@ from storyadapter.demo.training.networks import randomize
 def tiny_controlnet(model: Path, seed: int) -> ControlNetModel:
     """One that fits the UNet of an SDXL folder; its residuals are as large as what they are added to."""
     unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet", torch_dtype=torch.float32)
-    controlnet = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 8, 16, 16))
+    controlnet = ControlNetModel.from_unet(unet)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         randomize(controlnet)

@@ -1,4 +1,4 @@
-"""The denoiser with its transformers rewritten for speed; what it computes stays the same up to rounding.
+"""The denoiser, or a ControlNet, with its transformers rewritten for speed; it computes the same up to rounding.
 
 In each block q, k and v of the self-attention come from one matrix product, every residual addition is done together
 with the layer norm that follows it, and GEGLU together with the matrix product before it. Latents stay channels-last,
@@ -18,8 +18,11 @@ from torch.nn import functional
 from storyadapter.engine.inductor.fp8_fusion import Fp8Transformer
 from storyadapter.engine.inductor.operators import Operators, operators_for
 from storyadapter.engine.inductor.picture_fusion import Fp8Sampler, ResnetBlock
-from storyadapter.model.unet import CrossAttentionInputs, Denoiser
+from storyadapter.model.controlnet import ControlNet, TextInputs
+from storyadapter.model.unet import CrossAttentionInputs, Denoiser, GlobalReferenceCrossAttention
 from storyadapter.quantization.layers import Fp8Layer
+
+AttentionInputs = CrossAttentionInputs | TextInputs
 
 
 class SelfAttention(nn.Module):
@@ -67,11 +70,12 @@ class TransformerBlock(nn.Module):
         self.norm1, self.norm2, self.norm3 = block.norm1, block.norm2, block.norm3
         self.attn1 = SelfAttention(block.attn1)
         self.attn2 = block.attn2
-        self.attn2.grca = operators.grca
+        if isinstance(self.attn2, GlobalReferenceCrossAttention):  # a ControlNet's attends to the text alone
+            self.attn2.grca = operators.grca
         self.ff = GegluFeedForward(block.ff, operators)
         self.add_layer_norm = operators.add_layer_norm
 
-    def forward(self, stream: Tensor, branch: Tensor | None, inputs: CrossAttentionInputs) -> tuple[Tensor, Tensor]:
+    def forward(self, stream: Tensor, branch: Tensor | None, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
         """stream, branch [B, S, C] → the same two after this block; the stream that counts is their sum."""
         if branch is None:
             normed = self.norm1(stream)
@@ -99,7 +103,7 @@ class Transformer(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        encoder_hidden_states: CrossAttentionInputs,
+        encoder_hidden_states: AttentionInputs,
         cross_attention_kwargs: None = None,
         attention_mask: None = None,
         encoder_attention_mask: None = None,
@@ -115,8 +119,8 @@ class Transformer(nn.Module):
         return (tokens.view(batch, height, width, channels).permute(0, 3, 1, 2) + hidden_states,)
 
 
-def fuse_denoiser(denoiser: Denoiser, operators: Operators) -> None:
-    """Rewrite a denoiser in place; it uses these operators from now on.
+def fuse_denoiser(denoiser: Denoiser | ControlNet, operators: Operators) -> None:
+    """Rewrite a denoiser or a ControlNet in place; it uses these operators from now on.
 
     Transformers always; residual blocks and samplers where their convolutions are quantized.
 
@@ -158,7 +162,7 @@ def prepare(module: nn.Module, device: torch.device) -> dict[str, Tensor]:
     """
     for tensor in (*module.parameters(), *module.buffers()):
         tensor.data = tensor.data.contiguous()  # as of a checkpoint saved by pickle, which keeps strides
-    if isinstance(module, Denoiser):
+    if isinstance(module, Denoiser | ControlNet):
         fuse_denoiser(module, operators_for(device))
     if device.type == "cuda":
         channels_last(module)

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
 MAX_SIDE: Final = 10_000  # pixels
 MAX_PIXELS: Final = 80_000_000
-# whose decoders are kept and don't start other programs; a phone's photographs are often MPO
-_FORMATS: Final = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+# whose decoders are kept and start no other programs
+_FORMATS: Final = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
 
 def read_picture_file(path: Path, what: Text, background: str) -> "Image.Image":

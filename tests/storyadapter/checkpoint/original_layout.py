@@ -100,7 +100,8 @@ def original_controlnet(controlnet: nn.Module) -> dict[str, Tensor]:
             name = re.sub(rf"^{pattern}\.", lambda m, new=new: f"{new(m)}.", name)
         return name
 
-    return {rename(name): tensor for name, tensor in original_unet(controlnet).items()}
+    renamed = zip(controlnet.state_dict(), original_unet(controlnet).items(), strict=True)
+    return {rename(name) if name.startswith("controlnet_") else other: tensor for name, (other, tensor) in renamed}
 
 
 def original_vae(vae: nn.Module) -> dict[str, Tensor]:
