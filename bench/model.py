@@ -71,16 +71,18 @@ class BenchmarkModel:
     device: torch.device  # where everything runs
 
     @classmethod
-    def typed(cls, args: argparse.Namespace, engine: EngineChoice, synthetic: str | None = None) -> Self:
+    def typed(
+        cls, args: argparse.Namespace, engine: EngineChoice, synthetic: str | None = None, controlnets: int = 0
+    ) -> Self:
         """The model of random weights by its name, or else that of the options; on the device that is there."""
         if synthetic:
-            return cls.synthetic(synthetic, engine, default_device())
+            return cls.synthetic(synthetic, engine, default_device(), controlnets)
         return cls.from_files(model_choice(args), engine, default_device())
 
     @classmethod
-    def synthetic(cls, name: str, engine: EngineChoice, device: torch.device) -> Self:
-        """A model of random weights, by the name of its sizes."""
-        checkpoint = SyntheticCheckpoint(MODELS[name], device)
+    def synthetic(cls, name: str, engine: EngineChoice, device: torch.device, controlnets: int = 0) -> Self:
+        """A model of random weights, by the name of its sizes, with so many ControlNets."""
+        checkpoint = SyntheticCheckpoint(MODELS[name], device, controlnets=controlnets)
         return cls(checkpoint.label, cast(Checkpoint, checkpoint), PREDICTION_TYPE, engine, device)
 
     @classmethod

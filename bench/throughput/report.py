@@ -57,7 +57,8 @@ class ThroughputReport:
         """The same of the case whose UNet calls a story made: as many references and frames at once, and that size."""
         wanted = next(case for case in self.stories if case.name == result.case)
         shape = (wanted.frames, result.at_once, wanted.height, wanted.width)
-        same = (c.name for c in self.cases if (c.references, c.frames, c.height, c.width) == shape)
+        plain = (case for case in self.cases if not case.controlled)
+        same = (c.name for c in plain if (c.references, c.frames, c.height, c.width) == shape)
         return self.highest_rate(next(same, ""))
 
     def money(self, seconds: float) -> float | None:
@@ -133,10 +134,12 @@ def _story(found: ThroughputReport, result: StoryResult) -> dict[str, Any]:
 
 def _cost_over_references(found: ThroughputReport) -> dict[str, Any] | None:
     """Rows per second of the highest rung that was measured on several cases, by number of references."""
-    references = {case.name: case.references for case in found.cases}
+    references = {case.name: case.references for case in found.cases if not case.controlled}
     for rung in reversed(list(dict.fromkeys(result.rung for result in found.rungs if not result.baseline))):
         rates = {
-            references[r.case]: r.rows_per_second or 0.0 for r in found.rungs if r.rung == rung and r.status == MEASURED
+            references[r.case]: r.rows_per_second or 0.0
+            for r in found.rungs
+            if r.rung == rung and r.status == MEASURED and r.case in references
         }
         if len(rates) > 1:
             by_references = {str(count): rates[count] for count in sorted(rates)}
@@ -148,7 +151,8 @@ def _cost_over_references(found: ThroughputReport) -> dict[str, Any] | None:
 def _projection(found: ThroughputReport) -> list[dict[str, Any]]:
     """The published workload's time, for each whole story: its UNet rows at the rate measured with the most
     references, and every frame's other work as long as in the story."""
-    most = max(found.cases, key=lambda case: case.references, default=None)
+    plain = (case for case in found.cases if not case.controlled)
+    most = max(plain, key=lambda case: case.references, default=None)
     if most is None or (most.height, most.width) != (PUBLISHED.height, PUBLISHED.width):
         return []
     rate, projected = found.highest_rate(most.name), []

@@ -46,6 +46,8 @@ def measure(args: argparse.Namespace) -> int:
     model = _model(args, device)
     small = model.checkpoint.geometry.default_pixels <= _SMALL
     all_cases, all_stories = (tables.SMOKE_CASES, tables.SMOKE_STORIES) if small else (tables.CASES, tables.STORIES)
+    if args.synthetic_controlnets:
+        all_cases += (tables.SMOKE_CONTROL if small else tables.CONTROL,)
     picked = chosen(args.cases, (*all_cases, *all_stories), "--cases")
     cases = tuple(case for case in picked if isinstance(case, Case))
     stories = tuple(case for case in picked if isinstance(case, StoryCase))
@@ -105,7 +107,7 @@ def _model(args: argparse.Namespace, device: torch.device) -> BenchmarkModel:
     if name == "sdxl" and device.type == "cpu":
         raise UnavailableError("--synthetic-weights sdxl takes hours on a CPU; expected a CUDA GPU, or --smoke")
     engine = EngineChoice.typed(args, "inductor").with_fast_vae()
-    return BenchmarkModel.typed(args, engine, name)
+    return BenchmarkModel.typed(args, engine, name, args.synthetic_controlnets)
 
 
 def _matrix_rate(model: BenchmarkModel) -> float | None:
@@ -123,7 +125,10 @@ def _climb(
     model, cases = workbench.model, found.cases
     eager = workbench.eager(grca)
     inputs = make_inputs(eager, model.tokenizers(), cases, model.prediction_type)
-    operations = {c.name: count_operations(eager, c.frames, c.references, c.height, c.width) for c in cases}
+    operations = {
+        c.name: count_operations(eager, c.frames, c.references, c.height, c.width, controlled=c.controlled)
+        for c in cases
+    }
     pictures = ladder.Pictures(with_eager_vae(eager, model, "fp32")["vae_decoder"], model.device)
     del eager
     results = ladder.Ladder(workbench, inputs, pictures, workbench.progress).run(rungs, baselines)

@@ -108,10 +108,10 @@ def controlnet_part(typed: Path | str, variant: str | None, unet: Any, pixels_pe
 
 def control_geometry(controlnet: Any, widths: tuple[LayerWidth, ...]) -> ControlGeometry:
     """The sizes of an empty ControlNet, whose cross-attention layers have these widths."""
-    return ControlGeometry(widths, controlnet.time_embedding.linear_2.out_features, _residuals(controlnet.config))
+    return ControlGeometry(widths, controlnet.time_embedding.linear_2.out_features, residuals(controlnet.config))
 
 
-def _residuals(config: Mapping[str, Any]) -> tuple[Residual, ...]:
+def residuals(config: Mapping[str, Any]) -> tuple[Residual, ...]:
     """What the encoder of a UNet or a ControlNet gives: its input, each layer, each halving; its middle last."""
     channels = config["block_out_channels"]
     found, shrink = [Residual(channels[0], 1)], 1
