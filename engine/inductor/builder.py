@@ -21,12 +21,13 @@ from storyadapter.model.numerics import Numerics
 _GROUPS: Final = (("denoiser",), ("image_encoder", "vae_decoder"))
 
 
-def _groups(networks: Collection[str]) -> list[tuple[str, ...]]:
+def groups(networks: Collection[str]) -> list[tuple[str, ...]]:
     """Networks that are compiled in one process; those of a ControlNet that run in every step have one of their own."""
-    groups = [*_GROUPS, *((name,) for name in networks if name.startswith("controlnet_"))]
-    grouped = {name for group in groups for name in group}
+    found = [*_GROUPS, *((name,) for name in networks if name.startswith("controlnet_"))]
+    grouped = {name for group in found for name in group}
     rest = tuple(name for name in networks if name not in grouped)
-    return [tuple(name for name in group if name in networks) for group in (*groups, rest)]
+    parts = (tuple(name for name in group if name in networks) for group in (*found, rest))
+    return [part for part in parts if part]
 
 
 def build_inductor(
@@ -54,8 +55,8 @@ def build_inductor(
     """
     check_compilers(device)
     letters = ranges.letters(checkpoint.geometry.pixels_per_latent)
-    groups = _groups([name for name in network_specs(checkpoint.geometry) if only is None or name in only])
-    requests = [BuildRequest(checkpoint, names, numerics, letters, device, folder) for names in groups if names]
+    wanted = groups([name for name in network_specs(checkpoint.geometry) if only is None or name in only])
+    requests = [BuildRequest(checkpoint, names, numerics, letters, device, folder) for names in wanted]
     processes = Processes()
     with ThreadPoolExecutor(min(len(requests), os.cpu_count() or 1)) as pool:
         try:

@@ -11,6 +11,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
 
+from storyadapter.bench.synthetic import TOY, SyntheticCheckpoint
 from storyadapter.checkpoint import Checkpoint
 from storyadapter.engine.inductor.fp8_fusion import Fp8Product, Fp8Transformer
 from storyadapter.engine.inductor.fusion import GegluFeedForward, Transformer, fuse_denoiser, prepare
@@ -19,6 +20,8 @@ from storyadapter.engine.inductor.picture_fusion import Convolution, Fp8Convolut
 from storyadapter.model.contract import network_specs
 from storyadapter.model.examples import example_inputs
 from storyadapter.model.grca import grca
+from storyadapter.model.modules import iterate_modules
+from storyadapter.model.numerics import Numerics
 from storyadapter.model.unet import Denoiser, split_unet
 from storyadapter.quantization.layers import Fp8Layer
 from storyadapter.quantization.recipe import FP8, Recipe
@@ -43,6 +46,19 @@ def test_a_fused_denoiser_computes_the_same(checkpoint: Checkpoint, denoiser: De
     assert sum(isinstance(part, Transformer) for part in denoiser.modules()) == count > 0
     error = (denoiser(*inputs) - expected).norm() / expected.norm()
     assert error < 1e-5
+
+
+@torch.no_grad()
+def test_a_fused_controlnet_computes_the_same() -> None:
+    checkpoint = SyntheticCheckpoint(TOY, torch.device("cpu"), controlnets=1)
+    spec = network_specs(checkpoint.geometry)["controlnet_0"]
+    ((_, controlnet),) = iterate_modules(checkpoint, Numerics("fp32"), grca, only=("controlnet_0",))
+    inputs = tuple(example_inputs(spec, {"B": 3, "P": 2, "h": 8, "w": 12}, "fp32").values())
+    expected = controlnet(*inputs)
+    prepare(controlnet, torch.device("cpu"))
+    assert sum(isinstance(part, Transformer) for part in controlnet.modules()) == 3
+    for found, of_eager in zip(controlnet(*inputs), expected, strict=True):
+        assert (found - of_eager).norm() / of_eager.norm() < 1e-5
 
 
 @torch.no_grad()
