@@ -1,4 +1,4 @@
-"""ControlNets built with TensorRT-RTX, without a GPU: the networks that they add, and the denoiser that takes theirs."""
+"""ControlNets built with TensorRT-RTX, without a GPU: their networks, and the denoiser that takes what they give."""
 
 from pathlib import Path
 
