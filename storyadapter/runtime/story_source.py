@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from storyadapter.method.control_pictures import Controls
 from storyadapter.method.events import (
     Event,
     FrameFinished,
@@ -29,7 +28,7 @@ from storyadapter.runtime.batches import StepDone
 from storyadapter.runtime.conditioning import TEXTS_AT_ONCE, Tokenizers
 from storyadapter.runtime.decoding import Decoded
 from storyadapter.runtime.frame_store import FrameStore
-from storyadapter.runtime.jobs import Control, FrameJob, References, Task, TextGroup
+from storyadapter.runtime.jobs import FrameJob, References, Task, TextGroup
 from storyadapter.runtime.memory import Batching
 
 
@@ -55,7 +54,6 @@ class StorySource:
         workers: that draw it: an iteration has as many batches for each of them.
         resume: pictures to go on from.
         store: where frames are kept, and found again.
-        controls: of each frame its control pictures, as `read_controls` gives them.
 
     Attributes:
         ready: tasks that can be drawn, in story order.
@@ -77,7 +75,6 @@ class StorySource:
         workers: int = 1,
         resume: FinishedIteration | None = None,
         store: FrameStore | None = None,
-        controls: Controls = (),
     ) -> None:
         self.plan = plan
         self.batching = batching
@@ -86,7 +83,6 @@ class StorySource:
         self.share = 1
         self.error: BaseException | None = None
         self._story = frames
-        self._controls = controls or ((),) * len(frames)
         self._model = model
         self._numerics = numerics
         self._store = store
@@ -319,12 +315,8 @@ class StorySource:
                 self._keys if scale is not None else (),
                 plan.guidance_interval if guided else (0.0, 1.0),
                 start,
-                tuple(
-                    Control(picture.key, use.scale, use.start, use.end) if picture else None
-                    for picture, use in zip(pictures, plan.controls, strict=False)
-                ),
             )
-            for frame, start, pictures in zip(self._story, starts, self._controls, strict=True)
+            for frame, start in zip(self._story, starts, strict=True)
         ]
 
     def _begin_iteration(self) -> None:
@@ -356,7 +348,6 @@ class StorySource:
                 references,
                 embed=not last,
                 start=self._starts[frame] if job.start else None,
-                control=self._controls[frame],
                 keep_latents=self._keeps_latents,
                 room=self.plan.references(self.frames),
             )
