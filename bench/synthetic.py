@@ -7,15 +7,14 @@ references matter in it: a path that forgets one draws other pictures.
 
 import math
 from collections.abc import Callable, Mapping
-from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partialmethod
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import (
     CLIPTextConfig,
@@ -27,13 +26,13 @@ from transformers import (
 )
 
 from storyadapter.checkpoint import AdapterLayer, IPAdapterWeights
+from storyadapter.checkpoint.controlnets import residuals
 from storyadapter.checkpoint.ip_adapter import cross_attentions
 from storyadapter.checkpoint.parts import load_tokenizer
 from storyadapter.checkpoint.paths import LoraSpec
 from storyadapter.demo.shipped import MODEL
 from storyadapter.method import constants
-from storyadapter.method.model_sampling import ModelSampling
-from storyadapter.model.contract import Geometry, LayerWidth
+from storyadapter.model.contract import ControlGeometry, Geometry, LayerWidth, controlnet_name
 
 
 @dataclass(frozen=True)
@@ -63,6 +62,21 @@ class SyntheticModel:
             image_embedding_width=self.image_encoder["projection_dim"],
             sample_size=unet["sample_size"],
         )
+
+    @property
+    def controlnet(self) -> dict[str, Any]:
+        """Of diffusers' `ControlNetModel`, as large as the UNet's encoder."""
+        return {name: value for name, value in self.unet.items() if name not in ("up_block_types", "sample_size")}
+
+    @property
+    def control_geometry(self) -> ControlGeometry:
+        """What `Checkpoint.geometry` would have for such a ControlNet."""
+        unet, depths = self.unet, self.unet["transformer_layers_per_block"][1:]
+        layers = [unet["layers_per_block"] * depth for depth in depths]
+        layers[-1] += depths[-1]  # in the middle
+        levels = zip(unet["block_out_channels"][1:], layers, unet["attention_head_dim"][1:], strict=True)
+        widths = tuple(LayerWidth(*level) for level in levels)
+        return ControlGeometry(widths, 4 * unet["block_out_channels"][0], residuals(self.controlnet))
 
 
 _UNET_CONFIG: Final[dict[str, Any]] = {
@@ -142,6 +156,7 @@ PREDICTION_TYPE: Final = "v_prediction"
 # How much smaller than its layer's input a residual branch's output is.
 _DAMPING: Final = 0.25
 _BRANCH_ENDS: Final = (".conv2", ".to_out.0", ".ff.net.2", ".proj_out", ".out_proj", ".fc2")
+_CONTROL_ENDS: Final = ("controlnet_down_blocks.", "controlnet_mid_block")  # damped alike, by the beginning
 # Others that are not scaled by their fan-in alone, by the end of their name.
 _SCALES: Final[Mapping[str, float]] = {
     "attn2.to_k": 1.75,  # attention looks at few tokens, as in a trained model, instead of at their mean
@@ -163,6 +178,7 @@ _PARTS: Final = {
     "text_encoder": CLIPTextModel,
     "text_encoder_2": CLIPTextModelWithProjection,
     "image_encoder": CLIPVisionModelWithProjection,
+    "controlnet": ControlNetModel,  # the last, as there may be several
 }
 
 
@@ -175,52 +191,50 @@ class SyntheticCheckpoint:
         model: sizes, one of `MODELS`.
         device: where weights are made; "meta" makes none.
         seed: of all weights.
+        controlnets: how many it has.
     """
 
-    def __init__(self, model: SyntheticModel, device: torch.device, seed: int = 0) -> None:
+    def __init__(self, model: SyntheticModel, device: torch.device, seed: int = 0, controlnets: int = 0) -> None:
         self.model = model
         self.device = device
         self.seed = seed
+        self.controlnets = controlnets
         self.loras: tuple[LoraSpec, ...] = ()
         self.rewrite: Callable[[nn.Module], None] | None = None
-        self.sampling = ModelSampling(prediction_type=PREDICTION_TYPE)
-
-    def rewritten(self, rewrite: Callable[[nn.Module], None]) -> "SyntheticCheckpoint":
-        """The same model, whose denoiser is rewritten when it is made; `rewrite` can be pickled."""
-        other = copy(self)
-        other.rewrite = rewrite
-        return other
 
     @property
     def geometry(self) -> Geometry:
-        return self.model.geometry
+        return replace(self.model.geometry, controls=(self.model.control_geometry,) * self.controlnets)
 
     @property
     def files_by_component(self) -> dict[str, tuple[Path, ...]]:
         """What the weights depend on: this code; the component's name tells the rest."""
         name = f"synthetic {self.model.name}, seed {self.seed}, {self.device.type}"
+        name += f", {self.controlnets} ControlNets" if self.controlnets else ""
         return {name: (Path(__file__),)}
 
     @property
     def configuration(self) -> Mapping[str, Mapping[str, Any]]:
-        return {part: getattr(self.model, part) for part in _PARTS if part != "ip_adapter"}
+        own = {part: getattr(self.model, part) for part in _PARTS if part not in ("ip_adapter", "controlnet")}
+        return own | {controlnet_name(index): self.model.controlnet for index in range(self.controlnets)}
 
     @property
     def label(self) -> str:
         """For people."""
-        return f"{self.model.name} with random weights (seed {self.seed})"
+        controlled = f" and {self.controlnets} ControlNet{'s' * (self.controlnets > 1)}" if self.controlnets else ""
+        return f"{self.model.name} with random weights (seed {self.seed}){controlled}"
 
-    def _load(self, part: str, dtype: torch.dtype, device: torch.device | None = None) -> Any:
+    def _load(self, part: str, dtype: torch.dtype, device: torch.device | None = None, index: int = 0) -> Any:
         """A network in `dtype` on `device`, or else the checkpoint's."""
         sizes = getattr(self.model, part)
-        if part in ("unet", "vae"):
+        if part in ("unet", "vae", "controlnet"):
             options = sizes
         else:  # transformers' attention through PyTorch's own, as for models loaded from files
             config = self._vision_config if part == "image_encoder" else self._text_config
             options = {"config": config(attn_implementation="sdpa", **sizes)}
         with init_empty_weights(include_buffers=False):
             network = _PARTS[part](**options).eval()
-        generator = self._generator(part)
+        generator = self._generator(part, index)
         for prefix, module in network.named_modules():
             for name, empty in list(module.named_parameters(recurse=False)):
                 # in fp32 first, so that every precision rounds the same numbers
@@ -234,6 +248,10 @@ class SyntheticCheckpoint:
     load_text_encoder = partialmethod(_load, "text_encoder")
     load_text_encoder_2 = partialmethod(_load, "text_encoder_2")
     load_image_encoder = partialmethod(_load, "image_encoder")
+
+    def load_controlnet(self, index: int, dtype: torch.dtype, device: torch.device | None = None) -> ControlNetModel:
+        """One of the ControlNets, each with weights of its own."""
+        return self._load("controlnet", dtype, device, index)
 
     def load_ip_adapter(self, dtype: torch.dtype, device: torch.device | None = None) -> IPAdapterWeights:
         """The IP-Adapter of this UNet."""
@@ -274,10 +292,10 @@ class SyntheticCheckpoint:
     def _vision_config(self, **sizes: Any) -> CLIPVisionConfig:
         return CLIPVisionConfig(image_size=constants.CLIP_PIXELS, **sizes)
 
-    def _generator(self, part: str) -> torch.Generator | None:
+    def _generator(self, part: str, index: int = 0) -> torch.Generator | None:
         if self.device.type == "meta":
             return None
-        return torch.Generator(self.device).manual_seed(self.seed * 100 + list(_PARTS).index(part))
+        return torch.Generator(self.device).manual_seed(self.seed * 100 + list(_PARTS).index(part) + index)
 
 
 @torch.no_grad()
@@ -289,6 +307,6 @@ def _fill(weight: Tensor, prefix: str, name: str, module: nn.Module, generator: 
     elif isinstance(module, nn.Embedding) or weight.ndim == 1:
         weight.normal_(generator=generator)
     else:
-        scale = _DAMPING if prefix.endswith(_BRANCH_ENDS) else 1.0
+        scale = _DAMPING if prefix.endswith(_BRANCH_ENDS) or prefix.startswith(_CONTROL_ENDS) else 1.0
         scale *= next((factor for end, factor in _SCALES.items() if prefix.endswith(end)), 1.0)
         weight.normal_(std=scale / math.sqrt(math.prod(weight.shape[1:])), generator=generator)

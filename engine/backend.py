@@ -87,7 +87,7 @@ class OpenRequest:
         return self.stored.ranges.letters(self.checkpoint.geometry.pixels_per_latent)
 
     def load_each(self, load: "Callable[[NetworkSpec], Loaded]") -> "dict[str, Loaded]":
-        """What `load` gives for each of the seven networks, by name; each is told before it is loaded."""
+        """What `load` gives for each network, by name; each is told before it is loaded."""
         from storyadapter.model.contract import network_specs
 
         loaded = {}
@@ -233,7 +233,7 @@ class Backend(ABC):
         return EngineIdentity(
             backend=self.name,
             backend_version=version,
-            numerics=numerics if weights else numerics.with_scales(""),
+            numerics=numerics,
             architecture=architecture,
             contract=contract_digest(checkpoint.geometry),
             configuration="" if weights else configuration_digest(checkpoint.configuration),

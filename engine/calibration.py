@@ -87,8 +87,7 @@ def find_or_make_scales(
 def _measure(
     checkpoint: Checkpoint, device: torch.device, steps: int, on_fraction: Callable[[float], None]
 ) -> dict[str, float]:
-    # pictures are read by CLIP alone: the VAE's fast precision will do
-    numerics = checkpoint.geometry.numerics(*(("fp16", "bf16") if device.type == "cuda" else ("fp32", None)))
+    numerics = checkpoint.geometry.numerics("fp16" if device.type == "cuda" else "fp32")
     networks = open_eager(checkpoint, numerics, device, lambda network: None)
     denoiser, pixels = networks["denoiser"], checkpoint.geometry.default_pixels
     assert isinstance(denoiser, EagerNetwork)

@@ -19,6 +19,7 @@ class Case:
     width: int
     check_steps: int = 3  # of the drawings by which a rung is compared with the one below
     rungs: tuple[str, ...] | None = None  # names of those that run it; None for all of them and the baselines
+    controlled: bool = False  # whether every frame has a picture for each ControlNet of the model
 
     @property
     def rows(self) -> int:
@@ -55,16 +56,19 @@ PAIR: Final = "pair"
 PUBLISHED: Final = StoryCase("published", 100, constants.ITERATIONS, constants.STEPS, 8, 1024, 1024)
 
 _FRAME_BY_FRAME: Final = ("published", "batched", "sdpa")
-_LAST: Final = ("compiled", "graphs", "fp8")  # the fastest of one call; without a GPU there are no graphs
+_LAST: Final = ("compiled", "graphs")  # the fastest of one call; without a GPU there are no graphs
 
 CASES: Final = (
     Case("n16", 16, 8, 1024, 1024),
     Case("n8", 8, 8, 1024, 1024, rungs=_LAST),
     Case("n100", 100, 8, 1024, 1024, check_steps=2, rungs=(*_FRAME_BY_FRAME, *_LAST)),
 )
+# of a model with ControlNets, beside the others
+CONTROL: Final = Case("control", 16, 8, 1024, 1024, rungs=("cached", "fused", *_LAST), controlled=True)
 STORIES: Final = (StoryCase("story", 16, 2, 20, 8, 1024, 1024), StoryCase(PAIR, 8, 2, 20, 8, 1024, 1024))
 
 SMOKE_CASES: Final = (Case("n3", 3, 2, 64, 64), Case("n5", 5, 2, 64, 64, rungs=(*_FRAME_BY_FRAME, *_LAST)))
+SMOKE_CONTROL: Final = Case("control", 3, 2, 64, 64, rungs=CONTROL.rungs, controlled=True)
 SMOKE_STORIES: Final = (StoryCase("story", 3, 2, 3, 2, 64, 64), StoryCase(PAIR, 2, 1, 2, 2, 64, 64))
 
 

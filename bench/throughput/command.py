@@ -5,6 +5,7 @@ import argparse
 from storyadapter.bench.options import add_engine_options, add_report_options, number, refuse_checkpoint_options
 from storyadapter.bench.report import check_out
 from storyadapter.cli.options import add_checkpoint_options
+from storyadapter.cli.values import positive
 from storyadapter.method.errors import InputError
 
 HELP = "from the published method to this project, one step at a time; and whole stories"
@@ -20,7 +21,7 @@ examples:
   storyadapter-trt bench throughput --smoke                 does the benchmark itself work? (a CPU will do)
   storyadapter-trt bench throughput --synthetic-weights sdxl --gpu-price 2.5 --out sdxl
   storyadapter-trt bench throughput --synthetic-weights sdxl --cases n16 --rungs sdpa,graphs
-  storyadapter-trt bench throughput --synthetic-weights sdxl --rungs graphs,overlapped --precision fp8
+  storyadapter-trt bench throughput --synthetic-weights sdxl --synthetic-controlnets 1 --cases n16,control
   storyadapter-trt bench compare before.json after.json     what got slower
 
 The full table takes about 8 minutes on an H100; the engine is built first where the store has none.
@@ -41,11 +42,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "the time of a trained one; toy: a tiny one of the same structure",
     )
     parser.add_argument(
+        "--synthetic-controlnets",
+        type=positive,
+        default=0,
+        metavar="N",
+        help="as many ControlNets beside random weights; adds the case control, in which every frame has a picture for "
+        "each of them, to the rungs that cache keys and values. Without a picture, in the other cases, none is run",
+    )
+    parser.add_argument(
         "--cases",
         type=_names,
         metavar="NAME,…",
         help="only these: n16 (all rungs and baselines), n8 and n100 (the cost over the number of references), story "
-        "(16 frames, from prompts to pictures); of a model for small pictures: n3, n5, story",
+        "(16 frames, from prompts to pictures); of a model for small pictures: n3, n5, story; control, with "
+        "--synthetic-controlnets",
     )
     parser.add_argument(
         "--rungs",
@@ -54,12 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"only these rungs ({', '.join(RUNGS)}) and baselines ({', '.join(BASELINES)}); a rung is then compared "
         "with the next lower one that is there",
     )
-    add_engine_options(
-        parser,
-        precision="of all networks but the VAE; fp8: as auto, and beside it, as the last rung and the last way of a "
-        "story, with the denoiser's products over 8-bit operands; scales are found first where the store has none",
-        number_formats=True,
-    )
+    add_engine_options(parser, precision="of all networks but the VAE")
     parser.add_argument(
         "--gpu-price",
         type=lambda text: number(text, "a price such as 2.5", lambda value: value >= 0),
@@ -86,6 +91,8 @@ def run(args: argparse.Namespace) -> int:
     """Exit code 1 if a rung draws wrong pictures or fails."""
     if args.smoke and args.synthetic_weights == "sdxl":
         raise InputError("--smoke is for the toy model; expected no --synthetic-weights sdxl with it")
+    if args.synthetic_controlnets and not (args.smoke or args.synthetic_weights):
+        raise InputError("--synthetic-controlnets is given", expected="--synthetic-weights or --smoke with it")
     if args.smoke or args.synthetic_weights:
         refuse_checkpoint_options(args, "--synthetic-weights", "--smoke")
     if unknown := [name for name in args.rungs or () if name not in (*RUNGS, *BASELINES)]:

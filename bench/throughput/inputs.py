@@ -1,19 +1,22 @@
 """What all rungs of a case share: text and image embeddings, noise, sampler; made once, on the device."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from storyadapter.bench.throughput.cases import Case
 from storyadapter.method import constants
+from storyadapter.method.control_pictures import ControlPicture
 from storyadapter.method.noise import Noise, draw_noise
 from storyadapter.method.sampler import SamplerTable, build_sampler
 from storyadapter.model.networks import Networks
 from storyadapter.runtime.conditioning import Tokenizers, encode_texts, project_texts
+from storyadapter.runtime.control import ControlRow, embed_control
 from storyadapter.runtime.denoising import FrameRows, SamplerInputs
 from storyadapter.runtime.jobs import TextGroup
 from storyadapter.runtime.reference_bank import project
@@ -80,4 +83,21 @@ def bind(networks: Networks, inputs: CaseInputs, table: SamplerTable) -> list[Fr
     story = project(networks, inputs.image_embedding, SCALE)
     nothing = project(networks, torch.zeros_like(inputs.image_embedding[:1]), SCALE)
     sampler = SamplerInputs.upload(table, inputs.noise, networks.device)
-    return [FrameRows(prompt, story, sampler, negative, nothing, constants.GUIDANCE) for prompt in prompted]
+    rows = [FrameRows(prompt, story, sampler, negative, nothing, constants.GUIDANCE) for prompt in prompted]
+    return [replace(row, controls=_controls(networks, inputs.case, n, table)) for n, row in enumerate(rows)]
+
+
+def _controls(networks: Networks, case: Case, frame: int, table: SamplerTable) -> tuple[ControlRow | None, ...]:
+    """A frame's rows of each ControlNet, all of whose pictures differ."""
+    rows: list[ControlRow | None] = []
+    for index in range(len(networks.geometry.controls)):
+        row = None
+        if case.controlled:
+            values = np.random.default_rng([SEED, frame, index]).integers(
+                0, 256, (case.height // 8, case.width // 8, 3)
+            )
+            pixels = values.astype(np.uint8).repeat(8, 0).repeat(8, 1)
+            condition = embed_control(networks, index, ControlPicture(pixels, f"{frame}"))
+            row = ControlRow(condition, 1.0, range(table.calls))
+        rows.append(row)
+    return tuple(rows)

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from storyadapter.method import constants
 from storyadapter.model.networks import Networks, idle_inputs
+from storyadapter.runtime.memory import step_networks
 
 # The first class whose pattern is found in a kernel's name has it. Names are those of cuDNN, cuBLAS, CUTLASS, PyTorch,
 # and of Triton kernels: the project's own, and compiled ones, whose names list the operators that were fused.
@@ -85,7 +86,9 @@ def _attention_operations(q_shape: torch.Size, k_shape: torch.Size, *shapes: Any
     return 4 * batch * heads * queries * k_shape[2] * head_size
 
 
-def count_operations(networks: Networks, frames: int, references: int, height: int, width: int) -> int:
+def count_operations(
+    networks: Networks, frames: int, references: int, height: int, width: int, *, controlled: bool = False
+) -> int:
     """Operations (a multiplication and an addition are two) of one call of the denoiser with 2·`frames` rows.
 
     Counted by `torch.utils.flop_counter` on one call of the eager denoiser: matrix products, convolutions and
@@ -97,6 +100,7 @@ def count_operations(networks: Networks, frames: int, references: int, height: i
         frames: F of the call.
         references: N, all of which the conditional rows attend to.
         height, width: of the pictures, in pixels.
+        controlled: with one of each ControlNet before it.
     """
     scale, tokens = networks.geometry.pixels_per_latent, constants.TOKENS_PER_IMAGE * references
     letters = {"B": 2 * frames, "P": frames + 1, "G": 2, "R": tokens, "h": height // scale, "w": width // scale}
@@ -106,11 +110,13 @@ def count_operations(networks: Networks, frames: int, references: int, height: i
         _, queries, heads, head_size = q_shape
         return 4 * queries * heads * head_size * keys
 
-    inputs = idle_inputs(networks, "denoiser", letters)
+    names = step_networks(networks) if controlled else ["denoiser"]
+    inputs = {name: idle_inputs(networks, name, letters) for name in names}
     mapping = {
         torch.ops.storyadapter.grca: grca_operations,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_operations,  # unknown to it
     }
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
-        networks["denoiser"](inputs)
+        for name in names:
+            networks[name](inputs[name])
     return counter.get_total_flops()

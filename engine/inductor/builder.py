@@ -13,16 +13,21 @@ from storyadapter.engine.inductor.compilation import BuildRequest, BuiltNetwork,
 from storyadapter.engine.inductor.target import check_compilers
 from storyadapter.engine.processes import EndedEarly, Processes
 from storyadapter.method.errors import EngineBuildError
-from storyadapter.model.contract import ShapeRanges
+from storyadapter.model.contract import ShapeRanges, network_specs
 from storyadapter.model.modules import ModelParts
 from storyadapter.model.numerics import Numerics
 
 # A compiler works on one core most of the time, and the denoiser takes as long as all others together.
-_GROUPS: Final = (
-    ("denoiser",),
-    ("image_encoder", "vae_decoder"),
-    ("text_encoder", "text_encoder_2", "text_projection", "reference_projection"),
-)
+_GROUPS: Final = (("denoiser",), ("image_encoder", "vae_decoder"))
+
+
+def groups(networks: Collection[str]) -> list[tuple[str, ...]]:
+    """Networks that are compiled in one process; those of a ControlNet that run in every step have one of their own."""
+    found = [*_GROUPS, *((name,) for name in networks if name.startswith("controlnet_"))]
+    grouped = {name for group in found for name in group}
+    rest = tuple(name for name in networks if name not in grouped)
+    parts = (tuple(name for name in group if name in networks) for group in (*found, rest))
+    return [part for part in parts if part]
 
 
 def build_inductor(
@@ -35,7 +40,7 @@ def build_inductor(
     *,
     only: Collection[str] | None = None,
 ) -> dict[str, BuiltNetwork]:
-    """Compile the seven networks into `folder`, each compared with eager on `device`.
+    """Compile the networks into `folder`, each compared with eager on `device`.
 
     Args:
         checkpoint: anything that gives the model's parts and can be pickled.
@@ -50,8 +55,8 @@ def build_inductor(
     """
     check_compilers(device)
     letters = ranges.letters(checkpoint.geometry.pixels_per_latent)
-    groups = [tuple(name for name in group if only is None or name in only) for group in _GROUPS]
-    requests = [BuildRequest(checkpoint, names, numerics, letters, device, folder) for names in groups if names]
+    wanted = groups([name for name in network_specs(checkpoint.geometry) if only is None or name in only])
+    requests = [BuildRequest(checkpoint, names, numerics, letters, device, folder) for names in wanted]
     processes = Processes()
     with ThreadPoolExecutor(min(len(requests), os.cpu_count() or 1)) as pool:
         try:

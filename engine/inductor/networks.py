@@ -19,17 +19,17 @@ from storyadapter.engine.inductor.fusion import prepare
 from storyadapter.engine.inductor.shapes import compiled_ranges, cut, doubled
 from storyadapter.engine.store import StoredEngine
 from storyadapter.engine.uses import ERRORS, note_use
-from storyadapter.model.contract import NetworkSpec, Range, network_specs
+from storyadapter.model.contract import NetworkSpec, Range, controlnet_name, network_specs
 from storyadapter.model.examples import compare_with_eager, run_examples
 from storyadapter.model.grca import grca
 from storyadapter.model.modules import iterate_modules
 from storyadapter.model.networks import Networks, check_inputs, run_directly
-from storyadapter.model.numerics import Numerics, Precision
+from storyadapter.model.numerics import Precision
 
 if TYPE_CHECKING:
     from torch._C._aoti import AOTIModelPackageLoader
 
-# Above this share of the free memory the weights leave too little for frames: all but the denoiser's stay on the host.
+# Above this share of the free memory the weights leave too little for frames: those of the steps alone stay there.
 _OFFLOAD_ABOVE = 0.5
 
 
@@ -137,29 +137,27 @@ def _give_back(tensors: Iterable[Tensor]) -> None:
 
 
 def open_inductor(
-    engine: StoredEngine, checkpoint: Checkpoint, numerics: Numerics, device: torch.device, on_stage: ReportStage
+    engine: StoredEngine, checkpoint: Checkpoint, device: torch.device, on_stage: ReportStage
 ) -> Networks:
     """The networks of a checkpoint on an engine's code, compared with eager at the first use with its weights.
 
     On a GPU the denoising step is captured as CUDA graphs. Where the weights would take more than half of the memory
-    that is free, only the denoiser's stay there and the others come from the host for each call.
-
-    Args:
-        numerics: those of the engine, with the scales that the checkpoint's denoiser has.
+    that is free, only those of the steps stay there and the others come from the host for each call.
 
     Raises:
         EngineBuildError: a network computes something else than eager with these weights; nothing is noted.
     """
-    compared = was_compared(engine, checkpoint)
+    numerics, compared = engine.identity.numerics, was_compared(engine, checkpoint)
     letters = engine.ranges.letters(checkpoint.geometry.pixels_per_latent)
     on_gpu = device.type == "cuda"
     short = on_gpu and engine.details["weight_bytes"] > _OFFLOAD_ABOVE * torch.cuda.mem_get_info(device)[0]
     specs = network_specs(checkpoint.geometry)
+    in_steps = ("denoiser", *map(controlnet_name, range(len(checkpoint.geometry.controls))))
     networks: dict[str, InductorNetwork] = {}
     errors: dict[str, float] = {}
     on_stage("", "loading weights")
     for name, module in iterate_modules(checkpoint, numerics, grca, device=device):
-        spec, precision, offloaded = specs[name], numerics[name], short and name != "denoiser"
+        spec, precision, offloaded = specs[name], numerics[name], short and name not in in_steps
         where = "loading into host memory: little is free on the GPU" if offloaded else "loading engine"
         on_stage(name, where if compared else "the engine's code with other weights: comparing with eager")
         ranges = {**letters, **compiled_ranges(spec, letters)}

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from storyadapter.model.contract import NetworkSpec, Range, TensorSpec
+from storyadapter.model.contract import NetworkSpec, Range, TensorSpec, split_dim
 
 _ONE_FRAME = ("vae_decoder",)
 _ROWS_ASKED_FOR = 16  # of a convolution on a CPU, by PyTorch's choice of who computes it
@@ -17,7 +17,7 @@ _ROWS_ASKED_FOR = 16  # of a convolution on a CPU, by PyTorch's choice of who co
 
 def compiled_ranges(spec: NetworkSpec, letters: Mapping[str, Range]) -> dict[str, Range]:
     """The range that each letter of a network's inputs is compiled for."""
-    names = {dim for tensor in spec.inputs for dim in tensor.shape if isinstance(dim, str)}
+    names = {split_dim(dim)[1] for tensor in spec.inputs for dim in tensor.shape if isinstance(dim, str)}
     ranges = {}
     for name in sorted(names):
         value = letters[name]
@@ -52,6 +52,6 @@ def doubled(spec: NetworkSpec, tensors: Sequence[Tensor], letters: Sequence[str]
 def cut(tensor: TensorSpec, value: Tensor, letters: Sequence[str]) -> Tensor:
     """An output of doubled inputs, without what the doubling added."""
     for axis, dim in enumerate(tensor.shape):
-        if isinstance(dim, str) and dim.rpartition("*")[2] in letters:
+        if isinstance(dim, str) and split_dim(dim)[1] in letters:
             value = value.narrow(axis, 0, value.shape[axis] // 2)
     return value.contiguous()

@@ -52,7 +52,7 @@ def as_memory_error() -> Iterator[None]:
 
 
 def open_onnxruntime(request: OpenRequest) -> Networks:
-    """Open the seven exported networks of an engine."""
+    """Open the exported networks of an engine."""
     numerics, letters = request.numerics, request.letters
 
     def load(spec: NetworkSpec) -> OnnxRuntimeNetwork:
@@ -70,7 +70,7 @@ def open_onnxruntime(request: OpenRequest) -> Networks:
 
 
 def build_onnx(request: EngineRequest) -> dict[str, float]:
-    """Export the seven networks, one after the other; gives the relative error of each against eager.
+    """Export the networks, one after the other; gives the relative error of each against eager.
 
     Raises:
         EngineBuildError: a file doesn't compute what eager computes.

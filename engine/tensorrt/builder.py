@@ -23,7 +23,7 @@ from storyadapter.model.numerics import Precision
 
 
 def build_tensorrt(request: EngineRequest) -> dict[str, Any]:
-    """Export, compare and build the seven networks, one after the other.
+    """Export, compare and build the networks, one after the other.
 
     Of each network there remain the engine, its layer list and the build's log; the ONNX files don't.
 
@@ -183,4 +183,4 @@ def _parsed_size(dim: int | str, letters: Mapping[str, Range]) -> int:
         return dim
     factor, letter = split_dim(dim)
     value = letters[letter]
-    return factor * value.minimum if value.minimum == value.maximum else -1
+    return int(factor * value.minimum) if value.minimum == value.maximum else -1

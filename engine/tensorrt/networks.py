@@ -173,7 +173,7 @@ class TensorRTNetwork:
 
 
 def open_tensorrt(request: OpenRequest) -> Networks:
-    """Open the seven networks of an engine on the current GPU.
+    """Open the networks of an engine on the current GPU.
 
     Raises:
         EngineMismatchError: the engine isn't the contract's.

@@ -4,7 +4,8 @@ Imports nothing heavy; PyTorch, diffusers and transformers are imported when a c
 """
 
 from storyadapter.checkpoint.checkpoint import Checkpoint
+from storyadapter.checkpoint.controlnets import ControlNetSpec
 from storyadapter.checkpoint.ip_adapter import AdapterLayer, IPAdapterWeights
 from storyadapter.checkpoint.paths import CheckpointPaths, LoraSpec
 
-__all__ = ["AdapterLayer", "Checkpoint", "CheckpointPaths", "IPAdapterWeights", "LoraSpec"]
+__all__ = ["AdapterLayer", "Checkpoint", "CheckpointPaths", "ControlNetSpec", "IPAdapterWeights", "LoraSpec"]

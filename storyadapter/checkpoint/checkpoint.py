@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from storyadapter.checkpoint.agreement import check_preprocessing, check_scaling, check_text_end
 from storyadapter.checkpoint.component import Component
+from storyadapter.checkpoint.controlnets import control_geometry, controlnet_part
 from storyadapter.checkpoint.ip_adapter import (
     CrossAttention,
     IPAdapterWeights,
@@ -29,11 +30,11 @@ from storyadapter.checkpoint.paths import CheckpointPaths, LoraSpec, below, find
 from storyadapter.checkpoint.sampling import read_sampling
 from storyadapter.method.errors import CheckpointError, Field, Text
 from storyadapter.method.model_sampling import ModelSampling
-from storyadapter.model.contract import Geometry, LayerWidth
+from storyadapter.model.contract import Geometry, LayerWidth, controlnet_name
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
     from torch import nn
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
 
@@ -81,6 +82,7 @@ class Checkpoint:
         unet: Path | str | None = None,
         vae: Path | str | None = None,
         loras: tuple[LoraSpec, ...] = (),
+        controlnets: tuple[Path | str, ...] = (),
         variant: str | None = None,
     ) -> "Checkpoint":
         """Find all files and check that they are whole and fit, from configurations and headers; no weights are read.
@@ -101,6 +103,7 @@ class Checkpoint:
             unet=unet,
             vae=vae,
             loras=loras,
+            controlnets=controlnets,
             variant=variant,
         )
         components, config_folder = base_parts(paths)
@@ -119,6 +122,13 @@ class Checkpoint:
             notices += check_text_end(config_folder / part, tokenizer, encoder_file, empty[encoder].config)
         layers = cross_attentions(empty["unet"])
         geometry = _geometry(components["unet"].config_file, empty, layers)
+        for index, typed in enumerate(paths.controlnets):
+            name, scale = controlnet_name(index), geometry.pixels_per_latent
+            components[name] = controlnet_part(typed, paths.variant, empty["unet"], scale)
+            empty[name] = components[name].check()
+            widths = _layer_widths(components[name].config_file, cross_attentions(empty[name]))
+            control = control_geometry(empty[name], widths)
+            geometry = replace(geometry, controls=(*geometry.controls, control))
         image_encoder = components["image_encoder"].config_file.parent
         notices += check_preprocessing(image_encoder)
         text_width = geometry.text_width + geometry.text_width_2
@@ -148,7 +158,7 @@ class Checkpoint:
 
         A single file is in several parts. LoRAs and their scales are in `loras`; what lies beside them is here.
         """
-        files = {name: (part.config_file, *part.files) for name, part in self._components.items()}
+        files = {name: tuple(dict.fromkeys((part.config_file, *part.files))) for name, part in self._components.items()}
         files |= {part: tokenizer_files(self._config_folder / part) for part in _TOKENIZERS}
         beside = tuple(lora.settings for lora in self._opened_loras if lora.settings)
         return {**files, "ip_adapter": (self._adapter,), **({"lora": beside} if beside else {})}
@@ -210,6 +220,12 @@ class Checkpoint:
         """The IP-Adapter's tensors."""
         return load_ip_adapter(self._adapter, self._cross_attentions, dtype, device)
 
+    def load_controlnet(
+        self, index: int, dtype: "torch.dtype", device: "torch.device | None" = None
+    ) -> "ControlNetModel":
+        """One of the ControlNets."""
+        return self._components[controlnet_name(index)].load(dtype, device)
+
     def load_tokenizers(self) -> "tuple[CLIPTokenizer, CLIPTokenizer]":
         """The tokenizers of text encoder 1 and 2."""
         first, second = (load_tokenizer(self._config_folder / part) for part in _TOKENIZERS)
@@ -231,14 +247,8 @@ def _geometry(unet_config: Path, empty: Mapping[str, Any], layers: tuple[CrossAt
     unet, vae = empty["unet"], empty["vae"]
     text, text_2, image = (empty[name].config for name in ("text_encoder", "text_encoder_2", "image_encoder"))
     check_widths(unet_config, unet.config, text.hidden_size, text_2.hidden_size, text_2.projection_dim)
-    counts = Counter((layer.channels, layer.heads) for layer in layers)
-    widths = tuple(LayerWidth(channels, count, heads) for (channels, heads), count in sorted(counts.items()))
-    if len({width.channels for width in widths}) < len(widths):
-        raise CheckpointError(
-            f"{unet_config}: layers of one width have different head counts", expected="one, as in SDXL"
-        )
     return Geometry(
-        widths=widths,
+        widths=_layer_widths(unet_config, layers),
         time_embedding=unet.time_embedding.linear_2.out_features,
         text_width=text.hidden_size,
         text_width_2=text_2.hidden_size,
@@ -250,3 +260,12 @@ def _geometry(unet_config: Path, empty: Mapping[str, Any], layers: tuple[CrossAt
         vae_in_fp32=bool(vae.config.force_upcast),
         guidance_embedding=unet.config.time_cond_proj_dim or 0,
     )
+
+
+def _layer_widths(config: Path, layers: tuple[CrossAttention, ...]) -> tuple[LayerWidth, ...]:
+    """Raises CheckpointError unless layers of one width are alike."""
+    counts = Counter((layer.channels, layer.heads) for layer in layers)
+    widths = tuple(LayerWidth(channels, count, heads) for (channels, heads), count in sorted(counts.items()))
+    if len({width.channels for width in widths}) < len(widths):
+        raise CheckpointError(f"{config}: layers of one width have different head counts", expected="one, as in SDXL")
+    return widths

@@ -192,6 +192,20 @@ def convert_unet_file(network: Any, tensors: "dict[str, Tensor]") -> "dict[str, 
     return convert_unet(network, {UNET_PREFIX + name: tensor for name, tensor in tensors.items()})
 
 
+def convert_controlnet(network: Any, tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
+    """Of a ControlNet alone, in diffusers' layout or the original one."""
+    from diffusers.loaders.single_file_utils import DIFFUSERS_TO_LDM_MAPPING, convert_controlnet_checkpoint
+
+    if "time_embedding.linear_1.weight" in tensors:
+        return folder_names(network, tensors)
+    tensors = {name.removeprefix("control_model."): tensor for name, tensor in tensors.items()}
+    converted = convert_controlnet_checkpoint(dict(tensors), config=dict(network.config))
+    # the conversion leaves SDXL's size and text embedding out
+    added = DIFFUSERS_TO_LDM_MAPPING["controlnet"]["addition_embed_type"]
+    converted |= {name: tensors.get(old) for name, old in added.items()}
+    return _nothing_lost(tensors, {name: tensor for name, tensor in converted.items() if tensor is not None})
+
+
 def convert_vae(network: Any, tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
     """Of a single file's VAE, or of a VAE alone, in the original layout or in diffusers' own."""
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint

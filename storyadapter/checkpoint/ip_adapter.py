@@ -58,7 +58,7 @@ def check_ip_adapter(
     width = next(t for name, t in found.items() if _LAYER.fullmatch(name)).shape[-1]
     if width != text_width or len(indices) != len(layers):
         raise CheckpointError(
-            f"{path}: made for {_base_model(width)}: {len(indices)} layers with image tokens {width} wide; the UNet "
+            f"{path}: made for {base_model(width)}: {len(indices)} layers with image tokens {width} wide; the UNet "
             f"has {len(layers)} cross-attention layers with text {text_width} wide"
         )
     expected: dict[str, list[int]] = {
@@ -108,7 +108,8 @@ def _check_kind(path: Path, found: "Mapping[str, Tensor]") -> None:
         raise CheckpointError(f"{path} has no layers named ip_adapter.<i>.to_k_ip.weight, but {layers[0]}; {_EXPECTED}")
 
 
-def _base_model(width: int) -> str:
+def base_model(width: int) -> str:
+    """Whose text is so wide, in words."""
     return {768: "Stable Diffusion 1.5", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}.get(width, "another base model")
 
 

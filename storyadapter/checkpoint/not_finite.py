@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Final
 
 from storyadapter.checkpoint.tensor_files import read_tensors
 from storyadapter.method.errors import Field, Text
+from storyadapter.model.contract import controlnet_name
 from storyadapter.model.numerics import DTYPE_NAMES, Numerics, finer_precision
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ def explain_not_finite(checkpoint: "Checkpoint", numerics: Numerics, network: st
     import torch
 
     part, precision = _PARTS.get(network, network), numerics[network]
+    if network.startswith("control"):  # each has three networks
+        part = controlnet_name(int(network.rpartition("_")[2]))
     dtype = getattr(torch, DTYPE_NAMES[precision])
     loras = checkpoint.loras if part in _WITH_LORAS else ()
     for lora in loras:

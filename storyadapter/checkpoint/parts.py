@@ -106,7 +106,7 @@ def image_encoder_part(paths: CheckpointPaths) -> Component:
     if not folder.is_dir():
         expected = "a folder with config.json and weights"
         raise CheckpointError(Field("image_encoder"), f" {folder} is a file", expected=expected)
-    _check_folder("image_encoder", folder, lambda config: config.get("model_type") in ("clip", "clip_vision_model"))
+    check_folder("image_encoder", folder, lambda config: config.get("model_type") in ("clip", "clip_vision_model"))
     config = _vision_config(folder / "config.json", _config(folder))
 
     def vision_half(network: "nn.Module", tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
@@ -198,7 +198,7 @@ def _unet(paths: CheckpointPaths, base: Path, source: _Source) -> Component:
         path, title = find("unet", paths.unet), ("the UNet given with ", Field("unet"))
         if path.is_dir():
             folder = path / "unet" if (path / "unet" / "config.json").exists() else path
-            _check_folder("unet", folder, lambda config: config.get("_class_name") == "UNet2DConditionModel")
+            check_folder("unet", folder, lambda config: config.get("_class_name") == "UNet2DConditionModel")
             source = _Source(None, paths.variant)
         else:
             headers = read_headers(path)
@@ -220,7 +220,7 @@ def _vae(paths: CheckpointPaths, base: Path, source: _Source) -> Component:
     if paths.vae is not None:
         path, title = find("vae", paths.vae), ("the VAE given with ", Field("vae"))
         if path.is_dir():
-            _check_folder("vae", path, lambda config: config.get("_class_name") == "AutoencoderKL")
+            check_folder("vae", path, lambda config: config.get("_class_name") == "AutoencoderKL")
             folder, source = path, _Source(None, paths.variant)
         else:
             _check_single("vae", path)
@@ -261,7 +261,7 @@ def _config(folder: Path) -> dict[str, Any]:
     return read_config(folder / "config.json")
 
 
-def _check_folder(field: str, folder: Path, fits: Callable[[Config], bool]) -> None:
+def check_folder(field: str, folder: Path, fits: Callable[[Config], bool]) -> None:
     """Raises CheckpointError if a network's folder has no configuration; told is which folder below it has one."""
     if is_there(folder / "config.json"):
         return

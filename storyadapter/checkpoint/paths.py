@@ -72,6 +72,7 @@ class CheckpointPaths:
     unet: Path | str | None = None
     vae: Path | str | None = None  # another VAE: a diffusers folder, or a `.safetensors` file
     loras: tuple[LoraSpec, ...] = ()  # fused into the UNet and the text encoders, in this order
+    controlnets: tuple[Path | str, ...] = ()  # for SDXL: diffusers folders, or files of the UNet's sizes
     # take `*.<variant>.safetensors` and the like where a network has both; without it, the plain files
     variant: str | None = None
 
@@ -86,9 +87,10 @@ class CheckpointPaths:
         unet: Path | str | None = None,
         vae: Path | str | None = None,
         loras: tuple[LoraSpec, ...] = (),
+        controlnets: tuple[Path | str, ...] = (),
         variant: str | None = None,
     ) -> "CheckpointPaths":
-        """The model that was asked for, or the demo model with these LoRAs.
+        """The model that was asked for, or the demo model with these LoRAs and ControlNets.
 
         Raises:
             InputError: only some of its three parts were given, or what belongs to a model without one.
@@ -102,11 +104,12 @@ class CheckpointPaths:
                 found = tuple(word for pair in named for word in pair)[:-1]
                 raise InputError(*found, " missing", expected=(all_parts, ", or none for the demo model"))
             assert base_model and image_encoder and ip_adapter
-            return cls(base_model, image_encoder, ip_adapter, base_config, unet, vae, loras, variant)
+            return cls(base_model, image_encoder, ip_adapter, base_config, unet, vae, loras, controlnets, variant)
         for name, value in (("base_config", base_config), ("unet", unet), ("vae", vae), ("variant", variant)):
             if value:
                 raise InputError(Field(name), " was given without ", Field("base_model"), expected=all_parts)
-        return cls(MODEL, MODEL / "image_encoder", MODEL / "ip-adapter.safetensors", loras=loras)
+        adapter = MODEL / "ip-adapter.safetensors"
+        return cls(MODEL, MODEL / "image_encoder", adapter, loras=loras, controlnets=controlnets)
 
     @property
     def is_demo(self) -> bool:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
+from storyadapter.cli.control_options import with_controls
 from storyadapter.cli.devices import only_device
 from storyadapter.cli.options import (
     Session,
@@ -123,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
         from storyadapter.method.story_notices import story_notices
 
         notices: list[Text] = []
-        story = _story(args, notices.append)
+        story = with_controls(args, _story(args, notices.append), notices.append)
         style = check_style(args.style or story.style or DEFAULT_STYLE)
         seed = _seed(args, stored_identity(args.out))
         run_plan(args, _ANY_SIZE, seed)

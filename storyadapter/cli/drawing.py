@@ -18,6 +18,7 @@ from storyadapter.cli.start_clock import StartClock
 from storyadapter.engine.backend import ReportStage
 from storyadapter.engine.calibration import find_scales
 from storyadapter.engine.identity import ModelWeights, model_weights
+from storyadapter.method.control_pictures import control_identity, read_controls
 from storyadapter.method.errors import EngineMismatchError, RunError, spelled
 from storyadapter.method.events import FrameFinished, RunFinished, RunStarted, StepFinished
 from storyadapter.method.memory_errors import is_out_of_memory
@@ -56,13 +57,15 @@ def draw(
     plan = plan.for_model(session.checkpoint.sampling)
     for iteration in range(plan.iterations):
         sampler_of(plan.sampler_in(iteration))
+    controls = read_controls(story, plan, lambda notice: reporter.note("warning", spelled(notice, option)))
     lettering = Lettering(args.font)
     check_form(args.animation)
     frames, final = len(story.frames), story.final_frames(plan, style)
     scales = [plan.scale_of(iteration) for iteration in range(plan.iterations)]
     weights = model_weights(session.checkpoint, reporter.bytes_read)
-    session = with_scales(args, session, _ranges(plan, frames), weights.key)
-    identity = _identity(story, style, plan, session, weights)
+    if session.numerics.quantization:
+        session = _with_scales(args, plan, frames, session, weights.key)
+    identity = _identity(story, style, plan, session, weights) | control_identity(controls)
     clock.mark("weights' hashes")
     RunFolder.check(args.out, identity, frames=frames, scales=scales, resume=args.resume)
     with (
@@ -80,6 +83,7 @@ def draw(
             "max_frames": batching.max_frames,
             "text_kept": batching.keep_text,
             "final_prompts": [frame.prompt for frame in final],
+            **({"control_pictures": [frame.control for frame in story.frames]} if any(controls) else {}),
             "device": str(pipeline.networks.device),
             "workers": pipeline.worker_count,
             "versions": versions(),
@@ -104,7 +108,7 @@ def draw(
                 if before not in (None, session.backend.name):
                     text = f"begun with backend {before}, going on with {session.backend.name}"
                     reporter.note("warning", f"{text}: frames differ, by rounding, from those of a run with one")
-                with closing(pipeline.run(story, plan, style=style, store=folder)) as events:
+                with closing(pipeline.run(story, plan, style=style, store=folder, controls=controls)) as events:
                     for event in events:
                         if isinstance(event, RunFinished):
                             seconds = {"load": loading, **event.seconds, "save": folder.seconds}
@@ -167,7 +171,7 @@ def _how_hashed(session: Session, weights: ModelWeights) -> str:
 def _identity(story: Story, style: str, plan: RunPlan, session: Session, model: ModelWeights) -> dict[str, Any]:
     """Everything that decides the pictures. The split into micro-batches doesn't: it may change in a resumed run."""
     return {
-        "story": story.to_dict(),
+        "story": story.without_control().to_dict(),
         "style": style,
         "plan": {name: value for name, value in plan.as_dict().items() if name != "max_frames"},
         "precision": session.numerics.name,
@@ -178,31 +182,24 @@ def _identity(story: Story, style: str, plan: RunPlan, session: Session, model: 
     }
 
 
-def with_scales(args: argparse.Namespace, session: Session, ranges: ShapeRanges, model: str) -> Session:
-    """The session with its model's scales, if it is quantized; `model`: the key of its weights.
-
-    Raises:
-        EngineMismatchError: the store has none.
-    """
-    if not session.numerics.quantization:
-        return session
-    if (scales := find_scales(args.engine_dir, model)) is not None:
+def _with_scales(args: argparse.Namespace, plan: RunPlan, frames: int, session: Session, model: str) -> Session:
+    """The session with its model's scales; raises EngineMismatchError where the store has none."""
+    scales = find_scales(args.engine_dir, model)
+    if scales is not None:
         return session.quantized(scales)
+    height, width = (Range(pixels, pixels) for pixels in plan.size)
+    ranges = ShapeRanges(plan.max_frames or FRAMES_UNMEASURED, plan.references(frames), height, width)
     command = build_command(args, session.backend.name, session.numerics, ranges)
     raise EngineMismatchError(f"no scales of {session.model.label} in the engine store; build it: {command}")
-
-
-def _ranges(plan: RunPlan, frames: int) -> ShapeRanges:
-    """Of the engine that is asked for a story of so many frames."""
-    height, width = (Range(pixels, pixels) for pixels in plan.size)
-    return ShapeRanges(plan.max_frames or FRAMES_UNMEASURED, plan.references(frames), height, width)
 
 
 def _open_pipeline(
     args: argparse.Namespace, plan: RunPlan, frames: int, session: Session, reporter: Reporter, clock: StartClock
 ) -> Pipeline:
     """The networks for the plan's batches; the build command that is told asks for `--max-frames`."""
-    ranges = _ranges(plan, frames)
+    height, width = (Range(pixels, pixels) for pixels in plan.size)
+    asked = FRAMES_UNMEASURED if plan.max_frames is None else plan.max_frames
+    ranges = ShapeRanges(asked, plan.references(frames), height, width)
     stage = "opening"
 
     def on_stage(network: str, what: str) -> None:
@@ -211,7 +208,7 @@ def _open_pipeline(
         stage = what
         reporter.stage(network, what)
 
-    pipeline = open_pipeline(args, session, ranges, len(split_evenly(frames, ranges.max_frames)[0]), reporter, on_stage)
+    pipeline = open_pipeline(args, session, ranges, len(split_evenly(frames, asked)[0]), reporter, on_stage)
     clock.mark(stage)
     return pipeline
 

@@ -17,6 +17,7 @@ from typing import Any, Final, NoReturn, TypeAlias
 
 import storyadapter
 from storyadapter.cli import options
+from storyadapter.cli.control_options import add_control_options, add_controlnet_option
 from storyadapter.cli.libraries import libraries_silenced
 from storyadapter.cli.printing import tell
 from storyadapter.cli.values import decimal
@@ -74,6 +75,7 @@ examples:
   storyadapter-trt run --prompt "a fox reads" "a fox sleeps in a forest" --seed 7
   storyadapter-trt run --base-model SDXL --image-encoder CLIP --ip-adapter ip-adapter_sdxl.safetensors --story tale.yaml
   storyadapter-trt run --story tale.yaml --out tale --resume    go on after Ctrl-C
+  storyadapter-trt run … --controlnet openpose-sdxl:0.8 --control-images poses/    a pose per frame
 
 A story file, tale.yaml (or the same as .json):
   title: Reynard's day
@@ -81,9 +83,10 @@ A story file, tale.yaml (or the same as .json):
   characters: {Reynard: a small red fox with a green scarf}
   prompts:
     - Reynard wakes up in his burrow
-    - prompt: Reynard meets an owl in the forest      a frame may have its own seed and negative prompt
+    - prompt: Reynard meets an owl in the forest      a frame may have its own seed and negative prompt,
       negative: snow
       seed: 7
+      control: poses/002.png                          and a picture for --controlnet, here beside the story file
 The name of a character is replaced by its definition where it stands as a whole word, in the same case as typed.
 A .csv or .tsv has a frame per row, under a header: prompt, or character, interaction and scene; also negative, seed.
 A .txt or .md has a prompt per line, or is a numbered or bulleted list. --story - reads standard input.
@@ -169,6 +172,7 @@ def _add_build(commands: Commands) -> None:
         epilog=_BUILD_EPILOG,
     )
     options.add_model_options(parser)
+    add_controlnet_option(parser)
     options.add_size_options(parser, as_range=True)
     options.add_backend_options(parser)
     options.add_output_options(parser)
@@ -207,6 +211,7 @@ def _add_run(commands: Commands) -> None:
     )
     options.add_font_option(output)
     options.add_model_options(parser)
+    add_control_options(parser)
     options.add_worker_options(parser)
     options.add_output_options(parser)
     parser.set_defaults(run=_later("commands", "run"))

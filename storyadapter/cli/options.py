@@ -6,7 +6,8 @@ from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from storyadapter.checkpoint import Checkpoint, CheckpointPaths, LoraSpec
+from storyadapter.checkpoint import Checkpoint, CheckpointPaths, ControlNetSpec, LoraSpec
+from storyadapter.cli.control_options import control_settings
 from storyadapter.cli.devices import device_name
 from storyadapter.cli.values import PLAN_VALUES, decimal, frames_or_auto, pixel_range, positive, scales_list
 from storyadapter.engine.backend import Backend
@@ -129,6 +130,7 @@ def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
         help="LoRA or LoCon fused into the model, with its scale (default 1); may be given several times. Read are the "
         "layouts of kohya, diffusers, peft, OneTrainer, ComfyUI and LyCORIS (docs/model-files.md)",
     )
+    parser.set_defaults(controlnet=())  # of commands that take none
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -285,7 +287,8 @@ def given_checkpoint_options(args: argparse.Namespace) -> dict[str, list[str]]:
     """The values of those options of `add_checkpoint_options` that were typed, by option."""
     single = ("base_model", "image_encoder", "ip_adapter", "base_config", "unet", "vae", "variant")
     given = {option(name): [getattr(args, name)] for name in single if getattr(args, name)}
-    return given | ({"--lora": args.lora} if args.lora else {})
+    controlnets = [str(ControlNetSpec.parse(text).path) for text in args.controlnet]
+    return given | {name: values for name, values in (("--lora", args.lora), ("--controlnet", controlnets)) if values}
 
 
 @dataclass(frozen=True)
@@ -310,6 +313,7 @@ def model_choice(args: argparse.Namespace) -> ModelChoice:
         unet=args.unet,
         vae=args.vae,
         loras=tuple(LoraSpec.parse(text) for text in args.lora),
+        controlnets=tuple(ControlNetSpec.parse(text).path for text in args.controlnet),
         variant=args.variant,
     )
     return ModelChoice(paths, "the demo model" if args.base_model is None else str(args.base_model))
@@ -326,7 +330,9 @@ class Session:
 
     def quantized(self, scales: "Scales") -> "Session":
         """The same with the denoiser quantized by its model's scales."""
-        numerics = self.numerics.with_scales(scales.key)
+        assert self.numerics.quantization
+        quantization = replace(self.numerics.quantization, scales=scales.key)
+        numerics = replace(self.numerics, quantization=quantization)
         return replace(self, checkpoint=self.checkpoint.rewritten(scales.apply), numerics=numerics)
 
     @property
@@ -373,7 +379,7 @@ def run_plan(args: argparse.Namespace, default_pixels: int, seed: int) -> RunPla
     instead = {"height": default_pixels, "width": default_pixels, "scales": constants.reference_scales(args.iterations)}
     typed = {name: value for name in PLAN_HELP if (value := getattr(args, name)) is not None}
     settings: dict[str, Any] = {**instead, **with_preset(args.preset, typed), "seed": seed}
-    return RunPlan(**settings)
+    return RunPlan(**settings, controls=control_settings(args))
 
 
 def build_command(args: argparse.Namespace, backend: str, numerics: Numerics, ranges: ShapeRanges) -> str:

@@ -36,6 +36,7 @@ def check(args: argparse.Namespace) -> int:
         about = [f"{tokenizers.count(frame.prompt)} of {TEXT_TOKENS} tokens"]
         about += [f"characters {', '.join(found)}"] if found else []
         about += [] if given.seed is None else [f"seed {given.seed}"]
+        about += [f"control {', '.join(path or 'none' for path in given.control)}"] if given.control else []
         lines += [f"frame {number}: {'; '.join(about)}", f"  {frame.prompt}"]
         if given.negative is not None and plan.guided:
             lines.append(f"  negative prompt: {given.negative or 'none'}")

@@ -6,6 +6,7 @@ from operator import ge
 from typing import Any, Final, Self
 
 from storyadapter.method import constants
+from storyadapter.method.control import ControlSettings
 from storyadapter.method.errors import Field, InputError
 from storyadapter.method.model_sampling import ModelSampling
 from storyadapter.method.text import unprintable
@@ -131,6 +132,7 @@ class RunPlan:
     max_frames: int | None = setting("frames drawn together in one micro-batch, at most", None)
     scheduler_config: str = setting("of the model's own scheduler, where that is taken", "", typed=False)
     embeds_guidance: bool = setting("whether the UNet takes the guidance as an embedding", False, typed=False)
+    controls: tuple[ControlSettings, ...] = setting("how each ControlNet of the model is used", (), typed=False)
 
     def __post_init__(self) -> None:
         for name in ("height", "width"):
@@ -167,6 +169,8 @@ class RunPlan:
             if not 0 <= guidance <= 100:
                 raise InputError(Field("guidance"), f" is {guidance:g}", expected="0 to 100")
         object.__setattr__(self, "guidance_interval", tuple(self.guidance_interval))
+        controls = (ControlSettings(**item) if isinstance(item, dict) else item for item in self.controls)
+        object.__setattr__(self, "controls", tuple(controls))
         low, high = self.guidance_interval
         if not 0 <= low < high <= 1:
             expected = "two shares of the steps from 0 to 1, the lower one first"
@@ -280,7 +284,9 @@ class RunPlan:
         return 2 if guided else 1
 
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "scales": list(self.scales)}
+        """As JSON values; of what few runs have, only what is there."""
+        values = {**asdict(self), "scales": list(self.scales)}
+        return {name: value for name, value in values.items() if value or name != "controls"}
 
     def _spread(self, *names: str) -> None:
         """Settings that may have a value per iteration: equal ones are one."""

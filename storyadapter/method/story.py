@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Self
@@ -81,11 +81,23 @@ def _seed(value: Any) -> Any:
     return value
 
 
+def _control(value: Any, info: ValidationInfo) -> Any:
+    """Paths of pictures, those of a story file relative to its folder."""
+    paths = value if isinstance(value, list | tuple) else [value]
+    if value is None:
+        return None
+    if not all(isinstance(path, str) and path.strip() for path in paths if path is not None) or not any(paths):
+        expected = "the path of a picture, or a list with one per ControlNet, null for none"
+        raise StoryError(f" is {kind(value)},", expected=expected)
+    folder = Path(info.context.name).parent if isinstance(info.context, StoryFile) else Path()
+    return tuple(None if path is None else str(folder / path) for path in paths)
+
+
 def _frame(value: Any) -> Any:
     if not isinstance(value, Mapping):
         return value if isinstance(value, Frame) else {"prompt": value}
     if "prompt" not in value:
-        expected = "text, or a mapping with 'prompt' and, if wanted, 'negative' and 'seed'"
+        expected = "text, or a mapping with 'prompt' and, if wanted, 'negative', 'seed' and 'control'"
         raise StoryError(" is a mapping,", expected=expected, advice="put text that holds ': ' in quotes")
     return {str(key): item for key, item in value.items()}
 
@@ -124,6 +136,9 @@ def _characters(value: Any) -> Any:
 Words = Annotated[str, pydantic.Field(min_length=1), BeforeValidator(_words)]
 _Style = Annotated[Words, AfterValidator(check_style), pydantic.Field(json_schema_extra={"enum": [*STYLES]})]
 _Printable = Annotated[str, BeforeValidator(_printable)]
+_Control = Annotated[
+    tuple[str | None, ...], BeforeValidator(_control, json_schema_input_type=Words | list[Words | None])
+]
 _Seed = Annotated[int, pydantic.Field(ge=0, lt=SEED_LIMIT), BeforeValidator(_seed)]
 
 
@@ -137,6 +152,8 @@ class Frame:
     """What it must not show, in place of the whole story's negative prompt; may be empty."""
     seed: _Seed | None = None
     """Of this frame's noise, in place of the whole story's."""
+    control: _Control | None = None
+    """A picture for the ControlNet, such as a pose; with several of them a list with one for each, null for none."""
 
     def negative_prompt(self, plan: RunPlan) -> str:
         """Its own, or that of the whole story."""
@@ -144,7 +161,10 @@ class Frame:
 
     def to_dict(self) -> str | dict[str, Any]:
         """As in a story file."""
-        own = {key: value for key, value in (("negative", self.negative), ("seed", self.seed)) if value is not None}
+        paths = self.control
+        control = None if paths is None else paths[0] if len(paths) == 1 else [*paths]
+        values: dict[str, Any] = {"negative": self.negative, "seed": self.seed, "control": control}
+        own = {key: value for key, value in values.items() if value is not None}
         return {"prompt": self.prompt, **own} if own else self.prompt
 
 
@@ -168,7 +188,7 @@ class Story:
 
     Attributes:
         frames: one per picture, at least one; given as `prompts`, each a text or a mapping with `prompt` and, if
-            wanted, `negative` and `seed`.
+            wanted, `negative`, `seed` and `control`.
         title: shown on the contact sheet; no part of any prompt.
         style: a name of `storyadapter.method.constants.STYLES`, or None if the story doesn't say.
         characters: name -> definition, which takes the name's place in every prompt.
@@ -220,8 +240,8 @@ class Story:
     ) -> Self:
         """Read a story file in UTF-8, or a story folder of ViStoryBench; "-" is standard input.
 
-        - `.yaml`, `.yml`, `.json`: a mapping with `prompts` (a list of texts, or of mappings with `prompt`, `negative`
-          and `seed`) and, if wanted, `title`, `style` and `characters` (name: definition);
+        - `.yaml`, `.yml`, `.json`: a mapping with `prompts` (a list of texts, or of mappings with `prompt`, `negative`,
+          `seed` and `control`) and, if wanted, `title`, `style` and `characters` (name: definition);
         - `.csv`, `.tsv`: a frame per row, under a header with `prompt` or with `character`, `interaction` and `scene`,
           and, if wanted, `negative` and `seed`;
         - `.txt`, `.md`, no suffix, standard input: a prompt per line or item of a list; what is fenced, or looks like
@@ -309,6 +329,11 @@ class Story:
         found = (dict.fromkeys(name for _, name in finder.find(normalized(prompt))) for prompt in self.prompts)
         return tuple(tuple(names[name] for name in of_prompt) for of_prompt in found)
 
+    def without_control(self) -> Self:
+        """The same without the paths of control pictures."""
+        frames = tuple(replace(frame, control=None) for frame in self.frames)
+        return type(self)(frames, self.title, self.style, self.characters)
+
     def to_dict(self) -> dict[str, Any]:
         """The story as JSON values, under the keys of a story file. Equal stories give equal values."""
         return {
@@ -337,7 +362,8 @@ def _refusal(wrong: list[ErrorDetails], file: StoryFile | None) -> InputError:
     keys = (*names[1:], names[0])
     match place:
         case "prompts", int(index), str(name), *_:
-            what = {"prompt": "", "negative": "the negative prompt of ", "seed": "the seed of "}.get(name, "")
+            titles = {"negative": "the negative prompt of ", "seed": "the seed of ", "control": "the control of "}
+            what = titles.get(name, "")
             what += f"prompt {index + 1}"
             keys = tuple(item.name for item in fields(Frame))
         case "prompts", int(index):

@@ -9,6 +9,7 @@ width, E width of the UNet's time embedding. Imports nothing heavy.
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from typing import Any, Final, Literal
 
 from storyadapter.method import constants
@@ -18,7 +19,7 @@ from storyadapter.model.numerics import DTYPE_NAMES, Numerics, Precision, Quanti
 
 CONTRACT_VERSION: Final = 2
 
-Dim = int | str  # a number, a letter, or a factor times a letter such as "4*N"
+Dim = int | str  # a number, a letter, a factor times a letter such as "4*N", or a part of one such as "h/2"
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,28 @@ class LayerWidth:
     @property
     def head_size(self) -> int:
         return self.channels // self.heads
+
+
+@dataclass(frozen=True)
+class Residual:
+    """What a ControlNet adds to one output of the UNet's encoder: `channels`, at 1/`shrink` of the latents' size."""
+
+    channels: int
+    shrink: int
+
+
+@dataclass(frozen=True)
+class ControlGeometry:
+    """The sizes of one ControlNet."""
+
+    widths: tuple[LayerWidth, ...]  # of its own cross-attention layers, ascending channels; it may have none
+    time_embedding: int  # E of its own
+    residuals: tuple[Residual, ...]  # as many and as large as the UNet's outputs, its middle last
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "ControlGeometry":
+        widths = tuple(LayerWidth(**width) for width in data["widths"])
+        return cls(**{**data, "widths": widths, "residuals": tuple(Residual(**part) for part in data["residuals"])})
 
 
 @dataclass(frozen=True)
@@ -49,6 +72,7 @@ class Geometry:
     pixels_per_latent: int = 8
     vae_in_fp32: bool = True  # the VAE's `force_upcast`
     guidance_embedding: int = 0  # C0, width of the embedding as which the UNet takes the guidance; 0: it takes none
+    controls: tuple[ControlGeometry, ...] = ()  # of the ControlNets, whose residuals the UNet then takes
 
     @property
     def default_pixels(self) -> int:
@@ -66,7 +90,8 @@ class Geometry:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Geometry":
-        return cls(**{**data, "widths": tuple(LayerWidth(**width) for width in data["widths"])})
+        controls = tuple(map(ControlGeometry.from_dict, data.get("controls", ())))
+        return cls(**{**data, "widths": tuple(LayerWidth(**width) for width in data["widths"]), "controls": controls})
 
 
 @dataclass(frozen=True)
@@ -171,15 +196,16 @@ class TensorSpec:
                     raise ValueError(f"{where} has {size} in dimension {axis}; expected {dim} ({list(self.shape)})")
                 continue
             factor, letter = split_dim(dim)
-            known = letters.setdefault(letter, size // factor)
+            known = letters.setdefault(letter, int(size / factor))
             if known * factor != size:
                 raise ValueError(f"{where} has {dim} = {size}; expected {known * factor}, as in an earlier input")
 
 
-def split_dim(dim: str) -> tuple[int, str]:
-    """ "4*N" -> (4, "N"); "N" -> (1, "N")."""
+def split_dim(dim: str) -> tuple[Fraction, str]:
+    """ "4*N" -> (4, "N"); "N" -> (1, "N"); "h/2" -> (1/2, "h")."""
     factor, _, letter = dim.rpartition("*")
-    return (int(factor) if factor else 1), letter
+    letter, _, divisor = letter.partition("/")
+    return Fraction(int(factor or 1), int(divisor or 1)), letter
 
 
 def size_of(dim: Dim, letters: Mapping[str, int]) -> int:
@@ -187,7 +213,7 @@ def size_of(dim: Dim, letters: Mapping[str, int]) -> int:
     if isinstance(dim, int):
         return dim
     factor, letter = split_dim(dim)
-    return factor * letters[letter]
+    return int(factor * letters[letter])
 
 
 @dataclass(frozen=True)
@@ -222,10 +248,10 @@ class NetworkSpec:
 
 
 def network_specs(geometry: Geometry) -> dict[str, NetworkSpec]:
-    """The seven networks of a model, in the order in which a run needs them."""
+    """The seven networks of a model and those of its ControlNets, in the order in which a run needs them."""
     text, pixels = constants.TEXT_TOKENS, constants.CLIP_PIXELS
     image, latent, scale = geometry.image_embedding_width, geometry.latent_channels, geometry.pixels_per_latent
-    text_kv = tuple(TensorSpec(text_kv_name(w.channels), (w.layers, "P", 2, text, w.channels)) for w in geometry.widths)
+    text_kv = _text_kv(geometry.widths)
     ref_kv = tuple(TensorSpec(ref_kv_name(w.channels), (w.layers, "G", 2, "R", w.channels)) for w in geometry.widths)
     image_kv = tuple(
         TensorSpec(image_kv_name(w.channels), (w.layers, 2, f"{constants.TOKENS_PER_IMAGE}*N", w.channels))
@@ -235,15 +261,48 @@ def network_specs(geometry: Geometry) -> dict[str, NetworkSpec]:
     text_1 = TensorSpec("text_embedding", ("P", text, geometry.text_width))
     text_2 = TensorSpec("text_embedding_2", ("P", text, geometry.text_width_2))
     pooled = TensorSpec("pooled_text", ("P", geometry.pooled_width))
+    # original height and width, crop top and left, target height and width, in pixels
+    sizes = TensorSpec("sizes", ("P", 6), "float32")
+    latents = TensorSpec("latents", ("B", latent, "h", "w"))
+    timestep = TensorSpec("timestep", ("B",), "float32")  # bf16 would round 981 to 980
+    text_row = TensorSpec("text_row", ("B",), "int32")
     conditions = (TensorSpec("time_condition", ("B", geometry.guidance_embedding)),)
     time_condition = conditions if geometry.guidance_embedding else ()
+    residuals: tuple[TensorSpec, ...] = ()
+    controls: list[NetworkSpec] = []
+    for index, control in enumerate(geometry.controls):
+        residuals = residual_specs(control)
+        width, control_kv = control.residuals[0].channels, _text_kv(control.widths)
+        controls += (
+            NetworkSpec(
+                control_embedding_name(index),
+                (TensorSpec("picture", (1, 3, f"{scale}*h", f"{scale}*w")),),  # 0 to 1
+                (TensorSpec("condition", (1, width, "h", "w")),),
+            ),
+            NetworkSpec(
+                control_projection_name(index),
+                (*((text_1, text_2) if control_kv else ()), pooled, sizes),
+                (*control_kv, TensorSpec("added_embedding", ("P", control.time_embedding))),
+            ),
+            NetworkSpec(
+                controlnet_name(index),
+                (
+                    latents,
+                    timestep,
+                    TensorSpec("added_embedding", ("B", control.time_embedding)),
+                    TensorSpec("condition", ("B", width, "h", "w")),
+                    TensorSpec("conditioning_scale", ("B",), "float32"),
+                    *((*control_kv, text_row) if control_kv else ()),
+                ),
+                residuals,
+            ),
+        )
     networks = (
         NetworkSpec("text_encoder", (input_ids,), (text_1,)),
         NetworkSpec("text_encoder_2", (input_ids,), (text_2, pooled)),
         NetworkSpec(
             "text_projection",
-            # sizes: original height and width, crop top and left, target height and width, in pixels
-            (text_1, text_2, pooled, TensorSpec("sizes", ("P", 6), "float32")),
+            (text_1, text_2, pooled, sizes),
             (*text_kv, TensorSpec("added_embedding", ("P", geometry.time_embedding))),
         ),
         NetworkSpec(
@@ -256,18 +315,20 @@ def network_specs(geometry: Geometry) -> dict[str, NetworkSpec]:
             (TensorSpec("image_embedding", ("N", image)), TensorSpec("scale", (1,), "float32")),
             image_kv,
         ),
+        *controls,
         NetworkSpec(
             "denoiser",
             (
-                TensorSpec("latents", ("B", latent, "h", "w")),
-                TensorSpec("timestep", ("B",), "float32"),  # bf16 would round 981 to 980
+                latents,
+                timestep,
                 TensorSpec("added_embedding", ("B", geometry.time_embedding)),
                 *time_condition,
                 *text_kv,
-                TensorSpec("text_row", ("B",), "int32"),
+                text_row,
                 *ref_kv,
                 TensorSpec("ref_row", ("B",), "int32"),
                 TensorSpec("ref_length", ("G",), "int32"),
+                *residuals,
             ),
             (TensorSpec("noise", ("B", latent, "h", "w")),),
         ),
@@ -278,6 +339,38 @@ def network_specs(geometry: Geometry) -> dict[str, NetworkSpec]:
         ),
     )
     return {network.name: network for network in networks}
+
+
+def _text_kv(widths: tuple[LayerWidth, ...]) -> tuple[TensorSpec, ...]:
+    shape = {width: (width.layers, "P", 2, constants.TEXT_TOKENS, width.channels) for width in widths}
+    return tuple(TensorSpec(text_kv_name(width.channels), shape[width]) for width in widths)
+
+
+def residual_specs(control: ControlGeometry) -> tuple[TensorSpec, ...]:
+    """What a ControlNet gives and a denoiser of a model with ControlNets takes, the sum of all of theirs."""
+
+    def size(letter: str, shrink: int) -> str:
+        return letter if shrink == 1 else f"{letter}/{shrink}"
+
+    return tuple(
+        TensorSpec(f"residual_{index}", ("B", part.channels, size("h", part.shrink), size("w", part.shrink)))
+        for index, part in enumerate(control.residuals)
+    )
+
+
+def control_embedding_name(index: int) -> str:
+    """Network that makes a ControlNet's condition of a frame's picture, once."""
+    return f"control_embedding_{index}"
+
+
+def control_projection_name(index: int) -> str:
+    """Network that projects a prompt for a ControlNet, once."""
+    return f"control_projection_{index}"
+
+
+def controlnet_name(index: int) -> str:
+    """Network that gives the residuals of one call."""
+    return f"controlnet_{index}"
 
 
 def text_kv_name(channels: int) -> str:

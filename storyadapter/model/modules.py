@@ -1,4 +1,4 @@
-"""The seven networks of the contract as PyTorch modules, made from a checkpoint.
+"""The networks of the contract as PyTorch modules, made from a checkpoint.
 
 Each module's `forward` takes the contract's inputs in order and gives the contract's outputs in order: eager runs
 them, the exporters export them, and nothing else knows how a network is computed.
@@ -8,10 +8,11 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Final, Protocol
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from torch import Tensor, nn
 
-from storyadapter.model.contract import Geometry
+from storyadapter.model.contract import Geometry, control_embedding_name, control_projection_name, controlnet_name
+from storyadapter.model.controlnet import split_controlnet
 from storyadapter.model.grca import GrcaFunction
 from storyadapter.model.ip_adapter import IPAdapterWeights
 from storyadapter.model.networks import TORCH_DTYPES
@@ -22,7 +23,7 @@ _UNET_PARTS: Final = ("text_projection", "reference_projection", "denoiser")
 
 
 class ModelParts(Protocol):
-    """What the seven networks are made from: an opened `Checkpoint`, or a model made otherwise.
+    """What the networks are made from: an opened `Checkpoint`, or a model made otherwise.
 
     Each method gives a fresh copy of its part in `dtype`, ready for inference, on `device` or where the model has it.
     """
@@ -46,6 +47,10 @@ class ModelParts(Protocol):
     def load_ip_adapter(self, dtype: torch.dtype, device: torch.device | None = None) -> IPAdapterWeights: ...
 
     def load_vae(self, dtype: torch.dtype, device: torch.device | None = None) -> AutoencoderKL: ...
+
+    def load_controlnet(
+        self, index: int, dtype: torch.dtype, device: torch.device | None = None
+    ) -> ControlNetModel: ...
 
 
 class _Encoder(nn.Module):
@@ -104,10 +109,10 @@ def iterate_modules(
     only: Collection[str] | None = None,
     device: torch.device | None = None,
 ) -> Iterator[tuple[str, nn.Module]]:
-    """The seven modules by their contract names, loaded one checkpoint component at a time.
+    """The modules by their contract names, loaded one checkpoint component at a time.
 
-    A caller that drops each module before it asks for the next holds at most one component in memory; the UNet's three
-    parts come together. LoRAs are fused by the checkpoint.
+    A caller that drops each module before it asks for the next holds at most one component in memory; the three
+    parts of the UNet, or of a ControlNet, come together. LoRAs are fused by the checkpoint.
 
     Args:
         grca: the attention function of the denoiser's cross-attention layers.
@@ -125,15 +130,28 @@ def iterate_modules(
     for name, encoder in encoders.items():
         if wanted(name):
             yield name, encoder(getattr(checkpoint, f"load_{name}")(dtype(name), device)).eval()
+    for index in range(len(checkpoint.geometry.controls)):
+        names = (control_embedding_name(index), control_projection_name(index), controlnet_name(index))
+        if any(map(wanted, names)):
+            loaded = checkpoint.load_controlnet(index, dtype(controlnet_name(index)), device)
+            modules = split_controlnet(loaded, index)
+            del loaded
+            yield from _each(modules, wanted)
     if any(map(wanted, _UNET_PARTS)):
         unet, adapter = (load(dtype("denoiser"), device) for load in (checkpoint.load_unet, checkpoint.load_ip_adapter))
         modules = split_unet(unet, adapter, grca)
         del unet, adapter
-        # taken out one by one: what a suspended generator still names would stay in memory
-        modules = {name: module for name, module in modules.items() if wanted(name)}
-        if checkpoint.rewrite is not None and "denoiser" in modules:
+        if checkpoint.rewrite is not None and wanted("denoiser"):
             checkpoint.rewrite(modules["denoiser"])
-        for name in tuple(modules):
-            yield name, modules.pop(name).eval()
+        yield from _each(modules, wanted)
     if wanted("vae_decoder"):
         yield "vae_decoder", VaeDecoder(checkpoint.load_vae(dtype("vae_decoder"), device)).eval()
+
+
+def _each(modules: dict[str, nn.Module], wanted: Callable[[str], bool]) -> Iterator[tuple[str, nn.Module]]:
+    """Taken out one by one: what a suspended generator still names would stay in memory."""
+    for name in tuple(modules):
+        if wanted(name):
+            yield name, modules.pop(name).eval()
+        else:
+            del modules[name]

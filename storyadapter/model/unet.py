@@ -9,7 +9,7 @@ by which IP-Adapter files number them.
 from typing import NamedTuple
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import ControlNetModel, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
@@ -32,16 +32,23 @@ class CrossAttentionInputs(NamedTuple):
     ref_length: Tensor
 
 
-class GlobalReferenceCrossAttention(nn.Module):
-    """One cross-attention layer that reads projected keys and values: query projection, GRCA, output projection."""
+class ProjectedCrossAttention(nn.Module):
+    """One cross-attention layer that reads projected keys and values; its own are the other two projections."""
 
-    def __init__(self, attention: Attention, layer: int, grca: GrcaFunction) -> None:
+    def __init__(self, attention: Attention, layer: int) -> None:
         super().__init__()
         self.to_q = attention.to_q
         self.to_out = attention.to_out[0]
         self.heads = attention.heads
         self.channels = attention.inner_dim
         self.layer = layer
+
+
+class GlobalReferenceCrossAttention(ProjectedCrossAttention):
+    """One layer of the UNet: query projection, GRCA, output projection."""
+
+    def __init__(self, attention: Attention, layer: int, grca: GrcaFunction) -> None:
+        super().__init__(attention, layer)
         self.grca = grca
 
     def forward(
@@ -70,6 +77,11 @@ class StackedKeyValueProjection(nn.Module):
         super().__init__()
         self.weights = nn.ParameterDict({str(channels): nn.Parameter(w, False) for channels, w in weights.items()})
 
+    @classmethod
+    def of_layers(cls, weights: dict[int, list[Tensor]]) -> "StackedKeyValueProjection":
+        """weights: by width C, of each layer [2, C, W]."""
+        return cls({channels: torch.stack(weights[channels]) for channels in sorted(weights)})
+
     def forward(self, tokens: Tensor) -> dict[int, Tensor]:
         """tokens [rows, K, W] → by width C, [L, rows, 2, K, C], contiguous."""
         rows, count, _ = tokens.shape
@@ -81,24 +93,35 @@ class StackedKeyValueProjection(nn.Module):
         return result
 
 
-class TextProjection(nn.Module):
-    """Text embeddings and sizes → the text keys and values of every layer, and what is added to the time embedding."""
+class AddedEmbedding(nn.Module):
+    """Pooled text and sizes → what is added to the time embedding of a UNet or a ControlNet."""
 
-    def __init__(self, unet: UNet2DConditionModel, projection: StackedKeyValueProjection) -> None:
+    def __init__(self, unet: UNet2DConditionModel | ControlNetModel) -> None:
         super().__init__()
-        self.projection = projection
         self.add_time_proj = unet.add_time_proj
         self.add_embedding = unet.add_embedding
 
-    def forward(
-        self, text_embedding: Tensor, text_embedding_2: Tensor, pooled_text: Tensor, sizes: Tensor
-    ) -> tuple[Tensor, ...]:
-        """Contract network `text_projection`; keys and values in ascending width, then `added_embedding` [P, E]."""
-        kv = self.projection(torch.cat((text_embedding, text_embedding_2), dim=-1))
+    def forward(self, pooled_text: Tensor, sizes: Tensor) -> Tensor:
+        """pooled_text [P, width], sizes [P, 6] fp32 → [P, E]."""
         # six sinusoidal embeddings in fp32, then the model's dtype before they meet the text (diffusers' SDXL order)
         size_embedding = self.add_time_proj(sizes.flatten()).view(pooled_text.shape[0], -1).to(pooled_text.dtype)
-        added = self.add_embedding(torch.cat((pooled_text, size_embedding), dim=-1))
-        return (*(kv[channels] for channels in sorted(kv)), added)
+        return self.add_embedding(torch.cat((pooled_text, size_embedding), dim=-1))
+
+
+class TextProjection(AddedEmbedding):
+    """Text embeddings and sizes → the text keys and values of every layer, and what is added to the time embedding."""
+
+    def __init__(self, unet: UNet2DConditionModel | ControlNetModel, projection: StackedKeyValueProjection) -> None:
+        super().__init__(unet)
+        self.projection = projection
+
+    def forward(  # type: ignore[override]  # the contract's inputs in order
+        self, text_embedding: Tensor, text_embedding_2: Tensor, pooled_text: Tensor, sizes: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Contract network `text_projection`, and the like of a ControlNet; keys and values in ascending width, then
+        `added_embedding` [P, E]."""
+        kv = self.projection(torch.cat((text_embedding, text_embedding_2), dim=-1))
+        return (*(kv[channels] for channels in sorted(kv)), super().forward(pooled_text, sizes))
 
 
 class ReferenceProjection(nn.Module):
@@ -131,6 +154,25 @@ class ReferenceProjection(nn.Module):
         return tuple(result)
 
 
+def encode(blocks: nn.ModuleList, sample: Tensor, embedding: Tensor, inputs: object) -> tuple[Tensor, list[Tensor]]:
+    """The encoder of a UNet or a ControlNet: its last output, and all of them, the first of which is `sample`.
+
+    Args:
+        blocks: diffusers' down blocks.
+        sample: [B, C, h, w].
+        embedding: [B, E].
+        inputs: what their cross-attention layers read.
+    """
+    skips = [sample]
+    for block in blocks:
+        if getattr(block, "has_cross_attention", False):
+            sample, outputs = block(sample, embedding, encoder_hidden_states=inputs)
+        else:
+            sample, outputs = block(sample, embedding)
+        skips.extend(outputs)
+    return sample, skips
+
+
 class Denoiser(nn.Module):
     """The SDXL UNet without the layers that the two projections took over."""
 
@@ -149,7 +191,7 @@ class Denoiser(nn.Module):
 
     def forward(self, latents: Tensor, timestep: Tensor, added_embedding: Tensor, *others: Tensor) -> Tensor:
         """Contract network `denoiser`; `others` are its inputs from `time_condition`, in models that take one, or else
-        `text_kv_<C>` to `ref_length`, in order."""
+        `text_kv_<C>` to `ref_length`, in order, and the residuals of ControlNets, in models that have some."""
         condition, attention = None, others
         if self.time_embedding.cond_proj is not None:
             condition, *attention = others
@@ -163,15 +205,11 @@ class Denoiser(nn.Module):
         )
         time = self.time_proj(timestep).to(latents.dtype)
         embedding = self.time_embedding(time, condition) + added_embedding
-        sample = self.conv_in(latents)
-        skips = [sample]
-        for block in self.down_blocks:
-            if getattr(block, "has_cross_attention", False):
-                sample, outputs = block(sample, embedding, encoder_hidden_states=inputs)
-            else:
-                sample, outputs = block(sample, embedding)
-            skips.extend(outputs)
+        sample, skips = encode(self.down_blocks, self.conv_in(latents), embedding, inputs)
         sample = self.mid_block(sample, embedding, encoder_hidden_states=inputs)
+        if residuals := attention[2 * count + 3 :]:
+            skips = [skip + residual for skip, residual in zip(skips, residuals[:-1], strict=True)]
+            sample = sample + residuals[-1]
         for block in self.up_blocks:
             count = len(block.resnets)
             skips, taken = skips[:-count], tuple(skips[-count:])
@@ -180,6 +218,11 @@ class Denoiser(nn.Module):
             else:
                 sample = block(sample, taken, embedding)
         return self.conv_out(self.conv_act(self.conv_norm_out(sample)))
+
+
+def key_value_weight(attention: Attention) -> Tensor:
+    """[2, C, W]: of a cross-attention layer's keys, then values."""
+    return torch.stack((attention.to_k.weight, attention.to_v.weight)).detach()
 
 
 def split_unet(unet: UNet2DConditionModel, adapter: IPAdapterWeights, grca: GrcaFunction) -> dict[str, nn.Module]:
@@ -199,15 +242,30 @@ def split_unet(unet: UNet2DConditionModel, adapter: IPAdapterWeights, grca: Grca
         attention = block.attn2
         layers = text_weights.setdefault(attention.inner_dim, [])
         block.attn2 = GlobalReferenceCrossAttention(attention, len(layers), grca)
-        layers.append(torch.stack((attention.to_k.weight, attention.to_v.weight)).detach())
+        layers.append(key_value_weight(attention))
         pair = torch.stack((adapter_layer.to_k, adapter_layer.to_v))
         ref_weights.setdefault(attention.inner_dim, []).append(pair)
 
-    def stacked(weights: dict[int, list[Tensor]]) -> StackedKeyValueProjection:
-        return StackedKeyValueProjection({channels: torch.stack(weights[channels]) for channels in sorted(weights)})
-
     return {
-        "text_projection": TextProjection(unet, stacked(text_weights)),
-        "reference_projection": ReferenceProjection(adapter, stacked(ref_weights)),
+        "text_projection": TextProjection(unet, StackedKeyValueProjection.of_layers(text_weights)),
+        "reference_projection": ReferenceProjection(adapter, StackedKeyValueProjection.of_layers(ref_weights)),
         "denoiser": Denoiser(unet, tuple(sorted(text_weights))),
     }
+
+
+def guidance_embedding(guidance: Tensor, width: int) -> Tensor:
+    """Guidance as a distilled UNet takes it: sines, then cosines, of 1000·(guidance − 1) at falling frequencies.
+
+    Source: latent consistency models (arXiv 2310.04378), after variational diffusion models (arXiv 2107.00630).
+
+    Args:
+        guidance: [F] fp32.
+        width: C0.
+
+    Returns:
+        [F, C0] fp32; a last column of zeros where C0 is odd.
+    """
+    half = width // 2
+    frequencies = torch.exp(torch.arange(half) * -(torch.log(torch.tensor(10000.0)) / (half - 1)))
+    angles = (guidance - 1)[:, None] * 1000.0 * frequencies
+    return nn.functional.pad(torch.cat((angles.sin(), angles.cos()), dim=1), (0, width % 2))

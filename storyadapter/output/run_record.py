@@ -236,6 +236,8 @@ def _named(place: Sequence[str | int]) -> Text:
     match place:
         case ("plan", "scales", *place):
             named = (Field("scales"), " (or ", Field("iterations"), ")")
+        case ("plan", "controls", *place):
+            named = Field("controlnet")
         case ("plan", str(setting), *place):
             named = Field(setting)
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)

@@ -3,14 +3,14 @@
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from storyadapter.method import constants
-from storyadapter.model.contract import Geometry, text_kv_name
+from storyadapter.model.contract import Geometry, LayerWidth, control_projection_name, text_kv_name
 from storyadapter.model.networks import Networks
 from storyadapter.runtime.jobs import TextGroup
 from storyadapter.runtime.streams import upload
@@ -55,10 +55,12 @@ class Tokenizers:
 
 @dataclass(frozen=True, eq=False)
 class TextRow:
-    """One prompt as UNet rows read it: `kv` by width C, [L, 2, T, C]; `added_embedding` [E]; the denoiser's dtype."""
+    """One prompt as UNet rows read it: `kv` by width C, [L, 2, T, C]; `added_embedding` [E]; the denoiser's dtype; and
+    the same as each ControlNet reads it."""
 
     kv: dict[int, Tensor]
     added_embedding: Tensor
+    controls: tuple["TextRow", ...] = ()
 
 
 class TextCache:
@@ -108,8 +110,19 @@ def encode_texts(networks: Networks, tokenizers: Tokenizers, group: TextGroup) -
 
 def project_texts(networks: Networks, inputs: Mapping[str, Tensor]) -> list[TextRow]:
     """What UNet rows read of each of the P texts, from `encode_texts`; in memory of its own."""
-    outputs = networks["text_projection"](inputs)
-    kv = {width.channels: outputs[text_kv_name(width.channels)].clone() for width in networks.geometry.widths}
+    controls = [
+        _projected(networks, control_projection_name(index), control.widths, inputs)
+        for index, control in enumerate(networks.geometry.controls)
+    ]
+    rows = _projected(networks, "text_projection", networks.geometry.widths, inputs)
+    return [replace(row, controls=tuple(of_text)) for row, *of_text in zip(rows, *controls, strict=True)]
+
+
+def _projected(
+    networks: Networks, name: str, widths: Sequence[LayerWidth], inputs: Mapping[str, Tensor]
+) -> list[TextRow]:
+    outputs = networks[name]({tensor.name: inputs[tensor.name] for tensor in networks[name].spec.inputs})
+    kv = {width.channels: outputs[text_kv_name(width.channels)].clone() for width in widths}
     added = outputs["added_embedding"].clone()
     rows = range(len(added))
     return [TextRow({channels: value[:, row] for channels, value in kv.items()}, added[row]) for row in rows]
@@ -117,5 +130,6 @@ def project_texts(networks: Networks, inputs: Mapping[str, Tensor]) -> list[Text
 
 def text_bytes(geometry: Geometry, dtype: torch.dtype, prompts: int) -> int:
     """What the projected keys and values of so many prompts take: 26 MB each for SDXL in half precision."""
-    channels = sum(width.layers * width.channels for width in geometry.widths)
+    widths = (*geometry.widths, *(width for control in geometry.controls for width in control.widths))
+    channels = sum(width.layers * width.channels for width in widths)
     return prompts * 2 * constants.TEXT_TOKENS * channels * dtype.itemsize

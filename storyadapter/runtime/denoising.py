@@ -19,9 +19,11 @@ from torch import Tensor
 from storyadapter.method.constants import TEXT_TOKENS, TRAIN_STEPS
 from storyadapter.method.noise import Noise
 from storyadapter.method.sampler import COLUMNS, SamplerTable, scale_input, step, timestep_at
-from storyadapter.model.contract import ref_kv_name, text_kv_name
+from storyadapter.model.contract import LayerWidth, ref_kv_name, text_kv_name
 from storyadapter.model.networks import Networks
+from storyadapter.model.unet import guidance_embedding
 from storyadapter.runtime.conditioning import TextRow
+from storyadapter.runtime.control import ControlRow, ControlState
 from storyadapter.runtime.reference_bank import BankRow, reference_tokens
 from storyadapter.runtime.streams import upload
 
@@ -69,6 +71,7 @@ class FrameRows:
         guidance: of the unconditional row, or as the UNet takes it as an embedding; None where neither is so.
         start: [4, h, w] on the CPU, the latents that it starts from; None: from noise alone.
         guided_calls: those that compute the unconditional row; None: all. The same for all frames of a batch.
+        controls: one per ControlNet of the model, None where the frame has no picture for it; empty: none at all.
     """
 
     text: TextRow
@@ -79,6 +82,7 @@ class FrameRows:
     guidance: float | None = None
     guided_calls: range | None = None
     start: Tensor | None = None
+    controls: tuple[ControlRow | None, ...] = ()
 
     @property
     def has_both(self) -> bool:
@@ -126,24 +130,33 @@ class Conditioning:
 
     Attributes:
         inputs: the UNet's, by the contract's names.
+        controls: each ControlNet's.
     """
 
     def __init__(self, networks: Networks, room: Room) -> None:
         options: dict[str, Any] = {"dtype": networks.dtype("denoiser"), "device": networks.device}
         self.room = room
         self.inputs = {"ref_length": torch.ones(room.bank_rows, dtype=torch.int32, device=networks.device)}
+
+        def text_kv(widths: Sequence[LayerWidth]) -> dict[str, Tensor]:
+            sizes = {w.channels: (w.layers, room.prompts, 2, TEXT_TOKENS, w.channels) for w in widths}
+            return {text_kv_name(channels): torch.zeros(size, **options) for channels, size in sizes.items()}
+
+        self.inputs |= text_kv(networks.geometry.widths)
+        self.controls = [text_kv(control.widths) for control in networks.geometry.controls]
         for width in networks.geometry.widths:
-            text, bank = (width.layers, room.prompts, 2, TEXT_TOKENS), (width.layers, room.bank_rows, 2, room.tokens)
-            self.inputs[text_kv_name(width.channels)] = torch.zeros(*text, width.channels, **options)
+            bank = (width.layers, room.bank_rows, 2, room.tokens)
             self.inputs[ref_kv_name(width.channels)] = torch.zeros(*bank, width.channels, **options)
         self._widths = [width.channels for width in networks.geometry.widths]
 
     def load(self, texts: Sequence[TextRow], bank: Sequence[BankRow]) -> None:
         """Copy rows in, each to its place; zeros behind a bank row's length."""
+        for row, text in enumerate(texts):
+            for inputs, given in ((self.inputs, text), *zip(self.controls, text.controls, strict=True)):
+                for channels, kv in given.kv.items():
+                    inputs[text_kv_name(channels)][:, row].copy_(kv)
         for channels in self._widths:
-            text_kv, ref_kv = self.inputs[text_kv_name(channels)], self.inputs[ref_kv_name(channels)]
-            for row, text in enumerate(texts):
-                text_kv[:, row].copy_(text.kv[channels])
+            ref_kv = self.inputs[ref_kv_name(channels)]
             for row, references in enumerate(bank):
                 used = references.length if references.kv else 0
                 if used:
@@ -162,6 +175,7 @@ class LoopShape:
         height, width: h and w.
         coefficient_rows: room for as many UNet calls.
         noise_rows: K of a sampler that adds noise in its steps, else 0.
+        controls: which ControlNets any frame has; plain: whether some calls may have none.
     """
 
     frames: int
@@ -171,6 +185,8 @@ class LoopShape:
     width: int
     coefficient_rows: int
     noise_rows: int
+    controls: tuple[bool, ...] = ()
+    plain: bool = True
 
     @classmethod
     def of(cls, frames: Sequence[FrameRows]) -> Self:
@@ -179,7 +195,10 @@ class LoopShape:
         height, width = sampler.initial.shape[2:]
         rows = max(sampler.calls, COEFFICIENT_ROWS)
         guided, both = frames[0].negative is not None, frames[0].has_both
-        return cls(len(frames), guided, both, height, width, rows, len(sampler.per_step))
+        columns = [[row for row in column if row] for column in zip(*(frame.controls for frame in frames), strict=True)]
+        always = any(row.scale and row.calls == range(sampler.calls) for column in columns for row in column)
+        controls = tuple(map(bool, columns))
+        return cls(len(frames), guided, both, height, width, rows, len(sampler.per_step), controls, plain=not always)
 
 
 class DenoisingState:
@@ -218,10 +237,14 @@ class DenoisingState:
         self.inputs = inputs(shape.frames * (2 if shape.guided else 1))  # B
         # of calls without unconditional rows
         self._conditional = inputs(shape.frames) if shape.both else self.inputs
+        both = (self.inputs, self._conditional)
+        self._controls = ControlState(
+            networks, shape.controls, shape.plain, shape.coefficient_rows, conditioning.controls, both
+        )
         self._guided_calls: range | None = None
         self._queued = 0
         tensors = (*self.inputs.values(), self.x, self._x0, self._counter, self._coefficients, self._per_step)
-        tensors += tuple(self._conditional.values())
+        tensors += (*self._conditional.values(), *self._controls.tensors)
         # equal keys: equal shapes at equal addresses, so what was recorded under one serves the other
         self._key = (shape, *((tuple(t.shape), t.data_ptr()) for t in (*tensors, self._guidance)))
 
@@ -254,6 +277,7 @@ class DenoisingState:
             self.inputs[name].copy_(upload(torch.tensor(rows, dtype=torch.int32), device))
         added = torch.stack([text.added_embedding for text in texts])
         self.inputs["added_embedding"].copy_(added.index_select(0, self.inputs["text_row"]))
+        self._controls.load([frame.controls for frame in frames], texts, self.inputs["text_row"])
         if self.shape.both:
             for name in ("text_row", "ref_row", "added_embedding"):
                 self._conditional[name].copy_(self.inputs[name][-self.shape.frames :])
@@ -261,15 +285,17 @@ class DenoisingState:
     def advance(self) -> None:
         """Put the next step on the current stream; runs K times after `load`."""
         guided = self.shape.guided and (self._guided_calls is None or self._queued in self._guided_calls)
-        self._networks.run_step((self._key, guided), partial(self._step, guided))
+        controls = self._controls.active_in(self._queued)
+        self._networks.run_step((self._key, guided, controls), partial(self._step, guided, controls))
         self._queued += 1
 
-    def _step(self, guided: bool) -> None:
+    def _step(self, guided: bool, controls: tuple[int, ...]) -> None:
         inputs = self.inputs if guided else self._conditional
         scaled = scale_input(self._coefficients, self._counter, self.x)
         inputs["latents"].unflatten(0, (-1, self.shape.frames)).copy_(scaled)
         inputs["timestep"].copy_(timestep_at(self._coefficients, self._counter))
-        output = self._networks["denoiser"](inputs)["noise"].float()
+        residuals = self._controls.residuals(controls, self._counter, all_rows=inputs is self.inputs)
+        output = self._networks["denoiser"](inputs | residuals)["noise"].float()
         if guided:
             unconditional, conditional = output.chunk(2)
             output = unconditional + self._guidance * (conditional - unconditional)
@@ -278,24 +304,6 @@ class DenoisingState:
         self.x.copy_(x)
         self._x0.copy_(x0)
         self._counter.add_(1)
-
-
-def guidance_embedding(guidance: Tensor, width: int) -> Tensor:
-    """Guidance as a distilled UNet takes it: sines, then cosines, of 1000·(guidance − 1) at falling frequencies.
-
-    Source: latent consistency models (arXiv 2310.04378), after variational diffusion models (arXiv 2107.00630).
-
-    Args:
-        guidance: [F] fp32.
-        width: C0.
-
-    Returns:
-        [F, C0] fp32; a last column of zeros where C0 is odd.
-    """
-    half = width // 2
-    frequencies = torch.exp(torch.arange(half) * -(torch.log(torch.tensor(10000.0)) / (half - 1)))
-    angles = (guidance - 1)[:, None] * 1000.0 * frequencies
-    return torch.nn.functional.pad(torch.cat((angles.sin(), angles.cos()), dim=1), (0, width % 2))
 
 
 def denoise(networks: Networks, frames: Sequence[FrameRows]) -> Iterator[Tensor]:

@@ -3,9 +3,11 @@
 import torch
 
 from storyadapter.method.errors import RunError, Text
+from storyadapter.model.contract import control_embedding_name, control_projection_name
 from storyadapter.model.networks import Networks
 from storyadapter.model.numerics import finer_precision
 from storyadapter.runtime.conditioning import Tokenizers, encode_texts, project_texts
+from storyadapter.runtime.control import embed_control
 from storyadapter.runtime.jobs import Task
 from storyadapter.runtime.reference_bank import project
 
@@ -41,6 +43,12 @@ def first_not_finite(networks: Networks, tokenizers: Tokenizers, task: Task, net
                 row = project_texts(networks, inputs)[index]
                 if not all(value.isfinite().all() for value in (*row.kv.values(), row.added_embedding)):
                     return "text_projection"
+                for number, of_control in enumerate(row.controls):
+                    if not all(v.isfinite().all() for v in (*of_control.kv.values(), of_control.added_embedding)):
+                        return control_projection_name(number)
+            for number, picture in enumerate(task.control):
+                if picture is not None and not embed_control(networks, number, picture).isfinite().all():
+                    return control_embedding_name(number)
             if task.references is not None and task.job.scale is not None:
                 if not task.references.embeddings.isfinite().all():
                     return "image_encoder"
@@ -57,7 +65,10 @@ def not_finite_error(networks: Networks, task: Task, network: str) -> RunError:
     precision = networks.numerics[network]
     found: Text
     advice: Text
-    where = f"iteration {task.iteration}, frame {task.frame}: {_TITLES[network]} gave values that are not finite"
+    title = _TITLES.get(network, "the ControlNet")
+    if network == "denoiser" and task.job.control:  # in one step; which of them was first can't be told afterwards
+        title += ", or the ControlNet,"
+    where = f"iteration {task.iteration}, frame {task.frame}: {title} gave values that are not finite"
     if networks.explain_not_finite:
         found, advice = networks.explain_not_finite(network)
     else:

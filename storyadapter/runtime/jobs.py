@@ -9,10 +9,21 @@ from typing import Any, Final
 
 from torch import Tensor
 
+from storyadapter.method.control_pictures import ControlPicture
 from storyadapter.method.plan import SamplerSettings
 from storyadapter.model.numerics import Numerics
 
 KEY_FORMAT: Final = 1  # raised when equal jobs begin to mean other pixels
+
+
+@dataclass(frozen=True)
+class Control:
+    """One ControlNet's part in a frame: the hash of its picture, its strength, and the share of the steps it has."""
+
+    picture: str
+    scale: float
+    start: float
+    end: float
 
 
 @dataclass(frozen=True)
@@ -32,6 +43,7 @@ class FrameJob:
         seed: of the initial noise, and of that of the steps.
         scale: λ; None without references.
         references: keys of what it attends to, in order: of other jobs, or hashes of a user's pictures.
+        control: one per ControlNet of the model, None where it has no picture for it; () where it has none at all.
     """
 
     model: str
@@ -47,11 +59,15 @@ class FrameJob:
     references: tuple[str, ...] = ()
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     start: str | None = None
+    control: tuple[Control | None, ...] = ()
 
     @cached_property
     def key(self) -> str:
         """SHA-256 of all of it, in 64 hexadecimal digits: equal jobs make equal pictures."""
-        return digest([KEY_FORMAT, asdict(self)])
+        values = asdict(self)
+        if not self.control:  # as before there were any
+            del values["control"]
+        return digest([KEY_FORMAT, values])
 
     @cached_property
     def batch_key(self) -> "BatchKey":
@@ -124,6 +140,7 @@ class Task:
         texts: group and index in it of the prompt and, with guidance, of the negative prompt.
         references: None without any.
         start: [4, h, w] on the CPU, the latents that it starts from; None: from noise alone.
+        control: the pictures of the job's `control`.
         keep_latents: whether its own latents are wanted, as a start of the next iteration.
         embed: whether the frame's own embedding is wanted, as a reference of the next iteration.
         room: references that later frames of this story will have, so that all of them have one shape.
@@ -139,6 +156,7 @@ class Task:
     references: References | None = None
     embed: bool = False
     start: Tensor | None = None
+    control: tuple[ControlPicture | None, ...] = ()
     keep_latents: bool = False
     room: int = 1
     alone: bool = False

@@ -28,9 +28,10 @@ import torch
 
 from storyadapter.method import constants
 from storyadapter.method.plan import FRAMES_AT_MOST, FRAMES_UNMEASURED, RunPlan, split_evenly
-from storyadapter.model.contract import Range
+from storyadapter.model.contract import Range, control_embedding_name, control_projection_name, controlnet_name
 from storyadapter.model.networks import Networks, idle_inputs
 from storyadapter.runtime.conditioning import text_bytes
+from storyadapter.runtime.control import control_bytes
 from storyadapter.runtime.denoising import StatePool
 from storyadapter.runtime.streams import decoding_stream
 
@@ -111,6 +112,10 @@ def measure_needs(networks: Networks, plan: RunPlan, references: int, allowed: R
     def peak(network: str, frames: int = 1) -> int:
         return _peak(device, lambda: call(network, frames))
 
+    def step(frames: int) -> None:
+        for network in step_networks(networks):
+            call(network, frames)
+
     with torch.inference_mode():
         # libraries take scratch memory once for each stream, and keep it
         peak("denoiser")
@@ -120,7 +125,9 @@ def measure_needs(networks: Networks, plan: RunPlan, references: int, allowed: R
             call("image_encoder")
         one = per_frame = peak("denoiser")
         decode, encode = peak("vae_decoder"), peak("image_encoder")
-        text = ("text_encoder", "text_encoder_2", "text_projection")
+        text = ["text_encoder", "text_encoder_2", "text_projection"]
+        for index in range(len(networks.geometry.controls)):
+            text += control_embedding_name(index), control_projection_name(index)
         between = max(map(peak, (*text, "reference_projection")))
         probed = 1
         if allowed.maximum >= _PROBED_FRAMES:
@@ -130,17 +137,29 @@ def measure_needs(networks: Networks, plan: RunPlan, references: int, allowed: R
             except torch.OutOfMemoryError:
                 per_frame = one
         started = time.perf_counter()
-        peak("denoiser", probed)
+        _peak(device, lambda: step(probed))
         seconds = time.perf_counter() - started
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
+    geometry, dtype, letters = (
+        networks.geometry,
+        networks.dtype("denoiser"),
+        unet_letters(networks, plan, 1, references),
+    )
+    condition = control_bytes(geometry, dtype, letters["h"], letters["w"])
+    control = (letters["B"] + 1) * condition  # in each of its rows, and kept
     return MemoryNeeds(
         free,
         fixed=max(0, one - per_frame) + max(0, encode - decode) + between,
-        per_frame=per_frame + 2 * text_bytes(networks.geometry, networks.dtype("denoiser"), 1),
+        per_frame=per_frame + 2 * text_bytes(geometry, dtype, 1) + control,
         decode=decode,
         seconds_per_row=seconds / unet_letters(networks, plan, probed, references)["B"],
     )
+
+
+def step_networks(networks: Networks) -> list[str]:
+    """What runs in a step of a frame with a picture for each ControlNet, in order."""
+    return [*map(controlnet_name, range(len(networks.geometry.controls))), "denoiser"]
 
 
 def unet_letters(networks: Networks, plan: RunPlan, frames: int, references: int) -> dict[str, int]:
@@ -191,7 +210,9 @@ class Batchings:
 
         def text(batches: int) -> int:
             rows = frames + max(batches, negatives) * int(plan.guided)
-            return text_bytes(networks.geometry, networks.dtype("denoiser"), rows)
+            geometry, dtype = networks.geometry, networks.dtype("denoiser")
+            size = (pixels // geometry.pixels_per_latent for pixels in plan.size)
+            return text_bytes(geometry, dtype, rows) + frames * control_bytes(geometry, dtype, *size)
 
         release_memory(networks, self._states)
         needs = measure_needs(networks, plan, plan.references(frames), allowed)

@@ -12,6 +12,8 @@ import psutil
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from storyadapter.method.control import ControlSettings
+from storyadapter.method.control_pictures import Controls, read_controls
 from storyadapter.method.errors import Field, InputError
 from storyadapter.method.events import Event
 from storyadapter.method.model_sampling import ModelSampling
@@ -25,7 +27,7 @@ from storyadapter.runtime.conditioning import TEXTS_AT_ONCE, Tokenizers
 from storyadapter.runtime.denoising import StatePool
 from storyadapter.runtime.drive import drive
 from storyadapter.runtime.frame_store import FrameStore
-from storyadapter.runtime.memory import Batching, Batchings, unet_letters
+from storyadapter.runtime.memory import Batching, Batchings, step_networks, unet_letters
 from storyadapter.runtime.story_source import FinishedIteration, StorySource
 from storyadapter.runtime.worker import Worker
 
@@ -71,6 +73,7 @@ class Pipeline(ABC):
         resume: FinishedIteration | None = None,
         store: FrameStore | None = None,
         cancel: threading.Event | None = None,
+        controls: Controls | None = None,
     ) -> Generator[Event, None, None]:
         """Draw a story, iteration by iteration.
 
@@ -87,6 +90,7 @@ class Pipeline(ABC):
             resume: go on after this finished iteration; the pictures are those of an uninterrupted run.
             store: keeps frames; what it has already isn't drawn again.
             cancel: set from any thread, it ends the run before its next step.
+            controls: the story's control pictures, where they were read before.
 
         Yields:
             Events; `FrameFinished` carries the pictures.
@@ -99,11 +103,14 @@ class Pipeline(ABC):
         """
         plan = self.decided(plan or RunPlan())
         check_request(self.networks, story, plan, resume)
-        return self._events(story, plan, style, resume, store, cancel)
+        controls = read_controls(story, plan) if controls is None else controls
+        return self._events(story, plan, style, resume, store, cancel, controls)
 
     def decided(self, plan: RunPlan) -> RunPlan:
-        """The plan with everything decided that it leaves to the model: its size and how it is sampled."""
-        return plan.sized(self.networks.geometry.default_pixels).for_model(self.sampling)
+        """The plan with everything decided that it leaves to the model: its size, how it is sampled, and how its
+        ControlNets are used."""
+        plan = plan.sized(self.networks.geometry.default_pixels).for_model(self.sampling)
+        return replace(plan, controls=plan.controls or (ControlSettings(),) * len(self.networks.geometry.controls))
 
     def source(
         self,
@@ -112,12 +119,14 @@ class Pipeline(ABC):
         style: str | None = None,
         resume: FinishedIteration | None = None,
         store: FrameStore | None = None,
+        controls: Controls | None = None,
     ) -> StorySource:
         """A story's frames as jobs, for a scheduler; `check_request` comes before."""
         plan, letters = self.decided(plan), self.networks.letters
         return StorySource(
             story.final_frames(plan, style),
             plan,
+            controls=read_controls(story, plan) if controls is None else controls,
             model=self.model,
             numerics=self.networks.numerics,
             tokenizers=self.tokenizers,
@@ -171,9 +180,10 @@ class Pipeline(ABC):
         resume: FinishedIteration | None,
         store: FrameStore | None,
         cancel: threading.Event | None,
+        controls: Controls,
     ) -> Generator[Event, None, None]:
         self.use_device()
-        source = self.source(story, plan, style, resume, store)
+        source = self.source(story, plan, style, resume, store, controls)
         with closing(drive(self.workers(), [source])) as driven:
             for _, event in driven:
                 if cancel is not None and cancel.is_set():
@@ -256,11 +266,12 @@ class StoryPipeline(Pipeline):
     def _timed_call(self, plan: RunPlan, frames: int, references: int) -> float:
         networks = self.networks
         letters = unet_letters(networks, plan, frames, references)
-        inputs = idle_inputs(networks, "denoiser", letters)
+        inputs = {name: idle_inputs(networks, name, letters) for name in step_networks(networks)}
         seconds = 0.0
         for _ in ("warm-up", "call"):
             start = time.perf_counter()
-            networks["denoiser"](inputs)
+            for name, values in inputs.items():
+                networks[name](values)
             if networks.device.type == "cuda":
                 torch.cuda.synchronize(networks.device)
             seconds = time.perf_counter() - start
@@ -290,6 +301,12 @@ def check_request(networks: Networks, story: Story, plan: RunPlan, resume: Finis
                 named = ("the story's frames (", Field(name), ")") if name == "max_references" else (Field(name),)
                 served = f"this engine was built for {built.minimum} to {built.maximum}"
                 raise InputError(*named, f": {asked} asked for", advice=served)
+    if len(plan.controls) != (count := len(networks.geometry.controls)):
+        found = f"there are settings for {len(plan.controls)} ControlNets"
+        raise InputError(found, expected=f"{count}, as many as the model has", field="controlnet")
+    if not count and any(frame.control for frame in story.frames):  # before a file is read that a story names
+        expected = (Field("controlnet"), " with it")
+        raise InputError("the story has control pictures, and there is no ControlNet", expected=expected)
     if resume is not None and len(resume.pictures) != frames:
         raise InputError(f"a finished iteration has {len(resume.pictures)} pictures", expected=f"the story's {frames}")
     if resume is not None and plan.strength < 1:

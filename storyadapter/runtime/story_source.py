@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from storyadapter.method.control_pictures import Controls
 from storyadapter.method.events import (
     Event,
     FrameFinished,
@@ -28,7 +29,7 @@ from storyadapter.runtime.batches import StepDone
 from storyadapter.runtime.conditioning import TEXTS_AT_ONCE, Tokenizers
 from storyadapter.runtime.decoding import Decoded
 from storyadapter.runtime.frame_store import FrameStore
-from storyadapter.runtime.jobs import FrameJob, References, Task, TextGroup
+from storyadapter.runtime.jobs import Control, FrameJob, References, Task, TextGroup
 from storyadapter.runtime.memory import Batching
 
 
@@ -54,6 +55,7 @@ class StorySource:
         workers: that draw it: an iteration has as many batches for each of them.
         resume: pictures to go on from.
         store: where frames are kept, and found again.
+        controls: of each frame its control pictures, as `read_controls` gives them.
 
     Attributes:
         ready: tasks that can be drawn, in story order.
@@ -75,6 +77,7 @@ class StorySource:
         workers: int = 1,
         resume: FinishedIteration | None = None,
         store: FrameStore | None = None,
+        controls: Controls = (),
     ) -> None:
         self.plan = plan
         self.batching = batching
@@ -83,6 +86,7 @@ class StorySource:
         self.share = 1
         self.error: BaseException | None = None
         self._story = frames
+        self._controls = controls or ((),) * len(frames)
         self._model = model
         self._numerics = numerics
         self._store = store
@@ -315,8 +319,12 @@ class StorySource:
                 self._keys if scale is not None else (),
                 plan.guidance_interval if guided else (0.0, 1.0),
                 start,
+                tuple(
+                    Control(picture.key, use.scale, use.start, use.end) if picture else None
+                    for picture, use in zip(pictures, plan.controls, strict=False)
+                ),
             )
-            for frame, start in zip(self._story, starts, strict=True)
+            for frame, start, pictures in zip(self._story, starts, self._controls, strict=True)
         ]
 
     def _begin_iteration(self) -> None:
@@ -348,6 +356,7 @@ class StorySource:
                 references,
                 embed=not last,
                 start=self._starts[frame] if job.start else None,
+                control=self._controls[frame],
                 keep_latents=self._keeps_latents,
                 room=self.plan.references(self.frames),
             )

@@ -21,6 +21,7 @@ from storyadapter.model.networks import Networks
 from storyadapter.runtime.batches import Batch, BatchDone, FrameDone, OutOfMemory, Report, StepDone
 from storyadapter.runtime.clock import DeviceMarks, StageClock
 from storyadapter.runtime.conditioning import TextCache, Tokenizers
+from storyadapter.runtime.control import ControlConditions, control_rows
 from storyadapter.runtime.decoding import FrameDecoder
 from storyadapter.runtime.denoising import DenoisingState, FrameRows, SamplerInputs, StatePool
 from storyadapter.runtime.finiteness import first_not_finite, not_finite_error
@@ -81,6 +82,7 @@ class Worker:
         self._tokenizers = tokenizers
         self._texts = TextCache(networks, tokenizers)
         self._bank = ReferenceBank(networks)
+        self._conditions = ControlConditions(networks)
         self._samplers: OrderedDict[tuple[object, ...], SamplerInputs] = OrderedDict()
         on_gpu = networks.device.type == "cuda"
         self._decoder = FrameDecoder(networks, overlapped=on_gpu if overlapped is None else overlapped)
@@ -154,6 +156,7 @@ class Worker:
         """Let go of everything that is kept for speed alone."""
         self._texts.forget()
         self._bank.forget()
+        self._conditions.forget()
         self._samplers.clear()
         release_memory(self.networks, self._states)
 
@@ -191,6 +194,8 @@ class Worker:
         with work.clock.stage("text"):
             places = [place for task in tasks for place in task.texts]
             texts = iter(self._texts.take(places, max(batch.keep_texts, len(set(places)))))
+            keep = max(batch.keep_texts, len(tasks))
+            conditions = self._conditions.take([task.control for task in tasks], keep)
         with work.clock.stage("references"):
             # of each frame what it attends to and, with guidance, the unconditional row of its λ
             asked = [
@@ -199,11 +204,12 @@ class Worker:
             bank = iter(self._bank.take(asked))
         with work.clock.stage("denoise"):
             frames = []
-            for task in tasks:
+            for task, condition in zip(tasks, conditions, strict=True):
                 job, sampler = task.job, self._sampler(task.job)
+                steps, skipped = sampler.skipped + sampler.calls, sampler.skipped
                 rows = FrameRows(next(texts), next(bank), sampler, guidance=job.guidance, start=task.start)
+                rows = replace(rows, controls=control_rows(job.control, condition, steps, skipped))
                 if job.is_guided:
-                    steps, skipped = sampler.skipped + sampler.calls, sampler.skipped
                     calls = guided_calls(job.guidance_interval, steps, skipped)
                     rows = replace(rows, negative=next(texts), unconditional=next(bank), guided_calls=calls)
                 frames.append(rows)

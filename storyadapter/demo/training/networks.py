@@ -249,12 +249,13 @@ def write_random_model(
         torch.manual_seed(seed)
         model = build(config)
         for network in model.networks().values():
-            _randomize(network)
+            randomize(network)
         write_model(model, folder, dtype)
 
 
 @torch.no_grad()
-def _randomize(network: nn.Module) -> None:
+def randomize(network: nn.Module) -> None:
+    """Draw all weights anew, from the default generator, so that activations keep their size."""
     for module in network.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             fan_in = math.prod(module.weight.shape[1:])

@@ -10,8 +10,8 @@ from storyadapter.model.networks import Networks
 from storyadapter.model.numerics import Numerics
 
 
-def _networks(model: SyntheticModel, device: str) -> Networks:
-    checkpoint = SyntheticCheckpoint(model, torch.device(device))
+def _networks(model: SyntheticModel, device: str, controlnets: int = 0) -> Networks:
+    checkpoint = SyntheticCheckpoint(model, torch.device(device), controlnets=controlnets)
     return open_eager(checkpoint, Numerics("fp32"), torch.device(device), lambda name: None)
 
 
@@ -38,6 +38,13 @@ def test_a_frame_more_costs_what_one_costs(toy: Networks) -> None:
 
 def test_the_device_doesnt_matter(toy: Networks) -> None:
     assert count_operations(toy, 2, 3, 64, 96) == count_operations(_networks(TOY, "meta"), 2, 3, 64, 96)
+
+
+def test_a_controlnet_takes_two_fifths_of_sdxls_unet_more() -> None:
+    networks = _networks(SDXL, "meta", controlnets=1)
+    plain, controlled = (count_operations(networks, 1, 16, 1024, 1024, controlled=each) for each in (False, True))
+    assert plain == count_operations(_networks(SDXL, "meta"), 1, 16, 1024, 1024)
+    assert controlled / plain == pytest.approx(1.4, abs=0.02)
 
 
 def test_sdxl_takes_7_tera_operations_per_row_at_1024() -> None:

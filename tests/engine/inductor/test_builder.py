@@ -9,11 +9,12 @@ import psutil
 import pytest
 import torch
 
+from storyadapter.bench.synthetic import TOY, SyntheticCheckpoint
 from storyadapter.checkpoint import Checkpoint
 from storyadapter.engine.inductor.backend import BACKEND
-from storyadapter.engine.inductor.builder import build_inductor
+from storyadapter.engine.inductor.builder import build_inductor, groups
 from storyadapter.method.errors import CheckpointError, EngineBuildError, InputError, UnavailableError
-from storyadapter.model.contract import Range, ShapeRanges
+from storyadapter.model.contract import Range, ShapeRanges, network_specs
 from storyadapter.model.numerics import Numerics
 from tests.engine.worker_processes import worker_processes
 from tests.refusals import raises_typed
@@ -25,6 +26,15 @@ CPU = torch.device("cpu")
 
 def workers() -> list[psutil.Process]:
     return worker_processes()
+
+
+def test_every_network_is_compiled_in_one_process() -> None:
+    for controlnets in (0, 2):
+        names = [*network_specs(SyntheticCheckpoint(TOY, CPU, controlnets=controlnets).geometry)]
+        grouped = groups(names)
+        assert sorted(name for group in grouped for name in group) == sorted(names)
+        assert ("denoiser",) in grouped and len(grouped) == 3 + controlnets
+    assert groups(["vae_decoder"]) == [("vae_decoder",)]
 
 
 def test_a_killed_compiler_is_told_by_network(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What sizes a package is compiled for, and how calls of size 1 are brought to them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from storyadapter.engine.inductor.shapes import compiled_ranges, cut, doubled, e
 from storyadapter.model.contract import Range, ShapeRanges, network_specs
 from storyadapter.model.examples import example_inputs
 
-SPECS = network_specs(SDXL.geometry)
+SPECS = network_specs(replace(SDXL.geometry, controls=(SDXL.control_geometry,)))
 FIXED = Range(1024, 1024)
 
 

@@ -50,7 +50,7 @@ def single_file(
 
 def original_unet(unet: nn.Module) -> dict[str, Tensor]:
     per_block = unet.config.layers_per_block + 1
-    attends = ["CrossAttn" in kind for kind in unet.config.up_block_types]
+    attends = ["CrossAttn" in kind for kind in unet.config.get("up_block_types", ())]
 
     def block(name: str) -> str:
         down = re.match(r"down_blocks\.(\d+)\.(\w+)\.(\d+)", name)
@@ -84,6 +84,24 @@ def original_unet(unet: nn.Module) -> dict[str, Tensor]:
         return block(_replaced(name, _RESNET) if ".resnets." in name else name)
 
     return _renamed(unet, rename)
+
+
+def original_controlnet(controlnet: nn.Module) -> dict[str, Tensor]:
+    own = {
+        r"controlnet_cond_embedding\.conv_in": lambda m: "input_hint_block.0",
+        r"controlnet_cond_embedding\.blocks\.(\d+)": lambda m: f"input_hint_block.{2 * int(m[1]) + 2}",
+        r"controlnet_cond_embedding\.conv_out": lambda m: "input_hint_block.14",
+        r"controlnet_down_blocks\.(\d+)": lambda m: f"zero_convs.{m[1]}.0",
+        r"controlnet_mid_block": lambda m: "middle_block_out.0",
+    }
+
+    def rename(name: str) -> str:
+        for pattern, new in own.items():
+            name = re.sub(rf"^{pattern}\.", lambda m, new=new: f"{new(m)}.", name)
+        return name
+
+    renamed = zip(controlnet.state_dict(), original_unet(controlnet).items(), strict=True)
+    return {rename(name) if name.startswith("controlnet_") else other: tensor for name, (other, tensor) in renamed}
 
 
 def original_vae(vae: nn.Module) -> dict[str, Tensor]:

@@ -88,9 +88,10 @@ HOSTILE = {
         "line 1: the negative prompt of prompt 1 is a number (3), e",
     ),
     "control.yaml": (
-        "prompts:\n- a\n- {prompt: b, control: c.png}",
-        "line 3: prompt 2 has the unknown key 'control', exp",
+        "prompts:\n- a\n- {prompt: b, control: 3}",
+        "line 3: the control of prompt 2 is a number (3), expected the path of a picture, or a list with one per Cont",
     ),
+    "controls.yaml": ("prompts: [{prompt: b, control: [null]}]", "line 1: the control of prompt 1 is a list, exp"),
     "references.yaml": (
         "prompts: [{prompt: b, references: [c]}]",
         "line 1: prompt 1 has the unknown key 'references', ex",
@@ -262,8 +263,18 @@ def test_the_schema_says_what_a_story_file_may_hold() -> None:
     text, frame = schema["properties"]["prompts"]["items"]["anyOf"]
     assert text["type"] == "string" and frame == {"$ref": "#/$defs/Frame"}
     own = schema["$defs"]["Frame"]
-    assert [*own["properties"]] == ["prompt", "negative", "seed"] and own["required"] == ["prompt"]
+    assert [*own["properties"]] == ["prompt", "negative", "seed", "control"] and own["required"] == ["prompt"]
     assert {"comic", "film", "realistic", "none"} == {*schema["properties"]["style"]["anyOf"][0]["enum"]}
+
+
+def test_paths_of_control_pictures_are_those_beside_the_story_file(tmp_path: Path) -> None:
+    path = tmp_path / "tale.yaml"
+    path.write_text("prompts:\n- {prompt: a, control: poses/1.png}\n- {prompt: b, control: [/d/2.png, null]}\n- c\n")
+    story = Story.from_file(path)
+    assert [frame.control for frame in story.frames] == [(str(tmp_path / "poses/1.png"),), ("/d/2.png", None), None]
+    assert Story(**story.to_dict()) == story
+    assert Story([{"prompt": "a", "control": "poses/1.png"}]).frames[0].control == ("poses/1.png",)
+    assert [frame.control for frame in story.without_control().frames] == [None] * 3
 
 
 VALUES = st.recursive(
@@ -271,7 +282,7 @@ VALUES = st.recursive(
     lambda below: st.lists(below, max_size=4) | st.dictionaries(st.text(max_size=8) | st.integers(), below, max_size=4),
     max_leaves=12,
 )
-KEYS = st.sampled_from(["prompts", "characters", "title", "style", "prompt", "seed", "negative", "Shots"])
+KEYS = st.sampled_from(["prompts", "characters", "title", "style", "prompt", "seed", "negative", "control", "Shots"])
 STORIES = st.dictionaries(KEYS, VALUES, max_size=4) | VALUES
 TEXTS = st.text(st.characters(), max_size=80) | st.text("-*1.) `\n\"':,;\t{}[]&!|>%@#a", max_size=80)
 

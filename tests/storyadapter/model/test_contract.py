@@ -1,5 +1,6 @@
 """The contract: letters, ranges, and the messages of what doesn't fit."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,17 @@ from hypothesis import strategies as st
 
 from storyadapter.bench.synthetic import SDXL as FULL_SIZE
 from storyadapter.method.errors import InputError
-from storyadapter.model.contract import Geometry, NetworkSpec, Range, ShapeRanges, network_specs, size_of
+from storyadapter.model.contract import (
+    ControlGeometry,
+    Geometry,
+    LayerWidth,
+    NetworkSpec,
+    Range,
+    Residual,
+    ShapeRanges,
+    network_specs,
+    size_of,
+)
 from storyadapter.model.numerics import DTYPE_NAMES, PRECISIONS, Numerics, Precision
 from tests.refusals import raises_typed
 
@@ -34,6 +45,36 @@ def test_denoiser_inputs_are_those_of_the_design() -> None:
         ("ref_row", (("B",), "int32")),
         ("ref_length", (("G",), "int32")),
     ]
+
+
+def test_a_model_with_controlnets_has_networks_for_each_and_takes_their_residuals() -> None:
+    plain = network_specs(SDXL)
+    residuals = tuple(Residual(*sizes) for sizes in ((320, 1), (640, 2), (1280, 4)))
+    control = ControlGeometry((LayerWidth(640, 4, 10), LayerWidth(1280, 30, 20)), 1280, residuals)
+    geometry = replace(SDXL, controls=(control, replace(control, widths=())))
+    assert Geometry.from_dict(json.loads(json.dumps(geometry.as_dict()))) == geometry
+    specs = network_specs(geometry)
+    assert {name: spec for name, spec in specs.items() if name in plain and name != "denoiser"} == {
+        name: spec for name, spec in plain.items() if name != "denoiser"
+    }
+    added = specs["denoiser"].inputs[len(plain["denoiser"].inputs) :]
+    assert [tensor.shape for tensor in added] == [
+        ("B", 320, "h", "w"),
+        ("B", 640, "h/2", "w/2"),
+        ("B", 1280, "h/4", "w/4"),
+    ]
+    for index in range(2):
+        assert specs[f"controlnet_{index}"].outputs == added
+        made = specs[f"control_embedding_{index}"].outputs + specs[f"control_projection_{index}"].outputs
+        inputs = {tensor.name for tensor in specs[f"controlnet_{index}"].inputs}
+        beside = {"latents", "timestep", "conditioning_scale", *(("text_row",) if not index else ())}
+        assert inputs == {tensor.name for tensor in made} | beside
+    letters = {"B": 2, "P": 2, "G": 1, "R": 4, "h": 8, "w": 16}
+    assert shapes_of(specs["denoiser"], letters)["residual_1"] == (2, 640, 4, 8)
+    assert specs["denoiser"].check_shapes(shapes_of(specs["denoiser"], letters), None) == letters
+    wrong = shapes_of(specs["denoiser"], letters) | {"residual_1": (2, 640, 5, 8)}
+    with pytest.raises(ValueError, match="denoiser: input residual_1 has h/2 = 5; expected 4, as in an earlier input"):
+        specs["denoiser"].check_shapes(wrong, None)
 
 
 def test_network_outputs_feed_the_inputs_of_the_next() -> None:

@@ -1,13 +1,13 @@
 """Keys of jobs: equal where the pixels are, different where they are not."""
 
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 
 import pytest
 import torch
 
 from storyadapter.method.plan import RunPlan
 from storyadapter.model.numerics import Numerics
-from storyadapter.runtime.jobs import FrameJob, References, TextGroup
+from storyadapter.runtime.jobs import KEY_FORMAT, Control, FrameJob, References, TextGroup, digest
 
 PLAN = RunPlan(height=64, width=96, seed=3)
 JOB = FrameJob("model", Numerics("fp16"), 64, 96, "a fox", "fog", 5.0, PLAN.sampler_in(0), 3, 0.4, ("a", "b"))
@@ -25,6 +25,7 @@ OTHER = {
     "references": ("b", "a"),
     "guidance_interval": (0.0, 0.5),
     "start": "c",
+    "control": (Control("d", 1.0, 0.0, 1.0),),
 }
 
 
@@ -38,7 +39,7 @@ def test_whatever_decides_pixels_is_in_the_key(name: str) -> None:
     assert replace(JOB, **{name: OTHER[name]}).key != JOB.key
 
 
-@pytest.mark.parametrize("name", ["prompt", "negative_prompt", "seed", "scale", "references", "start"])
+@pytest.mark.parametrize("name", ["prompt", "negative_prompt", "seed", "scale", "references", "start", "control"])
 def test_frames_may_share_a_batch_that_differ_in(name: str) -> None:
     assert replace(JOB, **{name: OTHER[name]}).batch_key == JOB.batch_key
 
@@ -51,6 +52,17 @@ def test_frames_may_not_share_a_batch_that_differ_in(name: str) -> None:
 def test_guidance_may_differ_in_a_batch_but_is_there_for_all_or_none() -> None:
     assert replace(JOB, guidance=2.0).batch_key == JOB.batch_key
     assert replace(JOB, guidance=None, negative_prompt=None).batch_key != JOB.batch_key
+
+
+def test_every_setting_of_a_control_counts_and_none_at_all_is_as_before_there_were_any() -> None:
+    controls = [Control("d", 1.0, 0.0, 1.0)]
+    for change in ({"picture": "e"}, {"scale": 0.5}, {"start": 0.1}, {"end": 0.9}):
+        controls.append(replace(controls[0], **change))
+    keys = {replace(JOB, control=control).key for control in (*zip(controls, strict=True), (None, controls[0]), ())}
+    assert len(keys) == 7
+    data = asdict(JOB)
+    del data["control"]
+    assert JOB.key == digest([KEY_FORMAT, data])
 
 
 def test_the_order_of_references_counts() -> None:
