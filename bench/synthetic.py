@@ -20,7 +20,6 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
-    CLIPTokenizer,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
 )
@@ -28,11 +27,13 @@ from transformers import (
 from storyadapter.checkpoint import AdapterLayer, IPAdapterWeights
 from storyadapter.checkpoint.controlnets import residuals
 from storyadapter.checkpoint.ip_adapter import cross_attentions
-from storyadapter.checkpoint.parts import load_tokenizer
+from storyadapter.checkpoint.outline import Outline
 from storyadapter.checkpoint.paths import LoraSpec
+from storyadapter.checkpoint.tokenizer_files import load_tokenizer
 from storyadapter.demo.shipped import MODEL
 from storyadapter.method import constants
 from storyadapter.model.contract import ControlGeometry, Geometry, LayerWidth, controlnet_name
+from storyadapter.model.tokenizer import TextTokenizer
 
 
 @dataclass(frozen=True)
@@ -276,17 +277,17 @@ class SyntheticCheckpoint:
             norm_bias=normal(width, std=_BIAS),
             layers=tuple(
                 AdapterLayer(layer.module, projection(layer.channels, "to_k_ip"), projection(layer.channels, "to_v_ip"))
-                for layer in cross_attentions(unet)
+                for layer in cross_attentions(Outline.of(unet))
             ),
         )
 
-    def load_tokenizers(self) -> tuple[CLIPTokenizer, CLIPTokenizer]:
+    def load_tokenizers(self) -> tuple[TextTokenizer, TextTokenizer]:
         """The demo model's: they know fewer words than these text encoders."""
         return load_tokenizer(MODEL / "tokenizer"), load_tokenizer(MODEL / "tokenizer_2")
 
     def _text_config(self, **sizes: Any) -> CLIPTextConfig:
         first, _ = self.load_tokenizers()
-        ids = {"bos_token_id": first.bos_token_id, "eos_token_id": first.eos_token_id}
+        ids = {"bos_token_id": first.ids("")[0], "eos_token_id": first.end}
         return CLIPTextConfig(max_position_embeddings=constants.TEXT_TOKENS, **ids, **sizes)
 
     def _vision_config(self, **sizes: Any) -> CLIPVisionConfig:

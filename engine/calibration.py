@@ -3,6 +3,7 @@
 import itertools
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -77,8 +78,9 @@ def find_or_make_scales(
         UnavailableError: nvidia-modelopt isn't installed.
         InputError: the store can't be read or written, or the model's activations aren't finite.
     """
-    if (found := find_scales(engine_dir, model)) is not None:
-        return found
+    with suppress(InputError):  # what can't be used is found again
+        if (found := find_scales(engine_dir, model)) is not None:
+            return found
     scales = Scales(FP8, model, _measure(checkpoint, default_device(), steps, on_fraction))
     _keep(scales, _folder(engine_dir, model))
     return scales

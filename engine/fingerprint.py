@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from filelock import FileLock
-from platformdirs import user_cache_path
 
+from storyadapter.checkpoint.remembered import user_cache
 from storyadapter.engine.hashes import OnBytes, hash_files
 from storyadapter.method.errors import CheckpointError, can_not_be_read
 from storyadapter.output.files import write_whole
@@ -30,11 +30,6 @@ class Fingerprints(NamedTuple):
 
     digests: dict[Path, str]
     remembered: frozenset[Path]
-
-
-def user_cache() -> Path:
-    """The user's cache folder of this program, `~/.cache/storyadapter-trt` or below `$XDG_CACHE_HOME`; not created."""
-    return user_cache_path("storyadapter-trt", appauthor=False)
 
 
 def fingerprint_files(

@@ -21,7 +21,7 @@ from typing import Any, Final
 from filelock import FileLock, Timeout
 
 import storyadapter
-from storyadapter.engine.fingerprint import user_cache
+from storyadapter.checkpoint.remembered import user_cache
 from storyadapter.engine.hashes import OnBytes, hash_bytes, hash_files
 from storyadapter.engine.identity import STORE_VERSION, EngineIdentity, engine_key
 from storyadapter.engine.uses import MANIFEST_NAME, Use, held_alone, read_uses

@@ -24,6 +24,7 @@ from storyadapter.bench.throughput.published import (
 from storyadapter.bench.throughput.workbench import Workbench, without_graphs
 from storyadapter.checkpoint import IPAdapterWeights
 from storyadapter.checkpoint.ip_adapter import cross_attentions
+from storyadapter.checkpoint.outline import Outline
 from storyadapter.method.errors import UnavailableError
 from storyadapter.method.sampler import SamplerTable
 from storyadapter.model.grca import grca
@@ -123,7 +124,7 @@ LADDER: Final = (
 
 def _load_ip_adapter(unet: UNet2DConditionModel, adapter: IPAdapterWeights, scale: float) -> None:
     """Give the UNet diffusers' own processors and image projection, as `pipeline.load_ip_adapter` does."""
-    index = {layer.module: layer.index for layer in cross_attentions(unet)}
+    index = {layer.module: layer.index for layer in cross_attentions(Outline.of(unet))}
     layers = {f"{index[layer.module]}.to_k_ip.weight": layer.to_k for layer in adapter.layers}
     layers |= {f"{index[layer.module]}.to_v_ip.weight": layer.to_v for layer in adapter.layers}
     projection = {"proj.weight": adapter.projection_weight, "proj.bias": adapter.projection_bias}

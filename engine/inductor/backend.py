@@ -57,11 +57,15 @@ class Inductor(Backend):
         return (("sources", sources_digest(SOURCES)),)
 
     def build(self, request: EngineRequest) -> dict[str, Any]:
+        from storyadapter.checkpoint import Checkpoint
         from storyadapter.engine.inductor.builder import build_inductor
+        from storyadapter.engine.inductor.weights import remember_recipes
 
         built = build_inductor(
             request.checkpoint, request.numerics, request.ranges, request.folder, self.device(), request.on_stage
         )
+        if isinstance(request.checkpoint, Checkpoint):
+            remember_recipes(request.checkpoint, request.numerics, self.device())
         return {
             ERRORS: {name: network.relative_error for name, network in built.items()},
             "weight_bytes": sum(network.weight_bytes for network in built.values()),

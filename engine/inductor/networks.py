@@ -1,7 +1,7 @@
 """Compiled networks, opened with the weights of a checkpoint: nothing is compiled here, and no weight is kept twice."""
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,16 +15,16 @@ from storyadapter.engine.backend import ReportStage
 from storyadapter.engine.graphs import GraphStepRunner
 from storyadapter.engine.identity import model_weights
 from storyadapter.engine.inductor import constants_name, package_name, tolerance
-from storyadapter.engine.inductor.fusion import prepare
 from storyadapter.engine.inductor.shapes import compiled_ranges, cut, doubled
+from storyadapter.engine.inductor.weights import read_weights
 from storyadapter.engine.store import StoredEngine
 from storyadapter.engine.uses import ERRORS, note_use
 from storyadapter.model.contract import NetworkSpec, Range, controlnet_name, network_specs
-from storyadapter.model.examples import compare_with_eager, run_examples
+from storyadapter.model.examples import Example, compare_with_eager, run_examples
 from storyadapter.model.grca import grca
 from storyadapter.model.modules import iterate_modules
 from storyadapter.model.networks import Networks, check_inputs, run_directly
-from storyadapter.model.numerics import Precision
+from storyadapter.model.numerics import Numerics, Precision
 
 if TYPE_CHECKING:
     from torch._C._aoti import AOTIModelPackageLoader
@@ -156,14 +156,15 @@ def open_inductor(
     networks: dict[str, InductorNetwork] = {}
     errors: dict[str, float] = {}
     on_stage("", "loading weights")
-    for name, module in iterate_modules(checkpoint, numerics, grca, device=device):
+    loaded: Iterator[tuple[str, dict[str, Tensor], Sequence[Example]]]
+    if compared and checkpoint.rewrite is None and isinstance(checkpoint, Checkpoint):  # a benchmark's has no files
+        loaded = ((name, weights, ()) for name, weights in read_weights(checkpoint, numerics, device))
+    else:
+        loaded = _with_examples(checkpoint, numerics, letters, device, compared)
+    for name, weights, examples in loaded:
         spec, precision, offloaded = specs[name], numerics[name], short and name not in in_steps
         where = "loading into host memory: little is free on the GPU" if offloaded else "loading engine"
         on_stage(name, where if compared else "the engine's code with other weights: comparing with eager")
-        ranges = {**letters, **compiled_ranges(spec, letters)}
-        examples = () if compared else run_examples(spec, module, ranges, precision)
-        weights = prepare(module, device)
-        del module
         if offloaded:
             weights = {key: value.cpu().pin_memory() for key, value in weights.items()}
         networks[name] = InductorNetwork(spec, engine.folder, precision, device, letters, weights, offloaded=offloaded)
@@ -185,6 +186,21 @@ def open_inductor(
         run_step=GraphStepRunner() if on_gpu else run_directly,
         padding_is_free=on_gpu,
     )
+
+
+def _with_examples(
+    checkpoint: Checkpoint, numerics: Numerics, letters: Mapping[str, Range], device: torch.device, compared: bool
+) -> Iterator[tuple[str, dict[str, Tensor], Sequence[Example]]]:
+    """By network, the weights of eager's modules, and what these computed of examples, unless that was compared."""
+    from storyadapter.engine.inductor.fusion import prepare
+
+    for name, module in iterate_modules(checkpoint, numerics, grca, device=device):
+        spec = network_specs(checkpoint.geometry)[name]
+        ranges = {**letters, **compiled_ranges(spec, letters)}
+        examples = () if compared else run_examples(spec, module, ranges, numerics[name])
+        weights = [prepare(module, device)]
+        del module
+        yield name, weights.pop(), examples  # what a suspended generator still names would stay in memory
 
 
 def was_compared(engine: StoredEngine, checkpoint: Checkpoint) -> bool:

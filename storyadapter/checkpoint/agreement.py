@@ -1,31 +1,29 @@
 """Whether the parts of a model say the same of what shapes can't tell; what no file says is told as assumed."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
+from storyadapter.checkpoint.outline import Outline
 from storyadapter.checkpoint.paths import CheckpointPaths, find, read_config
-from storyadapter.method.constants import CLIP_PIXELS
+from storyadapter.method.constants import CLIP_MEAN, CLIP_PIXELS, CLIP_STD
 from storyadapter.method.errors import CheckpointError, Field, Text
-
-if TYPE_CHECKING:
-    from transformers import CLIPTokenizer
+from storyadapter.model.tokenizer import TextTokenizer
 
 SDXL_SCALING: Final = 0.13025  # of the latents of SDXL's VAE
 # whose latents other factors of diffusers' VAEs are
 _KNOWN_SCALINGS: Final = {0.18215: "Stable Diffusion 1.x and 2.x", 1.0: "an unscaled VAE"}
 _LEGACY_END: Final = 2  # `eos_token_id` of old configurations: there transformers looks for the largest token instead
-_CLIP_MEAN: Final = [0.48145466, 0.4578275, 0.40821073]
-_CLIP_STD: Final = [0.26862954, 0.26130258, 0.27577711]
 
 
-def check_scaling(paths: CheckpointPaths, folder: Path, config_file: Path, vae: Any) -> list[Text]:
+def check_scaling(paths: CheckpointPaths, folder: Path, config_file: Path, vae: Outline) -> list[Text]:
     """Compare the VAE's scaling factor with that of the base model's VAE, on whose latents the UNet was trained.
 
     Args:
         folder: with the base model's configurations.
         config_file: where the VAE's configuration was read.
-        vae: the empty network.
+        vae: what the network consists of.
 
     Returns:
         What is to be told, one line each.
@@ -33,7 +31,7 @@ def check_scaling(paths: CheckpointPaths, folder: Path, config_file: Path, vae: 
     Raises:
         CheckpointError: it is no positive number, or a VAE of other latents was given.
     """
-    factor, said = vae.config.scaling_factor, "scaling_factor" in read_config(config_file)
+    factor, said = vae.config["scaling_factor"], "scaling_factor" in read_config(config_file)
     own_file = folder / "vae" / "config.json"
     own = read_config(own_file).get("scaling_factor") if own_file.exists() else None
     if not isinstance(factor, int | float) or isinstance(factor, bool) or not 0 < factor < math.inf:
@@ -60,7 +58,7 @@ def check_scaling(paths: CheckpointPaths, folder: Path, config_file: Path, vae: 
     return []
 
 
-def check_text_end(folder: Path, tokenizer: "CLIPTokenizer", config_file: Path, text_config: Any) -> list[Text]:
+def check_text_end(folder: Path, tokenizer: TextTokenizer, config_file: Path, config: Mapping[str, Any]) -> list[Text]:
     """Compare a tokenizer with the configuration of its text encoder.
 
     Returns:
@@ -69,14 +67,14 @@ def check_text_end(folder: Path, tokenizer: "CLIPTokenizer", config_file: Path, 
     Raises:
         CheckpointError: the encoder looks for the end of a text at another token than the tokenizer puts there.
     """
-    end, found = text_config.eos_token_id, tokenizer.eos_token_id
+    end, found = config["eos_token_id"], tokenizer.end
     if isinstance(end, int) and end not in (_LEGACY_END, found):
         raise CheckpointError(
             f"{folder} ends a text with token {found}, {config_file} says eos_token_id {end}",
             expected="the tokenizer that belongs to the model",
         )
-    if (tokens := len(tokenizer)) < text_config.vocab_size:
-        known = text_config.vocab_size
+    if (tokens := tokenizer.size) < config["vocab_size"]:
+        known = config["vocab_size"]
         return [f"{folder} has {tokens} tokens, its text encoder knows {known}: words may be read as others"]
     return []
 
@@ -89,7 +87,7 @@ def check_preprocessing(folder: Path) -> list[Text]:
     """
     path = folder / "preprocessor_config.json"
     config = read_config(path) if path.exists() else {}
-    wanted = {"image_mean": _CLIP_MEAN, "image_std": _CLIP_STD, "crop_size": CLIP_PIXELS, "size": CLIP_PIXELS}
+    wanted = {"image_mean": list(CLIP_MEAN), "image_std": list(CLIP_STD), "crop_size": CLIP_PIXELS, "size": CLIP_PIXELS}
     others = [name for name, value in wanted.items() if not _agrees(config.get(name, value), value)]
     if not others:
         return []

@@ -17,26 +17,25 @@ from storyadapter.checkpoint.ip_adapter import (
     load_ip_adapter,
 )
 from storyadapter.checkpoint.loras import Lora, fuse_lora, lora_file, open_lora
+from storyadapter.checkpoint.outline import Outline, empty_network
 from storyadapter.checkpoint.parts import (
     base_parts,
-    check_tokenizer,
     check_widths,
     image_encoder_part,
-    load_tokenizer,
-    settings,
-    tokenizer_files,
 )
 from storyadapter.checkpoint.paths import CheckpointPaths, LoraSpec, below, find, give
 from storyadapter.checkpoint.sampling import read_sampling
+from storyadapter.checkpoint.tokenizer_files import check_tokenizer, tokenizer_files
 from storyadapter.method.errors import CheckpointError, Field, Text
 from storyadapter.method.model_sampling import ModelSampling
 from storyadapter.model.contract import Geometry, LayerWidth, controlnet_name
+from storyadapter.model.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
     import torch
     from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
-    from torch import nn
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
+    from torch import Tensor, nn
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
 _TOKENIZERS = {"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2"}
 
@@ -68,6 +67,7 @@ class Checkpoint:
     _cross_attentions: tuple[CrossAttention, ...]
     _config_folder: Path
     _opened_loras: tuple[Lora, ...]
+    _tokenizers: tuple[TextTokenizer, ...]
     rewrite: "Callable[[nn.Module], None] | None" = None
 
     @classmethod
@@ -114,27 +114,28 @@ class Checkpoint:
             found, expected = f" {adapter} is a folder", "a .safetensors or .bin file"
             raise CheckpointError(Field("ip_adapter"), found, expected=expected, advice=give(files))
         loras = tuple(LoraSpec(lora_file(find("lora", spec.path)), spec.scale) for spec in paths.loras)
-        empty = {name: component.check() for name, component in components.items()}
-        notices = check_scaling(paths, config_folder, components["vae"].config_file, empty["vae"])
+        outlines = {name: component.check() for name, component in components.items()}
+        notices = check_scaling(paths, config_folder, components["vae"].config_file, outlines["vae"])
+        tokenizers: list[TextTokenizer] = []
         for part, encoder in _TOKENIZERS.items():
-            tokenizer = check_tokenizer(config_folder / part, empty[encoder].config.vocab_size)
-            encoder_file = components[encoder].config_file
-            notices += check_text_end(config_folder / part, tokenizer, encoder_file, empty[encoder].config)
-        layers = cross_attentions(empty["unet"])
-        geometry = _geometry(components["unet"].config_file, empty, layers)
+            config = outlines[encoder].config
+            tokenizers.append(check_tokenizer(config_folder / part, config["vocab_size"]))
+            notices += check_text_end(config_folder / part, tokenizers[-1], components[encoder].config_file, config)
+        layers = cross_attentions(outlines["unet"])
+        geometry = _geometry(components["unet"].config_file, outlines, layers)
         for index, typed in enumerate(paths.controlnets):
             name, scale = controlnet_name(index), geometry.pixels_per_latent
-            components[name] = controlnet_part(typed, paths.variant, empty["unet"], scale)
-            empty[name] = components[name].check()
-            widths = _layer_widths(components[name].config_file, cross_attentions(empty[name]))
-            control = control_geometry(empty[name], widths)
+            components[name] = controlnet_part(typed, paths.variant, outlines["unet"], scale)
+            outlines[name] = components[name].check()
+            widths = _layer_widths(components[name].config_file, cross_attentions(outlines[name]))
+            control = control_geometry(outlines[name], widths)
             geometry = replace(geometry, controls=(*geometry.controls, control))
         image_encoder = components["image_encoder"].config_file.parent
         notices += check_preprocessing(image_encoder)
         text_width = geometry.text_width + geometry.text_width_2
         check_ip_adapter(adapter, layers, text_width, geometry.image_embedding_width, image_encoder)
-        opened = tuple(open_lora(lora.path, empty) for lora in loras)
-        configuration = {name: settings(network.config) for name, network in empty.items()}
+        opened = tuple(open_lora(lora.path, outlines) for lora in loras)
+        configuration = {name: outline.config for name, outline in outlines.items()}
         unet_path = find("base_model" if paths.unet is None else "unet", paths.unet or paths.base_model)
         sampling, told = read_sampling(config_folder, None if unet_path.is_dir() else unet_path, loras)
         sampling = replace(sampling, embeds_guidance=geometry.guidance_embedding > 0)
@@ -150,6 +151,7 @@ class Checkpoint:
             layers,
             config_folder,
             opened,
+            tuple(tokenizers),
         )
 
     @property
@@ -194,27 +196,46 @@ class Checkpoint:
         Raises:
             CheckpointError: a file changed since the checkpoint was opened.
         """
-        return self._load_with_loras("unet", dtype, device)
+        return self._load("unet", dtype, device)
 
     def load_text_encoder(self, dtype: "torch.dtype", device: "torch.device | None" = None) -> "CLIPTextModel":
         """Text encoder 1, LoRAs fused."""
-        return self._load_with_loras("text_encoder", dtype, device)
+        return self._load("text_encoder", dtype, device)
 
     def load_text_encoder_2(
         self, dtype: "torch.dtype", device: "torch.device | None" = None
     ) -> "CLIPTextModelWithProjection":
         """Text encoder 2, whose projection gives the pooled text, LoRAs fused."""
-        return self._load_with_loras("text_encoder_2", dtype, device)
+        return self._load("text_encoder_2", dtype, device)
 
     def load_vae(self, dtype: "torch.dtype", device: "torch.device | None" = None) -> "AutoencoderKL":
         """The VAE: the base model's, or the one given instead."""
-        return self._components["vae"].load(dtype, device)
+        return self._load("vae", dtype, device)
 
     def load_image_encoder(
         self, dtype: "torch.dtype", device: "torch.device | None" = None
     ) -> "CLIPVisionModelWithProjection":
         """The CLIP image encoder."""
-        return self._components["image_encoder"].load(dtype, device)
+        return self._load("image_encoder", dtype, device)
+
+    def load_tensors(
+        self, name: str, dtype: "torch.dtype", device: "torch.device | None" = None
+    ) -> "dict[str, Tensor]":
+        """The weights of the network that `load_<name>` gives, by the network's names, LoRAs fused; no modules."""
+        tensors = self._components[name].tensors(dtype, device)
+        for spec, lora in zip(self.loras, self._opened_loras, strict=True):
+            if lora.changes.get(name):
+                fuse_lora(name, tensors, lora, spec.scale)
+        return tensors
+
+    def shapes(self, name: str) -> Mapping[str, list[int]]:
+        """Of what `load_tensors` gives."""
+        return self._components[name].outline.shapes
+
+    def empty_network(self, name: str) -> "nn.Module":
+        """The network that `load_<name>` gives, its weights on the meta device in fp32."""
+        component = self._components[name]
+        return empty_network(component.kind, component.config)
 
     def load_ip_adapter(self, dtype: "torch.dtype", device: "torch.device | None" = None) -> IPAdapterWeights:
         """The IP-Adapter's tensors."""
@@ -224,41 +245,41 @@ class Checkpoint:
         self, index: int, dtype: "torch.dtype", device: "torch.device | None" = None
     ) -> "ControlNetModel":
         """One of the ControlNets."""
-        return self._components[controlnet_name(index)].load(dtype, device)
+        return self._load(controlnet_name(index), dtype, device)
 
-    def load_tokenizers(self) -> "tuple[CLIPTokenizer, CLIPTokenizer]":
-        """The tokenizers of text encoder 1 and 2."""
-        first, second = (load_tokenizer(self._config_folder / part) for part in _TOKENIZERS)
+    def load_tokenizers(self) -> tuple[TextTokenizer, TextTokenizer]:
+        """The tokenizers of text encoder 1 and 2, as they were when the checkpoint was opened."""
+        first, second = self._tokenizers
         return first, second
 
-    def _load_with_loras(self, name: str, dtype: "torch.dtype", device: "torch.device | None") -> Any:
-        network = self._components[name].load(dtype, device)
-        for spec, lora in zip(self.loras, self._opened_loras, strict=True):
-            fuse_lora(name, network, lora, spec.scale)
-        return network
+    def _load(self, name: str, dtype: "torch.dtype", device: "torch.device | None") -> Any:
+        network = self.empty_network(name)
+        network.load_state_dict(self.load_tensors(name, dtype, device), assign=True)
+        return network.to(device).requires_grad_(False)  # only buffers are left to be moved
 
 
 def _reopened(paths: CheckpointPaths, rewrite: "Callable[[nn.Module], None] | None") -> Checkpoint:
     return replace(Checkpoint.open(paths), rewrite=rewrite)
 
 
-def _geometry(unet_config: Path, empty: Mapping[str, Any], layers: tuple[CrossAttention, ...]) -> Geometry:
+def _geometry(unet_config: Path, outlines: Mapping[str, Outline], layers: tuple[CrossAttention, ...]) -> Geometry:
     """Raises CheckpointError unless the networks fit each other."""
-    unet, vae = empty["unet"], empty["vae"]
-    text, text_2, image = (empty[name].config for name in ("text_encoder", "text_encoder_2", "image_encoder"))
-    check_widths(unet_config, unet.config, text.hidden_size, text_2.hidden_size, text_2.projection_dim)
+    unet, text, text_2, image, vae = (
+        outlines[name].config for name in ("unet", "text_encoder", "text_encoder_2", "image_encoder", "vae")
+    )
+    check_widths(unet_config, unet, text["hidden_size"], text_2["hidden_size"], text_2["projection_dim"])
     return Geometry(
         widths=_layer_widths(unet_config, layers),
-        time_embedding=unet.time_embedding.linear_2.out_features,
-        text_width=text.hidden_size,
-        text_width_2=text_2.hidden_size,
-        pooled_width=text_2.projection_dim,
-        image_embedding_width=image.projection_dim,
-        sample_size=unet.config.sample_size,
-        latent_channels=vae.config.latent_channels,
-        pixels_per_latent=2 ** (len(vae.config.block_out_channels) - 1),
-        vae_in_fp32=bool(vae.config.force_upcast),
-        guidance_embedding=unet.config.time_cond_proj_dim or 0,
+        time_embedding=outlines["unet"].shapes["time_embedding.linear_2.weight"][0],
+        text_width=text["hidden_size"],
+        text_width_2=text_2["hidden_size"],
+        pooled_width=text_2["projection_dim"],
+        image_embedding_width=image["projection_dim"],
+        sample_size=unet["sample_size"],
+        latent_channels=vae["latent_channels"],
+        pixels_per_latent=2 ** (len(vae["block_out_channels"]) - 1),
+        vae_in_fp32=bool(vae["force_upcast"]),
+        guidance_embedding=unet["time_cond_proj_dim"] or 0,
     )
 
 

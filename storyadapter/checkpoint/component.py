@@ -1,23 +1,26 @@
 """One network of the checkpoint: its configuration and files, their two layouts, and the check that they fit.
 
-SDXL in one `.safetensors` file of the original layout is converted by diffusers' own functions: the same ones convert
-the header's shapes for the check and the weights for loading.
+SDXL in one `.safetensors` file of the original layout is converted by diffusers' own functions: what they do to the
+header's shapes is recorded for the check, and done to the weights for loading.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from storyadapter.checkpoint.outline import Outline, outline_of
+from storyadapter.checkpoint.remembered import digest_of, remembered
 from storyadapter.checkpoint.tensor_files import read_headers, read_tensors
 from storyadapter.method.errors import CheckpointError, Field, Text, said
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import Tensor
 
-# Names of a file turned into names of the network; given the empty network too. Works on the meta device.
-Convert = Callable[["nn.Module", "dict[str, Tensor]"], "dict[str, Tensor]"]
+# Names of a file turned into names of the network; given what that consists of. Looks at no values.
+Convert = Callable[[Outline, "dict[str, Tensor]"], "dict[str, Tensor]"]
 
 UNET_PREFIX = "model.diffusion_model."
 TEXT_PREFIX = "conditioner.embedders.0.transformer."
@@ -42,65 +45,83 @@ class Component:
 
     title: Text  # what messages call it, such as "the UNet"
     config_file: Path  # where its sizes come from
-    build: "Callable[[], nn.Module]"  # makes the network without weights; called on an empty-weights context
+    kind: str  # its class in diffusers or transformers
+    config: Mapping[str, Any]  # what the class is made of
     files: tuple[Path, ...]  # weights; a shard index may be among them
     convert: Convert  # from the tensors of the files to those of the network
     prefix: str = ""  # only tensors whose names start with it are read: a single file holds several networks
-    # the empty network that was checked, until it is loaded: to make one takes a second
-    _checked: list[Any] = field(default_factory=list, compare=False)
+    _outline: list[Outline] = field(default_factory=list, compare=False)  # when it was found
 
-    def check(self) -> Any:
-        """Compare names and shapes in the files' headers with the network, and return the empty network.
+    @property
+    def outline(self) -> Outline:
+        """What the network consists of.
+
+        Raises:
+            CheckpointError: the configuration doesn't describe such a network.
+        """
+        if not self._outline:
+            try:
+                self._outline.append(outline_of(self.kind, self.config))
+            except Exception as error:  # anything a nonsensical configuration makes the constructors raise
+                raise CheckpointError(
+                    f"{self.config_file} doesn't describe ", self.title, f": {said(error)}"
+                ) from error
+        return self._outline[0]
+
+    def check(self) -> Outline:
+        """Compare names and shapes in the files' headers with the network's, which are given.
 
         Raises:
             CheckpointError: the configuration doesn't describe such a network, a file is corrupt, or tensors are
                 missing, unexpected, of other shapes, or quantized.
         """
-        network, _ = self._read(read_headers)
-        self._checked.append(network)
-        return network
+        self._read(read_headers)
+        return self.outline
 
-    def load(self, dtype: "torch.dtype", device: "torch.device | None" = None) -> "nn.Module":
-        """The network on `device`, or else the CPU, its weights in `dtype`, in evaluation mode without gradients.
+    def tensors(self, dtype: "torch.dtype", device: "torch.device | None" = None) -> "dict[str, Tensor]":
+        """The weights by the network's names, in `dtype` on `device`, or else the CPU.
 
         Raises:
             CheckpointError: the files no longer are what was checked.
         """
-        network, tensors = self._read(lambda path: read_tensors(path, dtype, self._wanted, device))
-        network.load_state_dict(tensors, assign=True)
-        return network.to(device).requires_grad_(False)  # only buffers are left to be moved
+        return self._read(lambda path: read_tensors(path, dtype, self._wanted, device))
 
     def _wanted(self, name: str) -> bool:
         return name.startswith(self.prefix)
 
-    def _read(self, read: "Callable[[Path], dict[str, Tensor]]") -> "tuple[Any, dict[str, Tensor]]":
-        """The empty network, and what `read` finds in its files, by the network's names, if that fits."""
-        network = self._checked.pop() if self._checked else self._empty()
+    def _read(self, read: "Callable[[Path], dict[str, Tensor]]") -> "dict[str, Tensor]":
+        """What `read` finds in the files, by the network's names, if that fits."""
         found: dict[str, Tensor] = {}
         paths = [path for path in self.files if path.suffix != ".json"]
         for path in paths:
             found |= {name: tensor for name, tensor in read(path).items() if self._wanted(name)}
         where = (self.title, f" in {paths[0].parent if len(paths) > 1 else paths[0]}")
         try:
-            found = self.convert(network, found)
+            found = self._converted(found)
         except KeyError as error:  # the conversions of diffusers look some names up
             raise CheckpointError(where, f" lacks the tensor {error}", expected=_WHOLE) from error
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:  # … and take names apart
             raise CheckpointError(where, f" can't be converted: {said(error)}", expected=_WHOLE) from error
-        expected = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
-        compare(where, str(self.config_file), expected, found)
-        return network, found
+        compare(where, str(self.config_file), self.outline.shapes, found)
+        return found
 
-    def _empty(self) -> Any:
-        """The network with all its parameters on the meta device, in evaluation mode."""
-        from accelerate import init_empty_weights
-        from transformers.initialization import no_init_weights
+    def _converted(self, tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
+        """As `convert` does it; what it does to tensors of these names and shapes is recorded once."""
+        if self.convert is folder_names or not tensors:
+            return self.convert(self.outline, tensors)
+        from storyadapter.checkpoint.recipes import follow, record
 
-        try:
-            with init_empty_weights(include_buffers=False), no_init_weights():
-                return self.build().eval().requires_grad_(False)
-        except Exception as error:  # anything a nonsensical configuration makes the constructors raise
-            raise CheckpointError(f"{self.config_file} doesn't describe ", self.title, f": {said(error)}") from error
+        shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+        key = digest_of(
+            *(self.convert.__name__, Path(__file__).read_bytes(), self.kind, dict(self.config)),
+            *([name, shape, str(tensors[name].dtype)] for name, shape in shapes.items()),
+        )
+
+        def make() -> Any:
+            empty = {name: tensor.to("meta") for name, tensor in tensors.items()}
+            return record(lambda known: self.convert(self.outline, dict(known)), empty)
+
+        return follow(remembered("conversion", key, make), dict(tensors))
 
 
 def compare(where: Text, target: str, expected: Mapping[str, list[int]], found: "Mapping[str, Tensor]") -> None:
@@ -125,13 +146,13 @@ def _count(names: list[str], kind: str, note: str = "") -> str:
     return f"{len(names)} tensor{'s' if len(names) > 1 else ''} {kind} ({names[0]}{note})"
 
 
-def folder_names(network: "nn.Module", tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
+def folder_names(network: Outline, tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
     """Names in today's spelling.
 
     transformers 5.6 dropped the prefix "text_model." of `CLIPTextModel`, older files hold `position_ids`, which are no
     weights, and VAEs saved before diffusers 0.17 spell the attention's layers in another way.
     """
-    prefixed = any(name.startswith("text_model.") for name in network.state_dict())
+    prefixed = any(name.startswith("text_model.") for name in network.shapes)
     result = {}
     for name, tensor in tensors.items():
         if name.endswith(".position_ids"):
@@ -166,7 +187,8 @@ def check_single_file(path: Path, needs_vae: bool) -> None:
             f"{path} lacks {', '.join(missing)}: it looks like {_kind(headers)}",
             expected="an SDXL base model in the original single-file layout",
         )
-    if (first := headers.get(f"{UNET_PREFIX}input_blocks.0.0.weight")) is not None and first.shape[1] == 9:
+    first = headers.get(f"{UNET_PREFIX}input_blocks.0.0.weight")
+    if first is not None and list(first.shape[1:2]) == [9]:
         raise CheckpointError(f"{path} is an inpainting model with 9 input channels", expected="an SDXL base model")
 
 
@@ -175,24 +197,27 @@ def _kind(headers: "dict[str, Tensor]") -> str:
 
     if not any(name.startswith((UNET_PREFIX, "cond_stage_model.", "conditioner.")) for name in headers):
         return f"no Stable Diffusion model ({len(headers)} tensors, the first is {next(iter(headers), 'absent')})"
-    kind = infer_diffusers_model_type(headers)
+    try:
+        kind = infer_diffusers_model_type(headers)
+    except Exception:  # it takes shapes apart that any file may have
+        kind = "v1"
     return _KINDS.get(kind, kind)
 
 
-def convert_unet(network: Any, tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
+def convert_unet(network: Outline, tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
     return _nothing_lost(tensors, convert_ldm_unet_checkpoint(tensors, config=dict(network.config)))
 
 
-def convert_unet_file(network: Any, tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
+def convert_unet_file(network: Outline, tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
     """Of a UNet alone, in diffusers' layout or the original one without its prefix."""
     if any(name.startswith("down_blocks.") for name in tensors):
         return folder_names(network, tensors)
     return convert_unet(network, {UNET_PREFIX + name: tensor for name, tensor in tensors.items()})
 
 
-def convert_controlnet(network: Any, tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
+def convert_controlnet(network: Outline, tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
     """Of a ControlNet alone, in diffusers' layout or the original one."""
     from diffusers.loaders.single_file_utils import DIFFUSERS_TO_LDM_MAPPING, convert_controlnet_checkpoint
 
@@ -206,7 +231,7 @@ def convert_controlnet(network: Any, tensors: "dict[str, Tensor]") -> "dict[str,
     return _nothing_lost(tensors, {name: tensor for name, tensor in converted.items() if tensor is not None})
 
 
-def convert_vae(network: Any, tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
+def convert_vae(network: Outline, tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
     """Of a single file's VAE, or of a VAE alone, in the original layout or in diffusers' own."""
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
@@ -217,16 +242,17 @@ def convert_vae(network: Any, tensors: "dict[str, Tensor]") -> "dict[str, Tensor
     return _nothing_lost(tensors, convert_ldm_vae_checkpoint(tensors, config=dict(network.config)))
 
 
-def convert_text_encoder(network: "nn.Module", tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
+def convert_text_encoder(network: Outline, tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
     from diffusers.loaders.single_file_utils import convert_ldm_clip_checkpoint
 
     return folder_names(network, convert_ldm_clip_checkpoint(tensors))
 
 
-def convert_text_encoder_2(network: "nn.Module", tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
+def convert_text_encoder_2(network: Outline, tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
     from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
 
-    converted = convert_open_clip_checkpoint(network, tensors, prefix=TEXT_PREFIX_2)
+    model = SimpleNamespace(config=SimpleNamespace(**network.config))  # of which it asks for sizes
+    converted = convert_open_clip_checkpoint(model, tensors, prefix=TEXT_PREFIX_2)
     kept = {id(tensor) for tensor in converted.values()}
     # The conversion splits and transposes these, and has no use for CLIP's temperature.
     used = tuple(TEXT_PREFIX_2 + name for name in ("transformer.", "text_projection", "logit_scale"))

@@ -1,6 +1,5 @@
 """ControlNets: which kind a folder or file holds, whether it fits the UNet, and its sizes."""
 
-import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from storyadapter.checkpoint.component import Component, convert_controlnet
 from storyadapter.checkpoint.ip_adapter import base_model
+from storyadapter.checkpoint.outline import Outline, defaults_of
 from storyadapter.checkpoint.parts import check_folder
 from storyadapter.checkpoint.paths import DIFFUSERS_STEMS, find, read_config, weight_files
 from storyadapter.checkpoint.tensor_files import read_headers
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _NUMBER: Final = r"[+-]?(?:\d+[.,]?\d*|[.,]\d+)(?:[eE][+-]?\d+)?"
 _STEPS: Final = rf"(?P<start>{_NUMBER})-(?P<end>{_NUMBER})"
 _SPEC: Final = re.compile(rf"(?P<path>.*?)(?::(?P<scale>{_NUMBER})(?::{_STEPS})?)?", re.DOTALL)
+_KIND: Final = "ControlNetModel"
 _EXPECTED: Final = "a ControlNet for SDXL (ControlNetModel), such as thibaud/controlnet-openpose-sdxl-1.0"
 # Settings that change what is computed, and what they are in ControlNets for SDXL.
 _USUAL: Final[Mapping[str, Any]] = {
@@ -72,43 +73,40 @@ class ControlNetSpec:
         return f"{self.path}:{settings.scale!r}:{settings.start!r}-{settings.end!r}"
 
 
-def controlnet_part(typed: Path | str, variant: str | None, unet: Any, pixels_per_latent: int) -> Component:
+def controlnet_part(typed: Path | str, variant: str | None, unet: Outline, pixels_per_latent: int) -> Component:
     """A ControlNet's files, its kind checked.
 
     Args:
         typed: a diffusers folder, a single file in diffusers' or the original layout, or a hub name.
         variant: of weights, see `CheckpointPaths`.
-        unet: the empty UNet that it shall fit; a single file has its sizes.
+        unet: the UNet that it shall fit; a single file has its sizes.
         pixels_per_latent: of the model.
 
     Raises:
         CheckpointError: it is of another kind or for another model, its blocks aren't the UNet's, or files are missing.
     """
-    from diffusers import ControlNetModel
-
-    path = find("controlnet", typed)
+    path, defaults = find("controlnet", typed), defaults_of(_KIND)
     if path.is_dir():
         check_folder("controlnet", path, lambda config: "ControlNet" in str(config.get("_class_name")))
         config, config_file = read_config(path / "config.json"), path / "config.json"
         files = weight_files(path, DIFFUSERS_STEMS, variant)
         _check_class(config_file, config)
     else:
-        known = inspect.signature(ControlNetModel.__init__).parameters.keys() - {"self"}
-        config = {name: value for name, value in unet.config.items() if name in known}
+        config = {name: value for name, value in unet.config.items() if name in defaults}
         config_file, files = path, (path,)
     headers: dict[str, Tensor] = {}
     for file in files:
         headers |= read_headers(file) if file.suffix != ".json" else {}
-    _check_kind(path, headers, unet.config.cross_attention_dim)
-    defaults = inspect.signature(ControlNetModel.__init__).parameters
-    _check_config(config_file, {name: p.default for name, p in defaults.items()} | config, unet, pixels_per_latent)
+    _check_kind(path, headers, unet.config["cross_attention_dim"])
+    _check_config(config_file, defaults | config, unet, pixels_per_latent)
     title = ("the ControlNet given with ", Field("controlnet"))
-    return Component(title, config_file, lambda: ControlNetModel.from_config(config), files, convert_controlnet)
+    return Component(title, config_file, _KIND, config, files, convert_controlnet)
 
 
-def control_geometry(controlnet: Any, widths: tuple[LayerWidth, ...]) -> ControlGeometry:
-    """The sizes of an empty ControlNet, whose cross-attention layers have these widths."""
-    return ControlGeometry(widths, controlnet.time_embedding.linear_2.out_features, residuals(controlnet.config))
+def control_geometry(controlnet: Outline, widths: tuple[LayerWidth, ...]) -> ControlGeometry:
+    """The sizes of a ControlNet, whose cross-attention layers have these widths."""
+    embedding = controlnet.shapes["time_embedding.linear_2.weight"][0]
+    return ControlGeometry(widths, embedding, residuals(controlnet.config))
 
 
 def residuals(config: Mapping[str, Any]) -> tuple[Residual, ...]:
@@ -138,7 +136,7 @@ def _check_kind(path: Path, headers: "Mapping[str, Tensor]", width: int) -> None
     if not any(name.startswith(_OWN) for name in headers):
         first = next(iter(headers), "none")
         raise CheckpointError(f"{path} is no ControlNet: its tensors begin with {first}", expected=_EXPECTED)
-    found = next((t.shape[-1] for name, t in headers.items() if name.endswith("attn2.to_k.weight")), width)
+    found = next((t.shape[-1] for name, t in headers.items() if name.endswith("attn2.to_k.weight") and t.ndim), width)
     if found != width:
         _refuse_width(path, found, width)
 
@@ -150,10 +148,10 @@ def _refuse_width(path: Path, found: Any, width: int) -> None:
     )
 
 
-def _check_config(path: Path, config: Mapping[str, Any], unet: Any, pixels_per_latent: int) -> None:
+def _check_config(path: Path, config: Mapping[str, Any], unet: Outline, pixels_per_latent: int) -> None:
     own = unet.config
-    if config["cross_attention_dim"] != own.cross_attention_dim:
-        _refuse_width(path, config["cross_attention_dim"], own.cross_attention_dim)
+    if config["cross_attention_dim"] != own["cross_attention_dim"]:
+        _refuse_width(path, config["cross_attention_dim"], own["cross_attention_dim"])
     if config["addition_embed_type"] != "text_time":
         found = f"{path}: addition_embed_type is {config['addition_embed_type']!r}"
         raise CheckpointError(found, expected="'text_time', as in every ControlNet for SDXL")

@@ -1,5 +1,7 @@
 """What a weight file is, by its first bytes: whatever it is called, and whatever it should have been."""
 
+import io
+import pickletools
 import re
 import stat
 import zipfile
@@ -14,6 +16,8 @@ _HEADER_LIMIT: Final = 100_000_000  # of a .safetensors file, https://github.com
 # Ten times what the largest models have: more takes longer to read than anybody waits for.
 _MAX_HEADER: Final = 16 << 20  # bytes of a .safetensors file's header
 _MAX_PICKLE: Final = 8 << 20  # of the part of a PyTorch file that isn't numbers
+_MAX_OPCODES: Final = 1_000_000  # in it; a model of 2,000 tensors has 70,000
+_PICKLES_BEFORE_1_6: Final = 5  # magic number, protocol, system, tensors, their keys; then the numbers
 _FETCH_AGAIN: Final = "fetch it again"
 
 
@@ -54,6 +58,8 @@ def file_kind(path: Path) -> FileKind:
         _check_zip(path)
         return FileKind.ZIP
     if re.match(rb"\x80[\x02-\x05]", head):
+        with path.open("rb") as file:
+            _check_pickles(path, file.read(_MAX_PICKLE), _PICKLES_BEFORE_1_6)
         return FileKind.PICKLE
     found, advice = _instead(head)
     raise CheckpointError(f"{path} holds no weights: it is {found}", advice=advice)
@@ -64,19 +70,45 @@ def _check_zip(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+            pickles = [entry for entry in entries if entry.filename.endswith("data.pkl")]
+            small = len(pickles) == 1 and pickles[0].file_size <= _MAX_PICKLE
+            packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+            data = archive.read(pickles[0]) if small and not packed else b""
+    except (zipfile.BadZipFile, OSError, ValueError, EOFError, NotImplementedError) as error:
         raise CheckpointError(f"{path} is not a whole PyTorch file or .zip archive", advice=_FETCH_AGAIN) from error
-    if not any(entry.filename.endswith("data.pkl") for entry in entries):
+    if not pickles:
         first = entries[0].filename if entries else "nothing"
         raise CheckpointError(
             f"{path} is a .zip archive with {first} in it, not weights", advice="unpack it and give what is inside"
         )
-    if any(entry.filename.endswith("data.pkl") and entry.file_size > _MAX_PICKLE for entry in entries):
+    if len(pickles) > 1:
+        raise CheckpointError(f"{path} holds {len(pickles)} data.pkl", expected="one, as torch.save writes it")
+    if not small:
         raise CheckpointError(
             f"{path} describes its tensors in more than {_MAX_PICKLE >> 20} MiB", expected="a model's"
         )
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+    if packed:
         raise CheckpointError(f"{path} is a compressed archive", expected="a file as torch.save writes it")
+    _check_pickles(path, data, 1)
+
+
+def _check_pickles(path: Path, data: bytes, count: int) -> None:
+    """Raises CheckpointError unless so many pickles end within `data`, after no more opcodes than are soon read."""
+    file, opcodes = io.BytesIO(data), 0
+    try:
+        for _ in range(count):
+            for _ in pickletools.genops(file):
+                opcodes += 1
+                if opcodes > _MAX_OPCODES:
+                    raise CheckpointError(
+                        f"{path} describes its tensors in more than {_MAX_OPCODES:,} steps", expected="a model's"
+                    )
+    except ValueError as error:  # an opcode that is unknown or cut off
+        if len(data) == _MAX_PICKLE:
+            raise CheckpointError(
+                f"{path} describes its tensors in more than {_MAX_PICKLE >> 20} MiB", expected="a model's"
+            ) from error
+        raise CheckpointError(f"{path} is not a whole PyTorch file", advice=_FETCH_AGAIN) from error
 
 
 def _instead(head: bytes) -> tuple[str, str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from storyadapter.checkpoint.component import compare
+from storyadapter.checkpoint.outline import Outline
 from storyadapter.checkpoint.tensor_files import read_headers, read_tensors
 from storyadapter.method import constants
 from storyadapter.method.errors import CheckpointError, Field
@@ -14,7 +15,6 @@ from storyadapter.model.ip_adapter import AdapterLayer, IPAdapterWeights
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import UNet2DConditionModel
     from torch import Tensor
 
 _EXPECTED = "expected the plain 4-token IP-Adapter for SDXL, such as ip-adapter_sdxl.safetensors"
@@ -32,15 +32,13 @@ class CrossAttention:
     heads: int
 
 
-def cross_attentions(unet: "UNet2DConditionModel") -> tuple[CrossAttention, ...]:
+def cross_attentions(unet: Outline) -> tuple[CrossAttention, ...]:
     """The UNet's cross-attention layers, in the order of `attn_processors`; self-attentions count in the index."""
-    layers = []
-    for index, name in enumerate(unet.attn_processors):
-        module = name.removesuffix(".processor")
-        if module.endswith("attn2"):
-            attention = unet.get_submodule(module)
-            layers.append(CrossAttention(index, module, attention.to_k.out_features, attention.heads))
-    return tuple(layers)
+    return tuple(
+        CrossAttention(index, name, unet.shapes[f"{name}.to_k.weight"][0], heads)
+        for index, (name, heads) in enumerate(unet.attentions)
+        if name.endswith("attn2")
+    )
 
 
 def check_ip_adapter(
@@ -55,7 +53,7 @@ def check_ip_adapter(
     found = read_headers(path)
     _check_kind(path, found)
     indices = {match[1] for match in map(_LAYER.fullmatch, found) if match}
-    width = next(t for name, t in found.items() if _LAYER.fullmatch(name)).shape[-1]
+    width = sum(next(t for name, t in found.items() if _LAYER.fullmatch(name)).shape[-1:])
     if width != text_width or len(indices) != len(layers):
         raise CheckpointError(
             f"{path}: made for {base_model(width)}: {len(indices)} layers with image tokens {width} wide; the UNet "

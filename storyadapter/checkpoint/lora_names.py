@@ -10,7 +10,9 @@ processors. Suffixes: `_PARTS`.
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
+
+from storyadapter.checkpoint.outline import Outline
 
 NETWORKS: Final = ("unet", "text_encoder", "text_encoder_2")
 PEFT_PREFIX: Final = "base_model.model."
@@ -101,14 +103,13 @@ class Ambiguous:
 
 
 class LoraNames:
-    """Reads names, given the networks of a model, which may be empty ones."""
+    """Reads names, given what the networks of a model consist of."""
 
-    def __init__(self, networks: Mapping[str, Any]) -> None:
+    def __init__(self, networks: Mapping[str, Outline]) -> None:
         self._modules: dict[str, dict[str, str]] = {name: {} for name in NETWORKS}
         for name, known in self._modules.items():
-            modules = [
-                module for module, owner in networks[name].named_modules() if getattr(owner, "weight", None) is not None
-            ]
+            weights = (tensor for tensor in networks[name].shapes if tensor.endswith(".weight"))
+            modules = [tensor.removesuffix(".weight") for tensor in weights]
             spell = _unet_spellings(modules) if name == "unet" else _text_spellings(modules)
             for module, spelling in spell:
                 known[spelling] = known[spelling.replace(".", "_")] = module

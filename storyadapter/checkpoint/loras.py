@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from storyadapter.checkpoint.lora_names import NETWORKS, PEFT_PREFIX, Ambiguous, LoraNames, Unknown, other_kind
+from storyadapter.checkpoint.outline import Outline
 from storyadapter.checkpoint.paths import below, give, is_there, read_config
 from storyadapter.checkpoint.tensor_files import read_headers, read_metadata, read_tensors
 from storyadapter.method.errors import CheckpointError, Field
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 _FILE_NAMES: Final = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")  # diffusers'
 _FILE_NAMES_PEFT: Final = ("adapter_model.safetensors", "adapter_model.bin")
@@ -69,8 +70,8 @@ def lora_file(path: Path) -> Path:
     raise CheckpointError(Field("lora"), f" {path} has no {_FILE_NAMES[0]}", advice=advice)
 
 
-def open_lora(path: Path, networks: Mapping[str, Any]) -> Lora:
-    """Read names and shapes of a LoRA, and compare them with the empty networks that it is meant for.
+def open_lora(path: Path, networks: Mapping[str, Outline]) -> Lora:
+    """Read names and shapes of a LoRA, and compare them with the networks that it is meant for.
 
     Raises:
         CheckpointError: it is corrupt, of another kind (DoRA, LoKr, LoHa, …), or for another model.
@@ -100,7 +101,7 @@ def open_lora(path: Path, networks: Mapping[str, Any]) -> Lora:
     settings = _settings(path, peft_settings)
     changes: dict[str, list[LayerChange]] = {name: [] for name in NETWORKS}
     for (network, module), found in parts.items():
-        _check_layer(path, found, headers, networks[network].get_submodule(module))
+        _check_layer(path, found, headers, networks[network].shapes, module)
         factor = None
         if "down" in found and "alpha" not in found:
             factor = _factor(settings[network], module, headers[found["down"]].shape[0])
@@ -109,8 +110,11 @@ def open_lora(path: Path, networks: Mapping[str, Any]) -> Lora:
     return Lora(path, peft_settings, shapes, {name: tuple(layers) for name, layers in changes.items()})
 
 
-def fuse_lora(name: str, network: "nn.Module", lora: Lora, scale: float) -> None:
-    """Add `scale` times what a LoRA changes to the weights of one network, in place, computed in fp32.
+def fuse_lora(name: str, weights: "dict[str, Tensor]", lora: Lora, scale: float) -> None:
+    """Add `scale` times what a LoRA changes to the weights of one network, computed in fp32.
+
+    Args:
+        weights: of the network, by its names; what is changed is replaced.
 
     Raises:
         CheckpointError: the file changed since it was checked.
@@ -118,18 +122,18 @@ def fuse_lora(name: str, network: "nn.Module", lora: Lora, scale: float) -> None
     import torch
 
     wanted = {file_name for change in lora.changes[name] for file_name in change.names.values()}
-    device = next(network.parameters()).device
-    tensors = read_tensors(lora.path, torch.float32, wanted.__contains__, device) if wanted else {}
+    device = next(iter(weights.values())).device
+    tensors = read_tensors(lora.path, torch.float32, wanted.__contains__, device)
     if {file_name: tuple(t.shape) for file_name, t in tensors.items()} != {n: lora.shapes[n] for n in wanted}:
         raise CheckpointError(f"{lora.path} changed since it was checked; type the command again")
     with torch.no_grad():
         for change in lora.changes[name]:
-            module: Any = network.get_submodule(change.module)
             part = {part: tensors[file_name] for part, file_name in change.names.items()}
+            weight, bias = f"{change.module}.weight", f"{change.module}.bias"
             for difference in _weight_differences(part, change.factor):
-                _add(module.weight, difference.reshape(module.weight.shape), scale)
+                weights[weight] = _sum(weights[weight], difference.reshape(weights[weight].shape), scale)
             if "diff_b" in part:
-                _add(module.bias, part["diff_b"], scale)
+                weights[bias] = _sum(weights[bias], part["diff_b"], scale)
 
 
 def _weight_differences(part: "Mapping[str, Tensor]", factor: float | None) -> "Iterator[Tensor]":
@@ -149,26 +153,32 @@ def _weight_differences(part: "Mapping[str, Tensor]", factor: float | None) -> "
         yield factor * (up @ down.flatten(1))
 
 
-def _add(weight: "Tensor", difference: "Tensor", scale: float) -> None:
-    weight.copy_((weight.float() + scale * difference).to(weight.dtype))
+def _sum(weight: "Tensor", difference: "Tensor", scale: float) -> "Tensor":
+    return (weight.float() + scale * difference).to(weight.dtype)
 
 
-def _check_layer(path: Path, names: Mapping[str, str], headers: "Mapping[str, Tensor]", layer: Any) -> None:
+def _check_layer(
+    path: Path,
+    names: Mapping[str, str],
+    headers: "Mapping[str, Tensor]",
+    shapes: Mapping[str, list[int]],
+    module: str,
+) -> None:
     """Raises CheckpointError unless the parts for one layer are complete and of its shape."""
     for part, others in (("down", ("up",)), ("up", ("down",)), ("mid", ("down", "up")), ("alpha", ("down", "up"))):
         if part in names and (missing := [other for other in others if other not in names]):
             without = " and ".join(f"lora_{other}" for other in missing)
             raise CheckpointError(f"{path} is not whole: {names[part]} is there without its {without}")
     for part, name in names.items():
-        found, target = headers[name], layer.bias if part == "diff_b" else layer.weight
+        found, target = headers[name], shapes.get(f"{module}.{'bias' if part == 'diff_b' else 'weight'}")
         shape = list(found.shape)
         if target is None:
             raise CheckpointError(f"{path}: {name} is there for a layer without a bias", expected=_EXPECTED)
         if not found.is_floating_point():
             raise CheckpointError(f"{path}: {name} holds whole numbers", expected="fp32, fp16 or bf16")
-        if not _fits(part, shape, list(target.shape), names, headers):
+        if not _fits(part, shape, target, names, headers):
             raise CheckpointError(
-                f"{path} doesn't fit this model: {name} is {shape} for a layer of {list(target.shape)}",
+                f"{path} doesn't fit this model: {name} is {shape} for a layer of {target}",
                 expected="a LoRA for SDXL",
             )
 

@@ -1,17 +1,17 @@
-"""The five networks of a checkpoint and its tokenizers: which files they are, and that they are SDXL's.
+"""The five networks of a checkpoint: which files they are, and that they are SDXL's.
 
 What the configuration files must say for the method to run on a model is checked here.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from storyadapter.checkpoint import component
 from storyadapter.checkpoint.component import Component, Convert, folder_names
 from storyadapter.checkpoint.file_kinds import FileKind, file_kind
+from storyadapter.checkpoint.outline import Outline
 from storyadapter.checkpoint.paths import (
     DIFFUSERS_STEMS,
     TRANSFORMERS_STEMS,
@@ -25,11 +25,10 @@ from storyadapter.checkpoint.paths import (
 )
 from storyadapter.checkpoint.tensor_files import read_headers
 from storyadapter.method import constants
-from storyadapter.method.errors import CheckpointError, Field, Text, said
+from storyadapter.method.errors import CheckpointError, Field, Text
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-    from transformers import CLIPTokenizer
+    from torch import Tensor
 
 Config = Mapping[str, Any]
 
@@ -41,13 +40,6 @@ _UNSUPPORTED_UNET = (
 # Others that change what it computes: SDXL has none of them, under whatever value.
 _UNSET_UNET = ("center_input_sample", "dual_cross_attention", "only_cross_attention", "mid_block_only_cross_attention")
 
-# Written by the libraries beside what they describe; no code depends on it.
-_NOTES = ("architectures", "dtype", "torch_dtype", "transformers_version")
-
-_VOCABULARY = ("vocab.json", "merges.txt")
-_WHOLE = "tokenizer.json"  # the vocabulary and everything else in one file
-_TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-
 
 def base_parts(paths: CheckpointPaths) -> tuple[dict[str, Component], Path]:
     """UNet, text encoders and VAE, and the folder with the base model's configurations and tokenizers.
@@ -55,8 +47,6 @@ def base_parts(paths: CheckpointPaths) -> tuple[dict[str, Component], Path]:
     Raises:
         CheckpointError: something is missing, or a configuration isn't SDXL's.
     """
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
     base = find("base_model", paths.base_model)
     file = None if base.is_dir() else base
     folder = base if file is None else _base_config(file, paths)
@@ -74,22 +64,19 @@ def base_parts(paths: CheckpointPaths) -> tuple[dict[str, Component], Path]:
         component.check_single_file(file, needs_vae=paths.vae is None)
     source = _Source(file, paths.variant)
 
-    def text_encoder(name: str, title: str, model_class: Any, prefix: str, convert: Convert) -> Component:
-        def build(config: Config) -> "nn.Module":
-            return model_class(CLIPTextConfig.from_dict(config))
+    def text_encoder(name: str, title: str, kind: str, prefix: str, convert: Convert) -> Component:
+        return source.part(title, folder / name, _check_text_encoder, kind, TRANSFORMERS_STEMS, prefix, convert)
 
-        return source.part(title, folder / name, _check_text_encoder, build, TRANSFORMERS_STEMS, prefix, convert)
-
-    second = "text_encoder_2"
+    first, second = "text_encoder", "text_encoder_2"
     parts = {
         "unet": _unet(paths, folder, source),
-        "text_encoder": text_encoder(
-            "text_encoder", "text encoder 1", CLIPTextModel, component.TEXT_PREFIX, component.convert_text_encoder
+        first: text_encoder(
+            first, "text encoder 1", "CLIPTextModel", component.TEXT_PREFIX, component.convert_text_encoder
         ),
         second: text_encoder(
             second,
             "text encoder 2",
-            CLIPTextModelWithProjection,
+            "CLIPTextModelWithProjection",
             component.TEXT_PREFIX_2,
             component.convert_text_encoder_2,
         ),
@@ -100,8 +87,6 @@ def base_parts(paths: CheckpointPaths) -> tuple[dict[str, Component], Path]:
 
 def image_encoder_part(paths: CheckpointPaths) -> Component:
     """The CLIP vision model with projection. Raises CheckpointError: it isn't one, or its files are missing."""
-    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-
     folder = find("image_encoder", paths.image_encoder)
     if not folder.is_dir():
         expected = "a folder with config.json and weights"
@@ -109,58 +94,20 @@ def image_encoder_part(paths: CheckpointPaths) -> Component:
     check_folder("image_encoder", folder, lambda config: config.get("model_type") in ("clip", "clip_vision_model"))
     config = _vision_config(folder / "config.json", _config(folder))
 
-    def vision_half(network: "nn.Module", tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
-        # A whole CLIP model serves too.
-        text_half = ("text_model.", "text_projection.", "logit_scale")
-        return folder_names(network, {name: t for name, t in tensors.items() if not name.startswith(text_half)})
-
     return Component(
         "the image encoder",
         folder / "config.json",
-        lambda: CLIPVisionModelWithProjection(CLIPVisionConfig.from_dict(dict(config))),
+        "CLIPVisionModelWithProjection",
+        config,
         weight_files(folder, TRANSFORMERS_STEMS, None),
-        vision_half,
+        _vision_half,
     )
 
 
-def settings(config: Any) -> Config:
-    """What a network's code depends on, defaults filled in, of the configuration of diffusers or transformers."""
-    values = dict(config) if isinstance(config, Mapping) else config.to_dict()
-    return {name: value for name, value in values.items() if not name.startswith("_") and name not in _NOTES}
-
-
-def check_tokenizer(folder: Path, vocabulary_size: int) -> "CLIPTokenizer":
-    """A tokenizer, whose tokens the text encoder all knows.
-
-    Raises:
-        CheckpointError: it can't be read, or has others.
-    """
-    tokenizer = load_tokenizer(folder)
-    found = len(tokenizer)
-    if found > vocabulary_size:
-        raise CheckpointError(
-            f"{folder} has {found} tokens, its text encoder knows {vocabulary_size}",
-            expected="the tokenizer that belongs to the model",
-        )
-    return tokenizer
-
-
-def tokenizer_files(folder: Path) -> tuple[Path, ...]:
-    """The files of a tokenizer that are there."""
-    return tuple(folder / name for name in (*_VOCABULARY, _WHOLE, *_TOKENIZER_SETTINGS) if is_there(folder / name))
-
-
-def load_tokenizer(folder: Path) -> "CLIPTokenizer":
-    """Raises CheckpointError if files are missing or corrupt."""
-    from transformers import CLIPTokenizer
-
-    missing = [name for name in _VOCABULARY if not is_there(folder / name)]
-    if missing and not is_there(folder / _WHOLE):
-        raise CheckpointError(f"{folder} has no {' and no '.join(missing)}", expected="the tokenizer of an SDXL folder")
-    try:
-        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # whatever a corrupt vocabulary makes the tokenizers library raise
-        raise CheckpointError(f"{folder} holds no readable CLIP tokenizer: {said(error)}") from error
+def _vision_half(network: Outline, tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
+    """A whole CLIP model serves too."""
+    text_half = ("text_model.", "text_projection.", "logit_scale")
+    return folder_names(network, {name: t for name, t in tensors.items() if not name.startswith(text_half)})
 
 
 @dataclass(frozen=True)
@@ -175,25 +122,25 @@ class _Source:
         title: Text,
         folder: Path,
         check: Callable[[Path, Config], None],
-        build: "Callable[[Config], nn.Module]",
+        kind: str,
         stems: tuple[str, str],
         prefix: str,
         convert: Convert,
+        **overrides: Any,
     ) -> Component:
         config, config_file = _config(folder), folder / "config.json"
         check(config_file, config)
+        config |= overrides
         if self.file is None:
             files = weight_files(folder, stems, self.variant)
-            return Component(title, config_file, lambda: build(config), files, folder_names)
-        return Component(title, config_file, lambda: build(config), (self.file,), convert, prefix)
+            return Component(title, config_file, kind, config, files, folder_names)
+        return Component(title, config_file, kind, config, (self.file,), convert, prefix)
 
 
 def _unet(paths: CheckpointPaths, base: Path, source: _Source) -> Component:
     """The base model's, or the one given: a diffusers folder, or a file of the base model's configuration."""
-    from diffusers import UNet2DConditionModel
-
     title: Text = "the UNet"
-    folder, build, prefix, convert = base / "unet", UNet2DConditionModel.from_config, component.UNET_PREFIX, None
+    folder, prefix, convert, overrides = base / "unet", component.UNET_PREFIX, None, {}
     if paths.unet is not None:
         path, title = find("unet", paths.unet), ("the UNet given with ", Field("unet"))
         if path.is_dir():
@@ -205,16 +152,16 @@ def _unet(paths: CheckpointPaths, base: Path, source: _Source) -> Component:
             source, prefix, convert = _Source(path, None), "", component.convert_unet_file
             if any(name.startswith(component.UNET_PREFIX) for name in headers):
                 prefix, convert = component.UNET_PREFIX, None
-            width = next((t.shape[-1] for name, t in headers.items() if name.endswith("cond_proj.weight")), None)
-            build = partial(UNet2DConditionModel.from_config, time_cond_proj_dim=width)
-    stems, convert = DIFFUSERS_STEMS, convert or component.convert_unet
-    return source.part(title, folder, _check_unet, build, stems, prefix, convert)
+            width = next(
+                (t.shape[-1] for name, t in headers.items() if name.endswith("cond_proj.weight") and t.ndim), None
+            )
+            overrides = {"time_cond_proj_dim": width}
+    kind, stems, convert = "UNet2DConditionModel", DIFFUSERS_STEMS, convert or component.convert_unet
+    return source.part(title, folder, _check_unet, kind, stems, prefix, convert, **overrides)
 
 
 def _vae(paths: CheckpointPaths, base: Path, source: _Source) -> Component:
     """The base model's, or the one given: a folder with a configuration, or a file in either layout without one."""
-    from diffusers import AutoencoderKL
-
     title: Text = "the VAE"
     folder, prefix = base / "vae", component.VAE_PREFIX
     if paths.vae is not None:
@@ -225,8 +172,7 @@ def _vae(paths: CheckpointPaths, base: Path, source: _Source) -> Component:
         else:
             _check_single("vae", path)
             source, prefix = _Source(path, None), ""
-    build = AutoencoderKL.from_config
-    return source.part(title, folder, _check_vae, build, DIFFUSERS_STEMS, prefix, component.convert_vae)
+    return source.part(title, folder, _check_vae, "AutoencoderKL", DIFFUSERS_STEMS, prefix, component.convert_vae)
 
 
 def _check_single(field: str, file: Path) -> None:

@@ -10,6 +10,8 @@ TEXT_TOKENS: Final = 77  # T
 TOKENS_PER_IMAGE: Final = 4  # of the IP-Adapter's image projection; R = 4·N
 REFERENCE_PIXELS: Final = 256  # every reference picture is resized to this square before CLIP sees it
 CLIP_PIXELS: Final = 224
+CLIP_MEAN: Final = (0.48145466, 0.4578275, 0.40821073)  # of its training pictures, by channel
+CLIP_STD: Final = (0.26862954, 0.26130258, 0.27577711)
 LATENT_CHANNELS: Final = 4
 PIXEL_MULTIPLE: Final = 32  # latents must be multiples of 4 for the UNet's two down-samplings
 

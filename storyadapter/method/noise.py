@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from storyadapter.method.constants import LATENT_CHANNELS
@@ -28,9 +27,9 @@ def draw_noise(seed: int, latent_height: int, latent_width: int, table: SamplerT
     """
     generator = torch.Generator("cpu").manual_seed(seed)
     shape = (1, LATENT_CHANNELS, latent_height, latent_width)
-    initial = randn_tensor(shape, generator=generator, dtype=torch.float32)
+    initial = torch.randn(shape, generator=generator, dtype=torch.float32)
     noisy = table.noisy_calls
     per_step = torch.zeros(table.calls if noisy else 0, *shape)
     for call in noisy:
-        per_step[call] = randn_tensor(shape, generator=generator, dtype=torch.float32)
+        per_step[call] = torch.randn(shape, generator=generator, dtype=torch.float32)
     return Noise(initial, per_step)

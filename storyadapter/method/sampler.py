@@ -11,10 +11,9 @@ its state and its host synchronisation is needed while frames are drawn.
 
 Sources: DDIM (arXiv 2010.02502), Euler and Karras steps (arXiv 2206.00364), DPM-Solver++ 2M (arXiv 2211.01095),
 latent consistency models (arXiv 2310.04378), trajectory consistency (arXiv 2402.19159). Time steps and noise levels are
-those of diffusers' own schedulers.
+those of diffusers' schedulers, see `noise_schedule`.
 """
 
-import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
@@ -22,15 +21,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    LCMScheduler,
-    SchedulerMixin,
-    TCDScheduler,
-)
 from torch import Tensor
 
 from storyadapter.method.constants import (
@@ -39,23 +29,13 @@ from storyadapter.method.constants import (
     ETA,
     PREDICTION_TYPES,
     SAMPLERS,
+    TRAIN_STEPS,
     TRAINED_STEPS,
 )
 from storyadapter.method.errors import Field, InputError
+from storyadapter.method.noise_schedule import DEFAULTS, noise_schedule
 from storyadapter.method.plan import SamplerSettings, last_calls
 from storyadapter.method.sampler_rows import lcm_rows, solver_rows, tcd_rows
-
-_CLASSES: Mapping[str, type[SchedulerMixin]] = {
-    cls.__name__: cls
-    for cls in (
-        DDIMScheduler,
-        EulerDiscreteScheduler,
-        EulerAncestralDiscreteScheduler,
-        DPMSolverMultistepScheduler,
-        LCMScheduler,
-        TCDScheduler,
-    )
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,7 +166,7 @@ def build_sampler(
         settings, class_name, called = dict(DDIM_CONFIG), SAMPLERS[name], name
     else:
         raise InputError(f"no scheduler is called {name!r}", expected=f"one of {', '.join(SAMPLERS)}")
-    known = inspect.signature(_CLASSES[class_name]).parameters if class_name in _CLASSES else settings
+    known = DEFAULTS.get(class_name, settings)
     chooses = class_name in TRAINED_STEPS
     if karras and "use_karras_sigmas" not in known:
         raise InputError(f"Karras steps are not defined for {called}", expected="one of euler, dpmpp_2m with them")
@@ -219,7 +199,7 @@ def sampler_of(settings: SamplerSettings) -> SamplerTable:
 
 
 def table_from_scheduler(
-    scheduler: SchedulerMixin | Mapping[str, Any],
+    config: Mapping[str, Any],
     steps: int,
     timesteps: Sequence[int] = (),
     eta: float = ETA,
@@ -228,7 +208,7 @@ def table_from_scheduler(
     """The table of a diffusers scheduler, such as a checkpoint's own.
 
     Args:
-        scheduler: a scheduler (left as it is) or its configuration as in `scheduler_config.json`, with `_class_name`.
+        config: as in `scheduler_config.json`, with `_class_name`.
         steps: number of denoising steps, 1 or more.
         timesteps: of the steps, descending, instead of those that the scheduler chooses.
         eta: share of fresh noise in the steps of TCD.
@@ -239,25 +219,17 @@ def table_from_scheduler(
             setting that makes the update non-linear (thresholding, sample clipping) or that isn't covered; or steps
             that the scheduler can't do.
     """
-    config = dict(scheduler if isinstance(scheduler, Mapping) else scheduler.config)
-    # A scheduler object knows its class; its configuration may still carry the one it was converted from.
-    name = str(config.get("_class_name")) if isinstance(scheduler, Mapping) else type(scheduler).__name__
-    if name not in _CLASSES:
-        raise InputError(f"scheduler {name} is not supported", expected=f"one of {', '.join(_CLASSES)}")
-    most = config.get("num_train_timesteps", 1000)  # unless told, diffusers' own; Euler would do more at one time step
-    if not isinstance(steps, int) or not 1 <= steps <= most:
+    name = str(config.get("_class_name"))
+    if name not in DEFAULTS:
+        raise InputError(f"scheduler {name} is not supported", expected=f"one of {', '.join(DEFAULTS)}")
+    most = config.get("num_train_timesteps", TRAIN_STEPS)  # Euler would do more at one time step
+    if isinstance(most, int) and most > 1 and not 1 <= steps <= most:
         raise InputError(f"{steps} denoising steps", expected=f"a whole number from 1 to {most}")
     _refuse_unsupported(name, config)
+    if timesteps and name == "EulerAncestralDiscreteScheduler":
+        raise InputError(Field("timesteps"), " with ancestral steps", expected=("another ", Field("scheduler")))
     try:
-        fresh = _CLASSES[name].from_config(config)
-        if not timesteps:
-            fresh.set_timesteps(steps)
-        elif name == "EulerAncestralDiscreteScheduler":
-            raise ValueError("with ancestral steps, time steps can't be given")
-        elif name in ("EulerDiscreteScheduler", "DPMSolverMultistepScheduler"):
-            fresh.set_timesteps(timesteps=list(timesteps))
-        else:
-            fresh.timesteps, fresh.num_inference_steps = torch.tensor(timesteps), len(timesteps)
+        fresh = noise_schedule(name, config, steps, timesteps)
         skipped = len(fresh.timesteps) - last_calls(len(fresh.timesteps), strength)
         match name:
             case "LCMScheduler":
@@ -274,21 +246,21 @@ def table_from_scheduler(
     table = SamplerTable(
         timestep=fresh.timesteps[skipped:].float(),
         **{column: values[skipped:].float() for column, values in rows.items()},
-        initial_sigma=sigma if skipped else float(fresh.init_noise_sigma),
+        initial_sigma=sigma if skipped else fresh.initial_sigma,
         initial_signal=signal if skipped else 0.0,
         skipped=skipped,
     )
     if not table.coefficients().isfinite().all():
-        if fresh.config.get("rescale_betas_zero_snr") and fresh.config.prediction_type == "epsilon":
+        if fresh.config["rescale_betas_zero_snr"] and fresh.config["prediction_type"] == "epsilon":
             raise InputError(
                 f"{name} can't start from pure noise (",
                 Field("zero_terminal_snr"),
                 ") with epsilon prediction, which divides by the signal",
-                expected=(Field("prediction_type"), " v_prediction or sample"),
+                expected=(Field("prediction_type"), " v_prediction or sample, or ", Field("zero_terminal_snr"), " off"),
             )
         raise InputError(
-            f"{name} with {steps} steps and {fresh.config.prediction_type} prediction divides by zero: two steps share "
-            "one noise level, or the first has no signal; try fewer steps"
+            f"{name} with {steps} steps and {fresh.config['prediction_type']} prediction divides by zero: two steps "
+            "share one noise level, or the first has no signal; try fewer steps"
         )
     return table
 

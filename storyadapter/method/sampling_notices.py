@@ -1,12 +1,9 @@
 """What is to be told where a plan samples a model otherwise than its files say."""
 
-import inspect
-
-import diffusers
-
 from storyadapter.method.constants import CHECKPOINT_SCHEDULER, DDIM_CONFIG, SAMPLERS, TRAINED_STEPS
 from storyadapter.method.errors import Field, Text
 from storyadapter.method.model_sampling import ModelSampling
+from storyadapter.method.noise_schedule import default_spacing
 from storyadapter.method.plan import RunPlan
 
 
@@ -34,7 +31,7 @@ def sampling_notices(plan: RunPlan, model: ModelSampling) -> list[Text]:
     if class_name in TRAINED_STEPS and name != class_name:
         differences.append(f"is {class_name}, for few steps")
     elif name not in TRAINED_STEPS and not plan.timesteps and class_name not in TRAINED_STEPS:
-        spacing = own.get("timestep_spacing", _default_spacing(class_name))
+        spacing = own.get("timestep_spacing", default_spacing(class_name))
         taken = plan.timestep_spacing or ("trailing" if _starts_from_noise(plan, model) else "leading")
         if spacing != taken and not plan.zero_terminal_snr:  # where that was typed, the model says little of itself
             differences.append(f"takes {spacing} time steps, not {taken} ones")
@@ -53,10 +50,3 @@ def sampling_notices(plan: RunPlan, model: ModelSampling) -> list[Text]:
 
 def _starts_from_noise(plan: RunPlan, model: ModelSampling) -> bool:
     return bool(model.zero_terminal_snr if plan.zero_terminal_snr is None else plan.zero_terminal_snr)
-
-
-def _default_spacing(class_name: str) -> str:
-    """The time steps of a diffusers scheduler whose configuration names none."""
-    found = getattr(diffusers, class_name, None)
-    parameter = inspect.signature(found).parameters.get("timestep_spacing") if found else None
-    return "leading" if parameter is None else str(parameter.default)

@@ -4,9 +4,8 @@ As of the UNet, the key and value projections of its cross-attention layers run 
 frame's picture once per frame; what remains runs in every call, and attends to the text alone.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from diffusers import ControlNetModel
 from torch import Tensor, nn
 
 from storyadapter.model.contract import control_embedding_name, control_projection_name, controlnet_name
@@ -18,6 +17,9 @@ from storyadapter.model.unet import (
     encode,
     key_value_weight,
 )
+
+if TYPE_CHECKING:
+    from diffusers import ControlNetModel
 
 
 class TextInputs(NamedTuple):
@@ -44,7 +46,7 @@ class TextCrossAttention(ProjectedCrossAttention):
 class ControlEmbedding(nn.Module):
     """A frame's picture → what is added to the ControlNet's first features."""
 
-    def __init__(self, controlnet: ControlNetModel) -> None:
+    def __init__(self, controlnet: "ControlNetModel") -> None:
         super().__init__()
         self.embedding = controlnet.controlnet_cond_embedding
 
@@ -56,7 +58,7 @@ class ControlEmbedding(nn.Module):
 class ControlNet(nn.Module):
     """A ControlNet without the layers that the other two networks took over (arXiv 2302.05543)."""
 
-    def __init__(self, controlnet: ControlNetModel, widths: tuple[int, ...]) -> None:
+    def __init__(self, controlnet: "ControlNetModel", widths: tuple[int, ...]) -> None:
         super().__init__()
         self.widths = widths
         self.time_proj = controlnet.time_proj
@@ -93,7 +95,7 @@ class ControlNet(nn.Module):
         return tuple((part * scale).contiguous() for part in (*residuals, self.controlnet_mid_block(sample)))
 
 
-def split_controlnet(controlnet: ControlNetModel, index: int) -> dict[str, nn.Module]:
+def split_controlnet(controlnet: "ControlNetModel", index: int) -> dict[str, nn.Module]:
     """Take a loaded ControlNet apart into three networks, by the contract's names.
 
     Its modules move into the result, so it must not be used afterwards.

@@ -5,10 +5,9 @@ them, the exporters export them, and nothing else knows how a network is compute
 """
 
 from collections.abc import Callable, Collection, Iterator
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from torch import Tensor, nn
 
 from storyadapter.model.contract import Geometry, control_embedding_name, control_projection_name, controlnet_name
@@ -18,6 +17,9 @@ from storyadapter.model.ip_adapter import IPAdapterWeights
 from storyadapter.model.networks import TORCH_DTYPES
 from storyadapter.model.numerics import Numerics
 from storyadapter.model.unet import split_unet
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 
 _UNET_PARTS: Final = ("text_projection", "reference_projection", "denoiser")
 
@@ -42,15 +44,15 @@ class ModelParts(Protocol):
 
     def load_image_encoder(self, dtype: torch.dtype, device: torch.device | None = None) -> nn.Module: ...
 
-    def load_unet(self, dtype: torch.dtype, device: torch.device | None = None) -> UNet2DConditionModel: ...
+    def load_unet(self, dtype: torch.dtype, device: torch.device | None = None) -> "UNet2DConditionModel": ...
 
     def load_ip_adapter(self, dtype: torch.dtype, device: torch.device | None = None) -> IPAdapterWeights: ...
 
-    def load_vae(self, dtype: torch.dtype, device: torch.device | None = None) -> AutoencoderKL: ...
+    def load_vae(self, dtype: torch.dtype, device: torch.device | None = None) -> "AutoencoderKL": ...
 
     def load_controlnet(
         self, index: int, dtype: torch.dtype, device: torch.device | None = None
-    ) -> ControlNetModel: ...
+    ) -> "ControlNetModel": ...
 
 
 class _Encoder(nn.Module):
@@ -87,7 +89,7 @@ class ImageEncoder(_Encoder):
 class VaeDecoder(nn.Module):
     """The VAE's decoder, including the step from the sampler's latents to the VAE's."""
 
-    def __init__(self, vae: AutoencoderKL) -> None:
+    def __init__(self, vae: "AutoencoderKL") -> None:
         super().__init__()
         self.post_quant_conv = vae.post_quant_conv
         self.decoder = vae.decoder

@@ -6,16 +6,18 @@ projected keys and values. Layers of one width are packed in the order of diffus
 by which IP-Adapter files number them.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from diffusers import ControlNetModel, UNet2DConditionModel
-from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from storyadapter.method import constants
 from storyadapter.model.grca import GrcaFunction
 from storyadapter.model.ip_adapter import IPAdapterWeights
+
+if TYPE_CHECKING:  # to import them takes longer than all else between a command and its first step
+    from diffusers import ControlNetModel, UNet2DConditionModel
+    from diffusers.models.attention_processor import Attention
 
 
 class CrossAttentionInputs(NamedTuple):
@@ -35,7 +37,7 @@ class CrossAttentionInputs(NamedTuple):
 class ProjectedCrossAttention(nn.Module):
     """One cross-attention layer that reads projected keys and values; its own are the other two projections."""
 
-    def __init__(self, attention: Attention, layer: int) -> None:
+    def __init__(self, attention: "Attention", layer: int) -> None:
         super().__init__()
         self.to_q = attention.to_q
         self.to_out = attention.to_out[0]
@@ -96,7 +98,7 @@ class StackedKeyValueProjection(nn.Module):
 class AddedEmbedding(nn.Module):
     """Pooled text and sizes → what is added to the time embedding of a UNet or a ControlNet."""
 
-    def __init__(self, unet: UNet2DConditionModel | ControlNetModel) -> None:
+    def __init__(self, unet: "UNet2DConditionModel | ControlNetModel") -> None:
         super().__init__()
         self.add_time_proj = unet.add_time_proj
         self.add_embedding = unet.add_embedding
@@ -176,7 +178,7 @@ def encode(blocks: nn.ModuleList, sample: Tensor, embedding: Tensor, inputs: obj
 class Denoiser(nn.Module):
     """The SDXL UNet without the layers that the two projections took over."""
 
-    def __init__(self, unet: UNet2DConditionModel, widths: tuple[int, ...]) -> None:
+    def __init__(self, unet: "UNet2DConditionModel", widths: tuple[int, ...]) -> None:
         super().__init__()
         self.widths = widths
         self.time_proj = unet.time_proj
@@ -220,12 +222,12 @@ class Denoiser(nn.Module):
         return self.conv_out(self.conv_act(self.conv_norm_out(sample)))
 
 
-def key_value_weight(attention: Attention) -> Tensor:
+def key_value_weight(attention: "Attention") -> Tensor:
     """[2, C, W]: of a cross-attention layer's keys, then values."""
     return torch.stack((attention.to_k.weight, attention.to_v.weight)).detach()
 
 
-def split_unet(unet: UNet2DConditionModel, adapter: IPAdapterWeights, grca: GrcaFunction) -> dict[str, nn.Module]:
+def split_unet(unet: "UNet2DConditionModel", adapter: IPAdapterWeights, grca: GrcaFunction) -> dict[str, nn.Module]:
     """Take a loaded SDXL UNet apart into three networks, by the contract's names.
 
     The UNet's modules move into the result, so it must not be used afterwards.

@@ -53,7 +53,7 @@ class Scales:
 
     def save(self, folder: Path) -> None:
         """Write both files into an existing folder. Raises OSError: it can't be written."""
-        described = {"model": self.model, **self.recipe.as_dict()}
+        described = {"model": self.model, "key": self.key, **self.recipe.as_dict()}
         (folder / RECIPE_NAME).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
         tensors = {name: torch.tensor([scale], dtype=torch.float64) for name, scale in sorted(self.inputs.items())}
         save_file(tensors, folder / SCALES_NAME)
@@ -63,18 +63,22 @@ class Scales:
         """The scales of a model.
 
         Raises:
-            InputError: they are another model's, a scale can't be used, or a file can't be read.
+            InputError: they are another model's, a scale can't be used, or a file can't be read or was changed.
         """
         try:
             described = json.loads((folder / RECIPE_NAME).read_text(encoding="utf-8"))
-            theirs, recipe = described.pop("model"), Recipe.from_dict(described)
+            theirs, key = described.pop("model"), described.pop("key")
+            recipe = Recipe.from_dict(described)
             tensors = load_file(folder / SCALES_NAME)
             inputs = {name: float(value.item()) for name, value in tensors.items()}
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            raise InputError(f"the scales in {folder} can't be read: {error}") from error
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+            raise InputError(f"the scales in {folder} can't be read: {' '.join(str(error).split())}") from error
         if theirs != model:
-            raise InputError(f"the scales in {folder} are of model {theirs[:8]}", expected=f"model {model[:8]}")
-        return cls(recipe, model, inputs)
+            raise InputError(f"the scales in {folder} are of model {str(theirs)[:8]}", expected=f"model {model[:8]}")
+        scales = cls(recipe, model, inputs)
+        if scales.key != key:
+            raise InputError(f"the scales in {folder} are damaged", advice="build again")
+        return scales
 
     def apply(self, denoiser: nn.Module) -> None:
         """Put `Fp8Layer`s in place of a denoiser's layers, one after the other: memory for one at a time is enough.

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from storyadapter.method import constants
 from storyadapter.model.contract import Geometry, LayerWidth, control_projection_name, text_kv_name
 from storyadapter.model.networks import Networks
+from storyadapter.model.tokenizer import TextTokenizer
 from storyadapter.runtime.jobs import TextGroup
 from storyadapter.runtime.streams import upload
 
@@ -22,26 +22,20 @@ TEXTS_AT_ONCE = 8  # of one call; fewer where the engine takes fewer
 class Tokenizers:
     """The tokenizers of the two text encoders."""
 
-    first: PreTrainedTokenizerBase
-    second: PreTrainedTokenizerBase
+    first: TextTokenizer
+    second: TextTokenizer
 
     def input_ids(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Two [P, T] int32 tensors on the CPU: padded with each tokenizer's own padding, cut after T tokens."""
         first, second = (
-            tokenizer(
-                list(prompts),
-                padding="max_length",
-                max_length=constants.TEXT_TOKENS,
-                truncation=True,
-                return_tensors="pt",
-            ).input_ids.to(torch.int32)
+            torch.tensor(tokenizer.padded(prompts, constants.TEXT_TOKENS), dtype=torch.int32)
             for tokenizer in (self.first, self.second)
         )
         return first, second
 
     def count(self, text: str) -> int:
         """The tokens of a text with those at its ends, by whichever tokenizer makes more."""
-        return max(len(tokenizer(text, verbose=False).input_ids) for tokenizer in (self.first, self.second))
+        return max(len(tokenizer.ids(text)) for tokenizer in (self.first, self.second))
 
     def words_cut_off(self, prompt: str) -> str:
         """The words at the end of a prompt that lie wholly or partly behind the 77 tokens; empty if all are read."""

@@ -10,7 +10,6 @@ from dataclasses import replace
 
 import psutil
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from storyadapter.method.control import ControlSettings
 from storyadapter.method.control_pictures import Controls, read_controls
@@ -22,6 +21,7 @@ from storyadapter.method.sampler import sampler_of
 from storyadapter.method.story import Story
 from storyadapter.model.contract import Range
 from storyadapter.model.networks import Networks, idle_inputs
+from storyadapter.model.tokenizer import TextTokenizer
 from storyadapter.runtime.batches import BatchWorker
 from storyadapter.runtime.conditioning import TEXTS_AT_ONCE, Tokenizers
 from storyadapter.runtime.denoising import StatePool
@@ -207,7 +207,7 @@ class StoryPipeline(Pipeline):
     def __init__(
         self,
         networks: Networks,
-        tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase],
+        tokenizers: tuple[TextTokenizer, TextTokenizer],
         *,
         model: str = "",
         sampling: ModelSampling = _UNSAID,

@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from storyadapter.method.errors import InputError
+
 State = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
 Priority = Literal["interactive", "batch"]
 OPEN: Final = ("queued", "in_progress")
+_STATES: Final = (*OPEN, "completed", "failed", "cancelled")
 NAME: Final = "queue.sqlite"
 
 _SCHEMA: Final = """
@@ -69,11 +72,32 @@ class StoryQueue:
     """
 
     def __init__(self, path: Path) -> None:
+        """Raises InputError: the file is damaged, or can't be read."""
         self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         self._db.row_factory = sqlite3.Row
-        self._db.executescript("pragma journal_mode=wal; pragma synchronous=full; pragma foreign_keys=on;" + _SCHEMA)
-        # what was being drawn when the last process ended waits again
-        self._db.execute("update stories set state='queued' where state='in_progress'")
+        pragmas = "pragma journal_mode=wal; pragma synchronous=full; pragma foreign_keys=on;"
+        try:
+            self._db.executescript(pragmas + _SCHEMA)
+            self._check()
+            # what was being drawn when the last process ended waits again
+            self._db.execute("update stories set state='queued' where state='in_progress'")
+        except (sqlite3.Error, ValueError, TypeError) as error:
+            self._db.close()
+            raise InputError(
+                f"{path} can't be read: {' '.join(str(error).split())}",
+                advice="move it away, with what lies beside it under its name, to begin with an empty queue",
+            ) from error
+
+    def _check(self) -> None:
+        """Raises sqlite3.Error, ValueError, TypeError: a page or a value isn't what was written."""
+        if (found := self._db.execute("pragma integrity_check(1)").fetchone()[0]) != "ok":
+            raise ValueError(found)
+        for row in self._db.execute("select * from stories"):
+            story = _story(row)
+            if story.state not in _STATES or not isinstance(story.story, dict) or not isinstance(story.plan, dict):
+                raise ValueError(f"story {story.id} isn't what was written")
+        for row in self._db.execute("select data from events"):
+            json.loads(row["data"])
 
     def add(
         self,

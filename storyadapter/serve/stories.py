@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from pydantic import TypeAdapter
 
-from storyadapter.method.errors import InputError, StoryAdapterError
+from storyadapter.method.errors import InputError, StoryAdapterError, said
 from storyadapter.method.events import (
     Event,
     FrameFinished,
@@ -214,6 +214,9 @@ class Stories:
             folder = await asyncio.to_thread(self._open_folder, queued, story, plan)
         except StoryAdapterError as error:
             self._fail(name, error)
+            return
+        except (ValueError, TypeError) as error:  # pydantic's: the queue holds something else than was accepted
+            self._fail(name, InputError(f"it can't be read any more: {said(error)}"))
             return
         submitted = None
         try:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from storyadapter import Story, StoryPipeline
 from storyadapter.bench.synthetic import MODELS, PREDICTION_TYPE, SDXL, TOY, SyntheticCheckpoint, SyntheticModel
 from storyadapter.checkpoint.ip_adapter import cross_attentions
+from storyadapter.checkpoint.outline import Outline
 from storyadapter.engine.eager.networks import open_eager
 from storyadapter.method import constants
 from storyadapter.method.events import FrameFinished
@@ -41,7 +42,7 @@ def test_the_structure_is_sdxls() -> None:
 def test_the_geometry_is_that_of_the_networks(model: SyntheticModel) -> None:
     checkpoint, geometry = SyntheticCheckpoint(model, torch.device("meta")), model.geometry
     unet, adapter = checkpoint.load_unet(torch.float32), checkpoint.load_ip_adapter(torch.float32)
-    layers = cross_attentions(unet)
+    layers = cross_attentions(Outline.of(unet))
     counts = Counter((layer.channels, layer.heads) for layer in layers)
     assert tuple(LayerWidth(c, count, heads) for (c, heads), count in sorted(counts.items())) == geometry.widths
     assert [(layer.module, len(layer.to_k), len(layer.to_v)) for layer in adapter.layers] == [

@@ -11,6 +11,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 CUDA = torch.device("cuda")
 
 
+@pytest.mark.alone
 def test_no_more_is_left_and_all_is_given_back() -> None:
     before, _ = torch.cuda.mem_get_info(CUDA)
     left = before // 2

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,21 +16,27 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image, ImageDraw
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from storyadapter.checkpoint import Checkpoint
+from storyadapter.checkpoint import Checkpoint, LoraSpec
 from storyadapter.engine.identity import model_weights
 from storyadapter.engine.opening import open_networks
 from storyadapter.engine.store import EngineStore, StoredEngine
 from storyadapter.method.errors import EngineMismatchError, InputError, StoryAdapterError
 from storyadapter.method.events import FrameFinished
+from storyadapter.method.plan import RunPlan
+from storyadapter.method.sampler import sampler_of
 from storyadapter.method.story import Story
 from storyadapter.model.numerics import Numerics
 from storyadapter.output.frame_files import read_picture
 from storyadapter.output.run_folder import RunFolder
+from storyadapter.quantization.recipe import FP8
+from storyadapter.quantization.scales import RECIPE_NAME, SCALES_NAME, Scales
+from storyadapter.serve.queue import StoryQueue
 
 PLACES = int(os.environ.get("PLACES", "8"))
 RANDOM = random.Random(PLACES)
+SECONDS_AT_MOST = 10
 
 
 @contextmanager
@@ -43,8 +50,10 @@ def damaged(path: Path) -> Iterator[bool]:
         end = min(len(right), place + RANDOM.choice((1, 16, 4096)))
         wrong[place:end] = bytes(end - place)
     path.write_bytes(wrong)
+    started = time.monotonic()
     try:
         yield wrong != right
+        assert time.monotonic() - started < SECONDS_AT_MOST
     finally:
         path.write_bytes(right)
 
@@ -156,22 +165,32 @@ def test_a_damaged_run_is_refused_or_drawn_as_it_should_be(
 
 @pytest.fixture(scope="module")
 def model(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With the VAE as a pickle."""
+    """With the VAE as a pickle, text encoder 1 as one from before PyTorch 1.6, and a LoRA beside them."""
     folder = tmp_path_factory.mktemp("damaged") / "model"
     shutil.copytree(tiny_model_dir, folder)
-    weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
-    torch.save(load_file(weights), weights.with_suffix(".bin"))
-    weights.unlink()
+    for part, name, as_zip in (("vae", "diffusion_pytorch_model", True), ("text_encoder", "model", False)):
+        weights = folder / part / f"{name}.safetensors"
+        pickle = weights.with_name("pytorch_model.bin") if part == "text_encoder" else weights.with_suffix(".bin")
+        torch.save(load_file(weights), pickle, _use_new_zipfile_serialization=as_zip)
+        weights.unlink()
+    (folder / "image_encoder" / "preprocessor_config.json").write_text(
+        '{"crop_size": 224, "image_std": [0.5, 0.5, 0.5]}'
+    )
+    layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    width = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")[f"{layer[5:]}.weight"].shape[0]
+    lora = {f"{layer}.lora_A.weight": torch.ones(2, width), f"{layer}.lora_B.weight": torch.ones(width, 2)}
+    save_file({**lora, f"{layer}.alpha": torch.tensor(2.0)}, folder / "lora.safetensors", {"ss_network_args": "{}"})
     return folder
 
 
 def opened(folder: Path) -> Checkpoint:
     """The model, with all that is read of it."""
-    found = Checkpoint.open(
-        base_model=folder, image_encoder=folder / "image_encoder", ip_adapter=folder / "ip-adapter.safetensors"
+    return Checkpoint.open(
+        base_model=folder,
+        image_encoder=folder / "image_encoder",
+        ip_adapter=folder / "ip-adapter.safetensors",
+        loras=(LoraSpec(folder / "lora.safetensors"),),
     )
-    found.load_tokenizers()
-    return found
 
 
 PARTS = [
@@ -181,9 +200,13 @@ PARTS = [
         "vae/config.json",
         "text_encoder/config.json",
         "image_encoder/config.json",
+        "image_encoder/preprocessor_config.json",
+        "scheduler/scheduler_config.json",
     ),
     *("tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer_2/tokenizer_config.json"),
+    "tokenizer/special_tokens_map.json",
     *("unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.bin", "ip-adapter.safetensors"),
+    *("text_encoder/pytorch_model.bin", "image_encoder/model.safetensors", "lora.safetensors"),
 ]
 
 
@@ -194,21 +217,27 @@ def test_a_damaged_model_is_refused_or_read_as_what_it_is_now(model: Path, name:
         with damaged(model / name) as differs:
             try:
                 found = opened(model)
-                if name.startswith("vae"):
-                    found.load_vae(torch.float32)
-                elif name.startswith(("unet", "ip")):
-                    found.load_ip_adapter(torch.float32)
+                part = name.split("/")[0] if "/" in name else "unet"
+                if part in ("unet", "vae", "text_encoder", "image_encoder"):
+                    found.load_tensors(part, torch.float32)
+                found.load_ip_adapter(torch.float32)
+                assert all(len(row) == 77 for row in found.load_tokenizers()[0].padded(["a fox", ""], 77))
+                sampler_of(PLAN.for_model(found.sampling).sampler_in(0))
             except StoryAdapterError as error:
                 assert "\n" not in str(error)
             else:
                 read = any(path == model / name for paths in found.files_by_component.values() for path in paths)
+                read = read or name == "lora.safetensors"
                 assert (model_weights(found).key != before) == (differs and read)
 
 
+PLAN = RunPlan(seed=0, height=64, width=64, steps=4, scheduler="checkpoint")
 STORIES = {
     "yaml": "title: A day\nstyle: comic\ncharacters: {Fox: a red fox}\nprompts:\n  - Fox wakes up\n  - Fox eats\n",
     "json": '{"title": "A day", "characters": {"Fox": "a small red fox"}, "prompts": ["Fox wakes", "Fox eats"]}',
     "txt": "a fox wakes up\na fox meets an owl\n",
+    "csv": 'prompt;negative;seed\n"a fox; red";people;7\nan owl;;8\n',
+    "md": "# A day\n\n1. **A fox** wakes up\n2. the fox eats\n   a fish\n",
 }
 
 
@@ -242,3 +271,39 @@ def test_weights_that_changed_under_the_system_are_not_recorded_as_what_they_wer
         open_networks(opened(model), backend="eager", numerics=Numerics("fp32"))
     assert model_weights(opened(model)).key == key
     open_networks(opened(model), backend="eager", numerics=Numerics("fp32"))
+
+
+# What the program keeps for itself
+
+
+def test_damaged_scales_are_told(tmp_path: Path) -> None:
+    right = Scales(FP8, "model", {"conv": 0.25, "to_q": 0.5})
+    right.save(tmp_path)
+    for name in (RECIPE_NAME, SCALES_NAME):
+        for _ in range(5 * PLACES):
+            with damaged(tmp_path / name):
+                try:
+                    assert Scales.load(tmp_path, "model") == right
+                except InputError as error:
+                    assert "\n" not in str(error)
+
+
+def test_a_damaged_queue_of_stories_is_told_or_read(tmp_path: Path) -> None:
+    right = tmp_path / "right.sqlite"
+    queue = StoryQueue(right)
+    for number in range(20):
+        queue.add("", "batch", {"prompts": [f"a fox {number}"]}, None, {"seed": number})
+    queue.close()
+    for _ in range(5 * PLACES):
+        path = tmp_path / "queue.sqlite"
+        with damaged(right):
+            shutil.copyfile(right, path)
+        try:
+            queue = StoryQueue(path)
+            assert len(queue.stories("")) <= 20
+            queue.next()
+            queue.close()
+        except InputError as error:
+            assert "\n" not in str(error) and f"{path} can't be read: " in str(error)
+        for each in tmp_path.glob("queue.sqlite*"):
+            each.unlink()

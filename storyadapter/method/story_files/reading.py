@@ -74,7 +74,7 @@ def _read_text(name: str, text: str, *, markdown: bool) -> StoryFile:
     if len(blocks) > 1:  # as where a chat gives each prompt by itself
         prompts = [" ".join(block.text.split()) for block in blocks]
         lines = {("prompts", n): len(b.text) - len(b.text.lstrip("\n")) + 1 for n, b in enumerate(blocks)}
-        told = f"{name}: each of the {len(blocks)} fenced blocks is a prompt; {outside} lines outside are left out"
+        told = f"{name}: each of the {len(blocks)} fenced blocks is a prompt; lines left out: {outside}"
         return StoryFile(name, {"prompts": prompts}, lines, (told,))
     inner = blocks[0].text if blocks else text
     form = _LANGUAGES.get(blocks[0].language) if blocks else None
@@ -82,7 +82,7 @@ def _read_text(name: str, text: str, *, markdown: bool) -> StoryFile:
     file = _FORMS[form](name, inner) if form else read_lines(name, inner, markdown=markdown or bool(blocks))
     notices = []
     if blocks:
-        notices.append(f"{name}: what stands between the fences is read; {outside} lines outside are left out")
+        notices.append(f"{name}: what stands between the fences is read; lines left out: {outside}")
     if form:
         notices.append(f"{name}: read as {form.upper()}, as it looks like that")
     return replace(file, notices=(*notices, *file.notices))

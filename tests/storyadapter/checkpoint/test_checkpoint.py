@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import CLIPTokenizer
 
 from storyadapter.checkpoint import Checkpoint, CheckpointPaths
 from storyadapter.method.errors import CheckpointError
@@ -182,10 +183,21 @@ def test_files_by_component(tiny_checkpoint: Checkpoint, tiny_model_dir: Path) -
     assert files["ip_adapter"] == (tiny_model_dir / "ip-adapter.safetensors",)
 
 
-def test_tokenizers(tiny_checkpoint: Checkpoint) -> None:
-    first, second = tiny_checkpoint.load_tokenizers()
-    assert first.pad_token == "<|endoftext|>"
-    assert second.pad_token == "!"
+def test_tokenizers(tiny_model_dir: Path, tiny_checkpoint: Checkpoint) -> None:
+    """As transformers reads and uses them: cut, filled up with each one's own token, in any script."""
+    texts = [
+        "",
+        "a fox",
+        "A  FOX's den, 12 <|endoftext|> ! \u00e9e\u0301 \u72d0 \U0001f98a",
+        "owl " * 200,
+        "a\n\tb\u202e",
+    ]
+    for part, ours in zip(("tokenizer", "tokenizer_2"), tiny_checkpoint.load_tokenizers(), strict=True):
+        theirs = CLIPTokenizer.from_pretrained(tiny_model_dir / part)
+        assert (ours.end, ours.size) == (theirs.eos_token_id, len(theirs))
+        padded = theirs(texts, padding="max_length", max_length=77, truncation=True).input_ids
+        assert ours.padded(texts, 77) == padded
+        assert [ours.ids(text) for text in texts] == theirs(texts, verbose=False).input_ids
 
 
 def test_opening_by_keywords(tiny_model_dir: Path, tiny_checkpoint: Checkpoint) -> None:

@@ -12,6 +12,7 @@ from torch.nn.functional import conv2d
 
 from storyadapter.checkpoint import Checkpoint, LoraSpec
 from storyadapter.checkpoint.lora_names import LoraName, LoraNames
+from storyadapter.checkpoint.outline import Outline
 from storyadapter.method.errors import CheckpointError
 from tests.storyadapter.checkpoint.original_layout import original_unet
 from tests.storyadapter.checkpoint.spoil import cut_short, edit_tensors, refuses, tiny_paths
@@ -186,7 +187,7 @@ def test_old_attention_processors(tiny_model_dir, tmp_path, weights) -> None:
 
 
 def test_names_of_all_layers_in_the_original_unet(tiny_checkpoint) -> None:
-    names = LoraNames({name: getattr(tiny_checkpoint, f"load_{name}")(torch.float32) for name in LAYERS})
+    names = LoraNames({name: Outline.of(getattr(tiny_checkpoint, f"load_{name}")(torch.float32)) for name in LAYERS})
     unet = tiny_checkpoint.load_unet(torch.float32)
     layers = [layer for layer, module in unet.named_modules() if hasattr(module, "weight")]
     for ours, theirs in zip(unet.state_dict(), original_unet(unet), strict=True):

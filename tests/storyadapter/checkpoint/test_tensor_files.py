@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import time
 import zipfile
 from datetime import timedelta
 from pathlib import Path
@@ -178,6 +179,32 @@ def test_headers_that_take_too_long_to_read(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.bin", "w") as archive:
         archive.writestr("a/data.pkl", bytes(9 << 20))
     with pytest.raises(CheckpointError, match="describes its tensors in more than 8 MiB"):
+        read_headers(tmp_path / "a.bin")
+
+
+@pytest.mark.parametrize("packed", ["zip", "before-1.6"])
+def test_pickles_that_take_too_long_to_read(tmp_path: Path, packed: str) -> None:
+    """Of a file from before PyTorch 1.6, everything is one stream: nothing else bounds what comes before its end."""
+    steps, path = b"\x80\x02" + b"N0" * (1 << 20) + b"N.", tmp_path / "a.bin"
+    if packed == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("a/data.pkl", steps)
+    else:
+        path.write_bytes(LEGACY + b"\x80\x02K\x01." * 2 + steps)
+    started = time.monotonic()
+    with pytest.raises(CheckpointError, match=r"a.bin describes its tensors in more than 1,000,000 steps; expected a"):
+        read_headers(path)
+    path.write_bytes(LEGACY + b"\x80\x02K\x01." * 2 + b"\x80\x02X\xff\xff\xff\x0f" + bytes(9 << 20))
+    with pytest.raises(CheckpointError, match=r"a.bin describes its tensors in more than 8 MiB; expected a model's"):
+        read_headers(path)
+    assert time.monotonic() - started < 10
+
+
+def test_an_archive_with_several_pickles(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.bin", "w") as archive:
+        for folder in "ab":
+            archive.writestr(f"{folder}/data.pkl", b"N.")
+    with pytest.raises(CheckpointError, match=r"a.bin holds 2 data.pkl; expected one, as torch.save writes it"):
         read_headers(tmp_path / "a.bin")
 
 

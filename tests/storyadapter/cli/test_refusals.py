@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from storyadapter.output.files import lock_folder
@@ -112,7 +112,7 @@ SETTINGS = {
     "--karras": "Karras steps are not defined for ddim; expected one of euler, dpmpp_2m with them",
     "--zero-terminal-snr": (
         "DDIMScheduler can't start from pure noise (--zero-terminal-snr) with epsilon prediction, which divides by the "
-        "signal; expected --prediction-type v_prediction or sample"
+        "signal; expected --prediction-type v_prediction or sample, or --zero-terminal-snr off"
     ),
     "--backend onnxruntime --precision bf16": (
         "backend onnxruntime can't serve here: it can't run in bf16; expected --precision fp32 or fp16"
@@ -163,6 +163,45 @@ def test_any_text_is_refused_in_one_line_and_leaves_nothing(type_in: Type, optio
     assert done.code == 2 and done.out == ""
     assert re.fullmatch(r"(?:\.\.\. [^\n]+\n)*storyadapter-trt: error: [^\n]+\n", done.err), done.err
     assert "\x1b" not in done.err
+    assert list(Path().iterdir()) == []
+
+
+# what may be typed is drawn as it is, or refused in one line with nothing left behind
+LONG = ("fox " * 25_000, "\u202e" + "א" * 300, "a\ud800b", "e\u0301" * 200, "\U0001f98a" * 90)
+TYPED = st.text(st.characters(exclude_characters="\0/"), max_size=40) | st.sampled_from(LONG)
+
+
+@given(place=st.sampled_from(["--prompt", "--negative-prompt", "--style", "--out", "title", "characters"]), text=TYPED)
+@example(place="--prompt", text=LONG[0])
+@example(place="characters", text=LONG[0])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_text_is_drawn_or_refused(type_in: Type, quick_run: list[str], place: str, text: str) -> None:
+    words = words_without(quick_run, "--prompt", 3)[: -len(("--out", "out"))]
+    story = {"prompts": ["a fox named X"], "title": "t", "characters": {"X": "red"}}
+    out = "out"
+    if place in story:
+        story[place] = {"X": text} if place == "characters" else text
+    Path("tale.json").write_text(json.dumps(story))
+    if place.startswith("--"):
+        words.append(f"{place}={text}")
+    if place == "--out":
+        out = text
+    else:
+        words.append("--out=out")
+    if place != "--prompt":
+        words += ["--story", "tale.json"]
+    done = type_in(*words, "--steps", "1", "--iterations", "0", "--height", "32", "--width", "32")
+    if done.code == 0:
+        assert len(done.out) + len(done.err) < 10_000
+        assert Path(out, "frames", "000.png").is_file() and Path(out, "contact-sheet.png").is_file()
+        shutil.rmtree(out)
+    else:
+        assert done.code == 2 and done.out == ""
+        assert re.fullmatch(r"(?:warning: [^\n]+\n|hashed [^\n]+\n)*storyadapter-trt: error: [^\n]+\n", done.err), (
+            done.err
+        )
+        assert len(done.err) < 4000
+    Path("tale.json").unlink()
     assert list(Path().iterdir()) == []
 
 

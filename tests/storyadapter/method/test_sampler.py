@@ -1,7 +1,7 @@
 """The table against diffusers' own schedulers, step by step and over whole trajectories."""
 
-import json
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -60,6 +60,11 @@ def diffusers_scheduler(name: str, karras: bool = False, prediction: str = "epsi
         case "tcd":
             return TCDScheduler(**common, set_alpha_to_one=False)
     raise AssertionError(name)
+
+
+def config_of(scheduler) -> dict[str, Any]:
+    """As it is saved; an object knows its class, its configuration may carry the one that it was converted from."""
+    return scheduler if isinstance(scheduler, dict) else {**scheduler.config, "_class_name": type(scheduler).__name__}
 
 
 def stand_in_unet(latents: Tensor, timestep: float) -> Tensor:
@@ -138,7 +143,7 @@ def test_any_spacing_and_number_of_steps(kind, steps: int, prediction: str, spac
         timestep_spacing=spacing,
         **({} if name in ("ddim", "euler_a") else {"final_sigmas_type": final}),
     )
-    assert_steps_agree(scheduler, table_from_scheduler(scheduler, steps), steps)
+    assert_steps_agree(scheduler, table_from_scheduler(config_of(scheduler), steps), steps)
 
 
 @settings(max_examples=15, deadline=None)
@@ -223,7 +228,7 @@ def test_the_scheduler_that_a_model_comes_with(own, tmp_path) -> None:
 @pytest.mark.parametrize("steps", [5, 20])
 def test_settings_of_dpm_solver(changes: dict, steps: int) -> None:
     scheduler = DPMSolverMultistepScheduler(**NOISE_SCHEDULE, **LEADING, **changes)
-    assert_steps_agree(scheduler, table_from_scheduler(scheduler, steps), steps)
+    assert_steps_agree(scheduler, table_from_scheduler(config_of(scheduler), steps), steps)
 
 
 @pytest.mark.parametrize(("name", "karras"), KINDS)
@@ -356,19 +361,9 @@ def test_left_out_terms_are_those_with_factor_zero() -> None:
     torch.testing.assert_close(short, full, rtol=0, atol=0)
 
 
-def test_a_scheduler_object_is_left_as_it_is_and_its_saved_config_means_the_same(tmp_path) -> None:
-    scheduler = diffusers_scheduler("dpmpp_2m", karras=True)
-    before = scheduler.timesteps.clone()
-    table = table_from_scheduler(scheduler, 7)
-    torch.testing.assert_close(scheduler.timesteps, before, rtol=0, atol=0)
-    scheduler.save_pretrained(tmp_path)
-    saved = table_from_scheduler(json.loads((tmp_path / "scheduler_config.json").read_text()), 7)
-    torch.testing.assert_close(saved.coefficients(), table.coefficients(), rtol=0, atol=0)
-
-
 def test_a_scheduler_converted_from_another_class_counts_as_its_own_class() -> None:
     converted = EulerDiscreteScheduler.from_config(DDIMScheduler(**NOISE_SCHEDULE, clip_sample=False).config)
-    assert_steps_agree(converted, table_from_scheduler(converted, 6), 6)
+    assert_steps_agree(converted, table_from_scheduler(config_of(converted), 6), 6)
 
 
 @pytest.mark.parametrize(
@@ -393,7 +388,7 @@ def test_a_scheduler_converted_from_another_class_counts_as_its_own_class() -> N
 )
 def test_what_is_not_covered_is_refused_by_name(scheduler, named: str) -> None:
     with pytest.raises(InputError, match=named) as caught:
-        table_from_scheduler(scheduler, 5)
+        table_from_scheduler(config_of(scheduler), 5)
     assert "expected" in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -417,7 +412,7 @@ def test_what_is_not_covered_is_refused_by_name(scheduler, named: str) -> None:
         (dict(name="lcm", steps=5, timestep_spacing="trailing"), "lcm takes the steps that it was trained with"),
         (dict(name="euler", steps=1, timesteps=(9,), timestep_spacing="trailing"), "every time step is given"),
         (dict(name="euler", steps=1, timesteps=(9,), karras=True), "Karras steps, which have time steps of their own"),
-        (dict(name="euler_a", steps=1, timesteps=(9,)), "with ancestral steps, time steps can't be given"),
+        (dict(name="euler_a", steps=1, timesteps=(9,)), "timesteps with ancestral steps; expected another scheduler"),
         (dict(name="lcm", steps=5, eta=0.5), "eta with lcm; expected scheduler tcd with it"),
         (dict(name="checkpoint", steps=5), "the model comes without a scheduler configuration"),
         (
@@ -444,4 +439,4 @@ def test_the_most_steps_are_told_to_the_number(name: str) -> None:
 def test_ddim_that_ends_without_noise(steps: int) -> None:
     """600 steps lie one training step apart, so the last one ends at training step 0 and not beyond it."""
     scheduler = DDIMScheduler(**NOISE_SCHEDULE, **LEADING, clip_sample=False, set_alpha_to_one=True)
-    assert_steps_agree(scheduler, table_from_scheduler(scheduler, steps), steps)
+    assert_steps_agree(scheduler, table_from_scheduler(config_of(scheduler), steps), steps)

@@ -19,7 +19,7 @@ from storyadapter.method.story import Story, story_schema
 
 NUMBERED = "read as a numbered list; numbers and emphasis are no part of the prompts"
 BULLETED = "read as a bulleted list; bullets and emphasis are no part of the prompts"
-FENCED = "what stands between the fences is read; {} lines outside are left out"
+FENCED = "what stands between the fences is read; lines left out: {}"
 LIKE = "read as {}, as it looks like that"
 MERGES = "\n".join(
     ["a0: &a0 {k: x}", *(f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1}], b{n}: x}}" for n in range(1, 40)), "prompts: [x]"]
@@ -182,7 +182,7 @@ READ: dict[str, tuple[str, list[Any], list[str]]] = {
     "fences.md": (
         "```\na fox\n```\n\n```\nan owl\n reads\n```",
         ["a fox", "an owl reads"],
-        ["each of the 2 fenced blocks is a prompt; 0 lines outside are left out"],
+        ["each of the 2 fenced blocks is a prompt; lines left out: 0"],
     ),
     "fence.yaml": ("```\nprompts: [a fox]\n```", ["a fox"], [FENCED.format(0), LIKE.format("YAML")]),
     "json.txt": ('{"prompts": ["a fox"]}', ["a fox"], [LIKE.format("JSON")]),

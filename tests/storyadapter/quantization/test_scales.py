@@ -109,6 +109,12 @@ def test_scales_of_another_model_or_none_are_told(tmp_path: Path) -> None:
     with pytest.raises(InputError) as raised:
         Scales.load(tmp_path, "fedcba9876543210")
     assert str(raised.value) == f"the scales in {tmp_path} are of model 01234567; expected model fedcba98"
+    others = Scales(FP8, MODEL, {"layer": 1.0 + 1e-15})
+    (tmp_path / "others").mkdir()
+    others.save(tmp_path / "others")
+    (tmp_path / SCALES_NAME).write_bytes((tmp_path / "others" / SCALES_NAME).read_bytes())
+    with pytest.raises(InputError, match=rf"^the scales in {tmp_path} are damaged; build again$"):
+        Scales.load(tmp_path, MODEL)
     (tmp_path / SCALES_NAME).write_bytes(b"no tensors")
     with pytest.raises(InputError, match=rf"^the scales in {tmp_path} can't be read: "):
         Scales.load(tmp_path, MODEL)

@@ -84,6 +84,6 @@ def test_words_cut_off_are_the_end_that_does_not_fit(model: tuple[Networks, Toke
     cut = tokenizers.words_cut_off(" ".join(words)).split()
     assert cut == words[len(words) - len(cut) :]
     kept = " ".join(words[: len(words) - len(cut)])
-    assert len(tokenizers.first(kept, verbose=False).input_ids) <= 77
+    assert len(tokenizers.first.ids(kept)) <= 77
     if cut:
-        assert len(tokenizers.first(f"{kept} {cut[0]}", verbose=False).input_ids) > 77
+        assert len(tokenizers.first.ids(f"{kept} {cut[0]}")) > 77
