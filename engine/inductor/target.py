@@ -5,8 +5,6 @@ import subprocess
 from pathlib import Path
 
 import torch
-from torch._inductor.cpp_builder import get_cpp_compiler
-from torch._inductor.exc import InvalidCxxCompiler
 
 from storyadapter.engine.backend import installed_version
 from storyadapter.method.errors import UnavailableError
@@ -36,6 +34,10 @@ def check_compilers(device: torch.device) -> None:
         UnavailableError: no Triton for a GPU; no C++ compiler; or no shared C++ library for it: a package with a static
             one crashes when PyTorch, which brings another, loads it.
     """
+    # the whole compiler, which opening an engine can do without
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
     if device.type == "cuda" and installed_version("triton") is None:
         raise UnavailableError("backend inductor needs Triton to build for a GPU; type: pip install triton")
     try:

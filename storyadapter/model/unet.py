@@ -49,7 +49,7 @@ class ProjectedCrossAttention(nn.Module):
 class GlobalReferenceCrossAttention(ProjectedCrossAttention):
     """One layer of the UNet: query projection, GRCA, output projection."""
 
-    def __init__(self, attention: Attention, layer: int, grca: GrcaFunction) -> None:
+    def __init__(self, attention: "Attention", layer: int, grca: GrcaFunction) -> None:
         super().__init__(attention, layer)
         self.grca = grca
 
@@ -113,7 +113,7 @@ class AddedEmbedding(nn.Module):
 class TextProjection(AddedEmbedding):
     """Text embeddings and sizes → the text keys and values of every layer, and what is added to the time embedding."""
 
-    def __init__(self, unet: UNet2DConditionModel | ControlNetModel, projection: StackedKeyValueProjection) -> None:
+    def __init__(self, unet: "UNet2DConditionModel | ControlNetModel", projection: StackedKeyValueProjection) -> None:
         super().__init__(unet)
         self.projection = projection
 
