@@ -37,6 +37,7 @@ def open(  # as of a file: what it gives is ready for use
     vae_precision: str = AUTO,
     device: str | None = None,
     loras: Sequence[LoraSpec | str] = (),
+    controlnets: Sequence[Path | str] = (),
     unet: Path | str | None = None,
     vae: Path | str | None = None,
     base_config: Path | str | None = None,
@@ -66,6 +67,7 @@ def open(  # as of a file: what it gives is ready for use
         device: "cpu", "cuda" or "cuda:1"; by default the current GPU if there is one. Another GPU becomes the current
             one of the calling thread, and of those that draw.
         loras: "style.safetensors:0.8", or `LoraSpec`; fused in this order.
+        controlnets: for SDXL; a plan's `controls` say how each is used, a story's frames have the pictures.
         unet, vae, base_config, variant: see `CheckpointPaths`.
         height, width: that an engine is to serve; the model's own by default.
         max_references: frames of the longest story that an engine is to serve.
@@ -95,6 +97,7 @@ def open(  # as of a file: what it gives is ready for use
         unet=unet,
         vae=vae,
         loras=specs,
+        controlnets=tuple(controlnets),
         variant=variant,
     )
     checkpoint = Checkpoint.open(paths)

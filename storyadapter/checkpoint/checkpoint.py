@@ -183,10 +183,12 @@ class Checkpoint:
 
     @property
     def label(self) -> str:
-        """The base model and its LoRAs in few words, for people."""
+        """The base model, its LoRAs and ControlNets in few words, for people."""
         base = "the demo model" if self.paths.is_demo else Path(self.paths.base_model).name
         unet = () if self.paths.unet is None else (f"UNet {Path(self.paths.unet).name}",)
-        return " + ".join((base, *unet, *(f"{lora.path.stem}:{lora.scale:g}" for lora in self.loras)))
+        loras = (f"{lora.path.stem}:{lora.scale:g}" for lora in self.loras)
+        controlnets = (f"ControlNet {Path(typed).name}" for typed in self.paths.controlnets)
+        return " + ".join((base, *unet, *loras, *controlnets))
 
     def load_unet(self, dtype: "torch.dtype", device: "torch.device | None" = None) -> "UNet2DConditionModel":
         """The UNet in `dtype` on `device`, or else the CPU, LoRAs fused, in evaluation mode, without gradients.

@@ -75,6 +75,9 @@ def with_controls(args: argparse.Namespace, story: "Story", on_notice: Callable[
         if given and not args.controlnet:
             raise InputError(f"{option} is given", expected="--controlnet with it")
     if not args.control_images:
+        if args.controlnet and not any(frame.control for frame in story.frames):
+            advice = "name one in the story file (control: poses/1.png), or give --control-images"
+            raise InputError("--controlnet is given, and no frame has a picture for it", advice=advice)
         return story
     if len(args.control_images) != len(args.controlnet):
         count = f"{len(args.control_images)} for {len(args.controlnet)} ControlNets"

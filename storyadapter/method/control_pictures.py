@@ -40,16 +40,13 @@ def read_controls(story: Story, plan: RunPlan, on_notice: Callable[[Text], None]
         on_notice: told of pictures that were resized.
 
     Raises:
-        InputError: a picture can't be used, there are pictures without a ControlNet or the reverse, or a frame has more
-            or fewer than there are ControlNets.
+        InputError: a picture can't be used, there is none of the ControlNets that it is for, or a frame has more or
+            fewer than there are.
     """
     given = [number for number, frame in enumerate(story.frames) if frame.control]
     if given and not plan.controls:
         found = f"frame {given[0]} has a control picture, and there is no ControlNet"
         raise InputError(found, expected=(Field("controlnet"), " with it"), field="controlnet")
-    if plan.controls and not given:
-        advice = ("name one in the story file (control: poses/1.png), or give ", Field("control_images"))
-        raise InputError(Field("controlnet"), " is given, and no frame has a picture for it", advice=advice)
     resized: list[str] = []
     controls = []
     for number, frame in enumerate(story.frames):

@@ -110,11 +110,11 @@ def test_pictures_and_controlnets_that_have_no_other(tmp_path: Path) -> None:
     path, both = str(tmp_path / "0.png"), RunPlan(height=64, width=64, seed=0, controls=(ControlSettings(),) * 2)
     for control, plan, told in (
         (path, RunPlan(height=64, width=64, seed=0), "frame 0 has a control picture, and there is no ControlNet; exp"),
-        (None, PLAN, "--controlnet is given, and no frame has a picture for it; name one in the story file"),
         (path, both, "frame 0 has 1 control pictures; expected 2: one for each --controlnet, null for none"),
     ):
         with raises_typed(InputError, re.escape(told)):
             read_controls(story(control), plan)
+    assert read_controls(story(None, None), PLAN) == ((), ())
     ((none, found),) = read_controls(story([None, path]), both)
     assert none is None and found is not None
 
