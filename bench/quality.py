@@ -11,6 +11,7 @@ from storyadapter.engine.backends import AUTO, BACKENDS
 from storyadapter.method import constants
 from storyadapter.method.errors import InputError
 
+STUDIES = ("references", "edit")  # of `storyadapter.bench.quality_studies`
 HELP = "does the method keep its character, on held-out stories of the demo model"
 DESCRIPTION = """\
 Draws held-out stories with the demo model and reads the characters' traits off the pictures: on how many do the frames
@@ -29,6 +30,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_count(parser, "--seeds", 3, "drawings of each story", "N")
     add_count(parser, "--iterations", constants.ITERATIONS, "after the first", "K")
     add_count(parser, "--steps", constants.STEPS, "denoising steps")
+    parser.add_argument(
+        "--study",
+        choices=("method", *STUDIES),
+        default="method",
+        help="method: as above; references: do frames show who is in two pictures of their character (needs a "
+        "checkout, which paints them); edit: is an edited frame as good as one drawn anew (default: %(default)s)",
+    )
     parser.add_argument("--guidance", type=float, default=constants.GUIDANCE, help="(default: %(default)s)")
     parser.add_argument(
         "--sampler",
@@ -54,6 +62,12 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(
             "--sampler batched is plain PyTorch in fp32; expected no other --backend or --precision with it"
         )
+    if args.study != "method" and args.sampler != "pipeline":
+        raise InputError(f"--sampler {args.sampler} with --study {args.study}; expected the pipeline, which run uses")
+    if args.study == "references" and not find_spec("storyadapter.demo.training"):
+        raise InputError(
+            "--study references paints its pictures as the demo model's training does, which only a checkout has"
+        )
     if args.sampler == "batched" and not find_spec("storyadapter.demo.training"):
         raise InputError("--sampler batched belongs to the training of demo models, which only a checkout has")
     from storyadapter.bench.quality_run import judge, save_sheets
@@ -61,16 +75,32 @@ def run(args: argparse.Namespace) -> int:
 
     if args.frames > FRAMES_AT_MOST:
         raise InputError(f"--frames is {args.frames}; expected {FRAMES_AT_MOST} or fewer: so many scenes there are")
+    if args.study != "method":
+        return _run_study(args)
     drawn, quality = judge(args)
     print(quality.table())
     print(f"consistency of independent characters: {quality.chance:.3f}")
     print(f"agreement with the iteration before: {quality.own}; with another story's references: {quality.control}")
     if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if not callable(v)}
-        result = {"settings": settings, **quality.as_dict()}
-        (args.out / "quality.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        _write(args, quality.as_dict())
         save_sheets(drawn, args.out)
     risen, kept = quality.holds()
     print(f"consistency risen: {'yes' if risen else 'no'}; fidelity kept: {'yes' if kept else 'no'}")
     return 0 if risen and kept else 1
+
+
+def _run_study(args: argparse.Namespace) -> int:
+    from storyadapter.bench import quality_studies
+
+    study = quality_studies.STUDIES[args.study](quality_studies.Studio.open(args))
+    print(study.text())
+    if args.out:
+        _write(args, study.as_dict())
+    return 0 if all(study.claims.values()) else 1
+
+
+def _write(args: argparse.Namespace, found: dict[str, object]) -> None:
+    args.out.mkdir(parents=True, exist_ok=True)
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if not callable(v)}
+    result = {"settings": settings, **found}
+    (args.out / "quality.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -28,7 +28,7 @@ from storyadapter.engine.backend import default_device
 from storyadapter.method import constants
 from storyadapter.method.plan import FRAMES_UNMEASURED
 from storyadapter.method.story import Story
-from storyadapter.runtime.pipeline import FinishedIteration
+from storyadapter.runtime.pipeline import FinishedIteration, StoryPipeline
 
 COLUMNS = list(TRAITS)
 IDENTITY_COLUMNS = [COLUMNS.index(name) for name in IDENTITY_TRAITS]
@@ -114,14 +114,19 @@ def read_labels(pictures: Tensor) -> np.ndarray:
     return judge.read(pictures.flatten(0, len(lead) - 1)).unflatten(0, lead).numpy()
 
 
-def draw_by_pipeline(stories: list[HeldOutStory], args: argparse.Namespace) -> tuple[Tensor, Tensor]:
-    """Pictures uint8 [iterations, stories, seeds, frames, 3, H, W], and of the control [stories, seeds, …]."""
+def open_model(args: argparse.Namespace) -> tuple[BenchmarkModel, StoryPipeline]:
+    """The model of the options, opened for their stories."""
     paths = CheckpointPaths(args.model, args.model / "image_encoder", args.model / "ip-adapter.safetensors")
     model = BenchmarkModel.from_files(ModelChoice(paths, str(args.model)), EngineChoice.typed(args), default_device())
     # for frames of one micro-batch
     ranges = usual_ranges(model.checkpoint.geometry, max(args.frames, FRAMES_UNMEASURED), args.frames)
     networks = model.open(ranges, lambda line: print(line, flush=True)).networks
-    pipeline = model.pipeline(networks)
+    return model, model.pipeline(networks)
+
+
+def draw_by_pipeline(stories: list[HeldOutStory], args: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """Pictures uint8 [iterations, stories, seeds, frames, 3, H, W], and of the control [stories, seeds, …]."""
+    model, pipeline = open_model(args)
 
     def draw(number: int, repeat: int, resume: FinishedIteration | None = None) -> list[list[Image.Image]]:
         """The frames of each iteration that is left."""

@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from storyadapter.api import open
+    from storyadapter.api import edit, open
     from storyadapter.checkpoint import Checkpoint, CheckpointPaths, LoraSpec
     from storyadapter.method.errors import InputError, RunError, StoryAdapterError
     from storyadapter.method.events import (
@@ -51,11 +51,12 @@ __all__ = [
     "StoryPipeline",
     "SubmittedStory",
     "__version__",
+    "edit",
     "open",
 ]
 
 _HOMES = {
-    "storyadapter.api": ("open",),
+    "storyadapter.api": ("edit", "open"),
     "storyadapter.checkpoint": ("Checkpoint", "CheckpointPaths", "LoraSpec"),
     "storyadapter.method.errors": ("InputError", "RunError", "StoryAdapterError"),
     "storyadapter.method.events": (

@@ -2,7 +2,9 @@
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -15,8 +17,14 @@ from storyadapter.engine.backends import AUTO, find_backend
 from storyadapter.engine.identity import model_weights
 from storyadapter.engine.opening import open_networks
 from storyadapter.method.errors import Field, InputError, UnavailableError
+from storyadapter.method.events import Event, RunFinished
+from storyadapter.method.plan import RunPlan
 from storyadapter.model.contract import Range, ShapeRanges
 from storyadapter.model.numerics import PRECISIONS, Numerics, Precision
+from storyadapter.output.edits import Edit
+from storyadapter.output.frame_files import frame_text
+from storyadapter.output.run_folder import RunFolder
+from storyadapter.output.run_record import json_values
 from storyadapter.runtime.conditioning import Tokenizers
 from storyadapter.runtime.pipeline import Pipeline, StoryPipeline
 
@@ -45,6 +53,7 @@ def open(  # as of a file: what it gives is ready for use
     height: int | None = None,
     width: int | None = None,
     max_references: int = 1,
+    max_prompt_chunks: int = 1,
     engine_dir: Path | None = None,
     on_stage: ReportStage = lambda network, stage: None,
 ) -> StoryPipeline:
@@ -71,6 +80,7 @@ def open(  # as of a file: what it gives is ready for use
         unet, vae, base_config, variant: see `CheckpointPaths`.
         height, width: that an engine is to serve; the model's own by default.
         max_references: frames of the longest story that an engine is to serve.
+        max_prompt_chunks: of 75 tokens, of the longest prompt that an engine is to serve.
         engine_dir: of the engine store; the user's cache folder by default.
         on_stage: called with a network's name and what is done with it.
 
@@ -102,13 +112,13 @@ def open(  # as of a file: what it gives is ready for use
     )
     checkpoint = Checkpoint.open(paths)
     own = checkpoint.geometry.default_pixels
-    sizes = (Range(pixels or own, pixels or own) for pixels in (height, width))
+    tall, wide = (Range(pixels or own, pixels or own) for pixels in (height, width))
     return open_checkpoint(
         checkpoint,
         backend=chosen.name,
         numerics=checkpoint.geometry.numerics(main, of_vae),
         device=device,
-        ranges=ShapeRanges(1, max_references, *sizes),
+        ranges=ShapeRanges(1, max_references, tall, wide, max_prompt_chunks),
         engine_dir=engine_dir,
         on_stage=on_stage,
     )
@@ -162,6 +172,69 @@ def open_checkpoint(
         model=model_weights(checkpoint, on_bytes).key,
         sampling=checkpoint.sampling,
     )
+
+
+def edit(
+    pipeline: Pipeline,
+    folder: Path | str,
+    changes: Mapping[int, str | Mapping[str, Any]],
+    *,
+    out: Path | str | None = None,
+    all_iterations: bool = False,
+) -> Generator[Event, None, None]:
+    """Draw some frames of a finished run again, in every iteration, with references to all others as they are.
+
+    >>> for event in storyadapter.edit(pipeline, "tale", {7: "Ada sleeps", 9: {"seed": 3}}, out="tale-2"):
+    ...     print(event)
+
+    Args:
+        pipeline: of the model that drew the run.
+        folder: of the run, as `storyadapter-trt run` and the server leave it.
+        changes: frame → its new prompt, or those of "prompt", "negative" and "seed" that are new.
+        out: a new folder; by default the run's own is changed, and the old frames are kept in `before-edit-01`.
+        all_iterations: whether the other frames follow: every iteration after the first is drawn again whole.
+
+    Yields:
+        Events, as `Pipeline.run`; the folder is finished before `RunFinished`.
+
+    Raises:
+        InputError: before the first event, and with nothing written: see `Edit.of`; or another model drew the run.
+        RunError, torch.OutOfMemoryError: as `Pipeline.run`.
+    """
+    named = {number: {"prompt": new} if isinstance(new, str) else new for number, new in changes.items()}
+    changed = Edit.of(Path(folder), named, follows=all_iterations)
+    identity, numerics = changed.run.record.identity, pipeline.networks.numerics
+    drew = identity.get("numerics", (identity.get("precision"), identity.get("vae_precision")))
+    if identity.get("model") != pipeline.model or drew not in (
+        json_values(asdict(numerics)),
+        (numerics.name, numerics["vae_decoder"]),
+    ):
+        raise InputError(f"{folder} was drawn by another model, or in another precision", expected="the same")
+    plan = pipeline.decided(changed.run.plan)
+    pipeline.check(changed.story, plan, changed.run.style)
+    changed.check(None if out is None else Path(out))
+    return _edited(pipeline, changed, plan, None if out is None else Path(out))
+
+
+def _edited(pipeline: Pipeline, changed: Edit, plan: RunPlan, out: Path | None) -> Generator[Event, None, None]:
+    story, style = changed.story, changed.run.style
+    with (
+        RunFolder.open(
+            changed.begin(out),
+            changed.identity,
+            frames=len(story.frames),
+            scales=changed.run.record.scales,
+            resume=True,
+            keep=changed.run.keep,
+            text=frame_text(story.final_frames(plan, style)),
+            edited=True,
+        ) as store,
+        closing(pipeline.run(story, plan, style=style, store=store)) as events,
+    ):
+        for event in events:
+            if isinstance(event, RunFinished):
+                store.finish(event.seconds, story.prompts, story.title)
+            yield event
 
 
 def open_workers(

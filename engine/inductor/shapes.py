@@ -1,7 +1,8 @@
 """The sizes that a package is compiled for, and how a call of another size is brought to them.
 
 A compiler takes a size of 1 for a constant, so dynamic letters start at 2, and a call with 1 is doubled and its result
-cut. The VAE's decoder is compiled for one frame: one already fills a GPU, and memory for more buys nothing.
+cut (attention to a text twice over is attention to that text). The VAE's decoder is compiled for one frame: one already
+fills a GPU, and memory for more buys nothing.
 """
 
 from collections.abc import Mapping, Sequence
@@ -44,7 +45,7 @@ def doubled(spec: NetworkSpec, tensors: Sequence[Tensor], letters: Sequence[str]
     """Inputs of a network with what is 1 in these letters repeated to 2; the rest as they are."""
     result = []
     for tensor, value in zip(spec.inputs, tensors, strict=True):
-        repeats = [2 if dim in letters else 1 for dim in tensor.shape]
+        repeats = [2 if isinstance(dim, str) and split_dim(dim)[1] in letters else 1 for dim in tensor.shape]
         result.append(value.repeat(repeats) if 2 in repeats else value)
     return result
 

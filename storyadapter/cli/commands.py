@@ -120,14 +120,15 @@ def run(args: argparse.Namespace) -> int:
     """
     clock = StartClock()
     with reporting(args) as reporter, only_device(args.device):
-        from storyadapter.method.story import check_style  # a third of a second, while the status is told
         from storyadapter.method.story_notices import story_notices
+        from storyadapter.method.story_parts import check_style  # a third of a second, while the status is told
 
         notices: list[Text] = []
         story = with_controls(args, _story(args, notices.append), notices.append)
         style = check_style(args.style or story.style or DEFAULT_STYLE)
-        seed = _seed(args, stored_identity(args.out))
-        run_plan(args, _ANY_SIZE, seed)
+        stored = stored_identity(args.out)
+        seed, recorded = _seed(args, stored), _recorded_scales(stored) if args.resume else None
+        run_plan(args, _ANY_SIZE, seed, recorded)
         model = model_choice(args)
         reporter.stage("", OPENING)
         if not (args.workers or args.ray):
@@ -137,7 +138,7 @@ def run(args: argparse.Namespace) -> int:
         clock.mark("imports")
         session = open_session(args, model)
         check_preset(args.preset, session.checkpoint.sampling.embeds_guidance)
-        plan = run_plan(args, session.checkpoint.geometry.default_pixels, seed)
+        plan = run_plan(args, session.checkpoint.geometry.default_pixels, seed, recorded)
         clock.mark("model files")
         for notice in (*notices, *story_notices(story)):
             reporter.note("warning", spelled(notice, option))
@@ -166,6 +167,12 @@ def _words_it_does_not_know(story: "Story") -> Iterator[str]:
         named = ", ".join(f'"{word[:_LETTERS]}"' for word in words[:_NAMED]) + (", …" if len(words) > _NAMED else "")
         known = ", ".join(examples(kind))
         yield f"the demo model doesn't know {named}; {KINDS[kind]} it knows: {known}. Others need an SDXL checkpoint"
+
+
+def _recorded_scales(stored: Mapping[str, Any] | None) -> tuple[float, ...] | None:
+    plan = stored.get("plan") if stored else None
+    scales = plan.get("scales") if isinstance(plan, dict) else None
+    return tuple(scales) if isinstance(scales, list) else None
 
 
 def _seed(args: argparse.Namespace, stored: Mapping[str, Any] | None) -> int:

@@ -13,6 +13,7 @@ import torch
 from storyadapter import api
 from storyadapter.cli.machine import versions
 from storyadapter.cli.options import Session, build_command, option
+from storyadapter.cli.recorded import recorded_files
 from storyadapter.cli.reporting import Reporter, count, duration
 from storyadapter.cli.start_clock import StartClock
 from storyadapter.engine.backend import ReportStage
@@ -28,23 +29,35 @@ from storyadapter.method.sampling_notices import sampling_notices
 from storyadapter.method.story import Story
 from storyadapter.model.contract import Range, ShapeRanges
 from storyadapter.output.animation import check_form
+from storyadapter.output.edits import Edit
 from storyadapter.output.frame_files import frame_text
 from storyadapter.output.lettering import Lettering
 from storyadapter.output.run_folder import RunFolder
+from storyadapter.output.run_record import json_values, refuse_another
+from storyadapter.runtime.conditioning import Tokenizers
+from storyadapter.runtime.given_pictures import FramePictures, pictures_of_frames
 from storyadapter.runtime.memory import MemoryNeeds
 from storyadapter.runtime.pipeline import Pipeline
+from storyadapter.runtime.story_jobs import in_chunks, most_chunks
 
 
 def draw(
     args: argparse.Namespace,
     story: Story,
-    style: str,
+    style: str | None,
     plan: RunPlan,
     session: Session,
     reporter: Reporter,
     clock: StartClock,
+    *,
+    edit: Edit | None = None,
+    edited: bool = False,
 ) -> None:
     """Draw a story whose settings are checked; `clock` runs until the first step.
+
+    Args:
+        edit: of a finished run, which is begun.
+        edited: whether an edit may be gone on with.
 
     Raises:
         InputError: the sampler, the engine store or the output folder refuses; nothing was written.
@@ -61,22 +74,32 @@ def draw(
     lettering = Lettering(args.font)
     check_form(args.animation)
     frames, final = len(story.frames), story.final_frames(plan, style)
+    pictures = pictures_of_frames(story)
+    attended, chunks = plan.references(frames, max(map(len, pictures))), 1
+    if plan.prompt_chunks != "1":
+        chunks = most_chunks(in_chunks(final, plan, Tokenizers(*session.checkpoint.load_tokenizers())))
+    height, width = (Range(pixels, pixels) for pixels in plan.size)
+    ranges = ShapeRanges(plan.max_frames or FRAMES_UNMEASURED, attended, height, width, chunks)
     scales = [plan.scale_of(iteration) for iteration in range(plan.iterations)]
     weights = model_weights(session.checkpoint, reporter.bytes_read)
     if session.numerics.quantization:
-        session = _with_scales(args, plan, frames, session, weights.key)
-    identity = _identity(story, style, plan, session, weights) | control_identity(controls)
+        session = _with_scales(args, ranges, session, weights.key)
+    identity = _identity(story, style, plan, session, weights, pictures) | control_identity(controls)
     clock.mark("weights' hashes")
-    RunFolder.check(args.out, identity, frames=frames, scales=scales, resume=args.resume)
+    if edit:
+        refuse_another(edit.run.folder, edit.identity, json_values(identity))
+    else:
+        RunFolder.check(args.out, identity, frames=frames, scales=scales, resume=args.resume, edited=edited)
     with (
         _told_when_out_of_memory(plan),
-        closing(_open_pipeline(args, plan, frames, session, reporter, clock)) as pipeline,
+        closing(_open_pipeline(args, ranges, frames, session, reporter, clock)) as pipeline,
     ):
         batching = pipeline.batching(plan, frames, len(story.negative_prompts(plan)))
         clock.mark("measuring memory")
         loading = time.perf_counter() - started
         details = {
             "model": session.model.label,
+            "files": recorded_files(session.model.paths),
             "backend": session.backend.name,
             "preset": args.preset,
             "split": [len(batch) for batch in split_evenly(frames, batching.max_frames, pipeline.worker_count)],
@@ -89,15 +112,19 @@ def draw(
             "versions": versions(),
             "weights_hashed": _how_hashed(session, weights),
         }
+        if edit:
+            edit.begin(None if args.in_place else args.out)
+            details["edit"] = {"of": str(edit.run.folder), "frames": edit.frames, "follows": edit.follows}
         with RunFolder.open(
             args.out,
             identity,
             frames=frames,
             scales=scales,
-            resume=args.resume,
+            resume=args.resume or edit is not None,
             keep=args.keep,
             details=details,
             text=frame_text(final),
+            edited=edited,
         ) as folder:
             start: Mapping[str, float] = {}
             try:
@@ -127,8 +154,8 @@ def draw(
                         else:
                             reporter.event(event)
                         if isinstance(event, RunStarted):
-                            rows = plan.rows_left(event.first_iteration, event.frames, event.left)
-                            _tell_plan(plan, session, pipeline, event, batching.needs, reporter)
+                            rows = event.rows
+                            _tell_plan(plan, attended, session, pipeline, event, batching.needs, reporter)
                             clock.mark("first batch")
                         elif isinstance(event, StepFinished) and not start:
                             clock.mark("first step")
@@ -137,7 +164,11 @@ def draw(
                 done = folder.finished_iterations()
                 stop.add_note(
                     f"{done} of {count(plan.iterations, 'iteration')} finished; "
-                    "type the same command with --resume to go on"
+                    + (
+                        f"to go on type edit {args.out} --resume"
+                        if edited
+                        else "type the same command with --resume to go on"
+                    )
                 )
                 raise
     sheet = Path(args.out) / "contact-sheet.png"
@@ -158,7 +189,7 @@ def draw(
     if session.model.paths.is_demo:
         reporter.hint('next: your own story, --out mine --prompt "a blue cat is reading a book" …, or --story FILE')
     else:
-        reporter.hint(f"next: change a prompt and draw again with --seed {plan.seed} and another --out")
+        reporter.hint(f'next: to change a picture, storyadapter-trt edit {args.out} --frame 0 --prompt "…"')
 
 
 def _how_hashed(session: Session, weights: ModelWeights) -> str:
@@ -168,7 +199,9 @@ def _how_hashed(session: Session, weights: ModelWeights) -> str:
     return "earlier; files are known by size and times" if weights.remembered else "before the engine was opened"
 
 
-def _identity(story: Story, style: str, plan: RunPlan, session: Session, model: ModelWeights) -> dict[str, Any]:
+def _identity(
+    story: Story, style: str | None, plan: RunPlan, session: Session, model: ModelWeights, pictures: FramePictures
+) -> dict[str, Any]:
     """Everything that decides the pictures. The split into micro-batches doesn't: it may change in a resumed run."""
     return {
         "story": story.without_control().to_dict(),
@@ -179,27 +212,29 @@ def _identity(story: Story, style: str, plan: RunPlan, session: Session, model: 
         **({"scales": session.numerics.quantization.scales} if session.numerics.quantization else {}),
         "weights": {f"{weight.component}/{weight.name}": weight.blake3 for weight in model.files},
         "loras": [{"name": lora.name, "blake3": lora.blake3, "scale": lora.scale} for lora in model.loras],
+        "model": model.key,
+        "references": [[picture.key for picture in of_frame] for of_frame in pictures] if any(pictures) else None,
     }
 
 
-def _with_scales(args: argparse.Namespace, plan: RunPlan, frames: int, session: Session, model: str) -> Session:
+def _with_scales(args: argparse.Namespace, ranges: ShapeRanges, session: Session, model: str) -> Session:
     """The session with its model's scales; raises EngineMismatchError where the store has none."""
     scales = find_scales(args.engine_dir, model)
     if scales is not None:
         return session.quantized(scales)
-    height, width = (Range(pixels, pixels) for pixels in plan.size)
-    ranges = ShapeRanges(plan.max_frames or FRAMES_UNMEASURED, plan.references(frames), height, width)
     command = build_command(args, session.backend.name, session.numerics, ranges)
     raise EngineMismatchError(f"no scales of {session.model.label} in the engine store; build it: {command}")
 
 
 def _open_pipeline(
-    args: argparse.Namespace, plan: RunPlan, frames: int, session: Session, reporter: Reporter, clock: StartClock
+    args: argparse.Namespace,
+    ranges: ShapeRanges,
+    frames: int,
+    session: Session,
+    reporter: Reporter,
+    clock: StartClock,
 ) -> Pipeline:
     """The networks for the plan's batches; the build command that is told asks for `--max-frames`."""
-    height, width = (Range(pixels, pixels) for pixels in plan.size)
-    asked = FRAMES_UNMEASURED if plan.max_frames is None else plan.max_frames
-    ranges = ShapeRanges(asked, plan.references(frames), height, width)
     stage = "opening"
 
     def on_stage(network: str, what: str) -> None:
@@ -208,7 +243,7 @@ def _open_pipeline(
         stage = what
         reporter.stage(network, what)
 
-    pipeline = open_pipeline(args, session, ranges, len(split_evenly(frames, asked)[0]), reporter, on_stage)
+    pipeline = open_pipeline(args, session, ranges, len(split_evenly(frames, ranges.max_frames)[0]), reporter, on_stage)
     clock.mark(stage)
     return pipeline
 
@@ -278,6 +313,7 @@ def _told_when_out_of_memory(plan: RunPlan) -> Iterator[None]:
 
 def _tell_plan(
     plan: RunPlan,
+    attended: int,
     session: Session,
     pipeline: Pipeline,
     started: RunStarted,
@@ -286,23 +322,27 @@ def _tell_plan(
 ) -> None:
     """The line before slow work; the time is that of the rows that are left, from one timed UNet call."""
     frames, first = started.frames, started.first_iteration
-    left = plan.rows_left(first, frames, started.left)
+    left = started.rows
     seconds = 0.0
     if left and needs is not None:  # a GPU's memory was measured by calls, and one of them was timed
         seconds = needs.seconds_per_row * left
     elif left:
         reporter.stage("", "timing one step")
-        seconds = pipeline.seconds_per_row(plan, len(started.batches[0]), plan.references(frames)) * left
+        seconds = pipeline.seconds_per_row(plan, len(started.batches[0]), attended) * left
     memory = pipeline.memory_in_use()
     split = " + ".join(str(len(batch)) for batch in started.batches)
     text = "once" if started.text_kept else "again for each of them, to save memory"
     finished = f" ({first} finished)" if first else ""
+    whole = (plan.iterations - first) * frames
+    rest = f", {started.left} of {count(whole, 'picture')} left" if started.left < whole else ""
     height, width = plan.size
+    drawn = sum(map(len, started.batches))
+    of = f"{drawn} of " if drawn < frames else ""
     workers = f" of {count(pipeline.worker_count, 'worker')}" if pipeline.worker_count > 1 else ""
     reporter.note(
         "plan",
-        f"{session.model.label}: {count(frames, 'frame')} of {width}x{height}, "
-        f"{count(plan.iterations, 'round')}{finished}, about {duration(seconds)} (seed {plan.seed})",
+        f"{session.model.label}: {of}{count(frames, 'frame')} of {width}x{height}, "
+        f"{count(plan.iterations, 'round')}{finished}{rest}, about {duration(seconds)} (seed {plan.seed})",
         detail=f"  {session.how} on {pipeline.networks.device}{workers}: {left:,} UNet rows in micro-batches of "
         f"{split}; text projected {text}; {memory / 2**20:,.0f} MiB in use",
         frames=frames,

@@ -16,11 +16,12 @@ from types import FrameType
 from typing import Any, Final, NoReturn, TypeAlias
 
 import storyadapter
-from storyadapter.cli import options
+from storyadapter.cli import examples, options, output_options
 from storyadapter.cli.control_options import add_control_options, add_controlnet_option
+from storyadapter.cli.frame_changes import FrameChange
 from storyadapter.cli.libraries import libraries_silenced
 from storyadapter.cli.printing import tell
-from storyadapter.cli.values import decimal
+from storyadapter.cli.values import decimal, not_negative
 from storyadapter.method.errors import InputError, RunError, StoryAdapterError
 from storyadapter.method.memory_errors import is_out_of_memory, refuse_small_limit
 from storyadapter.output.files import is_full
@@ -30,81 +31,6 @@ _DESCRIPTION = """\
 Draws long stories with Story-Adapter (arXiv 2410.06244) on SDXL: every frame from text first, then more iterations in
 which each frame attends to all frames of the one before, so that characters stay the same.
 """
-
-_EPILOG = """\
-examples:
-  storyadapter-trt doctor                                   which backends can serve here
-  storyadapter-trt build --backend onnxruntime              prepare the demo model, once
-  storyadapter-trt run --backend eager                      draw the demo story with plain PyTorch, no build needed
-  storyadapter-trt run --help                               all that a story can be given
-"""
-
-_BUILD_EPILOG = """\
-examples:
-  storyadapter-trt build                                    the demo model, for the default backend
-  storyadapter-trt build --base-model SDXL --image-encoder CLIP --ip-adapter ip-adapter_sdxl.safetensors
-  storyadapter-trt build … --height 768:1024 --width 768:1024 --max-frames 4      one engine for many sizes
-
-When run finds no engine that fits, it prints the build command that makes one.
-"""
-
-_PRUNE_EPILOG = """\
-examples:
-  storyadapter-trt engines prune --outdated                    what another version of the program built
-  storyadapter-trt engines prune --older-than 30 --dry-run     what was not used for 30 days: only say so
-  storyadapter-trt engines prune --keep-under 20               the least recently used, until less than 20 GiB are left
-"""
-
-_CHECK_EPILOG = """\
-examples:
-  storyadapter-trt story check tale.yaml
-  storyadapter-trt story check tale.csv --base-model SDXL --image-encoder CLIP --ip-adapter adapter.safetensors
-"""
-
-_SCHEMA_EPILOG = """\
-examples:
-  storyadapter-trt story schema > story.schema.json
-In VS Code and others, this as the first line of tale.yaml completes keys and marks mistakes:
-  # yaml-language-server: $schema=story.schema.json
-"""
-
-_RUN_EPILOG = """\
-examples:
-  storyadapter-trt run                                      the demo story with the demo model
-  storyadapter-trt run --story tale.yaml --out tale         a story file
-  storyadapter-trt run --prompt "a fox reads" "a fox sleeps in a forest" --seed 7
-  storyadapter-trt run --base-model SDXL --image-encoder CLIP --ip-adapter ip-adapter_sdxl.safetensors --story tale.yaml
-  storyadapter-trt run --story tale.yaml --out tale --resume    go on after Ctrl-C
-  storyadapter-trt run … --controlnet openpose-sdxl:0.8 --control-images poses/    a pose per frame
-
-A story file, tale.yaml (or the same as .json):
-  title: Reynard's day
-  style: comic
-  characters: {Reynard: a small red fox with a green scarf}
-  prompts:
-    - Reynard wakes up in his burrow
-    - prompt: Reynard meets an owl in the forest      a frame may have its own seed and negative prompt,
-      negative: snow
-      seed: 7
-      control: poses/002.png                          and a picture for --controlnet, here beside the story file
-The name of a character is replaced by its definition where it stands as a whole word, in the same case as typed.
-A .csv or .tsv has a frame per row, under a header: prompt, or character, interaction and scene; also negative, seed.
-A .txt or .md has a prompt per line, or is a numbered or bulleted list. --story - reads standard input.
-
-DIR/ then holds iteration-00/frame-000.png …, frames/000.png … (the last iteration), contact-sheet.png (a row per
-iteration), story.gif and story.json (every setting, the seed, versions, seconds per stage and before the first step).
-"""
-
-_SERVE_EPILOG = """\
-examples:
-  storyadapter-trt serve                                     the demo model, at http://127.0.0.1:8000
-  storyadapter-trt serve --workers 2 --data /srv/stories     two GPUs
-  storyadapter-trt serve --host 0.0.0.0 --keys keys.txt --allow-host stories.example.org
-
-  echo "alice:$(printf %s "$KEY" | sha256sum | cut -d' ' -f1)" >> keys.txt      a key, which sees its own stories alone
-  curl http://127.0.0.1:8000/v1/stories -H 'Content-Type: application/json' -d '{"prompts": ["a fox", "an owl"]}'
-"""
-
 
 # 128 and the signal's number, as shells have it
 INTERRUPTED: Final = 128 + signal.SIGINT
@@ -147,11 +73,12 @@ Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 
 def build_parser() -> tuple[Parser, Commands]:
     """The command line of this room, and its commands, to which others can be added."""
-    parser = Parser(prog="storyadapter-trt", description=_DESCRIPTION, epilog=_EPILOG)
+    parser = Parser(prog="storyadapter-trt", description=_DESCRIPTION, epilog=examples.PROGRAM)
     parser.add_argument("--version", action="version", version=f"storyadapter-trt {storyadapter.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
     _add_build(commands)
     _add_run(commands)
+    _add_edit(commands)
     _add_serve(commands)
     text = "GPU, driver, versions, which backends can serve here and why the others can't"
     doctor = commands.add_parser("doctor", help=text, description=f"Tells {text}.")
@@ -169,13 +96,13 @@ def _add_build(commands: Commands) -> None:
         help="prepare the networks of a model for this machine, once",
         description="Exports the networks of a model, checks each against eager PyTorch, and puts them into the\n"
         "engine store, where run finds them. Building the same again takes what is there.",
-        epilog=_BUILD_EPILOG,
+        epilog=examples.BUILD,
     )
     options.add_model_options(parser)
     add_controlnet_option(parser)
     options.add_size_options(parser, as_range=True)
     options.add_backend_options(parser)
-    options.add_output_options(parser)
+    output_options.add_output_options(parser)
     parser.set_defaults(run=_later("commands", "build"))
 
 
@@ -185,7 +112,7 @@ def _add_run(commands: Commands) -> None:
         help="draw a story",
         description="Draws every frame of a story: from text alone, then again in each further iteration with\n"
         "references to all frames of the one before.",
-        epilog=_RUN_EPILOG,
+        epilog=examples.RUN,
     )
     options.add_story_options(parser)
     options.add_method_options(parser)
@@ -203,18 +130,51 @@ def _add_run(commands: Commands) -> None:
         choices=("all", "last"),
         help="frames of all iterations, or of the last alone (default: %(default)s)",
     )
-    output.add_argument(
-        "--animation",
-        default="gif",
-        choices=("gif", "webp"),
-        help="of the last iteration; webp has all colours and a fraction of the size (default: %(default)s)",
-    )
-    options.add_font_option(output)
+    output_options.add_overview_options(output)
     options.add_model_options(parser)
     add_control_options(parser)
     options.add_worker_options(parser)
-    options.add_output_options(parser)
+    output_options.add_output_options(parser)
     parser.set_defaults(run=_later("commands", "run"))
+
+
+def _add_edit(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "edit",
+        help="draw some frames of a finished story again",
+        description="Draws some frames of a finished story again, in every iteration, with references to all others\n"
+        "as they are. Model, engine and settings are those of the run, where none are typed.",
+        epilog=examples.EDIT,
+    )
+    parser.add_argument("folder", type=Path, metavar="OUT", help="the output folder of a finished run")
+    changes = parser.add_argument_group("frames; what is typed after --frame N is of that one")
+    changes.add_argument(
+        "--frame",
+        type=not_negative,
+        action=FrameChange,
+        metavar="N",
+        help="a frame that is drawn again, by the number in its file's name; may be given several times",
+    )
+    changes.add_argument("--prompt", action=FrameChange, metavar="TEXT", help="its new prompt")
+    changes.add_argument("--negative", action=FrameChange, metavar="TEXT", help="what it must not show")
+    changes.add_argument("--seed", type=int, action=FrameChange, metavar="N", help="another seed for it")
+    parser.add_argument(
+        "--all-iterations",
+        action="store_true",
+        help="the other frames follow: every iteration after the first is drawn again whole, as run would",
+    )
+    output = parser.add_argument_group("output")
+    place = output.add_mutually_exclusive_group()
+    place.add_argument("--out", type=Path, metavar="DIR", help="a new folder (default: OUT-edited)")
+    place.add_argument(
+        "--in-place", action="store_true", help="change OUT itself; the old frames are kept in OUT/before-edit-01"
+    )
+    place.add_argument("--resume", action="store_true", help="go on with an edit of OUT that was stopped")
+    output_options.add_overview_options(output)
+    options.add_model_options(parser)
+    options.add_worker_options(parser)
+    output_options.add_output_options(parser)
+    parser.set_defaults(run=_later("editing", "edit"), preset=None, changes={})
 
 
 def _add_story(commands: Commands) -> None:
@@ -226,7 +186,7 @@ def _add_story(commands: Commands) -> None:
         help="what would be drawn: final prompts, tokens, characters, what is cut off, cost",
         description="Tells what would be drawn of a story, and draws nothing: final prompts, their tokens by the\n"
         "model's own tokenizers, the characters found in them, what the model won't read, and the cost.",
-        epilog=_CHECK_EPILOG,
+        epilog=examples.CHECK,
     )
     check.add_argument("story", nargs="+", metavar="FILE", help=options.STORY_HELP)
     options.add_language_option(check)
@@ -234,7 +194,7 @@ def _add_story(commands: Commands) -> None:
     options.add_checkpoint_options(check)
     check.set_defaults(run=_later("stories", "check"), height=None, width=None, max_frames=None)
     text = "print the JSON Schema of story files, for editors"
-    schema = actions.add_parser("schema", help=text, description=f"To {text}.", epilog=_SCHEMA_EPILOG)
+    schema = actions.add_parser("schema", help=text, description=f"To {text}.", epilog=examples.SCHEMA)
     schema.set_defaults(run=_later("stories", "schema"))
 
 
@@ -249,7 +209,7 @@ def _add_book(commands: Commands) -> None:
         help="html: one page with the pictures inside, for any browser; pdf; cbz, for readers of comics; it is written "
         "to OUT/book.html and so on (default: %(default)s)",
     )
-    options.add_font_option(parser)
+    output_options.add_font_option(parser)
     parser.set_defaults(run=_later("stories", "book"))
 
 
@@ -259,7 +219,7 @@ def _add_serve(commands: Commands) -> None:
         help="draw stories that come over HTTP (extra serve)",
         description="Accepts stories over HTTP, draws them together, and tells what becomes of them. Accepted stories\n"
         "outlive the process: it may be killed at any moment, and goes on when it is started again.",
-        epilog=_SERVE_EPILOG,
+        epilog=examples.SERVE,
     )
     server = parser.add_argument_group("server")
     server.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
@@ -290,7 +250,7 @@ def _add_serve(commands: Commands) -> None:
     options.add_size_options(parser, as_range=True)
     options.add_model_options(parser)
     options.add_worker_options(parser)
-    options.add_output_options(parser)
+    output_options.add_output_options(parser)
     parser.set_defaults(run=_later("serving", "serve"))
 
 
@@ -305,7 +265,7 @@ def _add_engines(commands: Commands) -> None:
         "prune",
         help="delete engines by age, size and program version",
         description="Deletes engines, the least recently used first; never one that is in use or being built.",
-        epilog=_PRUNE_EPILOG,
+        epilog=examples.PRUNE,
     )
     for name, unit, text in (
         ("--older-than", "DAYS", "those that were not used for so many days"),

@@ -69,23 +69,12 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
     count.add_argument(
         "--iterations",
         type=int,
-        default=constants.ITERATIONS,
         metavar="K",
-        help="iterations after the text-only one, with λ from 0.3 to 0.5 (default: %(default)s)",
+        help="iterations after the text-only one, with λ from 0.3 to 0.5; of a run that is gone on with, what it lacks "
+        f"repeats its last λ (default: {constants.ITERATIONS})",
     )
     count.add_argument("--scales", type=scales_list, metavar="λ,λ,…", help=PLAN_HELP["scales"])
     add_plan_options(look)
-
-
-def add_font_option(parser: argparse._ActionsContainer) -> None:
-    """What captions and titles are drawn with."""
-    parser.add_argument(
-        "--font",
-        type=Path,
-        metavar="FILE",
-        help="draw captions and titles with this .ttf, .otf or .ttc; letters that it lacks come from the package's own "
-        "font or the system's",
-    )
 
 
 def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
@@ -247,6 +236,13 @@ def add_size_options(parser: argparse.ArgumentParser, *, as_range: bool) -> None
             metavar="N",
             help="frames of the longest story (default: %(default)s)",
         )
+        parser.add_argument(
+            "--max-prompt-chunks",
+            type=int,
+            default=1,
+            metavar="M",
+            help="chunks of 75 tokens of the longest prompt, for run --prompt-chunks auto (default: %(default)s)",
+        )
 
 
 def add_plan_options(group: "argparse._ArgumentGroup") -> None:
@@ -273,14 +269,6 @@ def add_plan_options(group: "argparse._ArgumentGroup") -> None:
         else:
             more["type"] = PLAN_VALUES.get(setting.name, decimal if setting.type is float else setting.type)
         group.add_argument(option(setting.name), **more)
-
-
-def add_output_options(parser: argparse.ArgumentParser) -> None:
-    """How a command tells what it does."""
-    group = parser.add_argument_group("messages").add_mutually_exclusive_group()
-    group.add_argument("-v", "--verbose", action="store_true", help="print details, and what libraries print")
-    group.add_argument("--quiet", action="store_true", help="print errors only")
-    group.add_argument("--json-log", action="store_true", help="one JSON object per event on standard output")
 
 
 def given_checkpoint_options(args: argparse.Namespace) -> dict[str, list[str]]:
@@ -369,14 +357,28 @@ def shape_ranges(args: argparse.Namespace, default_pixels: int) -> ShapeRanges:
     """What `build` was asked to build for."""
     own = Range(default_pixels, default_pixels)
     max_frames = FRAMES_UNMEASURED if args.max_frames is None else args.max_frames
-    return ShapeRanges(max_frames, args.max_references, args.height or own, args.width or own)
+    height, width = args.height or own, args.width or own
+    return ShapeRanges(max_frames, args.max_references, height, width, args.max_prompt_chunks)
 
 
-def run_plan(args: argparse.Namespace, default_pixels: int, seed: int) -> RunPlan:
-    """The settings of `run`, checked. Raises InputError: a value that can't be served."""
-    if args.scales is None and args.iterations < 0:
-        raise InputError(f"--iterations is {args.iterations}", expected="0 (text only) or more")
-    instead = {"height": default_pixels, "width": default_pixels, "scales": constants.reference_scales(args.iterations)}
+def run_plan(
+    args: argparse.Namespace, default_pixels: int, seed: int, recorded: tuple[float, ...] | None = None
+) -> RunPlan:
+    """The settings of `run`, checked.
+
+    Args:
+        recorded: λ of a run that is gone on with: more iterations than it has repeat the last one.
+
+    Raises:
+        InputError: a value that can't be served.
+    """
+    asked = constants.ITERATIONS if args.iterations is None else args.iterations
+    if args.scales is None and asked < 0:
+        raise InputError(f"--iterations is {asked}", expected="0 (text only) or more")
+    scales = constants.reference_scales(asked)
+    if recorded and args.iterations is not None and asked > len(recorded):
+        scales = (*recorded, *recorded[-1:] * (asked - len(recorded)))
+    instead = {"height": default_pixels, "width": default_pixels, "scales": scales}
     typed = {name: value for name in PLAN_HELP if (value := getattr(args, name)) is not None}
     settings: dict[str, Any] = {**instead, **with_preset(args.preset, typed), "seed": seed}
     return RunPlan(**settings, controls=control_settings(args))
@@ -392,6 +394,8 @@ def build_command(args: argparse.Namespace, backend: str, numerics: Numerics, ra
     words += ["--backend", backend, "--precision", numerics.name, "--vae-precision", numerics["vae_decoder"]]
     words += ["--height", str(ranges.height).replace("..", ":"), "--width", str(ranges.width).replace("..", ":")]
     words += ["--max-frames", ranges.max_frames, "--max-references", max(MAX_REFERENCES, ranges.max_references)]
+    if ranges.max_prompt_chunks > 1:
+        words += ["--max-prompt-chunks", ranges.max_prompt_chunks]
     if args.engine_dir:
         words += ["--engine-dir", args.engine_dir]
     return shlex.join(map(str, words))

@@ -9,8 +9,9 @@ from storyadapter.cli.printing import one_line, print_result
 from storyadapter.cli.reporting import count, truncation_in_words
 from storyadapter.method.constants import PIXEL_MULTIPLE, TEXT_TOKENS
 from storyadapter.method.errors import Text, spelled
-from storyadapter.method.story import Story, check_style, story_schema
+from storyadapter.method.story import Story, story_schema
 from storyadapter.method.story_notices import story_notices
+from storyadapter.method.story_parts import check_style
 
 
 def check(args: argparse.Namespace) -> int:
@@ -27,16 +28,23 @@ def check(args: argparse.Namespace) -> int:
 
     from storyadapter.checkpoint import Checkpoint
     from storyadapter.runtime.conditioning import Tokenizers
-    from storyadapter.runtime.story_source import truncated
+    from storyadapter.runtime.given_pictures import pictures_of_frames
+    from storyadapter.runtime.story_jobs import in_chunks, truncated
 
     tokenizers = Tokenizers(*Checkpoint.open(model.paths).load_tokenizers())
-    final = story.final_frames(plan, style)
+    final, pictures = story.final_frames(plan, style), pictures_of_frames(story)
     lines = [f"{count(len(final), 'frame')}, style {style}, tokens of {model.label}"]
-    for number, (frame, given, found) in enumerate(zip(final, story.frames, story.characters_found(), strict=True)):
-        about = [f"{tokenizers.count(frame.prompt)} of {TEXT_TOKENS} tokens"]
+    chunks = [None if plan.prompt_chunks == "1" else frame.chunks for frame in in_chunks(final, plan, tokenizers)]
+    frames = zip(final, story.frames, story.characters_found(), pictures, chunks, strict=True)
+    for number, (frame, given, found, of_frame, whole) in enumerate(frames):
+        tokens = tokenizers.count(frame.prompt)
+        about = [
+            f"{tokens} of {TEXT_TOKENS} tokens" if whole is None else f"{tokens} tokens in {count(whole, 'chunk')}"
+        ]
         about += [f"characters {', '.join(found)}"] if found else []
         about += [] if given.seed is None else [f"seed {given.seed}"]
         about += [f"control {', '.join(path or 'none' for path in given.control)}"] if given.control else []
+        about += [f"{count(len(of_frame), 'reference picture')}"] if of_frame else []
         lines += [f"frame {number}: {'; '.join(about)}", f"  {frame.prompt}"]
         if given.negative is not None and plan.guided:
             lines.append(f"  negative prompt: {given.negative or 'none'}")

@@ -28,6 +28,13 @@ def decimal(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number such as 7.5{comma}") from None
 
 
+def not_negative(text: str) -> int:
+    """ "0", "7"."""
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a frame's number such as 0 or 7")
+    return int(text)
+
+
 def frames_or_auto(text: str) -> int | None:
     """A number, or None for "auto"."""
     try:

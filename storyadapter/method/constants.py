@@ -6,7 +6,9 @@ Source: Story-Adapter (arXiv 2410.06244), its public implementation, and IP-Adap
 from types import MappingProxyType
 from typing import Final
 
-TEXT_TOKENS: Final = 77  # T
+TEXT_TOKENS: Final = 77  # T of a prompt that is read in one chunk
+CHUNK_TOKENS: Final = 75  # of a prompt in each chunk, between a start and an end token
+MAX_PROMPT_CHUNKS: Final = 16
 TOKENS_PER_IMAGE: Final = 4  # of the IP-Adapter's image projection; R = 4·N
 REFERENCE_PIXELS: Final = 256  # every reference picture is resized to this square before CLIP sees it
 CLIP_PIXELS: Final = 224

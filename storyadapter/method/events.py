@@ -23,8 +23,9 @@ class PromptTruncated:
 class RunStarted:
     """The first event.
 
-    `batches`: the frames of each batch of an iteration. `text_kept`: whether the projected text of the whole story
-    stays in memory; if not, it is computed again for each batch. `left`: frames to be drawn, in all iterations.
+    `batches`: the frames of each batch of an iteration, in an edit counted among those that are drawn. `text_kept`:
+    whether the projected text of the whole story stays in memory; if not, it is computed again for each batch. `left`:
+    frames to be drawn, in all iterations; `rows`: those of all their UNet calls.
     """
 
     frames: int
@@ -33,6 +34,7 @@ class RunStarted:
     batches: tuple[range, ...]
     text_kept: bool = True
     left: int = 0
+    rows: int = 0
 
 
 @dataclass(frozen=True)

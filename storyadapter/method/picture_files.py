@@ -25,7 +25,6 @@ def read_picture_file(path: Path, what: Text, background: str) -> "Image.Image":
     Raises:
         InputError: it isn't there, isn't a picture, isn't whole, or is too large.
     """
-    import numpy as np
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     expected = f"a picture ({', '.join(_FORMATS)})"
@@ -53,9 +52,17 @@ def read_picture_file(path: Path, what: Text, background: str) -> "Image.Image":
         raise
     except Exception as error:  # whatever damaged bytes lead a decoder to
         raise InputError(what, f" {path} can't be read: {said(error)}", expected=expected) from error
-    if upright.mode.startswith("I"):  # 16 bits, as depth maps have; Pillow would cut them off at 255
-        upright = Image.fromarray((np.asarray(upright).clip(0, 65535) // 257).astype(np.uint8))
-    if "A" in upright.getbands() or "transparency" in upright.info:
-        over = Image.new("RGBA", upright.size, background)
-        upright = Image.alpha_composite(over, upright.convert("RGBA"))
-    return upright.convert("RGB")
+    return as_seen(upright, background)
+
+
+def as_seen(image: "Image.Image", background: str) -> "Image.Image":
+    """A picture as RGB with 8 bits, what is transparent over a background."""
+    import numpy as np
+    from PIL import Image
+
+    if image.mode.startswith("I"):  # 16 bits, as depth maps have; Pillow would cut them off at 255
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:
+        over = Image.new("RGBA", image.size, background)
+        image = Image.alpha_composite(over, image.convert("RGBA"))
+    return image.convert("RGB")

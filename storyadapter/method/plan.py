@@ -1,6 +1,7 @@
 """What a run is asked for, and how its frames are split into micro-batches. Imports nothing heavy."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from operator import ge
 from typing import Any, Final, Self
@@ -115,6 +116,14 @@ class RunPlan:
         shown="0:1",
         metavar="LOW:HIGH",
     )
+    reference_scale: float = setting(
+        "λ of a user's reference pictures in the iteration from text alone",
+        constants.FIRST_SCALE,
+        metavar="λ",
+    )
+    keep_references: bool = setting(
+        "keep reference pictures in every later iteration, beside the frames of the one before", False
+    )
     # arXiv 2108.01073
     strength: float = setting(
         "share of the steps that iterations after the first run: each frame starts from itself in the iteration "
@@ -128,6 +137,12 @@ class RunPlan:
     )
     negative_prompt: str = setting(
         "what no frame shall show; a frame of a story file may have its own", constants.NEGATIVE_PROMPT, metavar="T"
+    )
+    prompt_chunks: str = setting(
+        f"how a prompt beyond {constants.CHUNK_TOKENS} tokens is read: 1 cuts it there, as published; auto reads all "
+        "of it, in chunks",
+        "1",
+        choices=("auto", "1"),
     )
     max_frames: int | None = setting("frames drawn together in one micro-batch, at most", None)
     scheduler_config: str = setting("of the model's own scheduler, where that is taken", "", typed=False)
@@ -147,6 +162,9 @@ class RunPlan:
             if not 0 <= scale <= constants.MAX_SCALE:
                 expected = f"each λ from 0 to {constants.MAX_SCALE:g}"
                 raise InputError(Field("scales"), f" has {scale:g}", expected=expected)
+        if not 0 <= self.reference_scale <= constants.MAX_SCALE:
+            found, expected = f" is {self.reference_scale:g}", f"0 to {constants.MAX_SCALE:g}"
+            raise InputError(Field("reference_scale"), found, expected=expected)
         for item in fields(self):
             value, choices = getattr(self, item.name), item.metadata.get("choices")
             if choices and value not in (*choices, item.default):
@@ -255,9 +273,14 @@ class RunPlan:
         """λ of an iteration; None for iteration 0, which has no references."""
         return None if iteration == 0 else self.scales[iteration - 1]
 
-    def references(self, frames: int) -> int:
-        """N, the references that a story of so many frames needs room for; 1 if no frame ever attends to any."""
-        return frames if self.scales else 1
+    def references(self, frames: int, pictures: int = 0) -> int:
+        """N, the references that a story of so many frames needs room for; 1 if no frame ever attends to any.
+
+        Args:
+            pictures: of a user's, that one frame attends to at the most.
+        """
+        later = frames + pictures * self.keep_references if self.scales else 1
+        return max(later, pictures)
 
     def rows_in(self, iteration: int) -> int:
         """Rows of all UNet calls of one frame of an iteration."""
@@ -268,13 +291,6 @@ class RunPlan:
     def unet_rows(self, frames: int) -> int:
         """Rows of all UNet calls of a story of so many frames."""
         return frames * sum(map(self.rows_in, range(self.iterations)))
-
-    def rows_left(self, first_iteration: int, frames: int, left: int) -> int:
-        """Rows for `left` frames of a story of so many: those of the iterations after the first, and the rest of it."""
-        later = range(first_iteration + 1, self.iterations)
-        begun = left - len(later) * frames
-        rows = frames * sum(map(self.rows_in, later))
-        return rows + (begun * self.rows_in(first_iteration) if begun else 0)
 
     def rows_at(self, iteration: int, step: int) -> int:
         """Rows of one frame in one of its UNet calls, which are counted from 1."""
@@ -287,6 +303,12 @@ class RunPlan:
         """As JSON values; of what few runs have, only what is there."""
         values = {**asdict(self), "scales": list(self.scales)}
         return {name: value for name, value in values.items() if value or name != "controls"}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The plan that `as_dict` gave, also by way of JSON. Raises TypeError: other names than a plan's."""
+        given: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in values.items()}
+        return cls(**given)
 
     def _spread(self, *names: str) -> None:
         """Settings that may have a value per iteration: equal ones are one."""

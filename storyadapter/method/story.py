@@ -4,180 +4,47 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import pydantic
-from pydantic import AfterValidator, BeforeValidator, ModelWrapValidatorHandler, ValidationInfo
+from pydantic import BeforeValidator, ModelWrapValidatorHandler, ValidationInfo
 from pydantic_core import ErrorDetails
 
 from storyadapter.method.constants import STYLES
 from storyadapter.method.errors import Field, InputError, Text, spelled
-from storyadapter.method.plan import SEED_LIMIT, RunPlan
-from storyadapter.method.story_files.document import StoryFile, excerpt, kind
+from storyadapter.method.plan import RunPlan
+from storyadapter.method.story_files.document import StoryFile, excerpt
 from storyadapter.method.story_files.reading import STANDARD_INPUT, STORY_SUFFIXES, read_story_file
-from storyadapter.method.text import NameFinder, normalized, unprintable
-
-MAX_FRAMES: Final = 10_000
-MAX_CHARACTERS: Final = 1_000
-MAX_NAME: Final = 60  # letters
+from storyadapter.method.story_parts import (
+    MAX_FRAMES,
+    Character,
+    Frame,
+    GivenCharacter,
+    GivenFrame,
+    StoryError,
+    StyleName,
+    Words,
+    check_style,
+    checked_characters,
+    checked_frames,
+    unknown_name,
+)
+from storyadapter.method.text import NameFinder, normalized
 
 _PATH = re.compile(r"\S*/\S*|\S+\.[A-Za-z]\w{0,4}")
 
 
-class StoryError(InputError, ValueError):
-    """A value that no story can have. One from a validator says nothing of its place, which pydantic knows.
-
-    Attributes:
-        inside: where in the validated value, if not all of it.
-    """
-
-    inside: tuple[Any, ...] = ()
-
-
-def check_style(style: str) -> str:
-    """Return `style` if it is one of `storyadapter.method.constants.STYLES`.
-
-    Raises:
-        InputError: it isn't; the text names the closest one and lists all.
-    """
-    if style not in STYLES:
-        raise _unknown("style", style, STYLES)
-    return style
-
-
-def _unknown(what: str, found: Any, known: Iterable[str]) -> StoryError:
-    known, text = tuple(known), str(found)[:100].lower()
-    close = get_close_matches(text, known)
-    close.sort(key=lambda name: name[:1] != text[:1])  # the first letter is seldom mistyped
-    expected = f"{', '.join(known[:-1])} or {known[-1]}"
-    return StoryError(
-        f"unknown {what} {excerpt(found)},", expected=expected, advice=f"did you mean {close[0]!r}?" if close else ""
-    )
-
-
-def _printable(value: Any) -> str:
-    if not isinstance(value, str | None):
-        raise StoryError(f" is {kind(value)},", expected="text", advice="put it in quotes")
-    if char := unprintable(value or ""):
-        raise StoryError(f" holds {char}, which is no printable character", advice="take it out")
-    return (value or "").strip()
-
-
-def _words(value: Any) -> str:
-    words = _printable(value)
-    if not words:
-        found = " is only white space," if value else " is empty,"
-        raise StoryError(found, expected="words", advice="write some, or take it out")
-    return words
-
-
-def _seed(value: Any) -> Any:
-    if isinstance(value, bool) or not isinstance(value, int | None):
-        raise StoryError(f" is {kind(value)},", expected="a number from 0 to 2^63 - 1")
-    if value is not None and not 0 <= value < SEED_LIMIT:
-        raise StoryError(f" is {excerpt(value)},", expected="0 to 2^63 - 1")
-    return value
-
-
-def _control(value: Any, info: ValidationInfo) -> Any:
-    """Paths of pictures, those of a story file relative to its folder."""
-    paths = value if isinstance(value, list | tuple) else [value]
-    if value is None:
-        return None
-    if not all(isinstance(path, str) and path.strip() for path in paths if path is not None) or not any(paths):
-        expected = "the path of a picture, or a list with one per ControlNet, null for none"
-        raise StoryError(f" is {kind(value)},", expected=expected)
-    folder = Path(info.context.name).parent if isinstance(info.context, StoryFile) else Path()
-    return tuple(None if path is None else str(folder / path) for path in paths)
-
-
-def _frame(value: Any) -> Any:
-    if not isinstance(value, Mapping):
-        return value if isinstance(value, Frame) else {"prompt": value}
-    if "prompt" not in value:
-        expected = "text, or a mapping with 'prompt' and, if wanted, 'negative', 'seed' and 'control'"
-        raise StoryError(" is a mapping,", expected=expected, advice="put text that holds ': ' in quotes")
-    return {str(key): item for key, item in value.items()}
-
-
-def _frames(value: Any) -> Any:
-    if not isinstance(value, list | tuple | None):
-        raise StoryError(f" is {kind(value)},", expected="a list with one text per frame")
-    if not value:
-        advice = ("type ", Field("prompt"), " TEXT once per frame, or list them in the story file")
-        raise StoryError("the story is empty,", expected="one prompt per frame", advice=advice)
-    if len(value) > MAX_FRAMES:
-        raise StoryError(f"the story has {len(value):,} prompts,", expected=f"{MAX_FRAMES:,} at the most")
-    return value
-
-
-def _characters(value: Any) -> Any:
-    if not isinstance(value, Mapping | None):
-        raise StoryError(f" is {kind(value)},", expected="a mapping of names to definitions")
-    if len(value or ()) > MAX_CHARACTERS:
-        raise StoryError(f" has {len(value or ()):,} names,", expected=f"{MAX_CHARACTERS:,} at the most")
-    seen = set()
-    for name in value or ():
-        stripped, error = normalized(str(name).strip()), None
-        if stripped in seen:
-            error = StoryError(f"the character {excerpt(stripped)} is defined twice,", expected="once")
-        elif len(stripped) > MAX_NAME:  # each letter of a prompt may begin one
-            found = f"the character {excerpt(stripped)} has a name of {len(stripped)} letters,"
-            error = StoryError(found, expected=f"{MAX_NAME} at the most")
-        if error:
-            error.inside = (name,)
-            raise error
-        seen.add(stripped)
-    return value or {}
-
-
-Words = Annotated[str, pydantic.Field(min_length=1), BeforeValidator(_words)]
-_Style = Annotated[Words, AfterValidator(check_style), pydantic.Field(json_schema_extra={"enum": [*STYLES]})]
-_Printable = Annotated[str, BeforeValidator(_printable)]
-_Control = Annotated[
-    tuple[str | None, ...], BeforeValidator(_control, json_schema_input_type=Words | list[Words | None])
-]
-_Seed = Annotated[int, pydantic.Field(ge=0, lt=SEED_LIMIT), BeforeValidator(_seed)]
-
-
-@pydantic.dataclasses.dataclass(frozen=True, config={"extra": "forbid", "use_attribute_docstrings": True})
-class Frame:
-    """A frame of a story as it is written, with what is its own."""
-
-    prompt: Words
-    """What the frame shows; names of characters in it are replaced by their definitions."""
-    negative: _Printable | None = None
-    """What it must not show, in place of the whole story's negative prompt; may be empty."""
-    seed: _Seed | None = None
-    """Of this frame's noise, in place of the whole story's."""
-    control: _Control | None = None
-    """A picture for the ControlNet, such as a pose; with several of them a list with one for each, null for none."""
-
-    def negative_prompt(self, plan: RunPlan) -> str:
-        """Its own, or that of the whole story."""
-        return plan.negative_prompt if self.negative is None else self.negative
-
-    def to_dict(self) -> str | dict[str, Any]:
-        """As in a story file."""
-        paths = self.control
-        control = None if paths is None else paths[0] if len(paths) == 1 else [*paths]
-        values: dict[str, Any] = {"negative": self.negative, "seed": self.seed, "control": control}
-        own = {key: value for key, value in values.items() if value is not None}
-        return {"prompt": self.prompt, **own} if own else self.prompt
-
-
-_GivenFrame = Annotated[Frame, BeforeValidator(_frame, json_schema_input_type=Words | Frame)]
-
-
 @dataclass(frozen=True)
 class FinalFrame:
-    """All texts and numbers of a frame that decide its pixels beside the plan; `negative_prompt`: None if unguided."""
+    """All that decides a frame's pixels beside the plan; `negative_prompt`: None if unguided; `references`: keys of a
+    user's pictures that it attends to; `chunks`: in which its texts are read."""
 
     prompt: str
     negative_prompt: str | None
     seed: int
+    references: tuple[str, ...] = ()
+    chunks: int = 1
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config={"extra": "forbid"})
@@ -191,20 +58,22 @@ class Story:
             wanted, `negative`, `seed` and `control`.
         title: shown on the contact sheet; no part of any prompt.
         style: a name of `storyadapter.method.constants.STYLES`, or None if the story doesn't say.
-        characters: name -> definition, which takes the name's place in every prompt.
+        characters: name -> `Character`, or its definition alone, which takes the name's place in every prompt.
 
     Raises:
         InputError: no prompt; a value that isn't text, is blank, or holds characters that can't be printed; an unknown
             style or key; a seed out of range; more than 10,000 prompts or 1,000 characters.
     """
 
-    frames: Annotated[tuple[_GivenFrame, ...], BeforeValidator(_frames)] = pydantic.Field(
+    frames: Annotated[tuple[GivenFrame, ...], BeforeValidator(checked_frames)] = pydantic.Field(
         default=(), alias="prompts", validate_default=True, min_length=1, max_length=MAX_FRAMES
     )
     title: Words | None = None
-    style: _Style | None = None
+    style: StyleName | None = None
     # A dict has no hash; equal stories have equal hashes without it too.
-    characters: Annotated[dict[Words, Words], BeforeValidator(_characters)] = field(default_factory=dict, hash=False)
+    characters: Annotated[dict[Words, GivenCharacter], BeforeValidator(checked_characters)] = field(
+        default_factory=dict, hash=False
+    )
 
     if TYPE_CHECKING:  # what is given, before it is validated
 
@@ -213,7 +82,7 @@ class Story:
             prompts: Sequence[str | Frame | Mapping[str, Any]] = (),
             title: str | None = None,
             style: str | None = None,
-            characters: Mapping[str, str] | None = None,
+            characters: Mapping[str, str | Character | Mapping[str, Any]] | None = None,
         ) -> None: ...
 
     @pydantic.model_validator(mode="wrap")
@@ -281,6 +150,22 @@ class Story:
                 return cls.from_file(argument, language=language, on_notice=on_notice)
         return cls.from_prompts(arguments)
 
+    def edited(self, changes: Mapping[int, Mapping[str, Any]]) -> Self:
+        """The story with other values of some frames: frame → {"prompt": …, "negative": …, "seed": …}, each if wanted.
+
+        Raises:
+            InputError: there is no such frame, nothing changes, or a value that no frame can have.
+        """
+        frames: list[Any] = list(self.frames)
+        for number, values in changes.items():
+            if number not in range(len(frames)):
+                expected = f"0 to {len(frames) - 1}" if len(frames) > 1 else "0, the story's only one"
+                raise InputError(Field("frame"), f" is {number}", expected=expected)
+            kept = {item.name: getattr(frames[number], item.name) for item in fields(Frame)}
+            frames[number] = {name: value for name, value in kept.items() if value is not None} | dict(values)
+        given = {item.name: getattr(self, item.name) for item in fields(self)[1:]}
+        return pydantic.TypeAdapter(type(self)).validate_python({"prompts": frames, **given})
+
     def final_prompts(self, style: str | None = None) -> tuple[str, ...]:
         """What the text encoders get for each frame: characters' names replaced, then the style's text around it.
 
@@ -295,7 +180,7 @@ class Story:
             InputError: `style` is unknown.
         """
         before, after = STYLES[check_style(style or self.style or "none")]
-        definitions = {normalized(name): definition for name, definition in self.characters.items()}
+        definitions = {normalized(name): who.definition for name, who in self.characters.items() if who.definition}
         finder = NameFinder(definitions)
 
         def defined(prompt: str) -> str:
@@ -334,12 +219,21 @@ class Story:
         frames = tuple(replace(frame, control=None) for frame in self.frames)
         return type(self)(frames, self.title, self.style, self.characters)
 
+    def references(self) -> tuple[tuple[str, ...], ...]:
+        """For each frame the files of pictures that it attends to, each once: of the characters that its prompt names,
+        in their order there, then its own."""
+        found = self.characters_found()
+        named = ([path for name in names for path in self.characters[name].references] for names in found)
+        return tuple(
+            tuple(dict.fromkeys((*paths, *frame.references))) for paths, frame in zip(named, self.frames, strict=True)
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """The story as JSON values, under the keys of a story file. Equal stories give equal values."""
         return {
             "title": self.title,
             "style": self.style,
-            "characters": dict(sorted(self.characters.items())),
+            "characters": {name: who.to_dict() for name, who in sorted(self.characters.items())},
             "prompts": [frame.to_dict() for frame in self.frames],
         }
 
@@ -363,20 +257,24 @@ def _refusal(wrong: list[ErrorDetails], file: StoryFile | None) -> InputError:
     match place:
         case "prompts", int(index), str(name), *_:
             titles = {"negative": "the negative prompt of ", "seed": "the seed of ", "control": "the control of "}
-            what = titles.get(name, "")
-            what += f"prompt {index + 1}"
+            titles["references"] = "the references of "
+            what = titles.get(name, "") + f"prompt {index + 1}"
             keys = tuple(item.name for item in fields(Frame))
         case "prompts", int(index):
             what = f"prompt {index + 1}"
         case "characters", name:
             what = "a character's name" if is_key else f"the definition of the character {excerpt(str(name).strip())}"
+        case "characters", name, str(part), *_:
+            whose = f"the character {excerpt(str(name).strip())}"
+            what = f"the {part} of {whose}" if part in ("definition", "references") else whose
+            keys = tuple(item.name for item in fields(Character))
         case "title" | "style" as name, *_:
             what = f"the {name}"
         case _:
             what = excerpt(place[0])
     error = first.get("ctx", {}).get("error") or StoryError(f" can't be read: {first['msg']}")
     if first["type"] == unknown:
-        error = _unknown("key", place[-1], keys)
+        error = unknown_name("key", place[-1], keys)
         what = f"{what} has the " if below else ""
     elif not error.text().startswith(" "):
         what = ""

@@ -76,7 +76,8 @@ def _phrases(story: Story, count: int) -> Iterator[tuple[str, str]]:
 def _foreign_syntax(story: Story) -> Iterator[Text]:
     texts = [(f"prompt {number}", frame.prompt) for number, frame in enumerate(story.frames, 1)]
     texts += [(f"the negative prompt of prompt {n}", f.negative) for n, f in enumerate(story.frames, 1) if f.negative]
-    texts += [(f"the definition of {excerpt(name)}", text) for name, text in story.characters.items()]
+    definitions = ((name, who.definition) for name, who in story.characters.items())
+    texts += [(f"the definition of {excerpt(name)}", text) for name, text in definitions if text]
     for pattern, advice in _SYNTAX:
         if first := next(((where, match) for where, text in texts if (match := pattern.search(text))), None):
             where, match = first

@@ -3,8 +3,8 @@
 The exporter, the builders' profiles, every session, the tests and the benchmark read it; nothing else spells the name
 or the shape of a network's input. Letters are those of the design: B rows of one UNet call (2·F, unconditional rows
 first), P prompts bound to a call, F frames of a batch, N reference images, G rows of the reference bank,
-R reference tokens (4·N), T text tokens, h and w latent size, H·D = C width of a layer, L cross-attention layers of one
-width, E width of the UNet's time embedding. Imports nothing heavy.
+R reference tokens (4·N), M chunks of a prompt (its text tokens are T = 77·M), h and w latent size, H·D = C width of a
+layer, L cross-attention layers of one width, E width of the UNet's time embedding. Imports nothing heavy.
 """
 
 from collections.abc import Mapping
@@ -17,6 +17,7 @@ from storyadapter.method.errors import Field, InputError
 from storyadapter.method.plan import check_pixels
 from storyadapter.model.numerics import DTYPE_NAMES, Numerics, Precision, Quantization
 
+_TEXT: Final = f"{constants.TEXT_TOKENS}*M"  # T
 CONTRACT_VERSION: Final = 2
 
 Dim = int | str  # a number, a letter, a factor times a letter such as "4*N", or a part of one such as "h/2"
@@ -123,11 +124,16 @@ class ShapeRanges:
     max_references: int
     height: Range
     width: Range
+    max_prompt_chunks: int = 1
 
     def __post_init__(self) -> None:
-        for name, value in (("max_frames", self.max_frames), ("max_references", self.max_references)):
+        for name in ("max_frames", "max_references", "max_prompt_chunks"):
+            value = getattr(self, name)
             if value < 1:
                 raise InputError(Field(name), f" is {value}", expected="1 or more")
+        if self.max_prompt_chunks > constants.MAX_PROMPT_CHUNKS:
+            found, expected = f" is {self.max_prompt_chunks}", f"{constants.MAX_PROMPT_CHUNKS} or less"
+            raise InputError(Field("max_prompt_chunks"), found, expected=expected)
         for name, pixels in (("height", self.height), ("width", self.width)):
             check_pixels(name, pixels.minimum)
             check_pixels(name, pixels.maximum)
@@ -142,6 +148,7 @@ class ShapeRanges:
             "N": Range(1, self.max_references + 1),
             "G": Range(1, 2 * self.max_frames + 1),
             "R": Range(1, constants.TOKENS_PER_IMAGE * self.max_references),
+            "M": Range(1, self.max_prompt_chunks),
             "h": Range(self.height.minimum // pixels_per_latent, self.height.maximum // pixels_per_latent),
             "w": Range(self.width.minimum // pixels_per_latent, self.width.maximum // pixels_per_latent),
         }
@@ -152,6 +159,8 @@ class ShapeRanges:
             return f"max frames is {self.max_frames}, {other.max_frames} asked for"
         if other.max_references > self.max_references:
             return f"max references is {self.max_references}, {other.max_references} asked for"
+        if other.max_prompt_chunks > self.max_prompt_chunks:
+            return f"max prompt chunks is {self.max_prompt_chunks}, {other.max_prompt_chunks} asked for"
         for name in ("height", "width"):
             mine, asked = getattr(self, name), getattr(other, name)
             if not mine.covers(asked):
@@ -249,7 +258,7 @@ class NetworkSpec:
 
 def network_specs(geometry: Geometry) -> dict[str, NetworkSpec]:
     """The seven networks of a model and those of its ControlNets, in the order in which a run needs them."""
-    text, pixels = constants.TEXT_TOKENS, constants.CLIP_PIXELS
+    chunk, pixels = constants.TEXT_TOKENS, constants.CLIP_PIXELS
     image, latent, scale = geometry.image_embedding_width, geometry.latent_channels, geometry.pixels_per_latent
     text_kv = _text_kv(geometry.widths)
     ref_kv = tuple(TensorSpec(ref_kv_name(w.channels), (w.layers, "G", 2, "R", w.channels)) for w in geometry.widths)
@@ -257,9 +266,14 @@ def network_specs(geometry: Geometry) -> dict[str, NetworkSpec]:
         TensorSpec(image_kv_name(w.channels), (w.layers, 2, f"{constants.TOKENS_PER_IMAGE}*N", w.channels))
         for w in geometry.widths
     )
-    input_ids = TensorSpec("input_ids", ("P", text), "int32")
-    text_1 = TensorSpec("text_embedding", ("P", text, geometry.text_width))
-    text_2 = TensorSpec("text_embedding_2", ("P", text, geometry.text_width_2))
+    input_ids = TensorSpec("input_ids", ("P", chunk), "int32")  # the encoders take chunks, each as a text
+
+    def embeddings(tokens: Dim) -> tuple[TensorSpec, TensorSpec]:
+        widths = (("text_embedding", geometry.text_width), ("text_embedding_2", geometry.text_width_2))
+        first, second = (TensorSpec(name, ("P", tokens, width)) for name, width in widths)
+        return first, second
+
+    text_1, text_2 = embeddings(chunk)
     pooled = TensorSpec("pooled_text", ("P", geometry.pooled_width))
     # original height and width, crop top and left, target height and width, in pixels
     sizes = TensorSpec("sizes", ("P", 6), "float32")
@@ -281,7 +295,7 @@ def network_specs(geometry: Geometry) -> dict[str, NetworkSpec]:
             ),
             NetworkSpec(
                 control_projection_name(index),
-                (*((text_1, text_2) if control_kv else ()), pooled, sizes),
+                (*(embeddings(_TEXT) if control_kv else ()), pooled, sizes),
                 (*control_kv, TensorSpec("added_embedding", ("P", control.time_embedding))),
             ),
             NetworkSpec(
@@ -302,7 +316,7 @@ def network_specs(geometry: Geometry) -> dict[str, NetworkSpec]:
         NetworkSpec("text_encoder_2", (input_ids,), (text_2, pooled)),
         NetworkSpec(
             "text_projection",
-            (text_1, text_2, pooled, sizes),
+            (*embeddings(_TEXT), pooled, sizes),
             (*text_kv, TensorSpec("added_embedding", ("P", geometry.time_embedding))),
         ),
         NetworkSpec(
@@ -342,7 +356,7 @@ def network_specs(geometry: Geometry) -> dict[str, NetworkSpec]:
 
 
 def _text_kv(widths: tuple[LayerWidth, ...]) -> tuple[TensorSpec, ...]:
-    shape = {width: (width.layers, "P", 2, constants.TEXT_TOKENS, width.channels) for width in widths}
+    shape = {width: (width.layers, "P", 2, _TEXT, width.channels) for width in widths}
     return tuple(TensorSpec(text_kv_name(width.channels), shape[width]) for width in widths)
 
 

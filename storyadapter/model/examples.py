@@ -24,9 +24,9 @@ def example_letters(ranges: dict[str, Range], *, largest: bool = False) -> dict[
 
     With `largest`, another point of the ranges for a second comparison: every letter a little larger where it can be.
     """
-    wanted = {"B": 2, "P": 2, "F": 2, "N": 3, "G": 2, "R": 8, "h": 8, "w": 8}
+    wanted = {"B": 2, "P": 2, "F": 2, "N": 3, "G": 2, "R": 8, "M": 2, "h": 8, "w": 8}
     if largest:
-        wanted = {"B": 3, "P": 3, "F": 3, "N": 4, "G": 3, "R": 13, "h": 12, "w": 16}
+        wanted = {"B": 3, "P": 3, "F": 3, "N": 4, "G": 3, "R": 13, "M": 3, "h": 12, "w": 16}
     return {name: min(max(value, ranges[name].minimum), ranges[name].maximum) for name, value in wanted.items()}
 
 

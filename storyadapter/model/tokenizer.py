@@ -29,8 +29,12 @@ class TextTokenizer:
         """All tokens of a text, with those at its ends."""
         return self._tokenizer.encode(text).ids
 
-    def padded(self, texts: Sequence[str], length: int) -> list[list[int]]:
-        """As many tokens of each text: of a longer one the first and the one that ends it, a shorter one filled up."""
-        rows = [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
-        cut = [row if len(row) <= length else [*row[: length - 1], row[-1]] for row in rows]
-        return [row + [self._padding] * (length - len(row)) for row in cut]
+    def padded(self, texts: Sequence[str], length: int, chunks: int = 1) -> list[list[int]]:
+        """So many rows of each text, one after the other, each with the tokens at its ends: of a text that is longer the
+        first ones, of a shorter one filled up."""
+        rows, most = [], length - 2
+        for encoding in self._tokenizer.encode_batch(list(texts)):
+            start, *words, end = encoding.ids
+            parts = [words[most * chunk : most * (chunk + 1)] for chunk in range(chunks)]
+            rows += [[start, *part, end] + [self._padding] * (most - len(part)) for part in parts]
+        return rows

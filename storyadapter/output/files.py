@@ -1,6 +1,7 @@
 """Files that are either whole or not there, and the lock that keeps two writers out of one folder."""
 
 import errno
+import hashlib
 import os
 import re
 import secrets
@@ -55,6 +56,14 @@ def write_whole(path: Path, data: bytes) -> None:
         part.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+def sha256(path: Path) -> str | None:
+    """Of a file's bytes, in hexadecimal digits; None if it can't be read."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return None
 
 
 def make_folder(path: Path) -> None:

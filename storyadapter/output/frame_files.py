@@ -23,6 +23,21 @@ LATENTS_TEXT: Final = "latents"
 _EMBEDDED: Final = 4_000  # letters of a text in a frame's file
 
 
+def frame_path(folder: Path, iteration: int, frame: int, *, iterations: int, frames: int) -> Path:
+    """Where a run folder has a frame's picture, of a run with so many of both; both are counted from 0."""
+    return folder / iteration_name(iteration, iterations) / f"frame-{numbered(frame, frames)}.png"
+
+
+def iteration_name(iteration: int, iterations: int) -> str:
+    """ "iteration-00", with as many digits as all of them need."""
+    return f"iteration-{iteration:0{max(2, len(str(iterations - 1)))}d}"
+
+
+def numbered(frame: int, frames: int) -> str:
+    """ "007", with as many digits as all of them need."""
+    return f"{frame:0{max(3, len(str(frames - 1)))}d}"
+
+
 def encode_png(image: Image.Image, text: Mapping[str, str]) -> bytes:
     """A PNG file with text chunks: keyword (at most 79 Latin-1 letters) -> text."""
     info = PngInfo()
@@ -66,14 +81,19 @@ def picture_hash(picture: Image.Image) -> str:
     return hashlib.sha256(repr(rgb.size).encode() + rgb.tobytes()).hexdigest()
 
 
-def read_job(path: Path) -> tuple[str, Any, Any] | None:
+def read_job(path: Path, *, whole: bool = False) -> tuple[str, Any, Any] | None:
     """The key, the embedding, a tensor [width] fp32 or None, and the latents, a tensor [4, h, w] fp16 or None, that a
-    frame's file says; None if it isn't whole, or has other pixels than that job gave."""
+    frame's file says; None if it isn't whole, or has other pixels than that job gave.
+
+    Args:
+        whole: whether the file is known to be as it was written, so that its pixels need not be read.
+    """
     try:
         with Image.open(path, formats=["PNG"]) as image:
             text = dict(image.info)  # of chunks before the pixels; `text` would read these, and `verify` couldn't then
-            image.verify()
-        if text.get(PIXELS_TEXT) != picture_hash(read_picture(path)):
+            if not whole:
+                image.verify()
+        if not whole and text.get(PIXELS_TEXT) != picture_hash(read_picture(path)):
             return None
         embedding = base64.b64decode(text[EMBEDDING_TEXT], validate=True) if EMBEDDING_TEXT in text else b""
         sizes, _, encoded = text.get(LATENTS_TEXT, "").partition(":")

@@ -8,9 +8,10 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from storyadapter.output.files import make_folder, write_atomically
-from storyadapter.output.frame_files import encode_png, read_picture
+from storyadapter.output.frame_files import encode_png, iteration_name, read_picture
 from storyadapter.output.lettering import Lettering
 
+THUMBNAILS_NAME = ".thumbnails"  # the folder of the rows, below that of a run
 THUMBNAIL_PIXELS = 256  # longest side
 MAX_PIXELS = 8192  # of the sheet, either way: what viewers and browsers still open
 
@@ -149,6 +150,12 @@ class ThumbnailStrips:
         """A frame as small as the contact sheet shows it."""
         return scaled(picture, thumbnail_size(picture.size, self._frames, self._iterations))
 
+    def thumbnails(self, iteration: int) -> list[Image.Image]:
+        """Those of a row that was written. Raises RunError: it doesn't open any more."""
+        strip = read_picture(self.path(iteration))
+        width = strip.width // self._frames
+        return [strip.crop((frame * width, 0, (frame + 1) * width, strip.height)) for frame in range(self._frames)]
+
     def write(self, iteration: int, thumbnails: Sequence[Image.Image]) -> bytes:
         """Write a row; returns the file's bytes. Raises RunError: no space is left, or the folder can't be written."""
         path = self.path(iteration)
@@ -170,8 +177,3 @@ class ThumbnailStrips:
             detail = "text only" if scale is None else f"scale {scale:.3g}"
             rows.append(Row(read_picture(self.path(index)), f"iteration {index}", detail))
         return contact_sheet(rows, captions, title, lettering)
-
-
-def iteration_name(iteration: int, iterations: int) -> str:
-    """ "iteration-00", with as many digits as all of them need."""
-    return f"iteration-{iteration:0{max(2, len(str(iterations - 1)))}d}"

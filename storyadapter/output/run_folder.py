@@ -25,12 +25,22 @@ from storyadapter.output.files import (
     is_part,
     lock_folder,
     make_folder,
+    sha256,
     write_atomically,
     write_error,
 )
-from storyadapter.output.frame_files import encode_png, job_text, opens, read_job, read_picture
+from storyadapter.output.frame_files import (
+    encode_png,
+    frame_path,
+    iteration_name,
+    job_text,
+    numbered,
+    opens,
+    read_job,
+    read_picture,
+)
 from storyadapter.output.lettering import Lettering
-from storyadapter.output.overview import ThumbnailStrips, iteration_name
+from storyadapter.output.overview import THUMBNAILS_NAME, ThumbnailStrips
 from storyadapter.output.run_record import (
     RECORD_NAME,
     IterationRecord,
@@ -41,9 +51,9 @@ from storyadapter.output.run_record import (
     refuse_foreign,
     stored_or_new,
 )
+from storyadapter.output.staying_frames import StayingFrames
 from storyadapter.runtime.frame_store import StoredFrame
 
-THUMBNAILS_NAME = ".thumbnails"
 _WORKERS: Final = min(4, os.cpu_count() or 1)
 _OUR_FOLDER = re.compile(rf"iteration-\d{{2,}}|frames|{re.escape(THUMBNAILS_NAME)}")
 
@@ -90,6 +100,7 @@ class RunFolder:
         self._lock = lock
         self._text = text
         self._strips = ThumbnailStrips(path / THUMBNAILS_NAME, record.frames, len(record.scales))
+        self._staying = StayingFrames(path, record, self._strips)
         self._workers = ThreadPoolExecutor(_WORKERS, "png")
         # of iterations that aren't finished, by iteration and frame: what the contact sheet shows, and the file's hash
         self._written: dict[tuple[int, int], tuple[Image.Image, str]] = {}
@@ -106,8 +117,10 @@ class RunFolder:
         keep: Literal["all", "last"] = "all",
         details: Mapping[str, Any] | None = None,
         text: Callable[[FrameFinished], Mapping[str, str]] = lambda frame: {},
+        edited: bool = False,
     ) -> Self:
-        """Lock a new or empty folder, or with `resume` that of a run with the same identity, finished or not.
+        """Lock a new or empty folder, or with `resume` that of a run with the same identity, finished or not, which may
+        have more iterations now, or more frames at the end.
 
         Args:
             path: made if it isn't there.
@@ -117,6 +130,7 @@ class RunFolder:
             keep: "last" removes the pictures of older iterations when the next one is finished.
             text: PNG text chunks of a frame, besides those that say by which job it was drawn.
             details: what is worth knowing but doesn't decide the pictures: versions, split into micro-batches, …
+            edited: whether it may be a run that was edited, whose last edit is finished then.
 
         Raises:
             InputError: the folder is a file, can't be written, is in use, or holds anything else: other files, a run
@@ -136,7 +150,7 @@ class RunFolder:
         try:
             refuse_foreign(path)  # again: another process may have been faster
             given = RunRecord(json_values(identity), frames, tuple(scales))
-            record = stored_or_new(path, given, resume)
+            record = stored_or_new(path, given, resume, edited)
             folder = cls(path, record, keep, lock, text)
             folder._recover(Session(0, json_values(details or {})))
         except BaseException:
@@ -152,6 +166,7 @@ class RunFolder:
         frames: int,
         scales: Sequence[float | None],
         resume: bool = False,
+        edited: bool = False,
     ) -> None:
         """Refuse what `open` would refuse, without writing anything: for a program that is slow until it opens it.
 
@@ -166,7 +181,7 @@ class RunFolder:
             raise InputError(f"{path} can't be made: {parent} {reason}", advice=ANOTHER_FOLDER)
         if (path / LOCK_NAME).exists():
             lock_folder(path).release()
-        stored_or_new(path, RunRecord(json_values(identity), frames, tuple(scales)), resume)
+        stored_or_new(path, RunRecord(json_values(identity), frames, tuple(scales)), resume, edited)
 
     def __enter__(self) -> Self:
         return self
@@ -190,19 +205,29 @@ class RunFolder:
         counts = {"iterations": len(self._record.scales), "frames": self._record.frames}
         return frame_path(self.path, iteration, frame, **counts)
 
+    @property
+    def stays(self) -> frozenset[int]:
+        """See `FrameStore.stays`."""
+        return self._record.stays
+
     def kept_from(self) -> int:
         """The first iteration whose frames are kept: those before it were removed, see `keep`."""
         return sum(iteration.removed for iteration in self._record.iterations)
 
     def find(self, iteration: int, frame: int, key: str) -> StoredFrame | None:
         """See `FrameStore.find`."""
+        if frame in self.stays:
+            staying = self._staying.find(iteration, frame)
+            if staying is not None and iteration >= self.finished_iterations():
+                self._written[iteration, frame] = self._staying.thumbnail(iteration, frame), staying.sha256
+            return staying.stored if staying else None
         path = self.frame_path(iteration, frame)
         found = read_job(path)
         if found is None or found[0] != key:
             return None
         if iteration >= self.finished_iterations() and (iteration, frame) not in self._written:
             self._note(iteration, frame, read_picture(path), path.read_bytes())
-        return StoredFrame(found[1], partial(read_picture, path), found[2])
+        return StoredFrame(found[0], found[1], partial(read_picture, path), found[2])
 
     def split(self, iteration: int) -> tuple[int, ...] | None:
         """See `FrameStore.split`."""
@@ -285,12 +310,12 @@ class RunFolder:
         write_atomically(moving, animation(form, shown, lambda frame: read_picture(paths[frame])))
         make_folder(folder)
         for frame, path in enumerate(paths):
-            write_atomically(folder / f"{_number(frame, self._record.frames)}.png", path.read_bytes())
+            write_atomically(folder / f"{numbered(frame, self._record.frames)}.png", path.read_bytes())
         sheet = self._strips.sheet(self._record.scales, captions, title, lettering)
         write_atomically(self.path / "contact-sheet.png", encode_png(sheet, {}))
         *earlier, session = self._record.sessions
         sessions = (*earlier, replace(session, seconds=dict(seconds), start=dict(start or {})))
-        self._write_record(replace(self._record, sessions=sessions, finished=True))
+        self._write_record(replace(self._record, sessions=sessions, finished=True, before=()))
         notices = (shown.notice, lettering.notice((*captions, title or "")))
         return tuple(notice for notice in notices if notice)
 
@@ -312,14 +337,16 @@ class RunFolder:
         for index in range(len(self._record.scales)):
             done = self._record.iterations[index] if index < len(self._record.iterations) else None
             strip = self._strips.path(index)
-            strip_is_whole = done is not None and _sha256(strip) == done.thumbnails_sha256
+            strip_is_whole = done is not None and sha256(strip) == done.thumbnails_sha256
             if done and done.removed:
                 if not strip_is_whole:
                     whole = self._tell_damage(strip)
             else:
                 paths = self._frame_paths(index)
                 for frame, path in enumerate(paths):
-                    good = _sha256(path) in done.sha256[frame : frame + 1] if done else not path.exists() or opens(path)
+                    if frame in self.stays and self._staying.is_removed(index):
+                        continue
+                    good = sha256(path) in done.sha256[frame : frame + 1] if done else not path.exists() or opens(path)
                     if not good:
                         whole = self._tell_damage(path)
                 if whole and done and not strip_is_whole:  # it follows from the frames
@@ -371,19 +398,3 @@ class RunFolder:
 
     def _iteration_path(self, iteration: int) -> Path:
         return self.path / iteration_name(iteration, len(self._record.scales))
-
-
-def frame_path(folder: Path, iteration: int, frame: int, *, iterations: int, frames: int) -> Path:
-    """Where a run folder has a frame's picture, of a run with so many of both; both are counted from 0."""
-    return folder / iteration_name(iteration, iterations) / f"frame-{_number(frame, frames)}.png"
-
-
-def _number(frame: int, frames: int) -> str:
-    return f"{frame:0{max(3, len(str(frames - 1)))}d}"
-
-
-def _sha256(path: Path) -> str | None:
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError:
-        return None

@@ -6,13 +6,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
-from pydantic import ConfigDict, PositiveInt, TypeAdapter, ValidationError
+from pydantic import ConfigDict, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 
 from storyadapter.method.errors import Field, InputError, Text, can_not_be_read
 from storyadapter.output.files import ANOTHER_FOLDER, LOCK_NAME, is_part
+from storyadapter.output.frame_files import iteration_name, numbered
 
 FORMAT = "storyadapter-trt run"
-SCHEMA = 3
+SCHEMA = 4
 RECORD_NAME = "story.json"
 
 _ANOTHER_ONE = ("choose another one with ", Field("out"))
@@ -58,6 +59,17 @@ class Session:
 
 
 @dataclass(frozen=True)
+class EditRecord:
+    """Frames of a finished run that were drawn again, in every iteration, beside all others as they were."""
+
+    __pydantic_config__ = _READING
+    frames: tuple[NonNegativeInt, ...]  # that were drawn again
+    older: tuple[NonNegativeInt, ...]  # those that stayed: they never attended to the new ones
+    before: tuple[Any, ...]  # what the story said of `frames`, as in a story file
+    kept: str | None = None  # the folder in which the frames lie as they were, below that of the run
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """The content of `story.json`."""
 
@@ -69,6 +81,13 @@ class RunRecord:
     sessions: tuple[Session, ...] = ()  # the processes that worked on the run, in order
     finished: bool = False  # whether everything is written, the overview too
     under_way: UnderWay | None = None  # the iteration that is being drawn, if one was begun
+    edits: tuple[EditRecord, ...] = ()  # in order; the last one may be under way
+    before: tuple[IterationRecord, ...] = ()  # the iterations as they were, while an edit is under way
+
+    @property
+    def stays(self) -> frozenset[int]:
+        """The frames that the last edit leaves as they are."""
+        return frozenset(self.edits[-1].older) if self.edits else frozenset()
 
     def to_json(self) -> bytes:
         """The text of `story.json`: UTF-8, keys sorted, two spaces of indentation."""
@@ -82,7 +101,9 @@ class RunRecord:
                 "scales": self.scales,
                 "iterations": [asdict(iteration) for iteration in self.iterations],
                 "under_way": asdict(self.under_way) if self.under_way else None,
+                "before": [asdict(iteration) for iteration in self.before],
             },
+            "edits": [asdict(edit) for edit in self.edits],
             "sessions": [asdict(session) for session in self.sessions],
         }
         text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
@@ -118,8 +139,8 @@ class RunRecord:
         try:
             progress = dict(value["progress"])
             progress["finished"] = progress.pop("status") == "finished"
-            found = {"identity": value["identity"], "sessions": value["sessions"], **progress}
-            return TypeAdapter(cls).validate_python(found)
+            found = {name: value[name] for name in ("identity", "sessions", "edits") if name in value}
+            return TypeAdapter(cls).validate_python({**found, **progress})
         except (KeyError, TypeError, ValueError) as error:
             raise refusal(f"is damaged ({_first_fault(error)}),") from None
 
@@ -178,15 +199,29 @@ def refuse_foreign(path: Path) -> None:
         raise InputError(f"{path} holds other files ({min(names)}, …),", expected=expected, advice=_ANOTHER_ONE)
 
 
-def stored_or_new(path: Path, given: RunRecord, resume: bool) -> RunRecord:
+def refuse_another(path: Path, stored: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Raises InputError where two identities differ."""
+    if difference := first_difference(stored, given):
+        raise InputError(f"{path} holds another run: ", difference, advice=ANOTHER_FOLDER)
+
+
+def stored_or_new(path: Path, given: RunRecord, resume: bool, edited: bool = False) -> RunRecord:
     if not (path / RECORD_NAME).exists():
         return given
     stored = RunRecord.read(path / RECORD_NAME)
-    if difference := first_difference(stored.identity, given.identity):
-        raise InputError(f"{path} holds another run: ", difference, advice=ANOTHER_FOLDER)
-    if (stored.frames, stored.scales) != (given.frames, given.scales):
-        found = f"{path / RECORD_NAME} is damaged: its frames and scales aren't those of its own settings"
-        raise InputError(found, advice=ANOTHER_FOLDER, field="out")
+    if stored.edits and not edited:
+        frames = ", ".join(map(str, stored.edits[-1].frames))
+        raise InputError(f"{path} holds a story that was edited (frame {frames})", advice=ANOTHER_FOLDER)
+    grown = resume and _goes_on(stored, given)
+    if not grown:
+        refuse_another(path, stored.identity, given.identity)
+        if (stored.frames, stored.scales) != (given.frames, given.scales):
+            found = f"{path / RECORD_NAME} is damaged: its frames and scales aren't those of its own settings"
+            raise InputError(found, advice=ANOTHER_FOLDER, field="out")
+    if grown:
+        # with more frames, all iterations are another story's; what of them is the same is found by its jobs
+        iterations = stored.iterations if stored.frames == given.frames else ()
+        return replace(given, iterations=iterations, sessions=stored.sessions)
     if resume:
         return stored
     if stored.finished:
@@ -195,6 +230,27 @@ def stored_or_new(path: Path, given: RunRecord, resume: bool) -> RunRecord:
         f"{path} already holds this run, with {len(stored.iterations)} of {len(stored.scales)} iterations finished",
         advice=("type ", Field("resume"), " to go on with it, or ", ANOTHER_FOLDER),
     )
+
+
+def _goes_on(stored: RunRecord, given: RunRecord) -> bool:
+    """Whether a run is the stored one with more iterations, or with more frames at the end; its files are then named
+    as before."""
+
+    def cut(identity: Mapping[str, Any]) -> tuple[list[Any], list[Any], Any]:
+        """Frames, each with its pictures; scales; and all else."""
+        rest = json_values(dict(identity))
+        try:
+            prompts, scales = rest["story"].pop("prompts"), rest["plan"].pop("scales")
+            given = [rest.pop(name, None) or [None] * len(prompts) for name in ("references", "control")]
+            return [*zip(prompts, *given, strict=True)], list(scales), rest
+        except (AttributeError, KeyError, TypeError, ValueError):
+            return [], [], None
+
+    (before, scales, rest), (after, more, same) = cut(stored.identity), cut(given.identity)
+    names = [(numbered(0, run.frames), iteration_name(0, len(run.scales))) for run in (stored, given)]
+    is_longer = len(after) > len(before) > 0 or len(more) > len(scales)
+    begins_so = after[: len(before)] == before and more[: len(scales)] == scales
+    return is_longer and begins_so and rest == same is not None and names[0] == names[1]
 
 
 def json_values(value: Any) -> Any:

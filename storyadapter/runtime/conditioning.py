@@ -25,13 +25,18 @@ class Tokenizers:
     first: TextTokenizer
     second: TextTokenizer
 
-    def input_ids(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Two [P, T] int32 tensors on the CPU: padded with each tokenizer's own padding, cut after T tokens."""
+    def input_ids(self, prompts: Sequence[str], chunks: int = 1) -> tuple[Tensor, Tensor]:
+        """Two [P·M, 77] int32 tensors on the CPU, the M chunks of a prompt one after the other, cut after the last one:
+        75 tokens between a start and an end token each, padded with each tokenizer's own padding."""
         first, second = (
-            torch.tensor(tokenizer.padded(prompts, constants.TEXT_TOKENS), dtype=torch.int32)
+            torch.tensor(tokenizer.padded(prompts, constants.TEXT_TOKENS, chunks), dtype=torch.int32)
             for tokenizer in (self.first, self.second)
         )
         return first, second
+
+    def chunks(self, text: str) -> int:
+        """How many chunks a text fills."""
+        return max(1, -(-(self.count(text) - 2) // constants.CHUNK_TOKENS))
 
     def count(self, text: str) -> int:
         """The tokens of a text with those at its ends, by whichever tokenizer makes more."""
@@ -95,11 +100,29 @@ def encode_texts(networks: Networks, tokenizers: Tokenizers, group: TextGroup) -
 
     Original and target size are the frame's, without a crop, for conditional and unconditional rows alike.
     """
-    ids, ids_2 = (upload(ids, networks.device) for ids in tokenizers.input_ids(group.texts))
-    size = [group.height, group.width, 0, 0, group.height, group.width]
-    inputs = networks["text_encoder"]({"input_ids": ids})
-    inputs |= networks["text_encoder_2"]({"input_ids": ids_2})
-    return inputs | {"sizes": upload(torch.tensor([size] * len(ids), dtype=torch.float32), networks.device)}
+    ids, ids_2 = (upload(ids, networks.device) for ids in tokenizers.input_ids(group.texts, group.chunks))
+    size, texts = [group.height, group.width, 0, 0, group.height, group.width], len(group.texts)
+    inputs = _encoded(networks, "text_encoder", ids) | _encoded(networks, "text_encoder_2", ids_2)
+    if group.chunks > 1:  # hidden states one after the other; the pooled text is the first chunk's
+        inputs = {
+            name: value.view(texts, group.chunks, -1)[:, 0].contiguous()
+            if name == "pooled_text"
+            else value.view(texts, -1, value.shape[-1])
+            for name, value in inputs.items()
+        }
+    return inputs | {"sizes": upload(torch.tensor([size] * texts, dtype=torch.float32), networks.device)}
+
+
+def _encoded(networks: Networks, encoder: str, ids: Tensor) -> dict[str, Tensor]:
+    """What a text encoder gives for chunks, in as few calls as the engine takes."""
+    most = networks.letters["P"].maximum if networks.letters else len(ids)
+    if len(ids) <= most:
+        return networks[encoder]({"input_ids": ids})
+    calls = list[dict[str, Tensor]]()
+    for start in range(0, len(ids), most):
+        part = networks[encoder]({"input_ids": ids[start : start + most].contiguous()})
+        calls.append({name: value.clone() for name, value in part.items()})
+    return {name: torch.cat([call[name] for call in calls]) for name in calls[0]}
 
 
 def project_texts(networks: Networks, inputs: Mapping[str, Tensor]) -> list[TextRow]:
@@ -123,7 +146,7 @@ def _projected(
 
 
 def text_bytes(geometry: Geometry, dtype: torch.dtype, prompts: int) -> int:
-    """What the projected keys and values of so many prompts take: 26 MB each for SDXL in half precision."""
+    """What the projected keys and values of so many prompts take, of a chunk each: 26 MB for SDXL in half precision."""
     widths = (*geometry.widths, *(width for control in geometry.controls for width in control.widths))
     channels = sum(width.layers * width.channels for width in widths)
     return prompts * 2 * constants.TEXT_TOKENS * channels * dtype.itemsize

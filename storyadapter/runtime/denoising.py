@@ -92,11 +92,12 @@ class FrameRows:
 
 @dataclass(frozen=True)
 class Room:
-    """How much the UNet calls of a batch may read: P, G and R, each a maximum."""
+    """How much the UNet calls of a batch may read: P, G and R, each a maximum, and T, which is the same for all."""
 
     prompts: int
     bank_rows: int
     tokens: int
+    text_tokens: int = TEXT_TOKENS
 
     @classmethod
     def of(cls, networks: Networks, frames: Sequence[FrameRows], references: int = 1) -> Self:
@@ -115,11 +116,12 @@ class Room:
             prompts=alone if len(texts) <= alone else 2 * len(frames),
             bank_rows=_rounded_up(max(2, len(bank)), max(2, 2 * len(frames) + 1)),
             tokens=tokens,
+            text_tokens=next(iter(texts[0].kv.values())).shape[2],
         )
 
     def joined(self, other: Self, padding_is_free: bool) -> "Room | None":
         """Room for both; None where the one's padding would cost the other time."""
-        if self.tokens != other.tokens and not padding_is_free:
+        if self.text_tokens != other.text_tokens or (self.tokens != other.tokens and not padding_is_free):
             return None
         pairs = zip(astuple(self), astuple(other), strict=True)
         return Room(*(max(pair) for pair in pairs))
@@ -139,7 +141,7 @@ class Conditioning:
         self.inputs = {"ref_length": torch.ones(room.bank_rows, dtype=torch.int32, device=networks.device)}
 
         def text_kv(widths: Sequence[LayerWidth]) -> dict[str, Tensor]:
-            sizes = {w.channels: (w.layers, room.prompts, 2, TEXT_TOKENS, w.channels) for w in widths}
+            sizes = {w.channels: (w.layers, room.prompts, 2, room.text_tokens, w.channels) for w in widths}
             return {text_kv_name(channels): torch.zeros(size, **options) for channels, size in sizes.items()}
 
         self.inputs |= text_kv(networks.geometry.widths)

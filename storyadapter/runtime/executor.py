@@ -4,7 +4,7 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import CancelledError
 from types import TracebackType
 from typing import Self
@@ -15,7 +15,8 @@ from storyadapter.method.story import Story
 from storyadapter.runtime.decoding import POLL_SECONDS
 from storyadapter.runtime.drive import turn
 from storyadapter.runtime.frame_store import FrameStore
-from storyadapter.runtime.pipeline import Pipeline, check_request
+from storyadapter.runtime.given_pictures import Pictures
+from storyadapter.runtime.pipeline import Pipeline
 from storyadapter.runtime.scheduler import Scheduler
 from storyadapter.runtime.story_source import StorySource
 
@@ -136,6 +137,7 @@ class LocalExecutor:
         plan: RunPlan | None = None,
         *,
         style: str | None = None,
+        references: Mapping[str, Pictures] | None = None,
         store: FrameStore | None = None,
         share: int = 1,
     ) -> SubmittedStory:
@@ -151,10 +153,10 @@ class LocalExecutor:
         pipeline = self._pipeline
         decided = pipeline.decided(plan or RunPlan())
         frames, negatives = len(story.frames), len(story.negative_prompts(decided))
-        check_request(pipeline.networks, story, decided)
+        pictures = pipeline.check(story, decided, style, references=references)
         story.final_prompts(style)
         submitted = SubmittedStory(
-            lambda: pipeline.source(story, decided, style, store=store),
+            lambda: pipeline.source(story, decided, style, pictures, store=store),
             lambda: pipeline.knows_batching(decided, frames, negatives),
             share,
         )

@@ -1,6 +1,6 @@
 """What the runtime asks of a place where frames are kept."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,12 +12,18 @@ from storyadapter.method.events import FrameFinished
 
 @dataclass(frozen=True, eq=False)
 class StoredFrame:
-    """A frame that was drawn before: its embedding, a tensor [width] fp32 on the CPU, or None; its picture; and its
-    latents, a tensor [4, h, w] fp16 on the CPU, or None."""
+    """A frame that was drawn before: the key of the job that drew it; its embedding, a tensor [width] fp32 on the CPU,
+    or None; its picture; and its latents, a tensor [4, h, w] fp16 on the CPU, or None."""
 
+    key: str
     embedding: Any
     picture: Callable[[], Image.Image]
     latents: Any = None
+
+    @property
+    def given(self) -> Any:
+        """What the next iteration gets of it: its embedding, or the picture where that is missing."""
+        return self.picture() if self.embedding is None else self.embedding
 
 
 class FrameStore(Protocol):
@@ -26,12 +32,18 @@ class FrameStore(Protocol):
     All methods are called from one thread.
     """
 
+    @property
+    def stays(self) -> Collection[int]:
+        """Frames that an edit leaves as they are, whichever jobs drew them; none where all of the story is drawn."""
+        ...
+
     def kept_from(self) -> int:
         """The first iteration whose frames are kept: those before it are finished, and their frames were removed."""
         ...
 
     def find(self, iteration: int, frame: int, key: str) -> StoredFrame | None:
-        """The frame at this place, if it is kept, whole, and was drawn by the job of this key."""
+        """The frame at this place, if it is kept, whole, and was drawn by the job of this key; one that stays
+        was drawn by any, and where those of its iteration were removed, it is that of the last."""
         ...
 
     def split(self, iteration: int) -> Sequence[int] | None:

@@ -39,6 +39,7 @@ class FrameJob:
         guidance: of the unconditional row, or as the UNet takes it as an embedding; None where neither is so.
         sampler: its settings, from which its table follows.
         guidance_interval: share of the steps between which unconditional rows are computed.
+        chunks: in which its texts are read: T is 77 for each.
         start: key of the job from whose latents it starts; None: from noise alone.
         seed: of the initial noise, and of that of the steps.
         scale: λ; None without references.
@@ -60,6 +61,7 @@ class FrameJob:
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     start: str | None = None
     control: tuple[Control | None, ...] = ()
+    chunks: int = 1
 
     @cached_property
     def key(self) -> str:
@@ -72,7 +74,7 @@ class FrameJob:
     @cached_property
     def batch_key(self) -> "BatchKey":
         interval = self.guidance_interval if self.is_guided else None
-        return BatchKey(self.model, self.numerics, self.height, self.width, self.sampler, interval)
+        return BatchKey(self.model, self.numerics, self.height, self.width, self.sampler, interval, self.chunks)
 
     @property
     def is_guided(self) -> bool:
@@ -98,6 +100,7 @@ class BatchKey:
     width: int
     sampler: SamplerSettings
     guided: tuple[float, float] | None
+    chunks: int = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,12 +125,14 @@ class TextGroup:
     texts: tuple[str, ...]
     height: int
     width: int
+    chunks: int = 1
 
     @classmethod
-    def split(cls, texts: Sequence[str], size: int, height: int, width: int) -> list["TextGroup"]:
-        """Groups of at most so many texts, in order."""
+    def split(cls, texts: Sequence[str], size: int, height: int, width: int, chunks: int = 1) -> list["TextGroup"]:
+        """Groups of at most so many texts, in order; of texts in several chunks of as many fewer."""
+        size = max(1, size // chunks)
         parts = (tuple(texts[start : start + size]) for start in range(0, len(texts), size))
-        return [cls(part, height, width) for part in parts]
+        return [cls(part, height, width, chunks) for part in parts]
 
 
 @dataclass(frozen=True, eq=False)

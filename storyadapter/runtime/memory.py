@@ -170,6 +170,7 @@ def unet_letters(networks: Networks, plan: RunPlan, frames: int, references: int
         "P": frames + int(plan.guided),
         "G": 2,
         "R": constants.TOKENS_PER_IMAGE * references,
+        "M": 1,
         "h": height,
         "w": width,
     }

@@ -3,7 +3,7 @@
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from contextlib import closing
 from dataclasses import replace
@@ -27,7 +27,9 @@ from storyadapter.runtime.conditioning import TEXTS_AT_ONCE, Tokenizers
 from storyadapter.runtime.denoising import StatePool
 from storyadapter.runtime.drive import drive
 from storyadapter.runtime.frame_store import FrameStore
+from storyadapter.runtime.given_pictures import FramePictures, Pictures, pictures_of_frames
 from storyadapter.runtime.memory import Batching, Batchings, step_networks, unet_letters
+from storyadapter.runtime.story_jobs import in_chunks, most_chunks
 from storyadapter.runtime.story_source import FinishedIteration, StorySource
 from storyadapter.runtime.worker import Worker
 
@@ -70,6 +72,7 @@ class Pipeline(ABC):
         plan: RunPlan | None = None,
         *,
         style: str | None = None,
+        references: Mapping[str, Pictures] | None = None,
         resume: FinishedIteration | None = None,
         store: FrameStore | None = None,
         cancel: threading.Event | None = None,
@@ -87,6 +90,8 @@ class Pipeline(ABC):
             story: prompts, characters and style.
             plan: every other setting; by default the published ones. Its size, if it has none, is the model's own.
             style: overrides the story's style.
+            references: pictures, or files of them, by the name of whom they show, beside those that the story names:
+                frames whose prompt has the name attend to them, see `plan.reference_scale` and `keep_references`.
             resume: go on after this finished iteration; the pictures are those of an uninterrupted run.
             store: keeps frames; what it has already isn't drawn again.
             cancel: set from any thread, it ends the run before its next step.
@@ -102,9 +107,39 @@ class Pipeline(ABC):
             torch.OutOfMemoryError: a single frame doesn't fit.
         """
         plan = self.decided(plan or RunPlan())
-        check_request(self.networks, story, plan, resume)
+        pictures = self.check(story, plan, style, references=references, resume=resume)
         controls = read_controls(story, plan) if controls is None else controls
-        return self._events(story, plan, style, resume, store, cancel, controls)
+        return self._events(story, plan, style, pictures, resume, store, cancel, controls)
+
+    def check(
+        self,
+        story: Story,
+        plan: RunPlan,
+        style: str | None = None,
+        *,
+        references: Mapping[str, Pictures] | None = None,
+        resume: FinishedIteration | None = None,
+    ) -> FramePictures:
+        """Tell what can be told of a request before anything is drawn; gives the pictures that its frames attend to.
+
+        Args:
+            plan: with everything decided, see `decided`.
+
+        Raises:
+            InputError: the engine can't serve it, the sampler can't do it, `resume` is of another story, or a picture
+                can't be read.
+        """
+        count = len(self.networks.geometry.controls)
+        if not count and any(frame.control for frame in story.frames):  # before a file is read that a story names
+            expected = (Field("controlnet"), " with it")
+            raise InputError("the story has control pictures, and there is no ControlNet", expected=expected)
+        pictures = pictures_of_frames(story, references)
+        frames = in_chunks(story.final_frames(plan, style), plan, self.tokenizers)
+        check_request(
+            self.networks, plan, frames=len(frames), pictures=max(map(len, pictures)), chunks=most_chunks(frames)
+        )
+        _check_resumed(story, plan, resume)
+        return pictures
 
     def decided(self, plan: RunPlan) -> RunPlan:
         """The plan with everything decided that it leaves to the model: its size, how it is sampled, and how its
@@ -117,14 +152,25 @@ class Pipeline(ABC):
         story: Story,
         plan: RunPlan,
         style: str | None = None,
+        pictures: FramePictures | None = None,
         resume: FinishedIteration | None = None,
         store: FrameStore | None = None,
         controls: Controls | None = None,
     ) -> StorySource:
-        """A story's frames as jobs, for a scheduler; `check_request` comes before."""
+        """A story's frames as jobs, for a scheduler; `check` comes before.
+
+        Args:
+            pictures: of `pictures_of_frames`; by default those that the story names.
+        """
         plan, letters = self.decided(plan), self.networks.letters
+        pictures = pictures_of_frames(story) if pictures is None else pictures
+        frames = [
+            replace(frame, references=tuple(picture.key for picture in of_frame))
+            for frame, of_frame in zip(story.final_frames(plan, style), pictures, strict=True)
+        ]
+        frames = in_chunks(frames, plan, self.tokenizers)
         return StorySource(
-            story.final_frames(plan, style),
+            frames,
             plan,
             controls=read_controls(story, plan) if controls is None else controls,
             model=self.model,
@@ -133,6 +179,7 @@ class Pipeline(ABC):
             batching=self.batching(plan, len(story.frames), len(story.negative_prompts(plan))),
             texts_at_once=min(TEXTS_AT_ONCE, letters["P"].maximum) if letters else TEXTS_AT_ONCE,
             workers=self.worker_count,
+            pictures={picture.key: picture.picture for of_frame in pictures for picture in of_frame},
             resume=resume,
             store=store,
         )
@@ -177,13 +224,14 @@ class Pipeline(ABC):
         story: Story,
         plan: RunPlan,
         style: str | None,
+        pictures: FramePictures,
         resume: FinishedIteration | None,
         store: FrameStore | None,
         cancel: threading.Event | None,
         controls: Controls,
     ) -> Generator[Event, None, None]:
         self.use_device()
-        source = self.source(story, plan, style, resume, store, controls)
+        source = self.source(story, plan, style, pictures, resume, store, controls)
         with closing(drive(self.workers(), [source])) as driven:
             for _, event in driven:
                 if cancel is not None and cancel.is_set():
@@ -280,40 +328,44 @@ class StoryPipeline(Pipeline):
         return seconds / letters["B"]
 
 
-def check_request(networks: Networks, story: Story, plan: RunPlan, resume: FinishedIteration | None = None) -> None:
-    """What can be told of a request before anything is drawn.
+def check_request(networks: Networks, plan: RunPlan, *, frames: int, pictures: int = 0, chunks: int = 1) -> None:
+    """Whether an engine and the sampler can do a plan.
+
+    Args:
+        frames: of the story.
+        pictures: of a user's, that one frame attends to at the most.
+        chunks: of the longest text.
 
     Raises:
-        InputError: the engine can't serve the plan, the sampler can't do it, or `resume` is of another story.
+        InputError: they can't.
     """
-    frames, letters, scale = len(story.frames), networks.letters, networks.geometry.pixels_per_latent
+    letters, scale = networks.letters, networks.geometry.pixels_per_latent
     if letters is not None:
         height, width = (Range(letters[name].minimum * scale, letters[name].maximum * scale) for name in ("h", "w"))
         references = Range(1, letters["N"].maximum - 1)  # N counts the unconditional one too
         together = 1 if plan.max_frames is None else len(split_evenly(frames, plan.max_frames)[0])
-        for name, asked, built in (
-            ("max_frames", together, letters["F"]),
-            ("max_references", plan.references(frames), references),
-            ("height", plan.size[0], height),
-            ("width", plan.size[1], width),
+        for name, what, asked, built in (
+            ("max_frames", "", together, letters["F"]),
+            ("max_references", "the story's frames and pictures", plan.references(frames, pictures), references),
+            ("max_prompt_chunks", "the longest prompt's chunks", chunks, letters["M"]),
+            ("height", "", plan.size[0], height),
+            ("width", "", plan.size[1], width),
         ):
             if asked not in built:
-                named = ("the story's frames (", Field(name), ")") if name == "max_references" else (Field(name),)
+                named = (f"{what} (", Field(name), ")") if what else (Field(name),)
                 served = f"this engine was built for {built.minimum} to {built.maximum}"
                 raise InputError(*named, f": {asked} asked for", advice=served)
     if len(plan.controls) != (count := len(networks.geometry.controls)):
         found = f"there are settings for {len(plan.controls)} ControlNets"
         raise InputError(found, expected=f"{count}, as many as the model has", field="controlnet")
-    if not count and any(frame.control for frame in story.frames):  # before a file is read that a story names
-        expected = (Field("controlnet"), " with it")
-        raise InputError("the story has control pictures, and there is no ControlNet", expected=expected)
-    if resume is not None and len(resume.pictures) != frames:
-        raise InputError(f"a finished iteration has {len(resume.pictures)} pictures", expected=f"the story's {frames}")
-    if resume is not None and plan.strength < 1:
-        found = (
-            Field("strength"),
-            f" {plan.strength:g} starts from latents, and pictures alone were given to go on from",
-        )
-        raise InputError(*found, expected=(Field("strength"), " 1"))
     for iteration in range(plan.iterations):
         sampler_of(plan.sampler_in(iteration))
+
+
+def _check_resumed(story: Story, plan: RunPlan, resume: FinishedIteration | None) -> None:
+    if resume is not None and len(resume.pictures) != len(story.frames):
+        found = f"a finished iteration has {len(resume.pictures)} pictures"
+        raise InputError(found, expected=f"the story's {len(story.frames)}")
+    if resume is not None and plan.strength < 1:
+        found = f" {plan.strength:g} starts from latents, and pictures alone were given to go on from"
+        raise InputError(Field("strength"), found, expected=(Field("strength"), " 1"))

@@ -1,8 +1,7 @@
 """A story as a source of frame jobs, with one barrier per iteration: there only embeddings are exchanged."""
 
-import hashlib
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -17,7 +16,6 @@ from storyadapter.method.events import (
     IterationFinished,
     IterationStarted,
     MicroBatchHalved,
-    PromptTruncated,
     RunFinished,
     RunStarted,
     StepFinished,
@@ -28,9 +26,11 @@ from storyadapter.model.numerics import Numerics
 from storyadapter.runtime.batches import StepDone
 from storyadapter.runtime.conditioning import TEXTS_AT_ONCE, Tokenizers
 from storyadapter.runtime.decoding import Decoded
-from storyadapter.runtime.frame_store import FrameStore
-from storyadapter.runtime.jobs import Control, FrameJob, References, Task, TextGroup
+from storyadapter.runtime.frame_store import FrameStore, StoredFrame
+from storyadapter.runtime.given_pictures import GivenPicture
+from storyadapter.runtime.jobs import FrameJob, References, Task
 from storyadapter.runtime.memory import Batching
+from storyadapter.runtime.story_jobs import StoryJobs, StoryTexts, truncated
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class StorySource:
         batching: how many frames are drawn at once.
         texts_at_once: texts of one call of the text encoders.
         workers: that draw it: an iteration has as many batches for each of them.
+        pictures: those of a user's that frames name, by their keys.
         resume: pictures to go on from.
         store: where frames are kept, and found again.
         controls: of each frame its control pictures, as `read_controls` gives them.
@@ -75,6 +76,7 @@ class StorySource:
         batching: Batching,
         texts_at_once: int = TEXTS_AT_ONCE,
         workers: int = 1,
+        pictures: Mapping[str, Image.Image] | None = None,
         resume: FinishedIteration | None = None,
         store: FrameStore | None = None,
         controls: Controls = (),
@@ -85,36 +87,32 @@ class StorySource:
         self.served = 0.0
         self.share = 1
         self.error: BaseException | None = None
-        self._story = frames
         self._controls = controls or ((),) * len(frames)
-        self._model = model
-        self._numerics = numerics
+        self._jobs = StoryJobs(frames, plan, model, numerics, self._controls)
         self._store = store
+        self._stays: Collection[int] = store.stays if store else ()
         self._workers = workers
         self._max_frames = batching.max_frames  # halved where memory didn't suffice
-        negatives = tuple(dict.fromkeys(frame.negative_prompt for frame in frames if frame.negative_prompt is not None))
-        texts = [*negatives, *(frame.prompt for frame in frames)]
-        groups = TextGroup.split(texts, texts_at_once, *plan.size)
-        self._texts = [(group, index) for group in groups for index in range(len(group.texts))]
-        self._negatives = dict(zip(negatives, self._texts, strict=False))
+        self._texts = StoryTexts(frames, texts_at_once, *plan.size)
         self._events: deque[tuple[Event, Future[None] | None]] = deque()
         self._saving = 0
         self._seconds: dict[str, float] = {}
         self._iteration = resume.iteration + 1 if resume else 0
         self._keys: tuple[str, ...] = ()  # of the frames of the iteration before
         self._given: list[Tensor | Image.Image] = []  # their embeddings, or pictures that have yet to be embedded
-        self._starts: list[Tensor] = []  # their latents, where the next iteration starts from them
+        self._pictures: dict[str, Tensor | Image.Image] = dict(pictures or {})  # a user's, as those
+        self._starts: dict[int, Tensor] = {}  # their latents, where the next iteration starts from them
         self._begin_run(resume, tokenizers)
 
     @property
     def frames(self) -> int:
         """N."""
-        return len(self._story)
+        return len(self._jobs.frames)
 
     @property
     def texts(self) -> int:
         """Texts that are encoded for it: a prompt per frame, and the distinct negative prompts."""
-        return len(self._texts)
+        return self._texts.count
 
     @property
     def is_finished(self) -> bool:
@@ -130,18 +128,26 @@ class StorySource:
     @property
     def to_embed(self) -> list[Image.Image]:
         """Pictures whose embeddings the next iteration waits for; give them to `take_embeddings`."""
-        return [given for given in self._given if isinstance(given, Image.Image)]
+        return [given for given in (*self._given, *self._pictures.values()) if isinstance(given, Image.Image)]
 
     @property
     def embedding_groups(self) -> Sequence[range] | None:
         """Which of `to_embed` are embedded in one call: those that a run without interruption would; None: any."""
-        everything = len(self.to_embed) == self.frames
-        return split_evenly(self.frames, self.batching.max_frames) if everything else None
+        frames = sum(isinstance(given, Image.Image) for given in self._given)
+        if frames not in (0, self.frames):
+            return None
+        most, groups = self.batching.max_frames, list[range]()
+        for start, pictures in ((0, frames), (frames, len(self.to_embed) - frames)):
+            split = split_evenly(pictures, most) if pictures else ()
+            groups += (range(start + part.start, start + part.stop) for part in split)
+        return groups
 
     def take_embeddings(self, embeddings: Tensor) -> None:
         """[n, width] fp32 on the CPU: of `to_embed`."""
         rows = iter(embeddings)
         self._given = [next(rows) if isinstance(given, Image.Image) else given for given in self._given]
+        waiting = (key for key, given in self._pictures.items() if isinstance(given, Image.Image))
+        self._pictures |= dict(zip(waiting, rows, strict=True))
         self._begin_iteration()
 
     def take(self) -> Task:
@@ -248,48 +254,50 @@ class StorySource:
     def _begin_run(self, resume: FinishedIteration | None, tokenizers: Tokenizers) -> None:
         """Find how far the story has come."""
         if resume:
-            self._keys = tuple(map(_picture_key, resume.pictures))
+            self._keys = tuple(GivenPicture.of(picture).key for picture in resume.pictures)
             self._given = list(resume.pictures)
         removed = self._store.kept_from() if self._store else 0
         while self._store and self._iteration < self.plan.iterations:
-            jobs = self._jobs()
+            jobs = self._jobs.of(self._iteration, self._keys)
             found = self._stored(jobs)
             if len(found) < self.frames and self._iteration >= removed:
                 break
             # a process may have been killed when all frames were kept, and before that was recorded
             self._store.finish_iteration(self._iteration, {}, self._split())
-            self._keys = tuple(job.key for job in jobs)
-            self._given = [found[frame] for frame in sorted(found)]
-            self._starts = [latents for _, latents in sorted(self._latents.items())]
+            self._keys = _keys(jobs, found)
+            self._given = [found[frame].given for frame in sorted(found)]
+            self._starts = _latents(found)
             self._iteration += 1
         if self._iteration and self._iteration == removed:  # what would be gone on from is gone
             self._iteration, self._keys, self._given = 0, (), []
         first = self._iteration
         self._begin_iteration()
         whole = self.plan.iterations - first - bool(self.ready)  # iterations of which every frame is to be drawn
-        batches = split_evenly(self.frames, self.batching.max_frames, self._workers)
-        kept, left = self.batching.keep_text, len(self.ready) + whole * self.frames
-        told: list[Event] = [RunStarted(self.frames, self.plan.iterations, first, batches, kept, left=left)]
-        told += truncated(self._story, self.plan, tokenizers)
+        drawn = self.frames - len(self._stays)
+        batches = split_evenly(drawn, self.batching.max_frames, self._workers) if drawn else ()
+        kept, left = self.batching.keep_text, len(self.ready) + whole * drawn
+        rows = len(self.ready) * self.plan.rows_in(min(first, self.plan.iterations - 1))
+        rows += drawn * sum(map(self.plan.rows_in, range(self.plan.iterations - whole, self.plan.iterations)))
+        told: list[Event] = [RunStarted(self.frames, self.plan.iterations, first, batches, kept, left, rows)]
+        told += truncated(self._jobs.frames, self.plan, tokenizers)
         self._events.extendleft((event, None) for event in reversed(told))
 
-    def _split(self) -> list[int]:
-        """How the current iteration is split into batches: as it was when it was begun before, or evenly."""
+    def _split(self, drawn: int | None = None) -> list[int]:
+        """How so many frames of the current iteration, by default all that don't stay, are split into batches: as when
+        it was begun before, or evenly."""
+        drawn = self.frames - len(self._stays) if drawn is None else drawn
         split = self._store.split(self._iteration) if self._store else None
-        if split and sum(split) == self.frames:
+        if split and sum(split) == drawn:
             return list(split)
-        return [len(batch) for batch in split_evenly(self.frames, self._max_frames, self._workers)]
+        return [len(batch) for batch in split_evenly(drawn, self._max_frames, self._workers)] if drawn else []
 
-    def _stored(self, jobs: Sequence[FrameJob]) -> dict[int, Tensor | Image.Image]:
-        """The frames of an iteration that are kept: by their embedding, or the picture where that is missing."""
-        found: dict[int, Tensor | Image.Image] = {}
-        self._latents: dict[int, Tensor] = {}
+    def _stored(self, jobs: Sequence[FrameJob]) -> dict[int, StoredFrame]:
+        """The frames of the current iteration that are kept."""
+        found = {}
         for frame, job in enumerate(jobs):
             stored = self._store.find(self._iteration, frame, job.key) if self._store else None
-            if stored is not None and (stored.latents is not None or not self._keeps_latents):
-                if self._keeps_latents:
-                    self._latents[frame] = stored.latents
-                found[frame] = stored.picture() if stored.embedding is None else stored.embedding
+            if stored is not None and (stored.latents is not None or not self._keeps_latents or frame in self._stays):
+                found[frame] = stored
         return found
 
     @property
@@ -297,79 +305,51 @@ class StorySource:
         """Whether the next iteration starts from the frames of the current one."""
         return self.plan.strength < 1 and self._iteration + 1 < self.plan.iterations
 
-    def _jobs(self) -> list[FrameJob]:
-        """Those of the current iteration."""
-        plan, scale = self.plan, None
-        iteration = min(self._iteration, plan.iterations - 1)
-        if 0 < self._iteration < plan.iterations:
-            scale = plan.scale_of(self._iteration)
-        guided, guidance = plan.is_guided_in(iteration), plan.guidance_in(iteration)
-        starts = self._keys if scale is not None and plan.strength < 1 else (None,) * self.frames
-        return [
-            FrameJob(
-                self._model,
-                self._numerics,
-                *plan.size,
-                frame.prompt,
-                frame.negative_prompt if guided else None,
-                guidance if guided or plan.embeds_guidance else None,
-                plan.sampler_in(iteration),
-                frame.seed,
-                scale,
-                self._keys if scale is not None else (),
-                plan.guidance_interval if guided else (0.0, 1.0),
-                start,
-                tuple(
-                    Control(picture.key, use.scale, use.start, use.end) if picture else None
-                    for picture, use in zip(pictures, plan.controls, strict=False)
-                ),
-            )
-            for frame, start, pictures in zip(self._story, starts, self._controls, strict=True)
-        ]
-
     def _begin_iteration(self) -> None:
         self._groups: deque[int] = deque()
         self._stages: dict[str, float] = {}
         self._batches: list[Sequence[int]] = []
         if self._iteration == self.plan.iterations:
-            self._given = []
+            self._given, self._pictures = [], {}
             self._tell(RunFinished(self._seconds))
             return
-        jobs = self._jobs()
-        references = None
-        if self._iteration:
-            if self.to_embed:
-                return
-            embeddings = torch.stack([given for given in self._given if isinstance(given, Tensor)])
-            references = References(self._keys, embeddings)
-        self._embeddings: dict[int, Tensor | Image.Image | None] = dict(self._stored(jobs))
-        self._found = frozenset(self._embeddings)
-        self._tell(IterationStarted(self._iteration, jobs[0].scale, tuple(sorted(self._found))))
-        prompts, last = self._texts[len(self._negatives) :], self._iteration + 1 == self.plan.iterations
+        jobs = self._jobs.of(self._iteration, self._keys)
+        if self._iteration and not self.plan.keep_references:
+            self._pictures = {}
+        if self.to_embed:
+            return
+        references = self._references(jobs)
+        found = self._stored(jobs)
+        self._embeddings: dict[int, Tensor | Image.Image | None] = {f: kept.given for f, kept in found.items()}
+        self._latents = _latents(found)
+        self._drawn_keys = _keys(jobs, found)
+        self._tell(IterationStarted(self._iteration, self.plan.scale_of(self._iteration), tuple(sorted(found))))
+        last = self._iteration + 1 == self.plan.iterations
         tasks = [
             Task(
                 self,
                 job,
                 self._iteration,
                 frame,
-                (prompts[frame], *([] if job.negative_prompt is None else [self._negatives[job.negative_prompt]])),
-                references,
+                self._texts.of(frame, job),
+                references.get(job.references),
                 embed=not last,
                 start=self._starts[frame] if job.start else None,
                 control=self._controls[frame],
                 keep_latents=self._keeps_latents,
-                room=self.plan.references(self.frames),
+                room=self.plan.references(self.frames, self._jobs.most_pictures),
             )
             for frame, job in enumerate(jobs)
+            if frame not in self._stays or frame not in found
         ]
         # a batch of which a frame is missing is drawn again whole: its frames have the bytes of an uninterrupted run
-        split, start = self._split(), 0
+        split, start = self._split(len(tasks)), 0
         if self._store:
             self._store.begin_iteration(self._iteration, split)
         for size in split:
             group = tasks[start : start + size]
             start += size
-            missing = [task for task in group if task.frame not in self._found]
+            missing = [task for task in group if task.frame not in found]
             if missing and size > self._max_frames:  # it can't be drawn whole
                 group = missing
             if missing:
@@ -381,39 +361,38 @@ class StorySource:
         if not self._open:
             self._end_iteration()
 
+    def _references(self, jobs: Sequence[FrameJob]) -> dict[tuple[str, ...], References]:
+        """What the frames of the current iteration attend to, each set once; nothing for those without any."""
+        frames = [given for given in self._given if isinstance(given, Tensor)]
+
+        def references(keys: tuple[str, ...]) -> References:
+            pictures = [self._pictures[key] for key in keys[len(frames) :]]
+            return References(keys, torch.stack([*frames, *(row for row in pictures if isinstance(row, Tensor))]))
+
+        return {keys: references(keys) for keys in dict.fromkeys(job.references for job in jobs) if keys}
+
     def _end_iteration(self) -> None:
-        jobs = self._jobs()
         for stage, seconds in self._stages.items():
             self._seconds[stage] = self._seconds.get(stage, 0.0) + seconds
         batches = tuple(sorted(self._batches, key=lambda frames: frames[0]))
         self._tell(IterationFinished(self._iteration, self._stages, batches))
-        self._keys = tuple(job.key for job in jobs)
+        self._keys = self._drawn_keys
         self._given = [given for _, given in sorted(self._embeddings.items()) if given is not None]
-        self._starts = [latents for _, latents in sorted(self._latents.items())]
+        self._starts = self._latents
         self._iteration += 1
         self._begin_iteration()
 
 
-def truncated(frames: Sequence[FinalFrame], plan: RunPlan, tokenizers: Tokenizers) -> Iterator[PromptTruncated]:
-    """Every text of a story of which the model won't read the end, each once."""
-    for number, frame in enumerate(frames):
-        if words := tokenizers.words_cut_off(frame.prompt):
-            yield PromptTruncated(number, words)
-    told = set()
-    for number, frame in enumerate(frames):
-        negative = frame.negative_prompt
-        if negative is not None and negative not in told:
-            told.add(negative)
-            if words := tokenizers.words_cut_off(negative):
-                yield PromptTruncated(None if negative == plan.negative_prompt else number, words, negative=True)
+def _keys(jobs: Sequence[FrameJob], found: Mapping[int, StoredFrame]) -> tuple[str, ...]:
+    """Of the jobs that drew, or will draw, each frame: one that stays was drawn by another than today's."""
+    return tuple(found[frame].key if frame in found else job.key for frame, job in enumerate(jobs))
+
+
+def _latents(found: Mapping[int, StoredFrame]) -> dict[int, Tensor]:
+    return {frame: stored.latents for frame, stored in found.items() if stored.latents is not None}
 
 
 def _span(tasks: Sequence[Task]) -> Sequence[int]:
     """The frames of some tasks: a range where they follow each other."""
     frames = [task.frame for task in tasks]
     return range(frames[0], frames[-1] + 1) if frames == [*range(frames[0], frames[-1] + 1)] else tuple(frames)
-
-
-def _picture_key(picture: Image.Image) -> str:
-    rgb = picture.convert("RGB")
-    return hashlib.sha256(repr(rgb.size).encode() + rgb.tobytes()).hexdigest()

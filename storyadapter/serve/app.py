@@ -18,8 +18,8 @@ from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Str
 from pydantic import BaseModel, ConfigDict
 
 import storyadapter
-from storyadapter.method.story import check_style
-from storyadapter.output.run_folder import frame_path
+from storyadapter.method.story_parts import check_style
+from storyadapter.output.frame_files import frame_path
 from storyadapter.serve.gate import COOKIE, Keys
 from storyadapter.serve.problems import MEDIA_TYPE, Problem, add_problem_handlers
 from storyadapter.serve.queue import OPEN, QueuedStory

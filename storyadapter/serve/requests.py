@@ -14,7 +14,7 @@ from storyadapter.method import constants
 from storyadapter.method.errors import InputError
 from storyadapter.method.plan import RunPlan
 from storyadapter.method.story import Story
-from storyadapter.runtime.pipeline import Pipeline, check_request
+from storyadapter.runtime.pipeline import Pipeline
 from storyadapter.serve.limits import Limits
 from storyadapter.serve.queue import Priority
 
@@ -135,4 +135,4 @@ def check(story: Story, plan: RunPlan, pipeline: Pipeline, limits: Limits) -> No
     ):
         if asked > allowed:
             raise InputError(f"{name}: {asked}", expected=f"{allowed} at most on this server", field=name)
-    check_request(pipeline.networks, story, plan)
+    pipeline.check(story, plan)

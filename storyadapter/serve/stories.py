@@ -282,7 +282,7 @@ class Stories:
                 progress.rows += rows
                 metrics.drew_rows(rows)
             case RunStarted():
-                progress.of_rows = plan.rows_left(event.first_iteration, event.frames, event.left)
+                progress.of_rows = event.rows
                 self._tell(name, "started", {"frames": event.frames, "iterations": event.iterations})
             case FrameFinished():
                 progress.frames += 1
@@ -355,5 +355,4 @@ class Stories:
 
 def plan_of(queued: QueuedStory) -> RunPlan:
     """The settings that were accepted."""
-    given: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in queued.plan.items()}
-    return RunPlan(**given)
+    return RunPlan.from_dict(queued.plan)

@@ -110,9 +110,6 @@ def test_a_value_per_iteration() -> None:
         rows = [weak.rows_at(iteration, step) for step in range(1, calls[iteration] + 1)]
         assert sum(rows) == weak.rows_in(iteration) and max(rows) == (1 if iteration == 1 else 2)
     assert [weak.rows_at(0, step) for step in (5, 6, 15, 16)] == [1, 2, 2, 1]
-    assert weak.rows_left(0, 10, 30) == weak.unet_rows(10)
-    assert weak.rows_left(1, 10, 12) == 2 * 4 + 10 * 3 and weak.rows_left(2, 10, 10) == 10 * 3
-    assert weak.rows_left(3, 10, 0) == 0
 
 
 def test_equal_values_are_one() -> None:

@@ -132,7 +132,7 @@ WORDS = st.text("abXYé1_", min_size=1, max_size=3)
 @given(st.dictionaries(WORDS, TEXTS, max_size=4), st.lists(WORDS, min_size=1, max_size=8), st.sampled_from(" .,-'"))
 def test_names_are_replaced_word_by_word(characters: dict[str, str], words: list[str], between: str) -> None:
     story = Story((between.join(words),), characters=characters)
-    expected = between.join(story.characters.get(word, word) for word in words)
+    expected = between.join(characters.get(word, word).strip() for word in words)
     assert story.final_prompts("none") == (expected,)
 
 

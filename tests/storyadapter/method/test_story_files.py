@@ -93,8 +93,24 @@ HOSTILE = {
     ),
     "controls.yaml": ("prompts: [{prompt: b, control: [null]}]", "line 1: the control of prompt 1 is a list, exp"),
     "references.yaml": (
-        "prompts: [{prompt: b, references: [c]}]",
-        "line 1: prompt 1 has the unknown key 'references', ex",
+        "prompts: [{prompt: b, references: c}]",
+        "line 1: the references of prompt 1 is text, expected a list with one file per picture",
+    ),
+    "reference.yaml": (
+        "prompts: [a]\ncharacters:\n  A: {references: [7]}",
+        "line 3: the references of the character 'A' is a number (7), expected text; put it in quotes",
+    ),
+    "many-references.yaml": (
+        f"prompts: [a]\ncharacters:\n  A: {{references: [{'a, ' * 33}]}}",
+        "line 3: the references of the character 'A' has 33 pictures, expected 32 at the most",
+    ),
+    "character.yaml": (
+        "prompts: [a]\ncharacters:\n  A: {pictures: [a]}",
+        "line 3: the character 'A' has the unknown key 'pictures', expected definition or references",
+    ),
+    "empty-character.yaml": (
+        "prompts: [a]\ncharacters:\n  A: {}",
+        "line 3: the definition of the character 'A' is an empty mapping, expected 'definition', 'references', or both",
     ),
     "twice.json": (
         '{"prompts": ["a"],\n"prompts": ["b"]}',
@@ -263,7 +279,8 @@ def test_the_schema_says_what_a_story_file_may_hold() -> None:
     text, frame = schema["properties"]["prompts"]["items"]["anyOf"]
     assert text["type"] == "string" and frame == {"$ref": "#/$defs/Frame"}
     own = schema["$defs"]["Frame"]
-    assert [*own["properties"]] == ["prompt", "negative", "seed", "control"] and own["required"] == ["prompt"]
+    assert [*own["properties"]] == ["prompt", "negative", "seed", "control", "references"]
+    assert own["required"] == ["prompt"]
     assert {"comic", "film", "realistic", "none"} == {*schema["properties"]["style"]["anyOf"][0]["enum"]}
 
 
@@ -282,7 +299,9 @@ VALUES = st.recursive(
     lambda below: st.lists(below, max_size=4) | st.dictionaries(st.text(max_size=8) | st.integers(), below, max_size=4),
     max_leaves=12,
 )
-KEYS = st.sampled_from(["prompts", "characters", "title", "style", "prompt", "seed", "negative", "control", "Shots"])
+KEYS = st.sampled_from(
+    ["prompts", "characters", "title", "style", "prompt", "seed", "negative", "control", "references", "Shots"]
+)
 STORIES = st.dictionaries(KEYS, VALUES, max_size=4) | VALUES
 TEXTS = st.text(st.characters(), max_size=80) | st.text("-*1.) `\n\"':,;\t{}[]&!|>%@#a", max_size=80)
 

@@ -105,7 +105,9 @@ def test_layout(tmp_path: Path) -> None:
             for i, (scale, own) in enumerate(zip(SCALES, hashes, strict=True))
         ],
         "under_way": None,
+        "before": [],
     }
+    assert record["edits"] == []
     assert record["sessions"] == [
         {
             "first_iteration": 0,

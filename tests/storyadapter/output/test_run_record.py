@@ -8,7 +8,15 @@ from hypothesis import strategies as st
 
 from storyadapter.cli.options import typed
 from storyadapter.method.errors import InputError, spelled
-from storyadapter.output.run_record import IterationRecord, RunRecord, Session, UnderWay, first_difference, json_values
+from storyadapter.output.run_record import (
+    EditRecord,
+    IterationRecord,
+    RunRecord,
+    Session,
+    UnderWay,
+    first_difference,
+    json_values,
+)
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-5, 5) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -25,6 +33,8 @@ RECORD = RunRecord(
     iterations=(IterationRecord(None, {"denoise": 1.5}, split=(1, 1), sha256=("ab", "cd")),),
     sessions=(Session(0, {"versions": {"torch": "2.13"}}, {"load": 0.5}),),
     under_way=UnderWay(1, (2,)),
+    edits=(EditRecord((1,), (0,), ("an owl",), "before-edit-01"),),
+    before=(IterationRecord(None, {}),),
 )
 
 
@@ -33,7 +43,7 @@ def test_layout() -> None:
     text = RECORD.to_json().decode()
     assert json.loads(text) == {
         "format": "storyadapter-trt run",
-        "schema": 3,
+        "schema": 4,
         "identity": {"story": {"title": "Größe"}, "seed": 7},
         "progress": {
             "status": "running",
@@ -44,7 +54,11 @@ def test_layout() -> None:
                 | {"thumbnails_sha256": ""}
             ],
             "under_way": {"iteration": 1, "split": [2]},
+            "before": [
+                {"scale": None, "seconds": {}, "removed": False, "split": [], "sha256": [], "thumbnails_sha256": ""}
+            ],
         },
+        "edits": [{"frames": [1], "older": [0], "before": ["an owl"], "kept": "before-edit-01"}],
         "sessions": [
             {
                 "first_iteration": 0,
@@ -74,8 +88,8 @@ def test_reads_back(tmp_path_factory: pytest.TempPathFactory, identity: dict, fi
         (b"[" * 100_000, "is no valid JSON"),
         (b'{"name": "my story"}', "is something else, expected the record of a storyadapter-trt run"),
         (b"[]", "is something else, expected the record of a storyadapter-trt run"),
-        (b'{"format": "storyadapter-trt run", "schema": 2}', "has schema 2, expected 3"),
-        (b'{"format": "storyadapter-trt run", "schema": 3}', "is damaged (KeyError('progress'))"),
+        (b'{"format": "storyadapter-trt run", "schema": 3}', "has schema 3, expected 4"),
+        (b'{"format": "storyadapter-trt run", "schema": 4}', "is damaged (KeyError('progress'))"),
         (RECORD.to_json().replace(b'"removed"', b'"gone"'), "is damaged (iterations.0.gone: Unexpected keyword"),
         (RECORD.to_json().replace(b"0.3", b'"x"'), "is damaged (scales.1: Input should be a valid number"),
         (RECORD.to_json().replace(b'"cd"', b""), "is no valid JSON"),

@@ -1,0 +1,34 @@
+"""A run's model in its record, so that what is done with the run later finds it."""
+
+import argparse
+import os
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from storyadapter.checkpoint import CheckpointPaths
+from storyadapter.cli.options import ModelChoice, given_checkpoint_options, model_choice
+
+
+def recorded_files(paths: CheckpointPaths) -> dict[str, Any]:
+    """The model of a run as its record names it, so that an edit finds it from anywhere; nothing for the demo model."""
+
+    def place(name: Path | str) -> str:
+        return os.path.abspath(name) if os.path.exists(name) else str(name)
+
+    given = {item.name: getattr(paths, item.name) for item in fields(paths)}
+    loras = [f"{place(lora.path)}:{lora.scale!r}" for lora in given.pop("loras")]
+    names = (
+        {} if paths.is_demo else {name: place(value) for name, value in given.items() if value and name != "variant"}
+    )
+    return {**names, **({"variant": paths.variant} if paths.variant else {}), **({"lora": loras} if loras else {})}
+
+
+def recorded_model(args: argparse.Namespace, details: Mapping[str, Any]) -> ModelChoice:
+    """The model that was typed, or else that of a run's record. Raises InputError: see `model_choice`."""
+    files = details.get("files")
+    if not given_checkpoint_options(args) and isinstance(files, dict):
+        for name, value in files.items():
+            setattr(args, name, value)
+    return model_choice(args)
