@@ -11,7 +11,7 @@ from storyadapter.engine.backends import AUTO, BACKENDS
 from storyadapter.method import constants
 from storyadapter.method.errors import InputError
 
-STUDIES = ("references", "edit")  # of `storyadapter.bench.quality_studies`
+STUDIES = ("references", "edit", "long-prompts")  # of `storyadapter.bench.quality_studies`
 HELP = "does the method keep its character, on held-out stories of the demo model"
 DESCRIPTION = """\
 Draws held-out stories with the demo model and reads the characters' traits off the pictures: on how many do the frames
@@ -35,7 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("method", *STUDIES),
         default="method",
         help="method: as above; references: do frames show who is in two pictures of their character (needs a "
-        "checkout, which paints them); edit: is an edited frame as good as one drawn anew (default: %(default)s)",
+        "checkout, which paints them); edit: is an edited frame as good as one drawn anew; long-prompts: is what "
+        "stands behind the 75th token drawn (default: %(default)s)",
     )
     parser.add_argument("--guidance", type=float, default=constants.GUIDANCE, help="(default: %(default)s)")
     parser.add_argument(

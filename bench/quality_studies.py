@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from random import Random
 from typing import Final
@@ -29,8 +29,9 @@ from storyadapter.bench.quality_run import (
     seed_of,
 )
 from storyadapter.bench.report import table
-from storyadapter.demo.held_out import HeldOutStory, held_out_stories
+from storyadapter.demo.held_out import PROMPTED, HeldOutStory, held_out_stories
 from storyadapter.demo.vocabulary import IDENTITY_TRAITS, VISIBLE_TRAITS
+from storyadapter.method import constants
 from storyadapter.method.events import RunStarted
 from storyadapter.method.plan import RunPlan
 from storyadapter.method.story import Story
@@ -211,4 +212,44 @@ def study_edit(studio: Studio) -> Study:
     )
 
 
-STUDIES: Final[Mapping[str, Callable[[Studio], Study]]] = {"references": study_references, "edit": study_edit}
+def study_long_prompts(studio: Studio) -> Study:
+    """Is what stands behind the 75th token of a prompt drawn, if prompts are read in chunks?"""
+    tokenizers = studio.pipeline.tokenizers
+    before = constants.STYLES["realistic"][0]
+    while tokenizers.chunks(before) < 2:
+        before += constants.STYLES["realistic"][0]
+
+    def drawn(arm: str, before: str, chunks: str) -> np.ndarray:
+        found = []
+        for number, repeat in studio.each(arm):
+            prompts = tuple(before + prompt for prompt in studio.stories[number].prompts)
+            plan = replace(studio.plan(number, repeat, prompt_chunks=chunks), scales=())
+            found.append(list(frames_by_iteration(studio.pipeline.run(Story(prompts, style="none"), plan))))
+        return studio.labels(found)[:, :, 0]
+
+    arms = {
+        "cut at token 75": drawn("cut", before, "1"),
+        "in chunks": drawn("in chunks", before, "auto"),
+        "the short prompt": drawn("short", "", "1"),
+    }
+    truth = np.stack([story.truth for story in studio.stories])[:, None]
+    right = {arm: read[..., PROMPT_COLUMNS] == truth for arm, read in arms.items()}
+    species = {arm: bootstrap(values[..., PROMPTED.index("species")].mean((1, 2))) for arm, values in right.items()}
+    return Study(
+        {
+            "species as prompted": species,
+            "species, place and action as prompted": {
+                arm: bootstrap(values.all(-1).mean((1, 2))) for arm, values in right.items()
+            },
+        },
+        {},
+        {"drawn right in chunks, and not where it is cut": species["in chunks"].low > species["cut at token 75"].high},
+        {"species by chance": 1 / len(VISIBLE_TRAITS["species"])},
+    )
+
+
+STUDIES: Final[Mapping[str, Callable[[Studio], Study]]] = {
+    "references": study_references,
+    "edit": study_edit,
+    "long-prompts": study_long_prompts,
+}

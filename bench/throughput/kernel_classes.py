@@ -103,7 +103,7 @@ def count_operations(
         controlled: with one of each ControlNet before it.
     """
     scale, tokens = networks.geometry.pixels_per_latent, constants.TOKENS_PER_IMAGE * references
-    letters = {"B": 2 * frames, "P": frames + 1, "G": 2, "R": tokens, "h": height // scale, "w": width // scale}
+    letters = {"B": 2 * frames, "P": frames + 1, "G": 2, "R": tokens, "M": 1, "h": height // scale, "w": width // scale}
     keys = attended_keys(frames, references)
 
     def grca_operations(q_shape: torch.Size, *shapes: Any, out_shape: Any = None, **named: Any) -> int:

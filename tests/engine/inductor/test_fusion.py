@@ -38,7 +38,7 @@ def denoiser(checkpoint: Checkpoint) -> Denoiser:
 @torch.no_grad()
 def test_a_fused_denoiser_computes_the_same(checkpoint: Checkpoint, denoiser: Denoiser) -> None:
     spec = network_specs(checkpoint.geometry)["denoiser"]
-    sizes = {"B": 3, "P": 2, "G": 2, "R": 7, "h": 8, "w": 12}
+    sizes = {"B": 3, "P": 2, "G": 2, "R": 7, "M": 1, "h": 8, "w": 12}
     inputs = tuple(example_inputs(spec, sizes, "fp32").values())
     expected = denoiser(*inputs)
     count = sum(isinstance(part, Transformer2DModel) for part in denoiser.modules())
@@ -53,7 +53,7 @@ def test_a_fused_controlnet_computes_the_same() -> None:
     checkpoint = SyntheticCheckpoint(TOY, torch.device("cpu"), controlnets=1)
     spec = network_specs(checkpoint.geometry)["controlnet_0"]
     ((_, controlnet),) = iterate_modules(checkpoint, Numerics("fp32"), grca, only=("controlnet_0",))
-    inputs = tuple(example_inputs(spec, {"B": 3, "P": 2, "h": 8, "w": 12}, "fp32").values())
+    inputs = tuple(example_inputs(spec, {"B": 3, "P": 2, "M": 1, "h": 8, "w": 12}, "fp32").values())
     expected = controlnet(*inputs)
     prepare(controlnet, torch.device("cpu"))
     assert sum(isinstance(part, Transformer) for part in controlnet.modules()) == 3
@@ -126,7 +126,7 @@ def test_what_cannot_be_fused_in_fp8_is_told(checkpoint: Checkpoint, denoiser: D
 
 def _inputs(checkpoint: Checkpoint) -> tuple[torch.Tensor, ...]:
     spec = network_specs(checkpoint.geometry)["denoiser"]
-    return tuple(example_inputs(spec, {"B": 3, "P": 2, "G": 2, "R": 7, "h": 8, "w": 12}, "fp32").values())
+    return tuple(example_inputs(spec, {"B": 3, "P": 2, "G": 2, "R": 7, "M": 1, "h": 8, "w": 12}, "fp32").values())
 
 
 def _largest_inputs(denoiser: Denoiser, inputs: tuple[torch.Tensor, ...], recipe: Recipe = FP8) -> dict[str, float]:

@@ -119,7 +119,7 @@ def test_a_view_is_refused_because_a_package_would_misread_it(networks: Networks
 
 
 def test_a_size_out_of_range_is_told_by_its_letter(networks: Networks) -> None:
-    letters = {"B": 5, "P": 2, "G": 2, "R": 4, "h": 8, "w": 8}
+    letters = {"B": 5, "P": 2, "G": 2, "R": 4, "M": 1, "h": 8, "w": 8}
     inputs = example_inputs(networks["denoiser"].spec, letters, "fp32")
     with pytest.raises(ValueError, match=r"^denoiser: B = 5 is outside the engine's range 1..4$"):
         networks["denoiser"](inputs)

@@ -65,7 +65,7 @@ def test_doubled_inputs_cut_again_are_the_same(images: int, latents: int) -> Non
 
 def test_all_rows_of_a_denoiser_call_are_doubled_together() -> None:
     spec = SPECS["denoiser"]
-    letters = {"B": 1, "P": 1, "G": 2, "R": 1, "h": 4, "w": 4}
+    letters = {"B": 1, "P": 1, "G": 2, "R": 1, "M": 1, "h": 4, "w": 4}
     sizes = [
         tuple(value.shape)
         for value in doubled(spec, list(example_inputs(spec, letters, "fp32").values()), ["B", "P", "R"])

@@ -48,7 +48,7 @@ def test_the_profiles_are_read_back(built: Callable[[Precision], Built]) -> None
 
 def test_a_size_with_a_profile_of_its_own_takes_it(built: Callable[[Precision], Built]) -> None:
     profiles = read_profiles(built("fp16").engine.details)
-    values = {"B": 8, "P": 5, "G": 2, "R": 24, "h": 8, "w": 12}
+    values = {"B": 8, "P": 5, "G": 2, "R": 24, "M": 1, "h": 8, "w": 12}
     assert profile_for(profiles["denoiser"], values) == 1
     assert profile_for(profiles["denoiser"], values | {"w": 16}) == 0
     assert profile_for(profiles["text_encoder"], {"P": 5}) == 0

@@ -69,7 +69,7 @@ def test_a_model_with_controlnets_has_networks_for_each_and_takes_their_residual
         inputs = {tensor.name for tensor in specs[f"controlnet_{index}"].inputs}
         beside = {"latents", "timestep", "conditioning_scale", *(("text_row",) if not index else ())}
         assert inputs == {tensor.name for tensor in made} | beside
-    letters = {"B": 2, "P": 2, "G": 1, "R": 4, "h": 8, "w": 16}
+    letters = {"B": 2, "P": 2, "G": 1, "R": 4, "M": 1, "h": 8, "w": 16}
     assert shapes_of(specs["denoiser"], letters)["residual_1"] == (2, 640, 4, 8)
     assert specs["denoiser"].check_shapes(shapes_of(specs["denoiser"], letters), None) == letters
     wrong = shapes_of(specs["denoiser"], letters) | {"residual_1": (2, 640, 5, 8)}
@@ -104,7 +104,7 @@ def test_the_vae_has_the_engines_precision_unless_the_checkpoint_asks_for_fp32()
         assert replace(SDXL, vae_in_fp32=True).numerics(precision)["vae_decoder"] == "fp32"
 
 
-LETTERS = {"B": 4, "P": 3, "G": 2, "R": 64, "h": 128, "w": 96}
+LETTERS = {"B": 4, "P": 3, "G": 2, "R": 64, "M": 1, "h": 128, "w": 96}
 
 
 def test_letters_are_read_off_the_shapes() -> None:

@@ -30,7 +30,7 @@ def _denoiser(checkpoint: Checkpoint) -> Denoiser:
 @pytest.fixture(scope="module")
 def inputs(checkpoint: Checkpoint) -> tuple[torch.Tensor, ...]:
     spec = network_specs(checkpoint.geometry)["denoiser"]
-    return tuple(example_inputs(spec, {"B": 3, "P": 2, "G": 2, "R": 7, "h": 8, "w": 12}, "fp32").values())
+    return tuple(example_inputs(spec, {"B": 3, "P": 2, "G": 2, "R": 7, "M": 1, "h": 8, "w": 12}, "fp32").values())
 
 
 @pytest.fixture(scope="module")

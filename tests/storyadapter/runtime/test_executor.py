@@ -206,6 +206,8 @@ def test_one_is_cancelled_and_one_fails_and_the_third_does_not_notice(
 class Full:
     """A store without room."""
 
+    stays = ()
+
     def kept_from(self):
         return 0
 
