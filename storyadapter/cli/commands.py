@@ -127,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
         story = with_controls(args, _story(args, notices.append), notices.append)
         style = check_style(args.style or story.style or DEFAULT_STYLE)
         stored = stored_identity(args.out)
-        seed, recorded = _seed(args, stored), _recorded_scales(stored) if args.resume else None
+        seed, recorded = _seed(args, stored), _recorded_scales(stored) if args.resume else ()
         run_plan(args, _ANY_SIZE, seed, recorded)
         model = model_choice(args)
         reporter.stage("", OPENING)
@@ -169,10 +169,10 @@ def _words_it_does_not_know(story: "Story") -> Iterator[str]:
         yield f"the demo model doesn't know {named}; {KINDS[kind]} it knows: {known}. Others need an SDXL checkpoint"
 
 
-def _recorded_scales(stored: Mapping[str, Any] | None) -> tuple[float, ...] | None:
+def _recorded_scales(stored: Mapping[str, Any] | None) -> tuple[float, ...]:
     plan = stored.get("plan") if stored else None
     scales = plan.get("scales") if isinstance(plan, dict) else None
-    return tuple(scales) if isinstance(scales, list) else None
+    return tuple(scales) if isinstance(scales, list) else ()
 
 
 def _seed(args: argparse.Namespace, stored: Mapping[str, Any] | None) -> int:

@@ -361,9 +361,7 @@ def shape_ranges(args: argparse.Namespace, default_pixels: int) -> ShapeRanges:
     return ShapeRanges(max_frames, args.max_references, height, width, args.max_prompt_chunks)
 
 
-def run_plan(
-    args: argparse.Namespace, default_pixels: int, seed: int, recorded: tuple[float, ...] | None = None
-) -> RunPlan:
+def run_plan(args: argparse.Namespace, default_pixels: int, seed: int, recorded: tuple[float, ...] = ()) -> RunPlan:
     """The settings of `run`, checked.
 
     Args:

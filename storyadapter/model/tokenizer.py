@@ -30,7 +30,7 @@ class TextTokenizer:
         return self._tokenizer.encode(text).ids
 
     def padded(self, texts: Sequence[str], length: int, chunks: int = 1) -> list[list[int]]:
-        """So many rows of each text, one after the other, each with the tokens at its ends: of a text that is longer the
+        """So many rows of each text, one after the other, each with the tokens at its ends: of a longer text the
         first ones, of a shorter one filled up."""
         rows, most = [], length - 2
         for encoding in self._tokenizer.encode_batch(list(texts)):
