@@ -37,8 +37,8 @@ def test_denoiser_inputs_are_those_of_the_design() -> None:
         ("latents", (("B", 4, "h", "w"), "network")),
         ("timestep", (("B",), "float32")),
         ("added_embedding", (("B", 1280), "network")),
-        ("text_kv_640", ((10, "P", 2, 77, 640), "network")),
-        ("text_kv_1280", ((60, "P", 2, 77, 1280), "network")),
+        ("text_kv_640", ((10, "P", 2, "77*M", 640), "network")),
+        ("text_kv_1280", ((60, "P", 2, "77*M", 1280), "network")),
         ("text_row", (("B",), "int32")),
         ("ref_kv_640", ((10, "G", 2, "R", 640), "network")),
         ("ref_kv_1280", ((60, "G", 2, "R", 1280), "network")),
@@ -80,8 +80,11 @@ def test_a_model_with_controlnets_has_networks_for_each_and_takes_their_residual
 def test_network_outputs_feed_the_inputs_of_the_next() -> None:
     specs = network_specs(SDXL)
     made = {tensor.name: tensor for spec in specs.values() for tensor in spec.outputs}
-    for name in ("text_embedding", "text_embedding_2", "pooled_text"):
-        assert made[name] in specs["text_projection"].inputs
+    assert made["pooled_text"] in specs["text_projection"].inputs
+    taken = {tensor.name: tensor for tensor in specs["text_projection"].inputs}
+    for name in ("text_embedding", "text_embedding_2"):  # chunk by chunk, and all chunks of a prompt
+        prompts, tokens, width = made[name].shape
+        assert taken[name].shape == (prompts, f"{tokens}*M", width)
     denoiser = {tensor.name: tensor for tensor in specs["denoiser"].inputs}
     for width in SDXL.widths:
         assert made[f"text_kv_{width.channels}"] == denoiser[f"text_kv_{width.channels}"]

@@ -26,6 +26,7 @@ OTHER = {
     "guidance_interval": (0.0, 0.5),
     "start": "c",
     "control": (Control("d", 1.0, 0.0, 1.0),),
+    "chunks": 2,
 }
 
 
@@ -44,7 +45,7 @@ def test_frames_may_share_a_batch_that_differ_in(name: str) -> None:
     assert replace(JOB, **{name: OTHER[name]}).batch_key == JOB.batch_key
 
 
-@pytest.mark.parametrize("name", ["model", "numerics", "height", "width", "sampler", "guidance_interval"])
+@pytest.mark.parametrize("name", ["model", "numerics", "height", "width", "sampler", "guidance_interval", "chunks"])
 def test_frames_may_not_share_a_batch_that_differ_in(name: str) -> None:
     assert replace(JOB, **{name: OTHER[name]}).batch_key != JOB.batch_key
 
