@@ -26,6 +26,7 @@ from storyadapter.output.frame_files import frame_text
 from storyadapter.output.run_folder import RunFolder
 from storyadapter.output.run_record import json_values
 from storyadapter.runtime.conditioning import Tokenizers
+from storyadapter.runtime.given_pictures import picture_keys
 from storyadapter.runtime.pipeline import Pipeline, StoryPipeline
 
 if TYPE_CHECKING:
@@ -211,17 +212,19 @@ def edit(
     ):
         raise InputError(f"{folder} was drawn by another model, or in another precision", expected="the same")
     plan = pipeline.decided(changed.run.plan)
-    pipeline.check(changed.story, plan, changed.run.style)
+    keys = picture_keys(pipeline.check(changed.story, plan, changed.run.style))
     changed.check(None if out is None else Path(out))
-    return _edited(pipeline, changed, plan, None if out is None else Path(out))
+    return _edited(pipeline, changed, changed.identity(keys), plan, None if out is None else Path(out))
 
 
-def _edited(pipeline: Pipeline, changed: Edit, plan: RunPlan, out: Path | None) -> Generator[Event, None, None]:
+def _edited(
+    pipeline: Pipeline, changed: Edit, identity: Mapping[str, Any], plan: RunPlan, out: Path | None
+) -> Generator[Event, None, None]:
     story, style = changed.story, changed.run.style
     with (
         RunFolder.open(
-            changed.begin(out),
-            changed.identity,
+            changed.begin(identity, out),
+            identity,
             frames=len(story.frames),
             scales=changed.run.record.scales,
             resume=True,

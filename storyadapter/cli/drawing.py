@@ -35,7 +35,7 @@ from storyadapter.output.lettering import Lettering
 from storyadapter.output.run_folder import RunFolder
 from storyadapter.output.run_record import json_values, refuse_another
 from storyadapter.runtime.conditioning import Tokenizers
-from storyadapter.runtime.given_pictures import FramePictures, pictures_of_frames
+from storyadapter.runtime.given_pictures import FramePictures, picture_keys, pictures_of_frames
 from storyadapter.runtime.memory import MemoryNeeds
 from storyadapter.runtime.pipeline import Pipeline
 from storyadapter.runtime.story_jobs import in_chunks, most_chunks
@@ -87,7 +87,7 @@ def draw(
     identity = _identity(story, style, plan, session, weights, pictures) | control_identity(controls)
     clock.mark("weights' hashes")
     if edit:
-        refuse_another(edit.run.folder, edit.identity, json_values(identity))
+        refuse_another(edit.run.folder, edit.identity(identity["references"]), json_values(identity))
     else:
         RunFolder.check(args.out, identity, frames=frames, scales=scales, resume=args.resume, edited=edited)
     with (
@@ -113,7 +113,7 @@ def draw(
             "weights_hashed": _how_hashed(session, weights),
         }
         if edit:
-            edit.begin(None if args.in_place else args.out)
+            edit.begin(identity, None if args.in_place else args.out)
             details["edit"] = {"of": str(edit.run.folder), "frames": edit.frames, "follows": edit.follows}
         with RunFolder.open(
             args.out,
@@ -213,7 +213,7 @@ def _identity(
         "weights": {f"{weight.component}/{weight.name}": weight.blake3 for weight in model.files},
         "loras": [{"name": lora.name, "blake3": lora.blake3, "scale": lora.scale} for lora in model.loras],
         "model": model.key,
-        "references": [[picture.key for picture in of_frame] for of_frame in pictures] if any(pictures) else None,
+        "references": picture_keys(pictures),
     }
 
 

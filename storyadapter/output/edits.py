@@ -2,7 +2,7 @@
 
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal, Self
@@ -108,10 +108,20 @@ class Edit:
         edit._refuse_damage()
         return edit
 
-    @property
-    def identity(self) -> dict[str, Any]:
-        """Of the run that it becomes."""
-        return {**self.run.record.identity, "story": json_values(self.story.to_dict())}
+    def identity(self, references: Sequence[Sequence[str]] | None = None) -> dict[str, Any]:
+        """Of the run that it becomes.
+
+        Args:
+            references: for each frame of the new story the keys of a user's pictures; None where it has none.
+        """
+        named = {**self.run.record.identity, "story": json_values(self.story.to_dict())}
+        if "references" in named:
+            count = len(self.story.frames)
+            before, now = named["references"] or [[]] * count, references or [[]] * count
+            drawn = range(count) if self.follows else self.frames
+            keys = [list(now[n] if n in drawn else before[n]) for n in range(count)]
+            named["references"] = keys if any(keys) else None
+        return named
 
     def check(self, out: Path | None) -> None:
         """Raises InputError: `begin` would refuse this folder."""
@@ -120,10 +130,11 @@ class Edit:
             if (out / RECORD_NAME).exists():
                 raise InputError(f"{out} already holds a run", advice=ANOTHER_FOLDER)
 
-    def begin(self, out: Path | None = None) -> Path:
-        """Make a folder that `RunFolder.open` goes on with, given `identity`, `resume` and `edited`.
+    def begin(self, identity: Mapping[str, Any], out: Path | None = None) -> Path:
+        """Make a folder that `RunFolder.open` goes on with, given this identity, `resume` and `edited`.
 
         Args:
+            identity: see `identity`.
             out: a new folder; None: in place, with the old frames copied to `before-edit-01`.
 
         Returns:
@@ -138,7 +149,7 @@ class Edit:
             lock = lock_folder(self.run.folder)
             try:
                 kept = self._keep_old_frames()
-                write_atomically(self.run.folder / RECORD_NAME, self._record(kept).to_json())
+                write_atomically(self.run.folder / RECORD_NAME, self._record(identity, kept).to_json())
             finally:
                 lock.release()
             return self.run.folder
@@ -149,7 +160,7 @@ class Edit:
             for pattern in _COPIED:
                 for folder in self.run.folder.glob(pattern):
                     shutil.copytree(folder, part / folder.name)
-            write_atomically(part / RECORD_NAME, self._record(None).to_json())
+            write_atomically(part / RECORD_NAME, self._record(identity, None).to_json())
             if out.is_dir():  # empty but for what other processes left
                 for item in out.iterdir():
                     if item.name == LOCK_NAME or is_part(item):
@@ -161,9 +172,9 @@ class Edit:
             shutil.rmtree(part, ignore_errors=True)
         return out
 
-    def _record(self, kept: str | None) -> RunRecord:
+    def _record(self, identity: Mapping[str, Any], kept: str | None) -> RunRecord:
         before = self.run.record
-        record = replace(before, identity=self.identity, iterations=(), finished=False, under_way=None)
+        record = replace(before, identity=json_values(dict(identity)), iterations=(), finished=False, under_way=None)
         if self.follows:
             return replace(record, edits=())
         said = tuple(self.run.story.frames[frame].to_dict() for frame in self.frames)

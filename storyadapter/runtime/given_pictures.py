@@ -68,3 +68,8 @@ def pictures_of_frames(story: Story, references: Mapping[str, Pictures] | None =
     if unused := [name for name in named if name not in used]:
         raise InputError(f"no prompt names {unused[0]!r}", expected="names that prompts have", field="references")
     return tuple(frames)
+
+
+def picture_keys(pictures: FramePictures) -> list[list[str]] | None:
+    """What a record says of them; None where there are none."""
+    return [[picture.key for picture in of_frame] for of_frame in pictures] if any(pictures) else None

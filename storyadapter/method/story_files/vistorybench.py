@@ -10,12 +10,15 @@ from storyadapter.method.story_files.mappings import read_json
 STORY_NAME: Final = "story.json"
 _PLOT: Final = ("Shot Perspective Design", "Plot Correspondence", "Static Shot Description")
 _SCENE: Final = "Setting Description"
+_SUFFIXES: Final = (".png", ".jpg", ".jpeg", ".webp")
+MAX_PICTURES: Final = 32  # of a frame
 _ON_STAGE: Final = "Characters Appearing"
 
 
 def read_vistorybench(folder: Path, data: bytes, language: str) -> StoryFile:
     """A story of the benchmark. A frame's prompt is put together as the benchmark's own code does it for this method:
-    camera; plot; what is seen; who is on stage, each with a description; scene.
+    camera; plot; what is seen; who is on stage, each with a description; scene. Pictures of who is on stage are its
+    references.
 
     Args:
         data: of its `story.json`.
@@ -37,10 +40,12 @@ def read_vistorybench(folder: Path, data: bytes, language: str) -> StoryFile:
         advice = ("a run's folder is gone on with by ", Field("out"), " and ", Field("resume"))
         raise InputError(f"{name}: found {found},", expected="a story of ViStoryBench, with 'Shots'", advice=advice)
     characters = file.fields.get("Characters")
-    prompts, unknown = [], dict[str, None]()
+    prompts, unknown, pictures = list[Any](), dict[str, None](), dict[str, list[str]]()
     for index, shot in enumerate(file.fields["Shots"]):
         where, people = at(name, file.lines["Shots", index]), []
-        for key, named in zip(_names(where, shot, "en"), _names(where, shot, language), strict=False):
+        keys = _names(where, shot, "en")
+        for key, named in zip(keys, _names(where, shot, language), strict=False):
+            pictures.setdefault(key, _pictures(folder / "image", key))
             character = characters.get(key) if isinstance(characters, dict) else None
             words = character.get(f"prompt_{language}") if isinstance(character, dict) else None
             if isinstance(words, str):
@@ -49,15 +54,26 @@ def read_vistorybench(folder: Path, data: bytes, language: str) -> StoryFile:
                 unknown[key] = None
         parts = [_words(where, shot, key, language) for key in _PLOT]
         parts += [";".join(people), _words(where, shot, _SCENE, language)]
-        prompts.append("".join(f"{part};" for part in parts if part))
+        prompt = "".join(f"{part};" for part in parts if part)
+        references = [path for key in keys for path in pictures.get(key, ())][:MAX_PICTURES]
+        prompts.append({"prompt": prompt, "references": references} if references else prompt)
     lines = {("prompts", index): file.lines["Shots", index] for index in range(len(prompts))}
     notices: list[Text] = []
     if unknown:
         names = ", ".join(excerpt(key, 30) for key in [*unknown][:10])
         notices.append(f"{name}: on stage without a description in {language!r}, and left out: {names}")
-    if (folder / "image").is_dir():
-        notices.append(f"{folder / 'image'}: pictures of characters aren't used; they are drawn by their descriptions")
     return StoryFile(name, {"prompts": prompts}, lines, tuple(notices))
+
+
+def _pictures(folder: Path, name: str) -> list[str]:
+    """Of a character, in the order of their names; none where they have no folder."""
+    if Path(name).name != name or name == "..":
+        return []
+    try:
+        files = sorted(path for path in (folder / name).iterdir() if path.suffix.lower() in _SUFFIXES)
+    except (OSError, ValueError):  # a zero byte
+        return []
+    return [str(path.absolute()) for path in files[:MAX_PICTURES]]
 
 
 def _value(where: str, holder: Any, key: str, language: str) -> Any:

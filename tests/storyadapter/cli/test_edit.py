@@ -108,7 +108,8 @@ def test_what_follows_is_a_story_drawn_anew(type_in: Type, quick_run: list[str],
 def test_an_edit_that_was_stopped_is_gone_on_with(type_in: Type, drawn: int) -> None:
     words = ("edit", "out", "--frame", "1", "--prompt", "a sea")
     assert type_in(*words, "--out", "whole").code == 0
-    Edit.of(Path("out"), {1: {"prompt": "a sea"}}).begin(Path("part"))
+    edit = Edit.of(Path("out"), {1: {"prompt": "a sea"}})
+    edit.begin(edit.identity(), Path("part"))
     frame("part", 1, 1).write_bytes(frame("whole", 1, 1).read_bytes())
     refused = type_in("run", "--story", "part/story.json", "--out", "part", "--resume")
     assert refused.code == 2

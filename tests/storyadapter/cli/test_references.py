@@ -37,7 +37,13 @@ def test_a_run_with_pictures_is_resumed_and_edited(type_in: Type, tale: list[str
     after = pictures(Path("out-edited"))
     changed = {name for name in after if name.startswith("iteration") and after[name] != drawn[name]}
     assert changed == {f"iteration-{iteration:02d}/frame-002.png" for iteration in range(3)}
+    assert type_in("edit", "out", "--frame", "1", "--prompt", "Ada at night", "--out", "named").code == 0
+    assert type_in("edit", "out", "--frame", "2", "--prompt", "nobody", "--out", "unnamed").code == 0
+    keys = [json.loads(Path(out, "story.json").read_text())["identity"]["references"] for out in ("named", "unnamed")]
+    assert [[len(of_frame) for of_frame in of_run] for of_run in keys] == [[1, 1, 1], [1, 0, 0]]
     Image.new("RGB", (9, 9)).save("tales/ada.png")
+    done = type_in("edit", "out", "--frame", "1", "--prompt", "a fox", "--out", "changed")
+    assert done.code == 2 and "out holds another run: references[0][0] is" in done.err and not Path("changed").exists()
     done = type_in(*tale, "--keep-references", "--resume")
     assert done.code == 2 and "out holds another run: references[0][0] is" in done.err
 

@@ -253,13 +253,20 @@ def test_a_story_folder_of_vistorybench(tmp_path: Path) -> None:
 
     write(VISTORYBENCH)
     (tmp_path / "image" / "Ada").mkdir(parents=True)
+    for file in ("01.png", "00.JPG", "notes.txt"):
+        (tmp_path / "image" / "Ada" / file).touch()
+    (tmp_path / "outside.png").touch()
     notices = []
     story = Story.from_file(tmp_path, on_notice=notices.append)
     assert story.prompts == ("Close-up;Ada finds a key;a key in a hand;Ada is a girl;an attic;",)
     assert [spelled(notice).removeprefix(str(tmp_path)) for notice in notices] == [
         "/story.json: on stage without a description in 'en', and left out: 'Bob'",
-        "/image: pictures of characters aren't used; they are drawn by their descriptions",
     ]
+    shown = [str(tmp_path / "image" / "Ada" / file) for file in ("00.JPG", "01.png")]
+    assert [list(paths) for paths in story.references()] == [shown]
+    write(VISTORYBENCH | {"Shots": [SHOT | {"Characters Appearing": {"en": ["..", "a\0b"], "ch": ["", ""]}}]})
+    assert not any(Story.from_file(tmp_path).references())
+    write(VISTORYBENCH)
     assert Story.from_file(tmp_path, language="ch").prompts == ("特写;艾达找到钥匙;手里的钥匙;艾达 is 女孩;阁楼;",)
     with pytest.raises(
         InputError, match="story.json, line 1: no text in 'fr' under 'Characters Appearing', expected 'en'"
