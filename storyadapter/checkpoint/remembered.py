@@ -11,12 +11,8 @@ import secrets
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
-
-from blake3 import blake3
-from platformdirs import user_cache_path
 
 _FORMAT: Final = 1  # raised, it makes everything that is remembered unknown
 _LIBRARIES: Final = ("diffusers", "transformers", "tokenizers", "torch")
@@ -28,11 +24,15 @@ _LOG = logging.getLogger(__name__)
 
 def user_cache() -> Path:
     """The user's cache folder of this program, `~/.cache/storyadapter-trt` or below `$XDG_CACHE_HOME`; not created."""
+    from platformdirs import user_cache_path
+
     return user_cache_path("storyadapter-trt", appauthor=False)
 
 
 def digest_of(*parts: Any) -> str:
     """A hash of plain data, bytes among them; 32 hexadecimal digits."""
+    from blake3 import blake3
+
     hasher = blake3()
     for part in parts:
         data = part if isinstance(part, bytes) else json.dumps(part, sort_keys=True, separators=(",", ":")).encode()
@@ -50,6 +50,8 @@ def remembered(kind: str, key: str, make: Callable[[], Any]) -> Any:
         kind: what it is, for the file's name.
         key: `digest_of` all that it depends on, besides the libraries.
     """
+    from blake3 import blake3
+
     path = user_cache() / "remembered" / f"{kind}-{digest_of(_FORMAT, _versions(), key)}.json"
     with suppress(OSError, ValueError):
         stored = path.read_bytes()
@@ -74,6 +76,8 @@ def remembered(kind: str, key: str, make: Callable[[], Any]) -> Any:
 
 @cache
 def _versions() -> list[str]:
+    from importlib.metadata import version  # a tenth of the time that --help takes
+
     return [f"{name} {version(name)}" for name in _LIBRARIES]
 
 
