@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Self, cast
 
@@ -16,6 +16,8 @@ from storyadapter.checkpoint import Checkpoint
 from storyadapter.cli.options import MAX_REFERENCES, ModelChoice, model_choice
 from storyadapter.engine.backend import default_device
 from storyadapter.engine.backends import find_backend
+from storyadapter.engine.calibration import find_or_make_scales
+from storyadapter.engine.identity import model_weights
 from storyadapter.engine.opening import build_engine, open_networks
 from storyadapter.engine.store import EngineStore
 from storyadapter.method import constants
@@ -24,7 +26,8 @@ from storyadapter.method.events import Event, FrameFinished, IterationFinished, 
 from storyadapter.method.plan import RunPlan
 from storyadapter.model.contract import Geometry, Range, ShapeRanges
 from storyadapter.model.networks import Networks
-from storyadapter.model.numerics import Numerics
+from storyadapter.model.numerics import NumberFormat, Numerics, Quantization
+from storyadapter.quantization.scales import Scales
 from storyadapter.runtime.conditioning import Tokenizers
 from storyadapter.runtime.pipeline import StoryPipeline
 
@@ -69,6 +72,7 @@ class BenchmarkModel:
     prediction_type: str  # what its UNet predicts
     engine: EngineChoice  # what runs it
     device: torch.device  # where everything runs
+    scales: Scales | None = None  # by which its denoiser is quantized
 
     @classmethod
     def typed(
@@ -93,7 +97,35 @@ class BenchmarkModel:
 
     @property
     def numerics(self) -> Numerics:
-        return self.checkpoint.geometry.numerics(self.engine.precision, self.engine.vae)
+        numerics = self.checkpoint.geometry.numerics(self.engine.precision, self.engine.vae)
+        if self.scales is None:
+            return numerics
+        quantization = Quantization(cast(NumberFormat, self.scales.recipe.number_format), self.scales.key)
+        return replace(numerics, quantization=quantization)
+
+    def quantized(self, scales: Scales) -> Self:
+        """The same, its denoiser quantized by these scales."""
+        return replace(self, checkpoint=self.checkpoint.rewritten(scales.apply), scales=scales)
+
+    def calibrated(self, tell: Tell) -> tuple[Self, str]:
+        """The same quantized by its own scales: those of the store, or else found now; and how they were had.
+
+        Raises:
+            UnavailableError: nvidia-modelopt isn't installed.
+        """
+        fraction = 0.0
+
+        def on_fraction(done: float) -> None:
+            nonlocal fraction
+            if not fraction or done - fraction >= 0.25:
+                tell(f"    calibrating: {done:.0%}")
+                fraction = done
+
+        key, engine_dir = model_weights(self.checkpoint).key, self.engine.engine_dir
+        find = partial(find_or_make_scales, self.checkpoint, key, engine_dir, on_fraction=on_fraction)
+        scales, seconds = measure_run(find, self.device)
+        how = f"calibrated in {seconds:.0f} s" if fraction else "from the engine store"
+        return self.quantized(scales), f"of {len(scales.inputs)} layers, {how}"
 
     def plan(self, *, iterations: int, height: int = 0, width: int = 0, **settings: Any) -> RunPlan:
         """A story's settings: the published λ, and the model's own size where none is given."""

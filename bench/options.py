@@ -11,17 +11,23 @@ from typing import Self
 from storyadapter.cli.options import choose_engine, given_checkpoint_options
 from storyadapter.engine.backends import AUTO, BACKENDS
 from storyadapter.method.errors import InputError
-from storyadapter.model.numerics import PRECISIONS, Precision
+from storyadapter.model.numerics import NUMBER_FORMATS, PRECISIONS, Precision
 
 
 def add_engine_options(
-    parser: argparse.ArgumentParser, *, backend: str = "", default: str = AUTO, precision: str = "of all networks"
+    parser: argparse.ArgumentParser,
+    *,
+    backend: str = "",
+    default: str = AUTO,
+    precision: str = "of all networks",
+    number_formats: bool = False,
 ) -> None:
     """Precision, engine store and, with a help for it, backend.
 
     Args:
         backend, precision: what they are for, in the help; without the first, the benchmark runs several backends.
         default: backend.
+        number_formats: whether a denoiser with quantized products can be asked for.
     """
     if backend:
         auto = "auto, as run" if default == AUTO else default
@@ -31,7 +37,7 @@ def add_engine_options(
     parser.add_argument(
         "--precision",
         default=AUTO,
-        choices=(AUTO, *PRECISIONS),
+        choices=(AUTO, *PRECISIONS, *(NUMBER_FORMATS if number_formats else ())),
         help=f"{precision} (default: auto, fp16 on a GPU, fp32 on a CPU)",
     )
     parser.add_argument("--engine-dir", type=Path, metavar="D", help="engine store (default: in the user's cache)")

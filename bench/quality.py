@@ -10,14 +10,16 @@ from storyadapter.demo.shipped import MODEL
 from storyadapter.engine.backends import AUTO, BACKENDS
 from storyadapter.method import constants
 from storyadapter.method.errors import InputError
+from storyadapter.model.numerics import NUMBER_FORMATS
 
 STUDIES = ("references", "edit", "long-prompts")  # of `storyadapter.bench.quality_studies`
 HELP = "does the method keep its character, on held-out stories of the demo model"
 DESCRIPTION = """\
 Draws held-out stories with the demo model and reads the characters' traits off the pictures: on how many do the frames
 of a story agree, and do they still show what was prompted? Exit code 1 if consistency hasn't clearly risen from the
-first iteration to the last, or fidelity has clearly fallen. MODEL.md of the demo model has a command that took 28
-minutes on 2 CPU cores.
+first iteration to the last, or fidelity has clearly fallen; with --precision fp8, if its last iteration isn't as good
+as the exact one's (the lower bound of the difference, story by story, is under -0.02), or one with wrong scales is.
+MODEL.md of the demo model has a command that took 28 minutes on 2 CPU cores.
 """
 
 
@@ -43,11 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sampler",
         choices=("pipeline", "batched"),
         default="pipeline",
-        help="pipeline: what run uses, story by story; batched: a plain second implementation of the method in PyTorch "
+        help="pipeline: what run uses, all stories together; batched: a plain second implementation in PyTorch "
         "that draws all stories at once (default: %(default)s)",
     )
     text = "of the pipeline; its engine is built first where the store has none"
-    add_engine_options(parser, backend=text, default="eager", precision="of the pipeline")
+    precision = "of the pipeline; fp8: as auto, and beside it the same stories in fp8 and with wrong scales"
+    add_engine_options(parser, backend=text, default="eager", precision=precision, number_formats=True)
     parser.add_argument("--out", type=Path, metavar="DIR", help="write quality.json and a sheet per story here")
 
 
@@ -78,6 +81,8 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--frames is {args.frames}; expected {FRAMES_AT_MOST} or fewer: so many scenes there are")
     if args.study != "method":
         return _run_study(args)
+    if args.precision in NUMBER_FORMATS:
+        return _run_fp8(args)
     drawn, quality = judge(args)
     print(quality.table())
     print(f"consistency of independent characters: {quality.chance:.3f}")
@@ -98,6 +103,18 @@ def _run_study(args: argparse.Namespace) -> int:
     if args.out:
         _write(args, study.as_dict())
     return 0 if all(study.claims.values()) else 1
+
+
+def _run_fp8(args: argparse.Namespace) -> int:
+    """Exit code 1 if fp8 isn't as good as what it stands beside, or wrong scales aren't found out."""
+    from storyadapter.bench import fp8_quality
+
+    found = fp8_quality.judge(args)
+    print(f"scales: {found.scales}")
+    print(found.table())
+    if args.out:
+        _write(args, found.as_dict())
+    return 0 if found.holds() else 1
 
 
 def _write(args: argparse.Namespace, found: dict[str, object]) -> None:

@@ -26,9 +26,12 @@ from storyadapter.demo.judge import load_judge
 from storyadapter.demo.vocabulary import IDENTITY_TRAITS, TRAITS
 from storyadapter.engine.backend import default_device
 from storyadapter.method import constants
+from storyadapter.method.events import Event, FrameFinished, IterationFinished, RunFinished
 from storyadapter.method.plan import FRAMES_UNMEASURED
 from storyadapter.method.story import Story
+from storyadapter.runtime.drive import drive
 from storyadapter.runtime.pipeline import FinishedIteration, StoryPipeline
+from storyadapter.runtime.story_source import StorySource
 
 COLUMNS = list(TRAITS)
 IDENTITY_COLUMNS = [COLUMNS.index(name) for name in IDENTITY_TRAITS]
@@ -114,42 +117,77 @@ def read_labels(pictures: Tensor) -> np.ndarray:
     return judge.read(pictures.flatten(0, len(lead) - 1)).unflatten(0, lead).numpy()
 
 
-def open_model(args: argparse.Namespace) -> tuple[BenchmarkModel, StoryPipeline]:
-    """The model of the options, opened for their stories."""
+def demo_model(args: argparse.Namespace) -> BenchmarkModel:
+    """The model of the options, as they want it run."""
     paths = CheckpointPaths(args.model, args.model / "image_encoder", args.model / "ip-adapter.safetensors")
-    model = BenchmarkModel.from_files(ModelChoice(paths, str(args.model)), EngineChoice.typed(args), default_device())
+    return BenchmarkModel.from_files(ModelChoice(paths, str(args.model)), EngineChoice.typed(args), default_device())
+
+
+def open_model(model: BenchmarkModel, args: argparse.Namespace) -> StoryPipeline:
+    """A model opened for the stories of the options; its engine is built first where the store has none."""
     # for frames of one micro-batch
     ranges = usual_ranges(model.checkpoint.geometry, max(args.frames, FRAMES_UNMEASURED), args.frames)
-    networks = model.open(ranges, lambda line: print(line, flush=True)).networks
-    return model, model.pipeline(networks)
+    return model.pipeline(model.open(ranges, lambda line: print(line, flush=True)).networks)
 
 
 def draw_by_pipeline(stories: list[HeldOutStory], args: argparse.Namespace) -> tuple[Tensor, Tensor]:
     """Pictures uint8 [iterations, stories, seeds, frames, 3, H, W], and of the control [stories, seeds, …]."""
-    model, pipeline = open_model(args)
+    drawer, before = Drawer(demo_model(args), stories, args), args.iterations - 1
+    drawn = drawer.draw()
+    others = {(n, k): FinishedIteration(before, drawn[(n + 1) % len(stories), k][before]) for n, k in drawn}
+    (control,) = as_tensor(drawer.draw(others))
+    return as_tensor(drawn), control
 
-    def draw(number: int, repeat: int, resume: FinishedIteration | None = None) -> list[list[Image.Image]]:
-        """The frames of each iteration that is left."""
-        settings = {"steps": args.steps, "guidance": args.guidance, "max_frames": args.frames}
-        plan = model.plan(iterations=args.iterations, seed=seed_of(number, repeat), **settings)
-        story = Story(tuple(stories[number].prompts), style="none")
-        return list(frames_by_iteration(pipeline.run(story, plan, resume=resume)))
 
-    def tensor(iterations: list[list[Image.Image]]) -> Tensor:
-        pixels = np.stack([np.stack([np.asarray(frame) for frame in frames]) for frames in iterations])
-        return torch.from_numpy(pixels).movedim(-1, -3)
+# by number of the story and of its drawing: the frames of each iteration
+Drawings = dict[tuple[int, int], list[list[Image.Image]]]
 
-    shape = (len(stories), args.seeds)
-    drawn = {}
-    for n, k in np.ndindex(shape):
-        drawn[n, k] = draw(n, k)
-        print(f"story {n + 1} of {len(stories)}, seed {k + 1} of {args.seeds} drawn", flush=True)
-    before = args.iterations - 1
-    control = [
-        tensor(draw(n, k, FinishedIteration(before, drawn[(n + 1) % len(stories), k][before]))) for n, k in drawn
-    ]
-    pictures = torch.stack([tensor(iterations) for iterations in drawn.values()])
-    return pictures.unflatten(0, shape).movedim(2, 0), torch.cat(control).unflatten(0, shape)
+
+class Drawer:
+    """All drawings of all stories by one model, whose frames share micro-batches.
+
+    Args:
+        model: that is opened, and whose engine is built first where the store has none.
+        args: of the command.
+    """
+
+    def __init__(self, model: BenchmarkModel, stories: list[HeldOutStory], args: argparse.Namespace) -> None:
+        together = max(args.frames, FRAMES_UNMEASURED)
+        settings = {"steps": args.steps, "guidance": args.guidance, "max_frames": together}
+        self._pipeline = open_model(model, args)
+        self._stories = {
+            (n, k): (
+                Story(tuple(story.prompts), style="none"),
+                model.plan(iterations=args.iterations, seed=seed_of(n, k), **settings),
+            )
+            for n, story in enumerate(stories)
+            for k in range(args.seeds)
+        }
+
+    def draw(self, resume: Mapping[tuple[int, int], FinishedIteration] | None = None) -> Drawings:
+        """All iterations, or those that come after these."""
+        told: dict[StorySource, list[Event]] = {}
+        for place, (story, plan) in self._stories.items():
+            finished = resume[place] if resume else None
+            self._pipeline.check(story, plan, resume=finished)
+            told[self._pipeline.source(story, plan, resume=finished)] = []
+        ended = 0
+        for source, event in drive(self._pipeline.workers(), list(told)):
+            if isinstance(event, FrameFinished | IterationFinished):
+                told[source].append(event)
+            elif isinstance(event, RunFinished):
+                ended += 1
+                print(f"{ended} of {len(told)} stories drawn", flush=True)
+        return {
+            place: list(frames_by_iteration(events)) for place, events in zip(self._stories, told.values(), strict=True)
+        }
+
+
+def as_tensor(drawn: Drawings) -> Tensor:
+    """Pictures uint8 [iterations, stories, seeds, frames, 3, H, W]."""
+    pixels = np.stack([np.array([[np.asarray(p) for p in frames] for frames in each]) for each in drawn.values()])
+    seeds = 1 + max(repeat for _, repeat in drawn)
+    return torch.from_numpy(pixels).movedim(-1, -3).unflatten(0, (-1, seeds)).movedim(2, 0)
 
 
 def draw_batched(stories: list[HeldOutStory], args: argparse.Namespace) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ from storyadapter.bench.quality_run import (
     PROMPT_COLUMNS,
     Estimate,
     bootstrap,
+    demo_model,
     open_model,
     read_labels,
     seed_of,
@@ -76,8 +77,8 @@ class Studio:
 
     @classmethod
     def open(cls, args: argparse.Namespace) -> Studio:
-        model, pipeline = open_model(args)
-        return cls(held_out_stories(args.stories, args.frames), model, pipeline, args)
+        model = demo_model(args)
+        return cls(held_out_stories(args.stories, args.frames), model, open_model(model, args), args)
 
     def each(self, arm: str) -> Iterable[tuple[int, int]]:
         """Story and repeat of each drawing of an arm."""

@@ -7,6 +7,7 @@ references matter in it: a path that forgets one draws other pictures.
 
 import math
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import partialmethod
 from pathlib import Path
@@ -32,6 +33,7 @@ from storyadapter.checkpoint.paths import LoraSpec
 from storyadapter.checkpoint.tokenizer_files import load_tokenizer
 from storyadapter.demo.shipped import MODEL
 from storyadapter.method import constants
+from storyadapter.method.model_sampling import ModelSampling
 from storyadapter.model.contract import ControlGeometry, Geometry, LayerWidth, controlnet_name
 from storyadapter.model.tokenizer import TextTokenizer
 
@@ -202,6 +204,13 @@ class SyntheticCheckpoint:
         self.controlnets = controlnets
         self.loras: tuple[LoraSpec, ...] = ()
         self.rewrite: Callable[[nn.Module], None] | None = None
+        self.sampling = ModelSampling(prediction_type=PREDICTION_TYPE)
+
+    def rewritten(self, rewrite: Callable[[nn.Module], None]) -> "SyntheticCheckpoint":
+        """The same model, whose denoiser is rewritten when it is made; `rewrite` can be pickled."""
+        other = copy(self)
+        other.rewrite = rewrite
+        return other
 
     @property
     def geometry(self) -> Geometry:

@@ -233,7 +233,7 @@ class Backend(ABC):
         return EngineIdentity(
             backend=self.name,
             backend_version=version,
-            numerics=numerics,
+            numerics=numerics if weights else numerics.with_scales(""),
             architecture=architecture,
             contract=contract_digest(checkpoint.geometry),
             configuration="" if weights else configuration_digest(checkpoint.configuration),

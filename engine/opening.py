@@ -68,6 +68,7 @@ def build_engine(
     """
     backend, store = find_backend(identity.backend), EngineStore(engine_dir)
     backend.check(identity.numerics, ranges)
+    _check_quantized(checkpoint, identity.numerics)
     weights = model_weights(checkpoint, on_bytes)
     details: dict[str, Any] = {}
 
@@ -116,6 +117,7 @@ def open_networks(
     """
     chosen = find_backend(backend)
     chosen.check(numerics)
+    _check_quantized(checkpoint, numerics)
     own_device = chosen.device(None if device is None else torch.device(device))
     weights = model_weights(checkpoint, on_bytes)
     engine = None
@@ -143,6 +145,12 @@ def open_networks(
         weakref.finalize(networks, release)
         note_use(engine.folder, weights.key, checkpoint.label)
     return networks
+
+
+def _check_quantized(checkpoint: Checkpoint, numerics: Numerics) -> None:
+    """Raises ValueError: numerics say that the denoiser is quantized, and this checkpoint doesn't quantize it."""
+    if numerics.quantization and checkpoint.rewrite is None:
+        raise ValueError(f"the checkpoint's denoiser isn't quantized; expected scales applied to it for {numerics}")
 
 
 @contextmanager

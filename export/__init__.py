@@ -4,7 +4,13 @@ from typing import Final
 
 OPSET: Final = 23  # of the standard operators in every exported network
 # What shapes an exported file.
-SOURCES: Final = ("storyadapter.export.grca_node", "storyadapter.export.onnx_export", "storyadapter.model")
+SOURCES: Final = (
+    "storyadapter.export.grca_node",
+    "storyadapter.export.onnx_export",
+    "storyadapter.export.quantized_nodes",
+    "storyadapter.model",
+    "storyadapter.quantization",
+)
 
 
 def onnx_name(network: str) -> str:

@@ -14,7 +14,8 @@ from torch import nn
 
 from storyadapter.export import OPSET, onnx_name
 from storyadapter.export.grca_node import attach_function, grca_node
-from storyadapter.export.verify import verify_export, write_as_fp32
+from storyadapter.export.quantized_nodes import as_nodes
+from storyadapter.export.verify import export_tolerance, verify_export, write_as_fp32
 from storyadapter.model.contract import Dim, NetworkSpec, Range, size_of, split_dim
 from storyadapter.model.dynamic_shapes import dynamic_shapes
 from storyadapter.model.examples import example_inputs, example_letters, run_examples
@@ -49,7 +50,7 @@ def export_compared(
     on_stage("exporting to ONNX")
     path = export_network(spec, module, wide, precision, folder)
     on_stage("comparing with eager")
-    twin = precision == "bf16"
+    twin, most = precision == "bf16", export_tolerance(module, precision)
     compared_in: Precision = "fp32" if twin else precision
     examples = run_examples(spec, module.float() if twin else module, wide, compared_in)
     for weight in (*module.parameters(), *module.buffers()):
@@ -57,10 +58,10 @@ def export_compared(
     if twin:
         twin_folder = folder / "fp32"
         twin_folder.mkdir()
-        error = verify_export(write_as_fp32(path, twin_folder), examples, "bf16")
+        error = verify_export(write_as_fp32(path, twin_folder), examples, precision, most)
         shutil.rmtree(twin_folder)
     else:
-        error = verify_export(path, examples, compared_in)
+        error = verify_export(path, examples, compared_in, most)
     _pin(path, spec, letters)
     return path, error
 
@@ -99,7 +100,7 @@ def export_network(
     for attention in attentions:
         attention.grca = grca_node
     try:
-        with torch.no_grad(), _quiet():
+        with torch.no_grad(), _quiet(), as_nodes(module):
             program = torch.onnx.export(
                 module,
                 tuple(inputs.values()),

@@ -15,10 +15,11 @@ import onnxruntime
 import torch
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
 from onnx.external_data_helper import uses_external_data
-from torch import Tensor
+from torch import Tensor, nn
 
 from storyadapter.model.examples import Example, compare_with_eager
-from storyadapter.model.numerics import Precision
+from storyadapter.model.numerics import QUANTIZED_TOLERANCE, Precision
+from storyadapter.quantization.layers import Fp8Layer
 
 # ‖ONNX Runtime − eager‖ / ‖eager‖; two orders of summation in half precision differ by a few 1e-3. A bf16 file is run
 # as its fp32 twin, and what differs then is the constants that the exporter folded in bf16.
@@ -30,10 +31,18 @@ def open_session(path: Path) -> onnxruntime.InferenceSession:
     """A session on the CPU that tells errors only."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    # it would make operators for integers of what is quantized to e4m3, which they don't take
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def verify_export(path: Path, examples: Sequence[Example], precision: Precision) -> float:
+def export_tolerance(module: nn.Module, precision: Precision) -> float:
+    """The largest error of a network's file."""
+    quantized = any(isinstance(part, Fp8Layer) for part in module.modules())
+    return QUANTIZED_TOLERANCE if quantized else TOLERANCE[precision]
+
+
+def verify_export(path: Path, examples: Sequence[Example], precision: Precision, tolerance: float) -> float:
     """Run an exported network on its examples; see `compare_with_eager`."""
     session = open_session(path)
     names = [output.name for output in session.get_outputs()]
@@ -42,7 +51,7 @@ def verify_export(path: Path, examples: Sequence[Example], precision: Precision)
         values = session.run(names, {name: tensor.numpy() for name, tensor in inputs.items()})
         return {name: torch.from_numpy(value) for name, value in zip(names, values, strict=True)}
 
-    return compare_with_eager(path.name, run, examples, precision, TOLERANCE[precision])
+    return compare_with_eager(path.name, run, examples, precision, tolerance)
 
 
 def write_as_fp32(source: Path, folder: Path) -> Path:

@@ -14,13 +14,14 @@ import torch
 from storyadapter.checkpoint import Checkpoint, CheckpointPaths, LoraSpec
 from storyadapter.engine.backend import ReportBytes, ReportStage, checked_device
 from storyadapter.engine.backends import AUTO, find_backend
+from storyadapter.engine.calibration import find_scales
 from storyadapter.engine.identity import model_weights
 from storyadapter.engine.opening import open_networks
-from storyadapter.method.errors import Field, InputError, UnavailableError
+from storyadapter.method.errors import EngineMismatchError, Field, InputError, UnavailableError
 from storyadapter.method.events import Event, RunFinished
 from storyadapter.method.plan import RunPlan
 from storyadapter.model.contract import Range, ShapeRanges
-from storyadapter.model.numerics import PRECISIONS, Numerics, Precision
+from storyadapter.model.numerics import NUMBER_FORMATS, PRECISIONS, NumberFormat, Numerics, Precision, Quantization
 from storyadapter.output.edits import Edit
 from storyadapter.output.frame_files import frame_text
 from storyadapter.output.run_folder import RunFolder
@@ -72,7 +73,8 @@ def open(  # as of a file: what it gives is ready for use
         image_encoder, ip_adapter: those that go with it; all three are given or none.
         backend: "auto" (the fastest that serves here) or a name, see `storyadapter-trt doctor`. All but "eager" need an
             engine in the store, which `storyadapter-trt build` makes.
-        precision: "auto" (fp16 on a GPU, fp32 on a CPU), "fp32", "fp16" or "bf16".
+        precision: "auto" (fp16 on a GPU, fp32 on a CPU), "fp32", "fp16", "bf16", or "fp8" for a denoiser with 8-bit
+            products, whose scales `storyadapter-trt build` finds.
         vae_precision: of the VAE alone; "auto" is fp32 where the checkpoint asks for it, else as `precision`.
         device: "cpu", "cuda" or "cuda:1"; by default the current GPU if there is one. Another GPU becomes the current
             one of the calling thread, and of those that draw.
@@ -89,16 +91,18 @@ def open(  # as of a file: what it gives is ready for use
         InputError: only some of the three parts are given, or a value can't be served; `field` names it.
         CheckpointError: a file is missing or corrupt, or the parts don't fit each other.
         UnavailableError: the backend, the device or the precision can't be had here.
-        EngineMismatchError: the store has no such engine; the text has the command that builds it.
+        EngineMismatchError: the store has no such engine, or no scales of a model that is to be quantized; the text has
+            the command that builds it.
     """
     asked = None if device is None else checked_device(device)
     chosen = find_backend(backend, asked)
-    for field, name in (("precision", precision), ("vae_precision", vae_precision)):
-        if name not in (AUTO, *PRECISIONS):
-            raise InputError(Field(field), f" is {name}", expected=f"one of {', '.join((AUTO, *PRECISIONS))}")
-    main = chosen.default_precision(asked) if precision == AUTO else cast(Precision, precision)
+    for field, name, more in (("precision", precision, NUMBER_FORMATS), ("vae_precision", vae_precision, ())):
+        if name not in (AUTO, *PRECISIONS, *more):
+            raise InputError(Field(field), f" is {name}", expected=f"one of {', '.join((AUTO, *PRECISIONS, *more))}")
+    main = cast(Precision, precision) if precision in PRECISIONS else chosen.default_precision(asked)
     of_vae = None if vae_precision == AUTO else cast(Precision, vae_precision)
-    chosen.check(Numerics.of(main, vae_decoder=of_vae))
+    quantization = Quantization(cast(NumberFormat, precision)) if precision in NUMBER_FORMATS else None
+    chosen.check(Numerics.of(main, quantization, vae_decoder=of_vae))
     specs = tuple(lora if isinstance(lora, LoraSpec) else LoraSpec.parse(lora) for lora in loras)
     paths = CheckpointPaths.given(
         base_model,
@@ -112,12 +116,18 @@ def open(  # as of a file: what it gives is ready for use
         variant=variant,
     )
     checkpoint = Checkpoint.open(paths)
+    numerics = checkpoint.geometry.numerics(main, of_vae, quantization)
+    if quantization:
+        if (scales := find_scales(engine_dir, model_weights(checkpoint).key)) is None:
+            advice = f"build it: storyadapter-trt build --precision {precision}"
+            raise EngineMismatchError(f"no scales of {checkpoint.label} in the engine store", advice=advice)
+        checkpoint, numerics = checkpoint.rewritten(scales.apply), numerics.with_scales(scales.key)
     own = checkpoint.geometry.default_pixels
     tall, wide = (Range(pixels or own, pixels or own) for pixels in (height, width))
     return open_checkpoint(
         checkpoint,
         backend=chosen.name,
-        numerics=checkpoint.geometry.numerics(main, of_vae),
+        numerics=numerics,
         device=device,
         ranges=ShapeRanges(1, max_references, tall, wide, max_prompt_chunks),
         engine_dir=engine_dir,

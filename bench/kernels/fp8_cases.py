@@ -32,7 +32,7 @@ from storyadapter.kernels.tiles import ProductTiles
 class Fp8Case(KernelCase):
     """A product of e4m3 operands; for baselines they lie in half precision, with the same values."""
 
-    tolerance: ClassVar[float | None] = 2e-3  # some 14 bits of the tensor cores' sums count
+    tolerance: ClassVar[float | None] = 3e-3  # some 14 bits of the tensor cores' sums count, over 17,280 products
     matrix_speed: ClassVar[int] = 2
     element_bytes: ClassVar[int] = 1
     warmup_seconds: ClassVar[float] = 0.15

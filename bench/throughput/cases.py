@@ -56,7 +56,7 @@ PAIR: Final = "pair"
 PUBLISHED: Final = StoryCase("published", 100, constants.ITERATIONS, constants.STEPS, 8, 1024, 1024)
 
 _FRAME_BY_FRAME: Final = ("published", "batched", "sdpa")
-_LAST: Final = ("compiled", "graphs")  # the fastest of one call; without a GPU there are no graphs
+_LAST: Final = ("compiled", "graphs", "fp8")  # the fastest of one call; without a GPU there are no graphs
 
 CASES: Final = (
     Case("n16", 16, 8, 1024, 1024),

@@ -22,6 +22,7 @@ examples:
   storyadapter-trt bench throughput --synthetic-weights sdxl --gpu-price 2.5 --out sdxl
   storyadapter-trt bench throughput --synthetic-weights sdxl --cases n16 --rungs sdpa,graphs
   storyadapter-trt bench throughput --synthetic-weights sdxl --synthetic-controlnets 1 --cases n16,control
+  storyadapter-trt bench throughput --synthetic-weights sdxl --rungs graphs,overlapped --precision fp8
   storyadapter-trt bench compare before.json after.json     what got slower
 
 The full table takes about 8 minutes on an H100; the engine is built first where the store has none.
@@ -64,7 +65,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"only these rungs ({', '.join(RUNGS)}) and baselines ({', '.join(BASELINES)}); a rung is then compared "
         "with the next lower one that is there",
     )
-    add_engine_options(parser, precision="of all networks but the VAE")
+    add_engine_options(
+        parser,
+        precision="of all networks but the VAE; fp8: as auto, and beside it, as the last rung and the last way of a "
+        "story, with the denoiser's products over 8-bit operands; scales are found first where the store has none",
+        number_formats=True,
+    )
     parser.add_argument(
         "--gpu-price",
         type=lambda text: number(text, "a price such as 2.5", lambda value: value >= 0),

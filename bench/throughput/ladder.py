@@ -23,6 +23,7 @@ from storyadapter.method.errors import InputError
 from storyadapter.method.plan import split_evenly
 from storyadapter.method.sampler import SamplerTable
 from storyadapter.model.networks import Network
+from storyadapter.model.numerics import NumberFormat
 
 BUDGET_SECONDS: float | None = 4.0  # of timed steps, per rung and case
 WARMUP_SECONDS: Final = 0.5
@@ -54,6 +55,7 @@ class RungResult:
     timing: Timing | None = None  # of one step: UNet call, guidance and sampler
     peak_bytes: int | None = None  # most memory of the device in use by tensors, the model's included; None on a CPU
     load: dict[str, float] = field(default_factory=dict)  # clock and power while it was timed
+    number_format: NumberFormat | None = None  # of a quantized denoiser
 
     @property
     def rows_per_second(self) -> float | None:
@@ -142,7 +144,9 @@ class Ladder:
     def _measure(
         self, rung: Rung, inputs: CaseInputs, below: tuple[str, Drawing] | None
     ) -> tuple[RungResult, Drawing | None]:
-        blank = functools.partial(RungResult, inputs.case.name, rung.name, rung.adds, rung.baseline)
+        blank = functools.partial(
+            RungResult, inputs.case.name, rung.name, rung.adds, rung.baseline, number_format=rung.number_format
+        )
         device = self.workbench.model.device
         found: dict[str, Any] = {}
         try:
@@ -154,7 +158,7 @@ class Ladder:
                     found["drawing"] = Drawing(latents, self.pictures.decode(latents))
                     if below is not None:
                         found["comparison"] = compare(below[0], found["drawing"], below[1])
-                    check_drawing(found["drawing"], found.get("comparison"))
+                    check_drawing(found["drawing"], None if rung.number_format else found.get("comparison"))
                     if device.type == "cuda":
                         torch.cuda.reset_peak_memory_stats(device)  # the decoder's is no part of it
                     found["load"] = stack.enter_context(watch(device))

@@ -13,8 +13,11 @@ from storyadapter.bench.throughput.cases import PUBLISHED, Case, StoryCase
 from storyadapter.bench.throughput.kernel_classes import KernelTimes
 from storyadapter.bench.throughput.ladder import MEASURED, RungResult
 from storyadapter.bench.throughput.story import StoryResult
+from storyadapter.model.numerics import NumberFormat
 
-VERSION: Final = 2  # 1 called a baseline a rival
+VERSION: Final = 3  # 2 had one call's kernels and one cost over references, 1 called a baseline a rival
+
+Profiled = tuple[str, str, KernelTimes]  # case and rung of a call whose kernels were timed, and those
 
 
 @dataclass(frozen=True)
@@ -45,12 +48,12 @@ class ThroughputReport:
     rungs: Sequence[RungResult] = ()
     drawn: list[StoryResult] = field(default_factory=list)
     undrawn: list[Undrawn] = field(default_factory=list)
-    # case and rung of the call whose kernels were timed, and those; None on a CPU
-    profiled: tuple[str, str, KernelTimes] | None = None
+    profiled: Sequence[Profiled] = ()  # none on a CPU
 
-    def highest_rate(self, case: str) -> float | None:
+    def highest_rate(self, case: str, number_format: NumberFormat | None) -> float | None:
         """Rows per second of the highest rung that was measured on a case: what whole stories are drawn by."""
-        rates = [r.rows_per_second for r in self.rungs if r.case == case and r.status == MEASURED and not r.baseline]
+        alike = [r for r in self.rungs if r.case == case and r.number_format == number_format]
+        rates = [r.rows_per_second for r in alike if r.status == MEASURED and not r.baseline]
         return rates[-1] if rates else None
 
     def unet_rate(self, result: StoryResult) -> float | None:
@@ -59,7 +62,7 @@ class ThroughputReport:
         shape = (wanted.frames, result.at_once, wanted.height, wanted.width)
         plain = (case for case in self.cases if not case.controlled)
         same = (c.name for c in plain if (c.references, c.frames, c.height, c.width) == shape)
-        return self.highest_rate(next(same, ""))
+        return self.highest_rate(next(same, ""), result.number_format)
 
     def money(self, seconds: float) -> float | None:
         """What so many seconds of the device cost."""
@@ -68,12 +71,11 @@ class ThroughputReport:
 
 def as_data(found: ThroughputReport) -> dict[str, Any]:
     """The report as JSON data."""
-    profiled = None
-    if found.profiled is not None:
-        case, rung, times = found.profiled
+    profiled = []
+    for case, rung, times in found.profiled:
         slowest = [{"name": n, "class": c, "milliseconds": ms} for n, c, ms in times.slowest]
-        profiled = {"case": case, "rung": rung, "kernels": times.kernels, "milliseconds": times.milliseconds}
-        profiled |= {"slowest": slowest}
+        kernels = {"case": case, "rung": rung, "kernels": times.kernels, "milliseconds": times.milliseconds}
+        profiled.append(kernels | {"slowest": slowest})
     return {
         "kind": KIND,
         "version": VERSION,
@@ -89,13 +91,14 @@ def as_data(found: ThroughputReport) -> dict[str, Any]:
         "undrawn": [str(story) for story in found.undrawn],
         "build_seconds": dict(found.build_seconds),
         "kernels": profiled,
-        "cost_over_references": _cost_over_references(found),
+        "cost_over_references": list(_cost_over_references(found)),
         "published_workload": _projection(found),
     }
 
 
 def _rung(found: ThroughputReport, result: RungResult) -> dict[str, Any]:
-    data: dict[str, Any] = {name: getattr(result, name) for name in ("case", "rung", "adds", "baseline", "status")}
+    names = ("case", "rung", "adds", "baseline", "number_format", "status")
+    data: dict[str, Any] = {name: getattr(result, name) for name in names}
     if result.reason:
         data["reason"] = result.reason
     if result.comparison is not None:
@@ -132,20 +135,20 @@ def _story(found: ThroughputReport, result: StoryResult) -> dict[str, Any]:
     }
 
 
-def _cost_over_references(found: ThroughputReport) -> dict[str, Any] | None:
-    """Rows per second of the highest rung that was measured on several cases, by number of references."""
+def _cost_over_references(found: ThroughputReport) -> Iterable[dict[str, Any]]:
+    """Rows per second of the highest rung that was measured on several cases, by number of references; in half
+    precision, and of a quantized denoiser."""
     references = {case.name: case.references for case in found.cases if not case.controlled}
-    for rung in reversed(list(dict.fromkeys(result.rung for result in found.rungs if not result.baseline))):
-        rates = {
-            references[r.case]: r.rows_per_second or 0.0
-            for r in found.rungs
-            if r.rung == rung and r.status == MEASURED and r.case in references
-        }
-        if len(rates) > 1:
-            by_references = {str(count): rates[count] for count in sorted(rates)}
-            share = rates[max(rates)] / rates[min(rates)]
-            return {"rung": rung, "rows_per_second": by_references, "most_over_fewest": share}
-    return None
+    measured = [r for r in found.rungs if r.status == MEASURED and not r.baseline and r.case in references]
+    for number_format in dict.fromkeys(result.number_format for result in measured):
+        alike = [result for result in measured if result.number_format == number_format]
+        for rung in reversed(list(dict.fromkeys(result.rung for result in alike))):
+            rates = {references[r.case]: r.rows_per_second or 0.0 for r in alike if r.rung == rung}
+            if len(rates) > 1:
+                by_references = {str(count): rates[count] for count in sorted(rates)}
+                share = rates[max(rates)] / rates[min(rates)]
+                yield {"rung": rung, "rows_per_second": by_references, "most_over_fewest": share}
+                break
 
 
 def _projection(found: ThroughputReport) -> list[dict[str, Any]]:
@@ -155,9 +158,9 @@ def _projection(found: ThroughputReport) -> list[dict[str, Any]]:
     most = max(plain, key=lambda case: case.references, default=None)
     if most is None or (most.height, most.width) != (PUBLISHED.height, PUBLISHED.width):
         return []
-    rate, projected = found.highest_rate(most.name), []
+    projected = []
     for result in found.drawn:
-        of_story = found.unet_rate(result)
+        rate, of_story = found.highest_rate(most.name, result.number_format), found.unet_rate(result)
         if rate is None or of_story is None:
             continue
         rest = max(0.0, result.seconds - result.unet_rows / of_story) / result.drawn
@@ -198,7 +201,7 @@ def _ladder(data: dict[str, Any]) -> Iterable[str]:
         "A step is a UNet call with guidance and sampler; times are medians of single steps, the spread lies between",
         "the 10th and the 90th percentile. Every rung has the same weights, inputs and noise. It is timed only if the",
         f"pictures that it draws in a few steps agree with those of the rung below: PSNR of {MIN_PSNR:g} dB or more",
-        "(the worst frame, decoded in fp32, on a GPU with TF32).",
+        "(the worst frame, decoded in fp32, on a GPU with TF32); of a quantized one that is told, and not asked for.",
         "",
         "TFLOP/s counts what the model asks for, however a rung computes it: by torch.utils.flop_counter on the eager",
         "denoiser, and 4 · queries · width operations per key of each global reference cross-attention." + measured,
@@ -287,11 +290,13 @@ def _story_row(story: dict[str, Any], stages: list[str]) -> list[str]:
 
 
 def _references(data: dict[str, Any]) -> Iterable[str]:
-    if (cost := data["cost_over_references"]) is None:
+    if not data["cost_over_references"]:
         return
-    rates = ", ".join(f"{rate:.2f} rows/s at N = {count}" for count, rate in cost["rows_per_second"].items())
-    share = f"the rate with the most references is {cost['most_over_fewest']:.1%} of that with the fewest."
-    yield from ("## Cost over N", "", f"{cost['rung']}: {rates}; {share}", "")
+    yield from ("## Cost over N", "")
+    for cost in data["cost_over_references"]:
+        rates = ", ".join(f"{rate:.2f} rows/s at N = {count}" for count, rate in cost["rows_per_second"].items())
+        share = f"the rate with the most references is {cost['most_over_fewest']:.1%} of that with the fewest."
+        yield from (f"{cost['rung']}: {rates}; {share}", "")
 
 
 def _workload(data: dict[str, Any]) -> Iterable[str]:
@@ -324,17 +329,16 @@ def _workload(data: dict[str, Any]) -> Iterable[str]:
 
 
 def _kernels(data: dict[str, Any]) -> Iterable[str]:
-    if (kernels := data["kernels"]) is None:
-        return
-    total = sum(kernels["milliseconds"].values())
-    (step,) = [r for r in data["rungs"] if (r["case"], r["rung"]) == (kernels["case"], kernels["rung"])]
-    together = f"{kernels['kernels']} kernels of together {total:.1f} ms, by torch.profiler"
-    yield from (f"## Where a step's time goes: {kernels['rung']} on {kernels['case']}", "")
-    yield from (f"{together}, in a step of {step['ms_per_call']:.1f} ms.", "")
-    shares = [[name, f"{ms:.2f}", f"{ms / total:.1%}"] for name, ms in kernels["milliseconds"].items()]
-    yield from (*table(("class", "ms", "share"), shares), "")
-    slowest = [[f"`{k['name']}`", k["class"], f"{k['milliseconds']:.2f}"] for k in kernels["slowest"]]
-    yield from (*table(("kernel", "class", "ms of all its launches"), slowest), "")
+    for kernels in data["kernels"]:
+        total = sum(kernels["milliseconds"].values())
+        (step,) = [r for r in data["rungs"] if (r["case"], r["rung"]) == (kernels["case"], kernels["rung"])]
+        together = f"{kernels['kernels']} kernels of together {total:.1f} ms, by torch.profiler"
+        yield from (f"## Where a step's time goes: {kernels['rung']} on {kernels['case']}", "")
+        yield from (f"{together}, in a step of {step['ms_per_call']:.1f} ms.", "")
+        shares = [[name, f"{ms:.2f}", f"{ms / total:.1%}"] for name, ms in kernels["milliseconds"].items()]
+        yield from (*table(("class", "ms", "share"), shares), "")
+        slowest = [[f"`{k['name']}`", k["class"], f"{k['milliseconds']:.2f}"] for k in kernels["slowest"]]
+        yield from (*table(("kernel", "class", "ms of all its launches"), slowest), "")
 
 
 def _cell(value: float | None, form: str, unit: str = "") -> str:

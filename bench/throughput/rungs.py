@@ -29,6 +29,7 @@ from storyadapter.method.errors import UnavailableError
 from storyadapter.method.sampler import SamplerTable
 from storyadapter.model.grca import grca
 from storyadapter.model.networks import Networks
+from storyadapter.model.numerics import NumberFormat
 from storyadapter.runtime.denoising import denoise
 
 # Denoises some frames of a case over a sampler's table; yields their state [F, 4, h, w] fp32 after each step, perhaps
@@ -46,6 +47,7 @@ class Rung:
     prepare: Callable[[Workbench], Steps]
     frame_by_frame: bool = False  # draws one frame at a time
     baseline: bool = False  # not a rung of the ladder, but what others offer
+    number_format: NumberFormat | None = None  # of a quantized denoiser, which draws other pictures than rungs below
 
     def at_once(self, frames: int) -> int:
         """Frames of one UNet call."""
@@ -101,6 +103,10 @@ def _graphs(workbench: Workbench) -> Steps:
     return functools.partial(contract_steps, workbench.networks("inductor"))
 
 
+def _fp8(workbench: Workbench) -> Steps:
+    return functools.partial(contract_steps, workbench.networks("inductor", quantized=True))
+
+
 LADDER: Final = (
     Rung(
         "published",
@@ -119,6 +125,14 @@ LADDER: Final = (
     Rung("fused", "text and reference attention in one kernel", _fused),
     Rung("compiled", "the networks compiled ahead of time (backend inductor)", _compiled),
     Rung("graphs", "a step replayed as a CUDA graph", _graphs),
+)
+# the last rung where it is asked for
+FP8: Final = Rung(
+    "fp8",
+    "the denoiser's linear layers and 3x3 convolutions over e4m3 operands: other pictures, whose quality bench quality "
+    "--precision fp8 measures",
+    _fp8,
+    number_format="fp8",
 )
 
 

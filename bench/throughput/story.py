@@ -19,6 +19,7 @@ from storyadapter.method.events import Event, FrameFinished, MicroBatchHalved, R
 from storyadapter.method.plan import RunPlan
 from storyadapter.method.story import Story
 from storyadapter.model.networks import Networks
+from storyadapter.model.numerics import NumberFormat
 from storyadapter.runtime.conditioning import Tokenizers
 from storyadapter.runtime.drive import drive
 from storyadapter.runtime.pipeline import StoryPipeline
@@ -44,7 +45,7 @@ class StoryResult:
     """What was found of one whole story."""
 
     case: str  # its name
-    way: str  # "one after the other" or "overlapped"
+    way: str  # "one after the other", "overlapped" or "overlapped, fp8"
     vae_precision: str  # and where the VAE runs
     seconds: float  # of the whole run, from prompts to pictures
     stages: dict[str, float]  # seconds by stage; where stages overlap, their sum is more than `seconds`
@@ -56,6 +57,7 @@ class StoryResult:
     peak_bytes: int | None  # most memory of the device in use by tensors; None on a CPU
     at_once: int  # frames of a micro-batch
     load: dict[str, float] = field(default_factory=dict)
+    number_format: NumberFormat | None = None  # of a quantized denoiser
 
     @property
     def seconds_per_frame(self) -> float:
@@ -163,4 +165,7 @@ def measure_story(
     psnr = None if other is None else min(psnr_of_each(drawn.pictures, other.pictures))
     same_vae = other is None or other.vae_precision == drawn.vae_precision
     result = partial(StoryResult, case.name, way, drawn.vae_precision, seconds, drawn.stages, case.frames)
-    return result(case.drawn, case.unet_rows, psnr, same_vae, peak, drawn.at_once, load.as_data()), drawn
+    quantization = networks.numerics.quantization
+    number_format = quantization.number_format if quantization else None
+    found = result(case.drawn, case.unet_rows, psnr, same_vae, peak, drawn.at_once, load.as_data(), number_format)
+    return found, drawn

@@ -29,19 +29,23 @@ class Workbench:
         model: the model.
         ranges: what engines are built for.
         progress: told of what is slow.
+        quantized: the same model with its denoiser quantized, if that is to be measured beside it.
 
     Attributes:
-        build_seconds: by backend, of the engines that were built.
+        build_seconds: by backend, and number format if it is quantized, of the engines that were built.
     """
 
-    def __init__(self, model: BenchmarkModel, ranges: ShapeRanges, progress: Progress) -> None:
+    def __init__(
+        self, model: BenchmarkModel, ranges: ShapeRanges, progress: Progress, quantized: BenchmarkModel | None = None
+    ) -> None:
         self.model = model
+        self.quantized = quantized
         self.ranges = ranges
         self.progress = progress
         self.build_seconds: dict[str, float] = {}
         self._name = ""
         self._form: Any = None
-        self._refused: dict[str, EngineBuildError] = {}  # by backend, why its engine can't be built
+        self._refused: dict[str, EngineBuildError] = {}  # by the same, why its engine can't be built
 
     def unet(self, user: str = "published") -> tuple[UNet2DConditionModel, IPAdapterWeights]:
         """diffusers' UNet and the adapter, on the device; who changes the UNet for good asks by another `user` name."""
@@ -53,22 +57,25 @@ class Workbench:
             self._name = user
         return self._form
 
-    def networks(self, backend: str) -> Networks:
+    def networks(self, backend: str, *, quantized: bool = False) -> Networks:
         """The contract's networks on a backend; raises what `BenchmarkModel.open` does."""
-        if self._name != backend:
+        model = self.quantized if quantized else self.model
+        assert model is not None
+        name = f"{backend} in {model.numerics.name}" if quantized else backend
+        if self._name != name:
             self.clear()
-            if backend in self._refused:
-                raise self._refused[backend]
+            if name in self._refused:
+                raise self._refused[name]
             try:
-                opened = self.model.open(self.ranges, self.progress.tell, backend)
+                opened = model.open(self.ranges, self.progress.tell, backend)
             except EngineBuildError as error:
-                self._refused[backend] = error  # told of every rung and case, but not built for minutes again
+                self._refused[name] = error  # told of every rung and case, but not built for minutes again
                 raise
             if opened.build_seconds:
-                self.build_seconds[backend] = opened.build_seconds
+                self.build_seconds[name] = opened.build_seconds
                 self.progress.leave_out(opened.build_seconds)
             self._form = opened.networks
-            self._name = backend
+            self._name = name
         return self._form
 
     def eager(self, attention: GrcaFunction) -> Networks:

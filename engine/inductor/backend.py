@@ -7,7 +7,7 @@ from storyadapter.engine.inductor import SOURCES
 from storyadapter.engine.sources import sources_digest
 from storyadapter.engine.uses import ERRORS
 from storyadapter.method.errors import Field, InputError, UnavailableError
-from storyadapter.model.numerics import Numerics
+from storyadapter.model.numerics import NUMBER_FORMATS, Numerics
 
 if TYPE_CHECKING:
     from storyadapter.checkpoint import Checkpoint
@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from storyadapter.model.networks import Networks
 
 _LEAST_PIXELS: Final = 64
+_FP8_FROM: Final = (8, 9)  # compute capability
 
 
 class Inductor(Backend):
     name = "inductor"
     purpose = "compiled by PyTorch with the fused kernels: the default with a CUDA GPU"
     holds_weights = False
+    number_formats = NUMBER_FORMATS
 
     def rank(self) -> int:
         return 3 if default_device().type == "cuda" else 0
@@ -37,6 +39,13 @@ class Inductor(Backend):
 
     def check(self, numerics: Numerics, ranges: "ShapeRanges | None" = None) -> None:
         super().check(numerics, ranges)
+        if numerics.quantization and (found := _why_no_fp8()):
+            raise UnavailableError(
+                f"backend {self.name} can't serve here: it can't run in {numerics.name} on {found}",
+                expected=f"a CUDA GPU of compute capability {'.'.join(map(str, _FP8_FROM))} or later",
+                advice=("type another ", Field("precision"), ", or backend eager, which emulates it"),
+                field="precision",
+            )
         if ranges is None:
             return
         if ranges.max_prompt_chunks > 1 and self.device().type == "cuda":
@@ -78,12 +87,23 @@ class Inductor(Backend):
         from storyadapter.engine.inductor.networks import open_inductor, was_compared
 
         if not was_compared(engine, checkpoint):
-            open_inductor(engine, checkpoint, self.device(), on_stage)
+            open_inductor(engine, checkpoint, engine.identity.numerics, self.device(), on_stage)
 
     def open(self, request: OpenRequest) -> "Networks":
         from storyadapter.engine.inductor.networks import open_inductor
 
-        return open_inductor(request.stored, request.checkpoint, request.device, request.on_stage)
+        return open_inductor(request.stored, request.checkpoint, request.numerics, request.device, request.on_stage)
+
+
+def _why_no_fp8() -> str:
+    """What there is instead of a GPU that multiplies e4m3 numbers; "" if there is one."""
+    import torch
+
+    device = default_device()
+    if device.type != "cuda":
+        return str(device)
+    capability = torch.cuda.get_device_capability(device)
+    return "" if capability >= _FP8_FROM else f"compute capability {'.'.join(map(str, capability))}"
 
 
 BACKEND = Inductor()

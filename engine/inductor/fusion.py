@@ -2,7 +2,9 @@
 
 In each block q, k and v of the self-attention come from one matrix product, every residual addition is done together
 with the layer norm that follows it, and GEGLU together with the matrix product before it. Latents stay channels-last,
-so that convolutions run in the layout that tensor cores read and pictures become tokens without a copy.
+so that convolutions run in the layout that tensor cores read and pictures become tokens without a copy. Tokens lie in
+rows [B·S, C] from a transformer's begin to its end. `storyadapter.engine.inductor.products` has the layers, in half
+precision or over e4m3 operands.
 """
 
 import torch
@@ -15,10 +17,10 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.nn import functional
 
-from storyadapter.engine.inductor.fp8_fusion import Fp8Transformer
 from storyadapter.engine.inductor.operators import Operators, operators_for
 from storyadapter.engine.inductor.picture_fusion import Fp8Sampler, ResnetBlock
-from storyadapter.model.controlnet import ControlNet, TextInputs
+from storyadapter.engine.inductor.products import AddLayerNorm, Fp8Geglu, Geglu, product
+from storyadapter.model.controlnet import ControlNet, TextCrossAttention, TextInputs, text_attention
 from storyadapter.model.unet import CrossAttentionInputs, Denoiser, GlobalReferenceCrossAttention
 from storyadapter.quantization.layers import Fp8Layer
 
@@ -28,38 +30,57 @@ AttentionInputs = CrossAttentionInputs | TextInputs
 class SelfAttention(nn.Module):
     """Self-attention whose queries, keys and values come from one matrix product."""
 
-    def __init__(self, attention: Attention) -> None:
+    def __init__(self, attention: Attention, operators: Operators) -> None:
         super().__init__()
         self.heads = attention.heads
-        weight = torch.cat((attention.to_q.weight, attention.to_k.weight, attention.to_v.weight))
-        self.to_qkv = nn.Parameter(weight.detach(), requires_grad=False)
-        self.to_out = attention.to_out[0]
+        self.to_qkv = product((attention.to_q, attention.to_k, attention.to_v), operators)
+        self.to_out = product((attention.to_out[0],), operators)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """tokens [B, S, C] → [B, S, C]."""
-        batch, count, channels = tokens.shape
-        qkv = functional.linear(tokens, self.to_qkv).view(batch, count, 3, self.heads, -1)
-        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
+    def forward(self, rows: Tensor, batch: int) -> Tensor:
+        """rows [B·S, C] → the same."""
+        qkv = self.to_qkv(rows)
+        channels = qkv.shape[1] // 3
+        q, k, v = (
+            part.transpose(1, 2) for part in qkv.view(batch, -1, 3, self.heads, channels // self.heads).unbind(2)
+        )
         out = functional.scaled_dot_product_attention(q, k, v)
-        return self.to_out(out.transpose(1, 2).reshape(batch, count, channels))
+        return self.to_out(self.to_out.take(out.transpose(1, 2).reshape(-1, channels)))
+
+
+class CrossAttention(nn.Module):
+    """Global reference cross-attention between its two products; a ControlNet's attends to the text alone."""
+
+    def __init__(self, attention: GlobalReferenceCrossAttention | TextCrossAttention, operators: Operators) -> None:
+        super().__init__()
+        self.heads, self.channels, self.layer = attention.heads, attention.channels, attention.layer
+        self.to_q = product((attention.to_q,), operators)
+        self.to_out = product((attention.to_out,), operators)
+        self.grca = operators.grca
+
+    def forward(self, rows: Tensor, batch: int, inputs: AttentionInputs) -> Tensor:
+        """rows [B·S, C] → the same."""
+        q = self.to_q(rows).view(batch, -1, self.heads, self.channels // self.heads)
+        text = inputs.text_kv[self.channels][self.layer]
+        if isinstance(inputs, TextInputs):
+            out = text_attention(q, text, inputs.text_row)
+        else:
+            references = inputs.ref_kv[self.channels][self.layer]
+            out = self.grca(q, text, inputs.text_row, references, inputs.ref_row, inputs.ref_length)
+        return self.to_out(self.to_out.take(out.reshape(-1, self.channels)))
 
 
 class GegluFeedForward(nn.Module):
-    """The block's feed-forward; the rows of the first layer stand in the order that the operator reads them in."""
+    """The block's feed-forward."""
 
     def __init__(self, feed_forward: FeedForward, operators: Operators) -> None:
         super().__init__()
         first = feed_forward.net[0].proj
-        weight, bias = operators.arrange_geglu(first.weight.detach(), first.bias.detach())
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = nn.Parameter(bias, requires_grad=False)
-        self.to_out = feed_forward.net[2]
-        self.geglu = operators.geglu
+        self.geglu = Fp8Geglu(first, operators) if isinstance(first, Fp8Layer) else Geglu(first, operators)
+        self.to_out = product((feed_forward.net[2],), operators)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """tokens [B, S, C] → [B, S, C]."""
-        hidden = self.geglu(tokens.flatten(0, 1), self.weight, self.bias)
-        return self.to_out(hidden).view(tokens.shape)
+    def forward(self, rows: Tensor) -> Tensor:
+        """rows [B·S, C] → the same."""
+        return self.to_out(self.geglu(rows, self.to_out.factor))
 
 
 class TransformerBlock(nn.Module):
@@ -67,37 +88,37 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, block: BasicTransformerBlock, operators: Operators) -> None:
         super().__init__()
-        self.norm1, self.norm2, self.norm3 = block.norm1, block.norm2, block.norm3
-        self.attn1 = SelfAttention(block.attn1)
-        self.attn2 = block.attn2
-        if isinstance(self.attn2, GlobalReferenceCrossAttention):  # a ControlNet's attends to the text alone
-            self.attn2.grca = operators.grca
+        self.attn1 = SelfAttention(block.attn1, operators)
+        self.attn2 = CrossAttention(block.attn2, operators)
         self.ff = GegluFeedForward(block.ff, operators)
-        self.add_layer_norm = operators.add_layer_norm
+        self.norm1 = AddLayerNorm(block.norm1, self.attn1.to_qkv.factor, operators)
+        self.norm2 = AddLayerNorm(block.norm2, self.attn2.to_q.factor, operators)
+        self.norm3 = AddLayerNorm(block.norm3, self.ff.geglu.factor, operators)
 
-    def forward(self, stream: Tensor, branch: Tensor | None, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
-        """stream, branch [B, S, C] → the same two after this block; the stream that counts is their sum."""
-        if branch is None:
-            normed = self.norm1(stream)
-        else:
-            stream, normed = self._add(branch, stream, self.norm1)
-        stream, normed = self._add(self.attn1(normed), stream, self.norm2)
-        stream, normed = self._add(self.attn2(normed, inputs), stream, self.norm3)
+    def forward(
+        self, stream: Tensor, branch: Tensor | None, batch: int, inputs: AttentionInputs
+    ) -> tuple[Tensor, Tensor]:
+        """stream, branch [B·S, C] → the same two after this block; the stream that counts is their sum."""
+        stream, normed = self.norm1(stream, branch)
+        stream, normed = self.norm2(stream, self.attn1(normed, batch))
+        stream, normed = self.norm3(stream, self.attn2(normed, batch, inputs))
         return stream, self.ff(normed)
-
-    def _add(self, branch: Tensor, stream: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-        total, normed = self.add_layer_norm(
-            branch.flatten(0, 1), stream.flatten(0, 1), norm.weight, norm.bias, norm.eps
-        )
-        return total.view(stream.shape), normed.view(stream.shape)
 
 
 class Transformer(nn.Module):
     """The transformer of one resolution; stands where diffusers' blocks call a `Transformer2DModel`."""
 
     def __init__(self, model: Transformer2DModel, operators: Operators) -> None:
+        """Raises ValueError: some of its linear layers are quantized, others aren't."""
         super().__init__()
-        self.norm, self.proj_in, self.proj_out = model.norm, model.proj_in, model.proj_out
+        layers = {name: part for name, part in model.named_modules() if isinstance(part, nn.Linear | Fp8Layer)}
+        plain = [name for name, part in layers.items() if isinstance(part, nn.Linear)]
+        if 0 < len(plain) < len(layers):
+            raise ValueError(
+                f"{plain[0]} isn't quantized as others are; expected all of a transformer's layers, or none"
+            )
+        self.norm, self.group_norm = model.norm, operators.group_norm
+        self.proj_in, self.proj_out = (product((layer,), operators) for layer in (model.proj_in, model.proj_out))
         self.blocks = nn.ModuleList(TransformerBlock(block, operators) for block in model.transformer_blocks)
 
     def forward(
@@ -110,13 +131,18 @@ class Transformer(nn.Module):
         return_dict: bool = False,
     ) -> tuple[Tensor]:
         """hidden_states [B, C, h, w] → ([B, C, h, w],); the argument names are those by which diffusers calls it."""
-        batch, channels, height, width = hidden_states.shape
-        tokens = self.norm(hidden_states).permute(0, 2, 3, 1).reshape(batch, height * width, channels)
-        stream, branch = self.proj_in(tokens), None
+        pictures, norm = hidden_states.permute(0, 2, 3, 1).contiguous(), self.norm
+        if self.proj_in.factor is None:  # the compiler's own group norm is as fast there
+            rows = norm(hidden_states).permute(0, 2, 3, 1).reshape(-1, pictures.shape[3])
+        else:
+            settings = (norm.num_groups, norm.eps, False, self.proj_in.factor, True)
+            rows = self.group_norm(pictures, norm.weight, norm.bias, *settings)
+        stream, branch = self.proj_in(rows), None
         for block in self.blocks:
-            stream, branch = block(stream, branch, encoder_hidden_states)
-        tokens = self.proj_out(stream + branch)
-        return (tokens.view(batch, height, width, channels).permute(0, 3, 1, 2) + hidden_states,)
+            stream, branch = block(stream, branch, pictures.shape[0], encoder_hidden_states)
+        assert branch is not None
+        rows = self.proj_out.take(stream + branch)
+        return (self.proj_out(rows, pictures.flatten(0, 2)).view(pictures.shape).permute(0, 3, 1, 2),)
 
 
 def fuse_denoiser(denoiser: Denoiser | ControlNet, operators: Operators) -> None:
@@ -151,7 +177,7 @@ def _fused(name: str, part: nn.Module, operators: Operators) -> nn.Module | None
     blocks = part.transformer_blocks
     if not part.use_linear_projection or any(block.norm_type != "layer_norm" for block in blocks):
         raise ValueError(f"{name} isn't a transformer of SDXL's kind; expected linear projections and layer norms")
-    return Fp8Transformer(part, operators) if quantized else Transformer(part, operators)
+    return Transformer(part, operators)
 
 
 def prepare(module: nn.Module, device: torch.device) -> dict[str, Tensor]:

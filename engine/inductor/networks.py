@@ -137,17 +137,20 @@ def _give_back(tensors: Iterable[Tensor]) -> None:
 
 
 def open_inductor(
-    engine: StoredEngine, checkpoint: Checkpoint, device: torch.device, on_stage: ReportStage
+    engine: StoredEngine, checkpoint: Checkpoint, numerics: Numerics, device: torch.device, on_stage: ReportStage
 ) -> Networks:
     """The networks of a checkpoint on an engine's code, compared with eager at the first use with its weights.
 
     On a GPU the denoising step is captured as CUDA graphs. Where the weights would take more than half of the memory
     that is free, only those of the steps stay there and the others come from the host for each call.
 
+    Args:
+        numerics: those of the engine, with the scales that the checkpoint's denoiser has.
+
     Raises:
         EngineBuildError: a network computes something else than eager with these weights; nothing is noted.
     """
-    numerics, compared = engine.identity.numerics, was_compared(engine, checkpoint)
+    compared = was_compared(engine, checkpoint)
     letters = engine.ranges.letters(checkpoint.geometry.pixels_per_latent)
     on_gpu = device.type == "cuda"
     short = on_gpu and engine.details["weight_bytes"] > _OFFLOAD_ABOVE * torch.cuda.mem_get_info(device)[0]

@@ -8,17 +8,17 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.nn import functional
 
-from storyadapter.engine.inductor.fp8_fusion import Fp8Product
 from storyadapter.engine.inductor.operators import Operators
-from storyadapter.quantization.layers import Fp8Layer, to_e4m3
+from storyadapter.engine.inductor.products import Fp8Product
+from storyadapter.quantization.layers import Fp8Layer
 
 
 class Fp8Convolution(Fp8Product):
     """A 3×3 convolution over e4m3 pictures."""
 
     def __init__(self, layer: Fp8Layer, operators: Operators) -> None:
-        assert layer.bias is not None and layer.stride is not None
-        super().__init__(layer, dtype=layer.bias.dtype)
+        assert layer.stride is not None
+        super().__init__(layer)
         self.convolution, self.stride = operators.convolution_fp8, layer.stride[0]
 
     def forward(self, x: Tensor, added: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
@@ -86,5 +86,5 @@ class Fp8Sampler(nn.Module):
         """hidden_states [B, C, h, w] → twice or half as large."""
         if self.convolution.stride == 1:
             hidden_states = functional.interpolate(hidden_states, scale_factor=2.0, mode="nearest")
-        pictures = to_e4m3(hidden_states.permute(0, 2, 3, 1), self.convolution.factor)
+        pictures = self.convolution.take(hidden_states.permute(0, 2, 3, 1))
         return self.convolution(pictures.contiguous()).permute(0, 3, 1, 2)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from storyadapter.engine.backend import Backend, EngineRequest, OpenRequest, installed_version
 from storyadapter.engine.sources import export_recipe
 from storyadapter.engine.uses import ERRORS
+from storyadapter.model.numerics import NUMBER_FORMATS
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +20,7 @@ class OnnxRuntime(Backend):
     extra = "onnxruntime"
     precisions = ("fp32", "fp16")
     vae_precisions = ("fp32", "fp16")
+    number_formats = NUMBER_FORMATS  # what a GPU multiplies in e4m3 is computed in the precision beside it
 
     def rank(self) -> int:
         return 2 if self.why_unavailable() is None else 0

@@ -1,21 +1,25 @@
 """The backend `tensorrt` as an object. Imports nothing heavy until it is asked."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
-from storyadapter.engine.backend import Backend, EngineRequest, OpenRequest
+from storyadapter.engine.backend import Backend, EngineRequest, OpenRequest, ReportBytes
+from storyadapter.engine.identity import EngineIdentity
 from storyadapter.engine.sources import export_recipe
 from storyadapter.engine.tensorrt import SOURCES
 from storyadapter.engine.tensorrt.library import choose_library, describe_libraries, gpu_target, why_it_cant_run
 from storyadapter.engine.tensorrt.options import SETTINGS, BuildOptions
 from storyadapter.method.errors import Field, InputError, UnavailableError
-from storyadapter.model.numerics import Numerics, Precision
+from storyadapter.model.numerics import NUMBER_FORMATS, Numerics, Precision
 
 if TYPE_CHECKING:
     import torch
 
+    from storyadapter.checkpoint import Checkpoint
     from storyadapter.model.contract import ShapeRanges
     from storyadapter.model.networks import Networks
+
+_FP8_FROM: Final = 89  # compute capability, times ten
 
 
 class TensorRT(Backend):
@@ -26,6 +30,7 @@ class TensorRT(Backend):
     extra = "onnxruntime"
     one_of = (("tensorrt-rtx", "an RTX GPU, or to build on any machine"), ("tensorrt", "a data-centre GPU"))
     precisions = ("fp16", "bf16")
+    number_formats = NUMBER_FORMATS
     settings = SETTINGS
 
     def rank(self) -> int:
@@ -61,6 +66,18 @@ class TensorRT(Backend):
     def target(self, options: BuildOptions | None) -> tuple[str, str]:
         library, targets = choose_library(options.targets if options else (), gpu_target())
         return str(library), "+".join(targets)
+
+    def identity(
+        self, checkpoint: "Checkpoint", numerics: Numerics, options: Any = None, on_bytes: ReportBytes | None = None
+    ) -> EngineIdentity:
+        found = super().identity(checkpoint, numerics, options, on_bytes)
+        targets = found.architecture.split("+")
+        if numerics.quantization and (older := [target for target in targets if int(target[2:]) < _FP8_FROM]):
+            raise UnavailableError(
+                f"{older[0]} doesn't multiply {numerics.name} numbers",
+                expected=(Field("target"), f" sm{_FP8_FROM} or later"),
+            )
+        return found
 
     def recipe(self, architecture: str) -> tuple[tuple[str, str], ...]:
         return export_recipe(*SOURCES)

@@ -19,18 +19,29 @@ from storyadapter.output.files import write_whole
 
 _PROGRESS_SECONDS = 0.2
 HEADER: Final = "Layers:"  # of the message in which TensorRT's builder lists them, at `ProfilingVerbosity.DETAILED`
-_LAYER: Final = re.compile(r"^Name: (?P<name>.*?), LayerType: (?P<type>[^,]*), Inputs: .*?Metadata: (?P<metadata>.*)$")
+_LAYER: Final = re.compile(
+    r"^Name: (?P<name>.*?), LayerType: (?P<type>[^,]*), Inputs: \[(?P<inputs>.*?)\], Constants: .*?"
+    r"Metadata: (?P<metadata>.*)$"
+)
+_DATATYPE: Final = re.compile(r"Datatype: (\w+)")
+_PRODUCTS: Final = ("gemm", "correlation")
 _NODE: Final = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 _FUSED: Final = re.compile(r"mha")  # _gemm_mha_v2 in TensorRT-RTX, fmha_… in TensorRT
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer of the built engine; `nodes` are the ONNX nodes that went into it."""
+    """One layer of the built engine; `nodes`: ONNX nodes that went into it, `inputs`: the types of what it reads."""
 
     name: str
     type: str
     nodes: tuple[str, ...]
+    inputs: tuple[str, ...] = ()
+
+    @property
+    def is_fp8_product(self) -> bool:
+        """Whether this is a matrix product or a convolution of e4m3 numbers."""
+        return self.type in _PRODUCTS and "FP8" in self.inputs
 
     @property
     def is_fused_attention(self) -> bool:
@@ -47,7 +58,8 @@ def parse_layers(text: str) -> tuple[Layer, ...]:
     layers = []
     for line in text.splitlines():
         if match := _LAYER.match(line):
-            layers.append(Layer(match["name"], match["type"], tuple(_NODE.findall(match["metadata"]))))
+            nodes, inputs = _NODE.findall(match["metadata"]), _DATATYPE.findall(match["inputs"])
+            layers.append(Layer(match["name"], match["type"], tuple(nodes), tuple(inputs)))
         elif line.startswith("Name: "):
             raise ValueError(f"not a layer as TensorRT's builder writes them: {line[:120]}")
     if not layers:
@@ -96,6 +108,7 @@ class BuildReport:
     fused_attentions: int  # those layers that are an attention in one kernel
     longest_step_seconds: float  # the longest time without a word from the builder
     warnings: int = 0
+    fp8_products: int = 0  # those layers that are a product of e4m3 numbers
 
 
 class Refusal(EngineBuildError):
@@ -149,6 +162,7 @@ def build(request: NetworkRequest, tell: Callable[..., None]) -> BuildReport:
             engine_bytes=engine.nbytes,
             layers=len(built),
             fused_attentions=sum(layer.is_fused_attention for layer in built),
+            fp8_products=sum(layer.is_fp8_product for layer in built),
             longest_step_seconds=round(monitor.longest_silence, 3),
             warnings=logger.warnings,
         )

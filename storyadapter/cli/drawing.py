@@ -82,8 +82,7 @@ def draw(
     ranges = ShapeRanges(plan.max_frames or FRAMES_UNMEASURED, attended, height, width, chunks)
     scales = [plan.scale_of(iteration) for iteration in range(plan.iterations)]
     weights = model_weights(session.checkpoint, reporter.bytes_read)
-    if session.numerics.quantization:
-        session = _with_scales(args, ranges, session, weights.key)
+    session = with_scales(args, session, ranges, weights.key)
     identity = _identity(story, style, plan, session, weights, pictures) | control_identity(controls)
     clock.mark("weights' hashes")
     if edit:
@@ -217,10 +216,15 @@ def _identity(
     }
 
 
-def _with_scales(args: argparse.Namespace, ranges: ShapeRanges, session: Session, model: str) -> Session:
-    """The session with its model's scales; raises EngineMismatchError where the store has none."""
-    scales = find_scales(args.engine_dir, model)
-    if scales is not None:
+def with_scales(args: argparse.Namespace, session: Session, ranges: ShapeRanges, model: str) -> Session:
+    """The session with its model's scales, if it is quantized; `model`: the key of its weights.
+
+    Raises:
+        EngineMismatchError: the store has none.
+    """
+    if not session.numerics.quantization:
+        return session
+    if (scales := find_scales(args.engine_dir, model)) is not None:
         return session.quantized(scales)
     command = build_command(args, session.backend.name, session.numerics, ranges)
     raise EngineMismatchError(f"no scales of {session.model.label} in the engine store; build it: {command}")

@@ -318,9 +318,7 @@ class Session:
 
     def quantized(self, scales: "Scales") -> "Session":
         """The same with the denoiser quantized by its model's scales."""
-        assert self.numerics.quantization
-        quantization = replace(self.numerics.quantization, scales=scales.key)
-        numerics = replace(self.numerics, quantization=quantization)
+        numerics = self.numerics.with_scales(scales.key)
         return replace(self, checkpoint=self.checkpoint.rewritten(scales.apply), numerics=numerics)
 
     @property

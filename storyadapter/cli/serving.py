@@ -7,9 +7,10 @@ from pathlib import Path
 
 from storyadapter.cli.commands import OPENING
 from storyadapter.cli.devices import only_device
-from storyadapter.cli.drawing import open_pipeline
+from storyadapter.cli.drawing import open_pipeline, with_scales
 from storyadapter.cli.options import model_choice, open_session, shape_ranges
 from storyadapter.cli.reporting import reporting
+from storyadapter.engine.identity import model_weights
 from storyadapter.method.errors import InputError, UnavailableError
 from storyadapter.serve.limits import Limits
 
@@ -45,6 +46,7 @@ def serve(args: argparse.Namespace) -> int:
         session = open_session(args, model_choice(args))
         pixels = session.checkpoint.geometry.default_pixels
         ranges = shape_ranges(args, pixels)
+        session = with_scales(args, session, ranges, model_weights(session.checkpoint, reporter.bytes_read).key)
         with closing(open_pipeline(args, session, ranges, ranges.max_frames, reporter)) as pipeline:
             address = f"http://{args.host}:{args.port}"
             text = f"{session.model.label}, {session.how}: stories are served at {address}"

@@ -29,6 +29,14 @@ class TextInputs(NamedTuple):
     text_row: Tensor
 
 
+def text_attention(q: Tensor, text_kv: Tensor, text_row: Tensor) -> Tensor:
+    """q [B, S, H, D], text_kv [P, 2, T, C], text_row [B] int32 → [B, S, H, D]."""
+    shape = (q.shape[0], -1, *q.shape[2:])
+    k, v = text_kv.index_select(0, text_row).unbind(1)
+    queries, keys, values = (part.transpose(1, 2) for part in (q, k.view(shape), v.view(shape)))
+    return nn.functional.scaled_dot_product_attention(queries, keys, values).transpose(1, 2)
+
+
 class TextCrossAttention(ProjectedCrossAttention):
     """One layer of a ControlNet: query projection, attention to the text, output projection."""
 
@@ -36,11 +44,9 @@ class TextCrossAttention(ProjectedCrossAttention):
         """hidden_states [B, S, C] → [B, S, C]; the argument names are those by which diffusers' blocks call it."""
         inputs = encoder_hidden_states
         batch, tokens, _ = hidden_states.shape
-        shape = (batch, -1, self.heads, self.channels // self.heads)
-        kv = inputs.text_kv[self.channels][self.layer].index_select(0, inputs.text_row)
-        q, k, v = (part.view(shape).transpose(1, 2) for part in (self.to_q(hidden_states), *kv.unbind(1)))
-        out = nn.functional.scaled_dot_product_attention(q, k, v)
-        return self.to_out(out.transpose(1, 2).reshape(batch, tokens, self.channels))
+        q = self.to_q(hidden_states).view(batch, tokens, self.heads, self.channels // self.heads)
+        out = text_attention(q, inputs.text_kv[self.channels][self.layer], inputs.text_row)
+        return self.to_out(out.reshape(batch, tokens, self.channels))
 
 
 class ControlEmbedding(nn.Module):

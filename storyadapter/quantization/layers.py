@@ -28,6 +28,7 @@ class Fp8Layer(nn.Module):
         weight_scale: [N] fp32.
         input_scale: [1] fp32.
         bias: [N] in the layer's dtype, or None.
+        dtype: the layer's.
     """
 
     weight_scale: Tensor
@@ -35,7 +36,7 @@ class Fp8Layer(nn.Module):
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, input_scale: float) -> None:
         super().__init__()
-        weight = layer.weight.detach()
+        weight, self.dtype = layer.weight.detach(), layer.weight.dtype
         rows = weight.flatten(1).float()
         largest = rows.abs().amax(1)
         scale = torch.where(largest > 0, largest / LARGEST, torch.ones_like(largest))

@@ -87,14 +87,14 @@ def test_a_file_that_computes_something_else_is_refused(tmp_path: Path) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 8)
     right = Linear()(x).detach()
-    assert verify_export(path, [Example({"x": x}, {"y": right})], "fp32") < 1e-6
+    assert verify_export(path, [Example({"x": x}, {"y": right})], "fp32", 1e-4) < 1e-6
     for wrong in (1.01 * right, right.roll(1, 0), torch.full_like(right, torch.nan)):
         with pytest.raises(
             EngineBuildError, match="^linear.onnx: output y differs from eager by .* in fp32; expected at"
         ):
-            verify_export(path, [Example({"x": x}, {"y": wrong})], "fp32")
+            verify_export(path, [Example({"x": x}, {"y": wrong})], "fp32", 1e-4)
     with pytest.raises(EngineBuildError, match=r"^linear.onnx: output y has shape \(2, 8\); eager gives \(1, 8\)$"):
-        verify_export(path, [Example({"x": x}, {"y": right[:1]})], "fp32")
+        verify_export(path, [Example({"x": x}, {"y": right[:1]})], "fp32", 1e-4)
 
 
 def test_the_fp32_twin_of_a_bf16_file_has_its_weights_to_the_last_bit(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from storyadapter.bench.throughput import command, ladder
+from storyadapter.bench.throughput import command, ladder, run
 from storyadapter.bench.throughput.cases import PUBLISHED, Case, StoryCase, chosen
 from storyadapter.bench.throughput.kernel_classes import summarize
 from storyadapter.bench.throughput.ladder import FAILED, MEASURED, NOT_RUN, WRONG, Comparison, RungResult
@@ -68,7 +68,7 @@ FOUND = ThroughputReport(
         ),
     ],
     undrawn=[Undrawn("story: overlapped, VAE in fp32", FAILED, "RuntimeError: broke")],
-    profiled=("n16", "graphs", summarize([("grca_kernel", 5.0), ("nvjet_x", 95.0)])),
+    profiled=[("n16", "graphs", summarize([("grca_kernel", 5.0), ("nvjet_x", 95.0)]))],
     gpu_price=3.6,
 )
 
@@ -87,11 +87,24 @@ def test_numbers_by_hand() -> None:
     assert story["stage_shares"] == pytest.approx({"denoise": 0.8, "decode": 0.3})
     assert story["seconds_per_frame"] == pytest.approx(30 / 16)
     assert story["money_per_frame"] == pytest.approx(30 / 16 * 0.001)
-    assert data["cost_over_references"] == {
+    cost = {
         "rung": "graphs",
         "rows_per_second": {"16": pytest.approx(80), "100": pytest.approx(64)},
         "most_over_fewest": pytest.approx(0.8),
     }
+    assert data["cost_over_references"] == [cost]
+
+
+def test_a_quantized_denoiser_stands_beside_half_precision() -> None:
+    fast = dataclasses.replace(FOUND.drawn[0], way="overlapped, fp8", seconds=20.0, psnr=25.0, number_format="fp8")
+    rungs = (*FOUND.rungs, *(_rung(case, "fp8", ms, number_format="fp8") for case, ms in (("n16", 160), ("n100", 200))))
+    both = dataclasses.replace(FOUND, rungs=rungs, drawn=[*FOUND.drawn, fast])
+    data, before = as_data(both), as_data(FOUND)
+    assert [story["share_of_unet_rate"] for story in data["stories"]] == pytest.approx([0.8, 0.96])
+    assert data["stories"][0] | {"number_format": None} == before["stories"][0]
+    assert [cost["rung"] for cost in data["cost_over_references"]] == ["graphs", "fp8"]
+    assert [item["rows_per_second"] for item in data["published_workload"]] == pytest.approx([64, 80])
+    assert "| overlapped, fp8 | bf16 | 8 | 20.00 |" in markdown(json.loads(json.dumps(data)))
 
 
 def test_the_projection_by_hand() -> None:
@@ -217,7 +230,7 @@ def test_a_few_rungs_from_the_options_to_the_files(
     assert [rung["status"] for rung in data["rungs"]] == [MEASURED] * 3
     assert {"device", "torch", "diffusers", "commit", "command"} <= set(data["environment"])
     assert data["rungs"][1]["compared_with"]["other"] == "batched"
-    assert data["published_workload"] == [] and (data["kernels"] is None) == (not torch.cuda.is_available())
+    assert data["published_workload"] == [] and bool(data["kernels"]) == torch.cuda.is_available()
     with Image.open(tmp_path / "new" / "v1.2.png") as picture:
         assert picture.width == 1200
 
@@ -227,6 +240,26 @@ def test_no_time_is_spent_on_a_report_that_cannot_be_written(tmp_path: Path) -> 
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="file can't be made: "):  # before the missing GPU is
         command.run(_options("--synthetic-weights", "sdxl", "--out", str(tmp_path / "file" / "report")))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_fp8_is_refused_before_the_model_is_calibrated() -> None:
+    with pytest.raises(UnavailableError, match="it can't run in fp8 on cpu"):
+        command.run(_options("--smoke", "--precision", "fp8"))
+
+
+@pytest.mark.parametrize(
+    ("case", "few", "fp8", "expected"),
+    [
+        (STORY, False, False, ["one after the other", "overlapped", "overlapped"]),
+        (STORY, True, False, ["overlapped"]),
+        (STORY, False, True, ["overlapped", "overlapped, fp8"]),
+        (STORY, True, True, ["overlapped", "overlapped, fp8"]),
+    ],
+)
+def test_ways_of_a_story(case: StoryCase, few: bool, fp8: bool, expected: list[str]) -> None:
+    ways = run._ways(case, "bf16", few=few, fp8=fp8)
+    assert [way.name for way in ways] == expected and [way.quantized for way in ways] == ["fp8" in w for w in expected]
 
 
 def test_a_report_that_cannot_be_written_is_printed(
@@ -256,7 +289,7 @@ def test_wrong_pictures_give_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_story_has_failed_by_the_kind_of_its_error_whatever_that_says(
     error: Exception, status: str, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def refuse(workbench: Workbench, backend: str) -> NoReturn:
+    def refuse(workbench: Workbench, backend: str, *, quantized: bool) -> NoReturn:
         raise error
 
     monkeypatch.setattr(Workbench, "networks", refuse)

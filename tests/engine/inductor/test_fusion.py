@@ -13,10 +13,10 @@ from diffusers.models.upsampling import Upsample2D
 
 from storyadapter.bench.synthetic import TOY, SyntheticCheckpoint
 from storyadapter.checkpoint import Checkpoint
-from storyadapter.engine.inductor.fp8_fusion import Fp8Product, Fp8Transformer
 from storyadapter.engine.inductor.fusion import GegluFeedForward, Transformer, fuse_denoiser, prepare
 from storyadapter.engine.inductor.operators import PLAIN
 from storyadapter.engine.inductor.picture_fusion import Convolution, Fp8Convolution, Fp8Sampler, ResnetBlock
+from storyadapter.engine.inductor.products import Fp8Geglu, Fp8Linear, Fp8Product, Linear
 from storyadapter.model.contract import network_specs
 from storyadapter.model.examples import example_inputs
 from storyadapter.model.grca import grca
@@ -64,7 +64,7 @@ def test_a_fused_controlnet_computes_the_same() -> None:
 @torch.no_grad()
 def test_a_feed_forward_computes_the_same() -> None:
     theirs = FeedForward(8, activation_fn="geglu")
-    x = torch.randn(2, 5, 8)
+    x = torch.randn(10, 8)
     assert torch.allclose(GegluFeedForward(theirs, PLAIN)(x), theirs(x), atol=1e-6)
     swapped = FeedForward(8, activation_fn="geglu")
     swapped.load_state_dict(theirs.state_dict())
@@ -106,7 +106,8 @@ def test_every_block_computes_the_same(
         error = (out - expected).norm() / expected.norm()
         assert error < (1e-2 if quantized else 1e-5), name
     found = {type(part) for part in denoiser.modules()}
-    assert ({Fp8Transformer, ResnetBlock, Fp8Convolution, Fp8Sampler} <= found) == quantized
+    assert ({Fp8Linear, Fp8Geglu, ResnetBlock, Fp8Convolution, Fp8Sampler} <= found) == quantized
+    assert Transformer in found and (Linear in found) != quantized
     assert (Convolution in found) == bool(kept)
     assert (sum(value.dtype == torch.float8_e4m3fn for value in weights.values()) > 20) == quantized
 
@@ -121,7 +122,7 @@ def test_what_cannot_be_fused_in_fp8_is_told(checkpoint: Checkpoint, denoiser: D
         fuse_denoiser(denoiser, PLAIN)
     layers = [Fp8Layer(torch.nn.Linear(16, 16), scale) for scale in (1.0, 2.0)]
     with pytest.raises(ValueError, match="^layers that read the same input have the scales 1, 2; expected one$"):
-        Fp8Product(*layers, dtype=torch.float32)
+        Fp8Product(*layers)
 
 
 def _inputs(checkpoint: Checkpoint) -> tuple[torch.Tensor, ...]:

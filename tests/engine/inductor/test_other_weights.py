@@ -139,4 +139,4 @@ def test_what_stands_in_the_code_is_in_the_key(store: Path, rescaled: Checkpoint
 def test_code_that_computes_something_else_is_refused(store: Path, rescaled: Checkpoint) -> None:
     ((engine,), _) = EngineStore(store).scan()
     with pytest.raises(EngineBuildError, match=r"^vae_decoder: output image differs from eager by .* expected at most"):
-        open_inductor(engine, rescaled, torch.device("cpu"), lambda network, what: None)
+        open_inductor(engine, rescaled, engine.identity.numerics, torch.device("cpu"), lambda network, what: None)

@@ -27,7 +27,7 @@ from storyadapter.engine.tensorrt.builder import build_request, profiles_of, run
 from storyadapter.engine.tensorrt.library import Library
 from storyadapter.engine.tensorrt.options import BuildOptions
 from storyadapter.engine.tensorrt.worker import NetworkRequest, parse_layers
-from storyadapter.export.onnx_export import export_network
+from storyadapter.export.onnx_export import export_compared, export_network
 from storyadapter.export.verify import TOLERANCE
 from storyadapter.method.errors import EngineBuildError, InputError
 from storyadapter.model.contract import NetworkSpec, ShapeRanges, TensorSpec, network_specs, size_of
@@ -44,6 +44,7 @@ from tests.engine.tensorrt.building import (
     small_onnx,
 )
 from tests.engine.worker_processes import worker_processes
+from tests.export import quantized
 
 pytest.importorskip("tensorrt_rtx")
 
@@ -203,6 +204,16 @@ def test_a_full_size_layer_block_is_built_with_every_attention_fused(
     assert report.layers == len(layers) > 10
     assert report.fused_attentions == 3
     assert report.engine_bytes == Path(request.engine).stat().st_size > channels * channels * 16
+
+
+def test_products_of_e4m3_numbers_are_built_as_such(rtx: Library, tmp_path: Path) -> None:
+    spec, letters, module = quantized.SPEC, quantized.LETTERS, quantized.Products(torch.float16).eval()
+    path, _ = export_compared(spec, module, letters, "fp16", tmp_path)
+    request = build_request(spec, path, tmp_path, letters, "fp16", rtx, TARGETS, BuildOptions())
+    report = run_worker("products", request, lambda fraction: None)
+    products = [layer for layer in parse_layers(Path(request.layers).read_text()) if layer.is_fp8_product]
+    assert report.fp8_products == len(products) == 3
+    assert {layer.type for layer in products} == {"gemm", "correlation"}
 
 
 def block_request(channels: int, onnx: Path, folder: Path, library: Library) -> NetworkRequest:

@@ -29,7 +29,7 @@ def test_layers_and_tensors_are_read() -> None:
     layers = parse_layers(TEXT)
     assert layers == (
         Layer("__mye3510_0_myl0_0", "shape_call", ()),
-        Layer("node_a+node_b_myl0_1", "gemm", ("node_a", "node_b")),
+        Layer("node_a+node_b_myl0_1", "gemm", ("node_a", "node_b"), ("Half",)),
         Layer("_gemm_mha_v2_myl0_40", "kgen", ("G/Attention_14 | node__symbolic (G)",)),
     )
     assert bound_tensors(TEXT) == (

@@ -1,6 +1,7 @@
 """A model in fp8: build finds its scales, run draws with them, and what can't be is told."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -8,11 +9,15 @@ import pytest
 import torch
 from PIL import Image
 
+import storyadapter
 from storyadapter.checkpoint import Checkpoint
 from storyadapter.engine import calibration
+from storyadapter.engine.backends import find_backend
 from storyadapter.engine.calibration import calibration_stories, find_or_make_scales, find_scales
 from storyadapter.engine.identity import model_weights
-from storyadapter.method.errors import InputError
+from storyadapter.engine.opening import open_networks
+from storyadapter.method.errors import EngineMismatchError, InputError, UnavailableError
+from storyadapter.model.numerics import Numerics, Quantization
 from storyadapter.quantization.recipe import FP8
 from tests.storyadapter.cli.running import Type
 
@@ -58,11 +63,57 @@ def test_build_calibrates_and_run_draws(
     assert 0 < difference < 20  # of 255: near, and not the same
 
 
-def test_what_cannot_be_had_in_fp8_is_told(type_in: Type, quick_run: list[str]) -> None:
-    for backend in ("onnxruntime", "inductor"):
-        done = type_in(*_fp8(quick_run), "--backend", backend)
-        assert done.code == 2 and len(done.err.strip().splitlines()) == 1
-        assert f"backend {backend} can't serve here: it can't run in fp8" in done.err
+@pytest.mark.parametrize(
+    ("capability", "found"), [(None, "cpu"), ((8, 6), "compute capability 8.6"), ((8, 9), ""), ((12, 0), "")]
+)
+def test_a_device_without_fp8_is_told(
+    capability: tuple[int, int] | None, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = torch.device("cpu" if capability is None else "cuda")
+    monkeypatch.setattr("storyadapter.engine.inductor.backend.default_device", lambda: device)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    numerics, backend = Numerics.of("fp16", Quantization("fp8")), find_backend("inductor")
+    if not found:
+        backend.check(numerics)
+        return
+    with pytest.raises(
+        UnavailableError,
+        match=f"^backend inductor can't serve here: it can't run in fp8 on {found}; expected a CUDA GPU",
+    ):
+        backend.check(numerics)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_it_is_told_in_one_line_before_anything_is_read(type_in: Type, quick_run: list[str]) -> None:
+    done = type_in(*_fp8(quick_run), "--backend", "inductor")
+    assert done.code == 2 and len(done.err.strip().splitlines()) == 1
+    told = "it can't run in fp8 on cpu; expected a CUDA GPU of compute capability 8.9 or later"
+    assert told in done.err and "type another --precision, or backend eager" in done.err
+
+
+def test_the_server_and_the_api_ask_for_scales_too(
+    type_in: Type, tiny_model: list[str], tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    told = "no scales of .* in the engine store; build it: storyadapter-trt build .*--precision fp8"
+    parts = (tiny_model_dir, tiny_model_dir / "image_encoder", tiny_model_dir / "ip-adapter.safetensors")
+    with pytest.raises(EngineMismatchError, match=told):
+        storyadapter.open(*parts, backend="eager", precision="fp8", engine_dir=tmp_path)
+    pytest.importorskip("fastapi", reason="needs the extra serve")
+    done = type_in(*_fp8(["serve", *tiny_model, "--backend", "eager", "--data", "data"]))
+    assert done.code == 2 and re.search(told, done.err)
+
+
+def test_numerics_say_what_the_checkpoint_must_do(checkpoint: Checkpoint) -> None:
+    with pytest.raises(ValueError, match="^the checkpoint's denoiser isn't quantized; expected scales applied to it"):
+        open_networks(checkpoint, numerics=Numerics.of("fp32", Quantization("fp8")))
+
+
+def test_code_is_keyed_apart_from_scales_and_what_holds_weights_is_not(checkpoint: Checkpoint) -> None:
+    numerics = [Numerics.of("fp32", Quantization("fp8", key)) for key in ("one", "other")]
+    for backend, apart in (("inductor", True), ("onnxruntime", False)):
+        first, second = (find_backend(backend).identity(checkpoint, each) for each in numerics)
+        assert (first == second) == apart
+        assert first.numerics.name == "fp8" and first != find_backend(backend).identity(checkpoint, Numerics("fp32"))
 
 
 @torch.no_grad()

@@ -1,0 +1,172 @@
+"""A quantized denoiser beside the exact one, on held-out stories: by the rule for modes that draw other pictures.
+
+Consistency and fidelity of the last iteration are compared story by story; the lower bound of the difference's interval
+must not lie under `LEAST`. Beside it stand denoisers with scales that are deliberately wrong, of which those named in
+`MUST_FAIL` must be found out: else the measure sees nothing.
+"""
+
+import argparse
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Final
+
+import numpy as np
+
+from storyadapter.bench.psnr import psnr_of_each
+from storyadapter.bench.quality_run import (
+    IDENTITY_COLUMNS,
+    PROMPT_COLUMNS,
+    Drawer,
+    Drawings,
+    Estimate,
+    all_right,
+    as_tensor,
+    bootstrap,
+    consistency,
+    demo_model,
+    read_labels,
+)
+from storyadapter.bench.report import table
+from storyadapter.demo.held_out import held_out_stories
+from storyadapter.quantization.scales import Scales
+from storyadapter.runtime.pipeline import FinishedIteration
+
+LEAST: Final = -0.02  # of the lower bound of a difference
+
+
+def multiplied(factor: float) -> Callable[[Scales], Scales]:
+    """Scales that are so many times what they should be."""
+    return lambda scales: replace(scales, inputs={name: factor * value for name, value in scales.inputs.items()})
+
+
+def shuffled(scales: Scales) -> Scales:
+    """Each input has the scale of another; layers that read the same input still have one."""
+    own = sorted(set(scales.inputs.values()))
+    others = random.Random(0).sample(own, len(own))
+    of = dict(zip(own, others, strict=True))
+    return replace(scales, inputs={name: of[value] for name, value in scales.inputs.items()})
+
+
+CONTROLS: Final[Mapping[str, Callable[[Scales], Scales]]] = {
+    "scales / 4": multiplied(1 / 4),
+    "scales shuffled": shuffled,
+    "scales x 4": multiplied(4.0),
+}
+MUST_FAIL: Final = ("scales / 4", "scales shuffled")
+
+
+@dataclass(frozen=True)
+class Ratios:
+    """PSNR to the exact pictures of the last iteration, dB."""
+
+    median: float
+    worst: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.1f} / {self.worst:.1f}"
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A denoiser beside the exact one, at the last iteration."""
+
+    name: str
+    consistency: Estimate
+    fidelity: Estimate
+    consistency_less_exact: Estimate
+    fidelity_less_exact: Estimate
+    given_references: Ratios  # both drawn with the exact one's iteration before as references
+    free_running: Ratios  # each with its own
+
+    def __str__(self) -> str:
+        less = f"consistency {self.consistency_less_exact}, fidelity {self.fidelity_less_exact}, less the exact one's"
+        return f"{self.name}: {less}; PSNR {self.given_references}, free-running {self.free_running}"
+
+    @property
+    def holds(self) -> bool:
+        """Whether it is as good as the exact one, by the rule."""
+        return min(self.consistency_less_exact.low, self.fidelity_less_exact.low) >= LEAST
+
+
+@dataclass(frozen=True)
+class Fp8Quality:
+    """What was found."""
+
+    exact: tuple[Estimate, Estimate]  # consistency and fidelity of the last iteration
+    modes: tuple[Compared, ...]  # fp8, then the controls
+    scales: str  # how they were had
+
+    def holds(self) -> bool:
+        """Whether fp8 is as good as the exact denoiser, and the controls that must fail do."""
+        fp8, *controls = self.modes
+        return fp8.holds and not any(mode.holds for mode in controls if mode.name in MUST_FAIL)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {**asdict(self), "holds": {mode.name: mode.holds for mode in self.modes}}
+
+    def table(self) -> str:
+        """Markdown: a row for each denoiser."""
+        rows: list[list[Any]] = [["exact", *self.exact, *["-"] * 5]]
+        for mode in self.modes:
+            less = (mode.consistency_less_exact, mode.fidelity_less_exact)
+            verdict = "holds" if mode.holds else "fails"
+            rows.append(
+                [mode.name, mode.consistency, mode.fidelity, *less, verdict, mode.given_references, mode.free_running]
+            )
+        header = ["denoiser", "consistency", "fidelity", "less exact", "less exact", f"rule ({LEAST:g})"]
+        header += ["PSNR given references, median / worst dB", "PSNR free-running"]
+        return "\n".join(table(header, rows))
+
+
+def judge(args: argparse.Namespace) -> Fp8Quality:
+    """Draw the stories exactly, in fp8 and with wrong scales, and compare."""
+    stories, exact = held_out_stories(args.stories, args.frames), demo_model(args)
+    truth = np.stack([story.truth for story in stories])
+
+    def told(line: str) -> None:
+        print(line, flush=True)
+
+    def measured(drawn: Drawings) -> Measured:
+        labels = read_labels(as_tensor(drawn)[-1])
+        return consistency(labels[..., IDENTITY_COLUMNS]), all_right(labels[..., PROMPT_COLUMNS], truth)
+
+    told("exact")
+    expected = Drawer(exact, stories, args).draw()
+    own = measured(expected)
+    before = args.iterations - 1
+    references = {place: FinishedIteration(before, drawn[before]) for place, drawn in expected.items()}
+    fp8, how = exact.calibrated(told)
+    assert fp8.scales is not None
+    modes = []
+    for name, changed in {fp8.numerics.name: lambda scales: scales, **CONTROLS}.items():
+        told(name)
+        drawer = Drawer(exact.quantized(changed(fp8.scales)), stories, args)
+        free, given = drawer.draw(), drawer.draw(references)
+        ratios = (_ratios(given, expected), _ratios(free, expected))
+        modes.append(compare(name, measured(free), own, *ratios))
+        told(str(modes[-1]))
+    return Fp8Quality((bootstrap(own[0]), bootstrap(own[1])), tuple(modes), how)
+
+
+Measured = tuple[np.ndarray, np.ndarray]  # consistency and fidelity, float [stories]
+
+
+def compare(name: str, found: Measured, exact: Measured, given_references: Ratios, free_running: Ratios) -> Compared:
+    """What was measured of a denoiser beside the exact one, story by story."""
+    (consistent, faithful), (own_consistent, own_faithful) = found, exact
+    return Compared(
+        name,
+        bootstrap(consistent),
+        bootstrap(faithful),
+        bootstrap(consistent - own_consistent),
+        bootstrap(faithful - own_faithful),
+        given_references,
+        free_running,
+    )
+
+
+def _ratios(found: Drawings, expected: Drawings) -> Ratios:
+    each = [db for place, drawn in found.items() for db in psnr_of_each(drawn[-1], expected[place][-1])]
+    return Ratios(float(np.median(each)), min(each))
