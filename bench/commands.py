@@ -6,13 +6,13 @@ raises InputError for options that don't fit together, UnavailableError for what
 and RunError for a frame with values that aren't finite or a file that can't be written.
 """
 
-from storyadapter.bench import compare, parity, quality, serve, soak, workers
+from storyadapter.bench import compare, frontier, parity, quality, serve, soak, workers
 from storyadapter.bench.kernels import command as kernel
 from storyadapter.bench.throughput import command as throughput
 from storyadapter.cli.main import Commands
 
 BENCHMARKS = {"kernel": kernel, "quality": quality, "parity": parity, "throughput": throughput}
-BENCHMARKS |= {"compare": compare, "soak": soak, "workers": workers, "serve": serve}
+BENCHMARKS |= {"frontier": frontier, "compare": compare, "soak": soak, "workers": workers, "serve": serve}
 
 
 def add_bench(commands: Commands) -> None:

@@ -284,6 +284,10 @@ GEGLU_FP8_CASES: Final = tuple(GegluFp8Case(case.M, case.K, case.N) for case in 
 GROUP_NORM_CASES: Final = tuple(
     GroupNormCase(16, *shape) for shape in ((128, 320), (128, 960), (64, 640), (64, 1280), (32, 1280), (32, 2560))
 )
+# SDXL's VAE, one frame of 1024x1024
+VAE_NORM_CASES: Final = tuple(
+    GroupNormCase(1, *shape) for shape in ((1024, 128), (1024, 256), (512, 256), (512, 512), (256, 512), (128, 512))
+)
 SMOKE_CASES: Final[tuple[KernelCase, ...]] = (
     *(GrcaCase(LayerShape("smoke", 32, 1, 32), 4, frames) for frames in (1, 3)),
     GegluCase(16, 32, 48),
@@ -301,4 +305,5 @@ ALL_CASES: Final[tuple[KernelCase, ...]] = (
     *LINEAR_FP8_CASES,
     *GEGLU_FP8_CASES,
     *GROUP_NORM_CASES,
+    *VAE_NORM_CASES,
 )

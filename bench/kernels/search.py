@@ -30,6 +30,7 @@ from storyadapter.bench.kernels.cases import (
     LAYERS_1024,
     LAYERS_OTHER,
     LINEAR_FP8_CASES,
+    VAE_NORM_CASES,
     GrcaCase,
     KernelCase,
 )
@@ -141,7 +142,7 @@ SEARCHES: Final = (
     Search(CONVOLUTION_FP8, CONVOLUTION_FP8_CASES, _CONVOLUTION_TILES),
     Search(LINEAR_FP8, LINEAR_FP8_CASES, _MATRIX_TILES),
     Search(GEGLU_FP8, GEGLU_FP8_CASES, _MATRIX_TILES),
-    Search(GROUP_NORM, GROUP_NORM_CASES, _GROUP_NORM_TILES),
+    Search(GROUP_NORM, (*GROUP_NORM_CASES, *VAE_NORM_CASES), _GROUP_NORM_TILES),
 )
 
 Job = TypeVar("Job")

@@ -17,6 +17,7 @@ SOURCES: Final = (
     "storyadapter.engine.inductor.picture_fusion",
     "storyadapter.engine.inductor.products",
     "storyadapter.engine.inductor.shapes",
+    "storyadapter.engine.inductor.vae_fusion",
     "storyadapter.kernels",
     "storyadapter.model",
     "storyadapter.quantization",

@@ -20,7 +20,9 @@ from torch.nn import functional
 from storyadapter.engine.inductor.operators import Operators, operators_for
 from storyadapter.engine.inductor.picture_fusion import Fp8Sampler, ResnetBlock
 from storyadapter.engine.inductor.products import AddLayerNorm, Fp8Geglu, Geglu, product
+from storyadapter.engine.inductor.vae_fusion import fuse_vae
 from storyadapter.model.controlnet import ControlNet, TextCrossAttention, TextInputs, text_attention
+from storyadapter.model.modules import VaeDecoder
 from storyadapter.model.unet import CrossAttentionInputs, Denoiser, GlobalReferenceCrossAttention
 from storyadapter.quantization.layers import Fp8Layer
 
@@ -191,6 +193,8 @@ def prepare(module: nn.Module, device: torch.device) -> dict[str, Tensor]:
     if isinstance(module, Denoiser | ControlNet):
         fuse_denoiser(module, operators_for(device))
     if device.type == "cuda":
+        if isinstance(module, VaeDecoder):
+            fuse_vae(module, operators_for(device))
         channels_last(module)
     named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
     return {name: tensor.detach() for name, tensor in named}

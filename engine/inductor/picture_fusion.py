@@ -1,4 +1,4 @@
-"""The residual blocks and samplers of a quantized denoiser, over pictures that lie channels-last."""
+"""Residual blocks and samplers over pictures that lie channels-last: a quantized denoiser's, and the VAE's."""
 
 from typing import Any
 
@@ -48,23 +48,24 @@ def _convolution(layer: Fp8Layer | nn.Conv2d, operators: Operators) -> Fp8Convol
 
 
 class ResnetBlock(nn.Module):
-    """A residual block with quantized convolutions; stands where diffusers' blocks call a `ResnetBlock2D`."""
+    """A residual block with fused norms; stands where diffusers' blocks call a `ResnetBlock2D`."""
 
     def __init__(self, block: ResnetBlock2D, operators: Operators) -> None:
         """Raises ValueError: a block of another kind than SDXL's."""
         super().__init__()
-        if block.time_embedding_norm != "default" or block.up or block.down or block.output_scale_factor != 1.0:
+        added = block.time_embedding_norm == "default" or block.time_emb_proj is None
+        if not added or block.up or block.down or block.output_scale_factor != 1.0:
             raise ValueError(
-                "a residual block isn't of SDXL's kind; expected a time embedding that is added, no sampler"
+                "a residual block isn't of SDXL's kind; expected a time embedding that is added or none, no sampler"
             )
         self.norm1, self.norm2, self.group_norm = block.norm1, block.norm2, operators.group_norm
         self.conv1, self.conv2 = (_convolution(layer, operators) for layer in (block.conv1, block.conv2))
         self.time_emb_proj, self.conv_shortcut = block.time_emb_proj, block.conv_shortcut
 
-    def forward(self, input_tensor: Tensor, temb: Tensor) -> Tensor:
-        """input_tensor [B, C, h, w], temb [B, E] → [B, N, h, w]."""
+    def forward(self, input_tensor: Tensor, temb: Tensor | None = None) -> Tensor:
+        """input_tensor [B, C, h, w], temb [B, E] (none in a VAE) → [B, N, h, w]."""
         pictures = input_tensor.permute(0, 2, 3, 1).contiguous()
-        added = self.time_emb_proj(functional.silu(temb))
+        added = None if temb is None else self.time_emb_proj(functional.silu(temb))
         hidden = self.conv1(self._normed(pictures, self.norm1, self.conv1.factor), added)
         hidden = self._normed(hidden.contiguous(), self.norm2, self.conv2.factor)
         if self.conv_shortcut is not None:

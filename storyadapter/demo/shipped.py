@@ -4,3 +4,4 @@ from pathlib import Path
 
 MODEL = Path(__file__).parent / "model"
 STORY = Path(__file__).parent / "story.yaml"
+LCM_LORA = Path(__file__).parent / "lcm-lora.safetensors"

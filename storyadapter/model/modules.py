@@ -17,6 +17,7 @@ from storyadapter.model.ip_adapter import IPAdapterWeights
 from storyadapter.model.networks import TORCH_DTYPES
 from storyadapter.model.numerics import Numerics
 from storyadapter.model.unet import split_unet
+from storyadapter.model.vae_scaling import divide_activations
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
@@ -87,12 +88,17 @@ class ImageEncoder(_Encoder):
 
 
 class VaeDecoder(nn.Module):
-    """The VAE's decoder, including the step from the sampler's latents to the VAE's."""
+    """The VAE's decoder, including the step from the sampler's latents to the VAE's.
+
+    One that says `force_upcast` and is to run in fp16 gets smaller activations, in place; see `vae_scaling`.
+    """
 
     def __init__(self, vae: "AutoencoderKL") -> None:
         super().__init__()
         self.post_quant_conv = vae.post_quant_conv
         self.decoder = vae.decoder
+        if vae.config.force_upcast and vae.dtype == torch.float16:
+            divide_activations(self.decoder)
         self.scaling_factor = vae.config.scaling_factor
 
     def forward(self, latents: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from transformers import (
 
 from storyadapter.demo.training.attention import attach
 from storyadapter.demo.training.networks import Adapter
-from storyadapter.demo.training.train import resizer
+from storyadapter.demo.training.pictures import resizer
 from storyadapter.method.constants import DDIM_CONFIG, GUIDANCE, NEGATIVE_PROMPT, STEPS, TEXT_TOKENS
 
 

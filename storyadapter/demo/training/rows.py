@@ -36,6 +36,7 @@ class RowDraw:
     tokens: Tensor  # captions [P, variants, 2, 77]
     dropped: Tensor  # what unconditional rows say [2, 2, 77]
     labels: Tensor  # [P, traits]
+    free: float = 0.12  # share of unconditional rows
 
     def __post_init__(self) -> None:
         self._noise = 0.15 * self.embeddings.std()
@@ -64,7 +65,7 @@ class RowDraw:
         shown = torch.where(guests, whole(len(self.latents), SLOTS), shown)
         references = self.embeddings[shown, whole(2, SLOTS)]
         references = references + self._noise * part(1, 1) * torch.randn_like(references)
-        free = part() < 0.12  # the unconditional rows of guidance
+        free = part() < self.free  # the unconditional rows of guidance
         tokens = self.tokens[target, whole(self.tokens.shape[1])]
         tokens = torch.where(free[:, None, None], self.dropped[whole(2)], tokens)
         scale = torch.where(part() < 0.25, 0.0, 0.3 + 0.7 * part() ** 2)

@@ -8,7 +8,7 @@ the same command then trains that stage further. WORK/log.txt tells how the weig
 import argparse
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,6 @@ from diffusers import AutoencoderKL, DDIMScheduler
 from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from storyadapter.demo.held_out import split_visible
 from storyadapter.demo.judge import Judge
@@ -30,10 +29,11 @@ from storyadapter.demo.training.attention import attach
 from storyadapter.demo.training.judge import blemish, save_judge, trait_losses
 from storyadapter.demo.training.loop import Budget, Step, optimize
 from storyadapter.demo.training.networks import TINY, DemoConfig, build, write_model
+from storyadapter.demo.training.pictures import embeddings_of, latents_of, redrawn, resizer, signed
 from storyadapter.demo.training.rows import RowDraw
 from storyadapter.demo.training.tokenizer import write_tokenizer
 from storyadapter.demo.vocabulary import TRAITS
-from storyadapter.method.constants import CLIP_PIXELS, DDIM_CONFIG, NEGATIVE_PROMPT, REFERENCE_PIXELS
+from storyadapter.method.constants import DDIM_CONFIG, NEGATIVE_PROMPT
 from storyadapter.method.errors import InputError, RunError, StoryAdapterError
 from storyadapter.runtime.conditioning import Tokenizers
 
@@ -159,7 +159,7 @@ class Training:
 
         def losses() -> dict[str, Tensor]:
             at = torch.randint(len(pictures), (self.settings.vae.batch,), device=self.device)
-            x = _signed(pictures[at]).contiguous(memory_format=torch.channels_last)
+            x = signed(pictures[at]).contiguous(memory_format=torch.channels_last)
             posterior = vae.encode(x.to(vae.dtype)).latent_dist
             error = x - vae.decode(posterior.sample()).sample.float()
             coarse = nnf.avg_pool2d(error, 4)
@@ -174,7 +174,7 @@ class Training:
         whiten(vae, self._latents(pictures[:: max(1, len(pictures) // 4096)]) / unit)
         test, _ = self.sets["test"]
         seen = self._redraw(test)
-        self.log("vae", mean_absolute_error_of_255=float((_signed(test) - _signed(seen)).abs().mean()) * 127.5)
+        self.log("vae", mean_absolute_error_of_255=float((signed(test) - signed(seen)).abs().mean()) * 127.5)
         self._finish("vae", {"judge on reconstructions": self.networks["judge"].read(seen)})
 
     def clip(self) -> None:
@@ -278,50 +278,19 @@ class Training:
         unmet.replace(finished)
 
     def _latents(self, pictures: Tensor) -> Tensor:
-        vae = self.networks["vae"]
-        return _in_parts(pictures, lambda part: vae.encode(_signed(part)).latent_dist.mean * vae.config.scaling_factor)
+        return latents_of(self.networks["vae"], pictures)
 
     def _redraw(self, pictures: Tensor, noise: float = 0) -> Tensor:
-        """Pictures through the VAE, with up to `noise` of the latents' own spread added: uint8, same shape."""
-        vae, latents = self.networks["vae"], self._latents(pictures)
-        amount = noise * torch.rand(len(latents), 1, 1, 1, device=self.device)
-        latents = latents + amount * torch.randn_like(latents)
-        with self._bf16:
-            return _in_parts(latents / vae.config.scaling_factor, lambda part: _bytes(vae.decode(part).sample.float()))
+        """Pictures through the VAE, see `redrawn`."""
+        return redrawn(self.networks["vae"], self._latents(pictures), noise, self._bf16)
 
     def _embed(self, pictures: Tensor) -> Tensor:
-        resize, vision = resizer(self.device), self.networks["image_encoder"]
-        return _in_parts(pictures, lambda part: vision(pixel_values=resize(part.float())).image_embeds)
-
-
-@torch.no_grad()
-def _in_parts(rows: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    return torch.cat([function(part) for part in rows.split(512)])
-
-
-def _signed(pictures: Tensor) -> Tensor:
-    """Uint8 0 … 255 to float -1 … 1."""
-    return pictures.float() / 127.5 - 1
-
-
-def _bytes(pictures: Tensor) -> Tensor:
-    """Float -1 … 1 to uint8 0 … 255."""
-    return (pictures * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+        return embeddings_of(self.networks["image_encoder"], pictures)
 
 
 def _edges(error: Tensor) -> Tensor:
     """Mean absolute error of the differences between neighbours."""
     return error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-
-
-def resizer(device: torch.device) -> Callable[[Tensor], Tensor]:
-    """What the method does to a reference, as one matrix per side: 128 → 256 → CLIP's 224, bicubic, normalized."""
-    side = torch.eye(128)[None, None]
-    for size in (REFERENCE_PIXELS, CLIP_PIXELS):
-        side = nnf.interpolate(side, size=(size, 128), mode="bicubic", antialias=True)
-    matrix = side[0, 0].to(device)
-    mean, std = (torch.tensor(x, device=device)[:, None, None] for x in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
-    return lambda pictures: ((matrix @ pictures @ matrix.T).clamp(0, 255) / 255 - mean) / std
 
 
 @torch.no_grad()

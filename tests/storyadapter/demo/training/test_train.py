@@ -14,8 +14,9 @@ from transformers import CLIPImageProcessorPil
 from storyadapter.demo.training import train
 from storyadapter.demo.training.dataset import mixed_scenes
 from storyadapter.demo.training.loop import Budget, optimize
+from storyadapter.demo.training.pictures import resizer
 from storyadapter.demo.training.scenes import draw
-from storyadapter.demo.training.train import STAGES, TOY, Training, main, resizer, whiten
+from storyadapter.demo.training.train import STAGES, TOY, Training, main, whiten
 from storyadapter.method.errors import InputError, RunError
 
 

@@ -1,0 +1,142 @@
+"""How long decoding a frame takes, kernel by kernel: `python -m storyadapter.bench.vae --out FILE`.
+
+A VAE of random weights, compiled alone as the engine compiles it and compared with fp32.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from storyadapter.bench.environment import describe
+from storyadapter.bench.options import add_report_options
+from storyadapter.bench.report import check_out, opening, table, write_report
+from storyadapter.bench.synthetic import MODELS, SyntheticCheckpoint
+from storyadapter.bench.timing import measure
+from storyadapter.cli.main import Parser, run_program
+from storyadapter.engine.backend import default_device
+from storyadapter.engine.inductor.compilation import build_network
+from storyadapter.engine.inductor.fusion import prepare
+from storyadapter.engine.inductor.networks import InductorNetwork
+from storyadapter.model.contract import Range, ShapeRanges, network_specs
+from storyadapter.model.modules import VaeDecoder
+from storyadapter.model.networks import TORCH_DTYPES
+from storyadapter.model.numerics import Numerics, Precision
+
+_KERNELS_SHOWN = 25
+
+
+def build_parser() -> Parser:
+    """The command's options."""
+    parser = Parser(prog="python -m storyadapter.bench.vae", description=__doc__)
+    parser.add_argument("--synthetic-weights", choices=tuple(MODELS), default="sdxl", help="sizes (default: sdxl)")
+    parser.add_argument("--precisions", nargs="+", choices=("fp16", "bf16", "fp32"), default=["fp16", "bf16"])
+    parser.add_argument("--pixels", type=int, help="height and width (default: the model's own)")
+    add_report_options(parser)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print and write. Raises EngineBuildError: the decoder can't be compiled."""
+    check_out(args.out)
+    device = default_device()
+    checkpoint = SyntheticCheckpoint(MODELS[args.synthetic_weights], device)
+    spec = network_specs(checkpoint.geometry)["vae_decoder"]
+    pixels = args.pixels or checkpoint.geometry.default_pixels
+    side = pixels // checkpoint.geometry.pixels_per_latent
+    latents = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(0)).to(device)
+    letters = ShapeRanges(8, 8, Range(pixels, pixels), Range(pixels, pixels)).letters(
+        checkpoint.geometry.pixels_per_latent
+    )
+
+    def decoder(precision: Precision) -> VaeDecoder:
+        return VaeDecoder(checkpoint.load_vae(TORCH_DTYPES[precision], device)).eval()
+
+    with torch.inference_mode():
+        expected = decoder("fp32")(latents)
+    found: list[dict[str, Any]] = []
+    for precision in args.precisions:
+        name = cast(Precision, precision)
+        own = latents.to(TORCH_DTYPES[name])
+        with torch.inference_mode():
+            eager = decoder(name)
+            found.append(_measured("eager", name, lambda eager=eager, own=own: eager(own), expected, device))
+            del eager
+        with tempfile.TemporaryDirectory() as folder:
+            module, started = decoder(name), time.perf_counter()
+            build_network(spec, module, Numerics.of(name), letters, Path(folder))
+            seconds = time.perf_counter() - started
+            network = InductorNetwork(spec, Path(folder), name, device, letters, prepare(module, device))
+            for tried in (False, True):
+                torch.backends.cudnn.benchmark = tried
+                words = "compiled, convolutions tried out" if tried else "compiled"
+                call = lambda network=network, own=own: network({"latents": own})["image"]  # noqa: E731
+                found.append(_measured(words, name, call, expected, device) | {"build_seconds": seconds})
+            torch.backends.cudnn.benchmark = False
+        print(found[-1], file=sys.stderr, flush=True)
+    environment = describe(device, args.commit)
+    page = _page(environment, args.synthetic_weights, pixels, found)
+    print(page)
+    data = {"kind": "vae", "version": 1, "environment": environment, "pixels": pixels, "measured": found}
+    write_report(args.out, page, data)
+    return 0
+
+
+def _measured(way: str, precision: str, call: Any, expected: Tensor, device: torch.device) -> dict[str, Any]:
+    on_gpu = device.type == "cuda"
+    out = call().float()
+    timing = measure([call], lambda: None, device, graph=False)
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+    return {
+        "way": way,
+        "precision": precision,
+        "ms": timing.median,
+        "error": float((out - expected).norm() / expected.norm()),
+        "finite": bool(out.isfinite().all()),
+        "peak_bytes": torch.cuda.max_memory_allocated() - before if on_gpu else 0,
+        "kernels": _kernels(call) if on_gpu else [],
+    }
+
+
+def _kernels(call: Any) -> list[tuple[str, int, float]]:
+    """Name, calls and milliseconds of every kernel of one call, the longest first."""
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        call()
+        torch.cuda.synchronize()
+    rows = [(one.key, one.count, one.self_device_time_total / 1000) for one in seen.key_averages()]
+    return sorted((row for row in rows if row[2] > 0), key=lambda row: -row[2])
+
+
+def _page(environment: dict[str, str], model: str, pixels: int, found: list[dict[str, Any]]) -> str:
+    lines = opening("Decoding one frame", environment | {"model": f"random weights, {model}", "pixels": pixels})
+    rows = [
+        (one["precision"], one["way"], f"{one['ms']:.2f}", f"{one['error']:.1e}", f"{one['peak_bytes'] / 2**30:.2f}")
+        for one in found
+    ]
+    lines += [*table(("precision", "way", "ms per frame", "error against fp32", "GiB at the highest"), rows), ""]
+    for one in found:
+        if one["kernels"]:
+            lines += [f"## {one['precision']}, {one['way']}", ""]
+            kernels = [(name[:100], count, f"{ms:.3f}") for name, count, ms in one["kernels"][:_KERNELS_SHOWN]]
+            lines += [*table(("kernel", "calls", "ms"), kernels), ""]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    return run_program(build_parser(), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
