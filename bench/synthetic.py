@@ -64,6 +64,7 @@ class SyntheticModel:
             pooled_width=self.text_encoder_2["projection_dim"],
             image_embedding_width=self.image_encoder["projection_dim"],
             sample_size=unet["sample_size"],
+            guidance_embedding=unet.get("time_cond_proj_dim", 0),
         )
 
     @property
@@ -150,7 +151,13 @@ TOY: Final = SyntheticModel(
     image_encoder=_clip(32, 2, 1, 32, "gelu", patch_size=32),
 )
 
-MODELS: Final = {model.name: model for model in (SDXL, TOY)}
+# the same with UNets that take the guidance as an embedding, as latent-consistency/lcm-sdxl does
+SDXL_LCM, TOY_LCM = (
+    replace(model, name=f"{model.name}-lcm", unet={**model.unet, "time_cond_proj_dim": width})
+    for model, width in ((SDXL, 256), (TOY, 16))
+)
+
+MODELS: Final = {model.name: model for model in (SDXL, TOY, SDXL_LCM, TOY_LCM)}
 
 # With a network that knows nothing of its input, this is the prediction under which a sampler's state keeps its size:
 # each step turns it towards the prediction instead of dividing by what little signal there is at first.
