@@ -1,16 +1,20 @@
 """The published fast mode at full size: `python -m storyadapter.bench.lcm_story --out FILE`.
 
-A whole story with a UNet that takes the guidance as an embedding, 4 steps of LCM at guidance 8, random weights. Beside
-it the published way on the same device, for a few frames: one frame after the other, attention with its scores in
-memory, all pictures of the story through CLIP for every frame, the VAE in fp32.
+A whole story with a UNet that takes the guidance as an embedding, 4 steps of LCM at guidance 8, random weights, with
+every frame written to a folder that keeps those of the last iteration. Beside it the published way on the same device,
+for a few frames: one frame after the other, attention with its scores in memory, all pictures of the story through CLIP
+for every frame, the VAE in fp32.
 """
 
 import argparse
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -27,13 +31,14 @@ from storyadapter.bench.timing import measure_run
 from storyadapter.cli.main import Parser, run_program
 from storyadapter.engine.backend import default_device
 from storyadapter.method import constants
-from storyadapter.method.events import FrameFinished, IterationFinished, RunFinished
+from storyadapter.method.events import Event, FrameFinished, IterationFinished, RunFinished
 from storyadapter.method.plan import RunPlan
 from storyadapter.method.presets import PRESETS
 from storyadapter.method.sampler import build_sampler, scale_input, step, timestep_at
 from storyadapter.method.story import Story
 from storyadapter.model.contract import Range, ShapeRanges
 from storyadapter.model.networks import TORCH_DTYPES
+from storyadapter.output.run_folder import RunFolder
 from storyadapter.runtime.denoising import guidance_embedding
 from storyadapter.runtime.pictures import clip_pixels, to_picture
 
@@ -103,10 +108,15 @@ def _draw(model: BenchmarkModel, opened: Opened, args: argparse.Namespace, tell:
     plan = model.plan(iterations=args.iterations, seed=SEED, max_frames=args.max_frames, **_PRESET)
     text = Story(tuple(prompts(args.frames)), style="none")
 
-    def draw(plan: RunPlan) -> dict[str, Any]:
+    def draw(plan: RunPlan, folder: Path) -> dict[str, Any]:
         found: dict[str, Any] = {"iterations": [], "finished": 0}
-        began = time.perf_counter()
-        for event in pipeline.run(text, plan):
+        began, scales = time.perf_counter(), (None, *plan.scales)
+        with RunFolder.open(folder, {}, frames=args.frames, scales=scales, keep="last") as store:
+            follow(pipeline.run(text, plan, store=store), found, began)
+        return found
+
+    def follow(events: Iterable[Event], found: dict[str, Any], began: float) -> None:
+        for event in events:
             match event:
                 case FrameFinished():
                     found["finished"] += 1
@@ -114,15 +124,15 @@ def _draw(model: BenchmarkModel, opened: Opened, args: argparse.Namespace, tell:
                     found["iterations"].append(time.perf_counter() - began)
                 case RunFinished():
                     found["stages"] = dict(event.seconds)
-        return found
 
-    tell("warming up")
-    draw(replace(plan, scales=plan.scales[-1:]))
-    tell("drawing the story")
-    if model.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    with watch(model.device) as load:
-        found, seconds = measure_run(lambda: draw(plan), model.device)
+    with tempfile.TemporaryDirectory() as folder:
+        tell("warming up")
+        draw(replace(plan, scales=plan.scales[-1:]), Path(folder, "warm-up"))
+        tell("drawing the story")
+        if model.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        with watch(model.device) as load:
+            found, seconds = measure_run(partial(draw, plan, Path(folder, "story")), model.device)
     tell(f"{seconds:.1f} s")
     rows = pipeline.decided(plan).unet_rows(args.frames)
     peak = torch.cuda.max_memory_allocated() if model.device.type == "cuda" else 0
@@ -190,8 +200,8 @@ def _published(model: BenchmarkModel, frames: int, tell: Callable[[str], None]) 
         for stage, seen, scale in (("denoise, iteration 0", nothing, 0.0), ("denoise", tokens, constants.LAST_SCALE)):
             install(unet, adapter, materialized, scale)
             rows = torch.cat((hidden, seen), dim=1)
-            x = timed(stage, lambda rows=rows, pooled=pooled: denoise(rows, pooled))
-        timed("decode", lambda x=x: decode(x))
+            x = timed(stage, partial(denoise, rows, pooled))
+        timed("decode", partial(decode, x))
     stages = {stage: statistics.median(values) for stage, values in spent.items()}
     both = stages["text"] + stages["decode"]
     return {

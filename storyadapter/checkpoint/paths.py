@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from storyadapter.demo.shipped import MODEL
+from storyadapter.demo.shipped import LORAS, MODEL
 from storyadapter.method.errors import CheckpointError, Field, InputError, can_not_be_read, said
 
 _HUB_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?P<inner>/.+)?", re.ASCII)
@@ -23,7 +23,8 @@ _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 class LoraSpec:
     """A LoRA and how much of it is fused into the model.
 
-    `path` is a file, or a folder or hub name with a `pytorch_lora_weights.safetensors` in it.
+    `path` is a file, or a folder or hub name with a `pytorch_lora_weights.safetensors` in it; `parse` also takes the
+    name of a LoRA that ships with the demo model.
     """
 
     path: Path
@@ -53,7 +54,7 @@ class LoraSpec:
         if not math.isfinite(scale):
             found = f" {text!r}: the scale {number} is too large"
             raise InputError(Field("lora"), found, expected="a number such as 0.8")
-        return cls(Path(path), scale)
+        return cls(LORAS.get(path) or Path(path), scale)
 
     def __str__(self) -> str:
         return f"{self.path}:{self.scale!r}"

@@ -117,7 +117,8 @@ def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="P[:SCALE]",
         help="LoRA or LoCon fused into the model, with its scale (default 1); may be given several times. Read are the "
-        "layouts of kohya, diffusers, peft, OneTrainer, ComfyUI and LyCORIS (docs/model-files.md)",
+        "layouts of kohya, diffusers, peft, OneTrainer, ComfyUI and LyCORIS (docs/model-files.md); demo-lcm is the "
+        "demo model's own, for --preset lcm-lora",
     )
     parser.set_defaults(controlnet=())  # of commands that take none
 
@@ -150,8 +151,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         default=AUTO,
         choices=(AUTO, *PRECISIONS),
         help="of the VAE alone: fp32 is the safest and takes several times as long to decode on a GPU; bf16 is fast "
-        "and rounds the most; fp16 is fast, and SDXL's own VAE overflows in it (default: auto, fp32 if the VAE's "
-        "configuration says force_upcast, else as --precision)",
+        "and rounds the most; fp16 is fast too, with activations divided by 16 where the VAE's configuration says "
+        "force_upcast, as SDXL's own overflow in it (default: auto, fp32 if it says so, else as --precision)",
     )
     engine.add_argument(
         "--max-frames",

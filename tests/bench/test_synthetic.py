@@ -65,6 +65,7 @@ def test_the_geometry_is_that_of_the_networks(model: SyntheticModel) -> None:
     assert (geometry.pooled_width, geometry.image_embedding_width) == (second.projection_dim, image.projection_dim)
     assert geometry.pixels_per_latent == 2 ** (len(vae.block_out_channels) - 1)
     assert geometry.vae_in_fp32 is vae.force_upcast
+    assert geometry.guidance_embedding == (unet.config.time_cond_proj_dim or 0)
 
 
 def test_a_seed_gives_the_same_weights_in_every_precision() -> None:
