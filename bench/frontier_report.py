@@ -30,9 +30,9 @@ def markdown(found: Frontier) -> str:
         "by the demo model's judge in the last iteration. Consistency: how often two frames of a story agree in an "
         "identity trait. Fidelity: frames that show species, action and place as prompted. Intervals are 95 % by "
         "bootstrap over stories; against exact: of the differences, story by story. Cost: UNet rows of a frame over "
-        "all iterations, of the exact mode's; s/frame: seconds of one story drawn alone on this device, over its "
-        "frames. PSNR: median over the frames of the last iteration; two characters that differ in one trait already "
-        "have a low one.",
+        "all iterations, of the exact mode's; s/frame: seconds of drawing all stories together on this device, over "
+        "their frames, beside other processes where several share the drawing. PSNR: median over the frames of the "
+        "last iteration; two characters that differ in one trait already have a low one.",
         "",
     )
     lines = opening("Cost against quality", found.environment | settings, *text)
@@ -56,7 +56,7 @@ def _row(one: Measured) -> Sequence[object]:
     gained = [f"{e.mean:+.3f} [{e.low:+.3f}, {e.high:+.3f}]" for e in (one.consistency_gained, one.fidelity_gained)]
     return (
         *(one.mode, one.rows, f"{one.cost:.3f}", f"{one.seconds_per_frame:.3f}", one.consistency, gained[0]),
-        *(one.fidelity, gained[1], f"{one.psnr:.1f}"),
+        *(one.fidelity, gained[1], "-" if one.psnr is None else f"{one.psnr:.1f}"),
     )
 
 

@@ -52,8 +52,9 @@ _TRIES: Final = 3  # modes that are tried on the other stories, from the cheapes
 class Drawn:
     """The last iteration of some stories in one mode."""
 
-    pictures: torch.Tensor  # uint8 [stories, seeds, frames, 3, H, W]
-    labels: np.ndarray  # as the judge reads them: [stories, seeds, frames, traits]
+    labels: np.ndarray  # as the judge reads the pictures: [stories, seeds, frames, traits]
+    seconds: float  # of everything
+    pictures: torch.Tensor | None  # uint8 [stories, seeds, frames, 3, H, W]; None: they are gone
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,12 @@ class Measured:
     mode: str
     rows: int  # UNet rows of a frame, over all iterations
     cost: float  # of the exact mode's rows
-    seconds_per_frame: float  # of the whole story, drawn alone
+    seconds_per_frame: float  # of a whole story, drawn together with the others
     consistency: Estimate
     fidelity: Estimate
     consistency_gained: Estimate
     fidelity_gained: Estimate
-    psnr: float  # to the exact mode's pictures, dB, median
+    psnr: float | None  # to the exact mode's pictures, dB, median
     lora: bool
 
     @property
@@ -153,7 +154,6 @@ class _Drawing:
         self._engine = EngineChoice.typed(args)
         self._stories = held_out_stories(args.stories + args.others, args.frames)
         self._drawn: dict[tuple[str, bool], Drawn] = {}
-        self._is_warm = False
         self.settings = {
             "model": "the demo model" if args.model == MODEL else str(args.model),
             "backend": self._engine.backend,
@@ -168,18 +168,21 @@ class _Drawing:
         drawn, exact = (self.drawn(mode, chosen_by) for mode in (name, EXACT))
         kept, kept_by_exact = (consistency(way.labels[..., IDENTITY_COLUMNS]) for way in (drawn, exact))
         right, right_of_exact = (all_right(way.labels[..., PROMPT_COLUMNS], truth) for way in (drawn, exact))
-        errors = (drawn.pictures.float() - exact.pictures.float()).square().mean((-3, -2, -1)).flatten().tolist()
+        psnr = None
+        if drawn.pictures is not None and exact.pictures is not None:
+            errors = (drawn.pictures.float() - exact.pictures.float()).square().mean((-3, -2, -1))
+            psnr = float(np.median([decibels(error, 255) for error in errors.flatten().tolist()]))
         rows, most = (self._plan(mode, 0).unet_rows(1) for mode in (name, EXACT))
         return Measured(
             name,
             rows,
             rows / most,
-            self._seconds_per_frame(name),
+            drawn.seconds / drawn.labels[..., 0].size,
             bootstrap(kept),
             bootstrap(right),
             bootstrap(kept - kept_by_exact),
             bootstrap(right - right_of_exact),
-            float(np.median([decibels(error, 255) for error in errors])),
+            psnr,
             MODES[name].lora,
         )
 
@@ -194,13 +197,15 @@ class _Drawing:
         plans = [
             [self._plan(name, seed_of(first + n, k)) for k in range(self._args.seeds)] for n in range(len(stories))
         ]
-        pictures, _ = draw_together(self._pipeline(name), stories, plans)
-        drawn = Drawn(pictures, read_labels(pictures))
+        pictures, seconds = draw_together(self._open(MODES[name].lora), stories, plans)
+        drawn = Drawn(read_labels(pictures), seconds, pictures)
         if path := self._path(name, chosen_by):
             path.parent.mkdir(parents=True, exist_ok=True)
-            file = io.BytesIO()
-            np.savez(file, pictures=pictures.numpy(), labels=drawn.labels, how=self._how(name))
-            write_atomically(path, file.getvalue())
+            found = {"labels": drawn.labels, "seconds": seconds, "how": self._how(name)}
+            for to, arrays in ((_pictures(path), {"pictures": pictures.numpy()}), (path, found)):
+                file = io.BytesIO()
+                np.savez_compressed(file, **arrays)
+                write_atomically(to, file.getvalue())
         return drawn
 
     def _found(self, name: str, chosen_by: bool) -> Drawn | None:
@@ -210,15 +215,11 @@ class _Drawing:
         with np.load(path) as file:
             if str(file["how"]) != self._how(name):
                 return None
-            return Drawn(torch.from_numpy(file["pictures"]), file["labels"])
-
-    def _seconds_per_frame(self, name: str) -> float:
-        """Of one story alone."""
-        _, stories = self._set(chosen_by=True)
-        for _ in range(1 if self._is_warm else 2):
-            _, seconds = draw_together(self._pipeline(name), stories[:1], [[self._plan(name, seed_of(0, 0))]])
-        self._is_warm = True
-        return seconds / self._args.frames
+            labels, seconds = file["labels"], float(file["seconds"])
+        if not _pictures(path).is_file():
+            return Drawn(labels, seconds, None)
+        with np.load(_pictures(path)) as file:
+            return Drawn(labels, seconds, torch.from_numpy(file["pictures"]))
 
     def _set(self, chosen_by: bool) -> tuple[int, list[HeldOutStory]]:
         """The number of its first story, and its stories."""
@@ -240,9 +241,6 @@ class _Drawing:
         lora = sha256(self._args.lora.read_bytes()).hexdigest() if MODES[name].lora else None
         return json.dumps([self.settings, self._plan(name, 0).as_dict(), lora])
 
-    def _pipeline(self, name: str) -> StoryPipeline:
-        return self._open(MODES[name].lora)
-
     @cache  # noqa: B019  # one for the whole run
     def _open(self, lora: bool) -> StoryPipeline:
         args, model = self._args, self._model(lora)
@@ -254,6 +252,11 @@ class _Drawing:
         folder, loras = self._args.model, (LoraSpec(self._args.lora),) if lora else ()
         paths = CheckpointPaths(folder, folder / "image_encoder", folder / "ip-adapter.safetensors", loras=loras)
         return BenchmarkModel.from_files(ModelChoice(paths, str(folder)), self._engine, self._device)
+
+
+def _pictures(path: Path) -> Path:
+    """Where the pictures lie beside what was read off them; only the PSNR needs them."""
+    return path.with_suffix(".pictures.npz")
 
 
 def draw_together(
