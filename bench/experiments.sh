@@ -39,10 +39,14 @@ range="--max-frames 8 --sizes 1024"
 run tests python -m pytest -q tests/gpu
 run parity storyadapter-trt bench parity --backend inductor --precision fp16 $demo --out "$out/parity"
 run quality storyadapter-trt bench quality --backend inductor --precision fp16 --stories 20 --seeds 3 --steps 20 $demo --out "$out/quality"
+# what do cheaper ways cost?
+run frontier storyadapter-trt bench frontier --max-frames 96 --work "$out/frontier-work" --out "$out/frontier"
 # how fast? from the published method up, a rung at a time; then whole stories
 run throughput storyadapter-trt bench throughput $full --rungs published,batched,sdpa,cached,fused,compiled,graphs,overlapped,diffusers --out "$out/throughput"
 run compiled-baselines storyadapter-trt bench throughput $full --cases n16 --rungs sdpa,graphs,diffusers,diffusers-compile,diffusers-xformers,tensorrt --out "$out/compiled-baselines"
 run small-gpu storyadapter-trt bench throughput $full --cases story --rungs overlapped --device-memory 15.5 --out "$out/small-gpu"
+run vae python -m storyadapter.bench.vae --out "$out/vae"
+run lcm-story python -m storyadapter.bench.lcm_story --max-frames 16 --engine-dir "$out/engines" --out "$out/lcm-story"
 # does it last?
 run soak storyadapter-trt bench soak --synthetic-weights sdxl --backend inductor --engine-dir "$out/engines" $range --stories 12 --out "$out/soak"
 run soak-sizes storyadapter-trt bench soak --backend inductor --sizes 64,96,128 --max-frames 8 --max-references 16 --stories 24 $demo --out "$out/soak-sizes"
