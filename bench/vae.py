@@ -70,10 +70,11 @@ def run(args: argparse.Namespace) -> int:
             found.append(_measured("eager", name, lambda eager=eager, own=own: eager(own), expected, device))
             del eager
         with tempfile.TemporaryDirectory() as folder:
-            module, started = decoder(name), time.perf_counter()
-            build_network(spec, module, Numerics.of(name), letters, Path(folder))
+            started = time.perf_counter()
+            build_network(spec, decoder(name), Numerics.of(name), letters, Path(folder))
             seconds = time.perf_counter() - started
-            network = InductorNetwork(spec, Path(folder), name, device, letters, prepare(module, device))
+            # fresh weights: the memory of those that were compared is given back
+            network = InductorNetwork(spec, Path(folder), name, device, letters, prepare(decoder(name), device))
             for tried in (False, True):
                 torch.backends.cudnn.benchmark = tried
                 words = "compiled, convolutions tried out" if tried else "compiled"

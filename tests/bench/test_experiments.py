@@ -52,7 +52,7 @@ def test_only_those_that_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((), "names: tests parity quality throughput"),
+        ((), "names: tests parity quality frontier throughput"),
         (("--help",), "All that this project measures on a GPU"),
         (("out", "kernels"), "kernels isn't an experiment; expected some of tests parity"),
     ],
