@@ -24,6 +24,13 @@ from storyadapter.demo.training.pictures import resizer
 from storyadapter.method.constants import DDIM_CONFIG, GUIDANCE, NEGATIVE_PROMPT, STEPS, TEXT_TOKENS
 
 
+def input_ids(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
+    """Tokens of texts, int64 [texts, 77], padded and cut."""
+    return tokenizer(
+        list(texts), padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt"
+    ).input_ids
+
+
 @dataclass(frozen=True)
 class Conditions:
     """Text of all frames, unconditional rows first: hidden states [2n, 77, E], pooled [2n, D]."""
@@ -74,9 +81,7 @@ class BatchedMethod:
         texts = [NEGATIVE_PROMPT] * len(prompts) + prompts
         hidden, pooled = [], torch.empty(0)
         for tokenizer, encoder in zip(self.tokenizers, self.encoders, strict=True):
-            ids = tokenizer(
-                texts, padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt"
-            ).input_ids.to(self.device)
+            ids = input_ids(tokenizer, texts).to(self.device)
             result = encoder(ids, output_hidden_states=True)
             hidden.append(result.hidden_states[-2])
             pooled = getattr(result, "text_embeds", pooled)

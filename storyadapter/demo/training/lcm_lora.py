@@ -8,6 +8,7 @@ unconditional rows. References and λ of the rows are those of the UNet's own tr
 
 import argparse
 import sys
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,25 +21,30 @@ from torch.func import functional_call
 
 from storyadapter.demo.shipped import MODEL
 from storyadapter.demo.training import dataset
-from storyadapter.demo.training.batched import BatchedMethod
+from storyadapter.demo.training.batched import BatchedMethod, input_ids
 from storyadapter.demo.training.loop import Budget, optimize
 from storyadapter.demo.training.pictures import embeddings_of, latents_of, redrawn
 from storyadapter.demo.training.rows import SLOTS, RowDraw, Rows
 from storyadapter.method.constants import DDIM_CONFIG, GUIDANCE, NEGATIVE_PROMPT, TRAIN_STEPS
-from storyadapter.runtime.conditioning import Tokenizers
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides the weights; the defaults are those of the LoRA that ships."""
+    """Everything that decides the weights; the defaults are for a GPU, on which networks compute in bf16."""
 
     world: dataset.WorldSize = dataset.WorldSize(visible=192, identities=24, views=8)
     budget: Budget = Budget(steps=40_000, batch=512, rate=1e-3, seconds=180, average=0.995)
     rank: int = 8
+    numbers: int = 180_000  # of the file, at most
     grid: int = 50  # DDIM steps of the teacher, which are the time steps that a student may be asked for
     seed: int = 0
 
 
+# for a machine without a GPU, in fp32: those of the LoRA that ships
+SMALL = Settings(
+    dataset.WorldSize(visible=48, identities=4, views=4),
+    Budget(steps=40_000, batch=32, rate=1e-3, seconds=900, average=0.95),
+)
 TOY = Settings(dataset.WorldSize(3, 4, 2), Budget(steps=2, batch=4, rate=1e-3, average=0.9), rank=2, seed=1)
 
 
@@ -64,11 +70,32 @@ class LowRank(nn.Module):
             changed[f"{name}.weight"] = weight + (up.flatten(1) @ down.flatten(1)).view_as(weight)
         return changed
 
-    def tensors(self) -> dict[str, Tensor]:
-        """As a LoRA file of diffusers has them, in fp16."""
-        pairs = zip(self.names, self.down, self.up, strict=True)
-        found = {f"unet.{n}.lora_{m}.weight": w for n, down, up in pairs for m, w in (("A", down), ("B", up))}
-        return {name: weight.detach().to("cpu", torch.float16).contiguous() for name, weight in found.items()}
+    @torch.no_grad()
+    def tensors(self, network: nn.Module, numbers: int) -> dict[str, Tensor]:
+        """As a LoRA file of diffusers has them, in fp16, with at most so many numbers.
+
+        Kept are the singular components of what is added that change their layer most, in proportion to its weight,
+        for each number that they take.
+        """
+        parts, ranked = {}, []
+        for name, down, up in zip(self.names, self.down, self.up, strict=True):
+            weight = network.get_parameter(f"{name}.weight").detach().float().cpu()
+            both = [side.detach().float().cpu() for side in (up, down)]
+            u, s, v = torch.linalg.svd(both[0].flatten(1) @ both[1].flatten(1), full_matrices=False)
+            parts[name] = u * s.sqrt(), s.sqrt()[:, None] * v, down.shape[1:], up.shape[2:]
+            size = len(u) + v.shape[1]
+            ranked += [(float((s[n] / weight.norm()) ** 2 / size), size, name) for n in range(len(down))]
+        count: Counter[str] = Counter()
+        for _, size, name in sorted(ranked, reverse=True):
+            if size <= numbers:
+                numbers -= size
+                count[name] += 1
+        found = {}
+        for name, kept in count.items():
+            up, down, inner, outer = parts[name]
+            found[f"unet.{name}.lora_A.weight"] = down[:kept].reshape(kept, *inner).half().contiguous()
+            found[f"unet.{name}.lora_B.weight"] = up[:, :kept].reshape(-1, kept, *outer).half().contiguous()
+        return found
 
 
 class Distillation:
@@ -192,12 +219,14 @@ def train(settings: Settings, model: Path, work: Path, out: Path) -> None:
     again = redrawn(method.vae, latents, noise=0.25)  # as for the UNet's own training
     embeddings = torch.stack([embeddings_of(method.vision, part) for part in (pictures, again)], 1)
     texts = [*dataset.captions(scenes, 2, settings.seed), NEGATIVE_PROMPT]
-    tokens = torch.stack(Tokenizers(*method.tokenizers).input_ids(texts), 1).to(device)
+    tokens = torch.stack([input_ids(tokenizer, texts) for tokenizer in method.tokenizers], 1).to(device)
     captions, negative = tokens[:-1].unflatten(0, (-1, 2)), tokens[-1]
     lora = LowRank(method.unet, settings.rank).to(device)
     log("data", parameters=sum(p.numel() for p in lora.parameters()))
-    nn.Module.to(method.unet, torch.bfloat16, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    method.adapter.to(torch.bfloat16)
+    half = device.type == "cuda"
+    dtype = torch.bfloat16 if half else torch.float32
+    nn.Module.to(method.unet, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    method.adapter.to(dtype)
     rows_of = RowDraw(
         settings.world,
         settings.budget.batch,
@@ -210,9 +239,9 @@ def train(settings: Settings, model: Path, work: Path, out: Path) -> None:
     )
     losses = Distillation(method, lora, rows_of, negative, settings.grid)
     torch.manual_seed(settings.seed)
-    optimize("lcm", losses, [lora], settings.budget, log, half=True)
+    optimize("lcm", losses, [lora], settings.budget, log, half)
     out.parent.mkdir(parents=True, exist_ok=True)
-    save_file(lora.tensors(), out, metadata={"format": "pt", "license": "MIT"})
+    save_file(lora.tensors(method.unet, settings.numbers), out, metadata={"format": "pt", "license": "MIT"})
     log("export", bytes=out.stat().st_size)
 
 
@@ -222,10 +251,14 @@ def main() -> int:
     parser.add_argument("--work", type=Path, required=True, help="folder of pictures and log.txt")
     parser.add_argument("--model", type=Path, default=MODEL, help="folder of a demo model (default: the shipped one)")
     parser.add_argument("--out", type=Path, help="the file (default: WORK/lcm-lora.safetensors)")
-    parser.add_argument("--toy", action="store_true", help="a few steps at a tiny size: shows that everything runs")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument(
+        "--small", action="store_true", help="few pictures and small batches, for a machine without a GPU"
+    )
+    size.add_argument("--toy", action="store_true", help="a few steps at a tiny size: shows that everything runs")
     parser.add_argument("--seconds", type=float, help="longest training")
     options = parser.parse_args()
-    settings = TOY if options.toy else Settings()
+    settings = TOY if options.toy else SMALL if options.small else Settings()
     if options.seconds:
         settings = replace(settings, budget=replace(settings.budget, seconds=options.seconds))
     train(settings, options.model, options.work, options.out or options.work / "lcm-lora.safetensors")

@@ -20,8 +20,8 @@ import torch.nn.functional as nnf
 from diffusers import AutoencoderKL, DDIMScheduler
 from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
-from transformers import CLIPTokenizer
 
+from storyadapter.checkpoint.tokenizer_files import load_tokenizer
 from storyadapter.demo.held_out import split_visible
 from storyadapter.demo.judge import Judge
 from storyadapter.demo.training import dataset
@@ -130,7 +130,7 @@ class Training:
             padding = {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"}
             for name, pad in padding.items():
                 write_tokenizer(self.work / name, dataset.words(), pad)
-            tokenizers = Tokenizers(*(CLIPTokenizer.from_pretrained(self.work / name) for name in padding))
+            tokenizers = Tokenizers(*(load_tokenizer(self.work / name) for name in padding))
             texts = [*dataset.captions(scene_sets["world"], 2, settings.seed), "", NEGATIVE_PROMPT]
             torch.save(torch.stack(tokenizers.input_ids(texts), 1), self.work / "tokens.pt")
         tokens = torch.load(self.work / "tokens.pt").to(self.device)  # of both encoders, int32 [texts, 2, 77]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from storyadapter.checkpoint import Checkpoint, CheckpointPaths, LoraSpec
-from storyadapter.demo.shipped import MODEL
+from storyadapter.demo.shipped import LCM_LORA, MODEL
 from storyadapter.demo.training.lcm_lora import Distillation, LowRank, main
 from storyadapter.demo.training.networks import TINY, build
 
@@ -33,6 +33,12 @@ def test_it_leaves_a_log_and_a_lora_that_fits_the_model(lora: Path) -> None:
     assert len(changed) > 0.9 * len(layers) and changed <= layers
 
 
+def test_the_one_that_ships_is_known_by_its_name() -> None:
+    lora = LoraSpec.parse("demo-lcm:0.5")
+    assert lora == LoraSpec(LCM_LORA, 0.5) and LCM_LORA.stat().st_size < 400_000
+    Checkpoint.open(CheckpointPaths.given(None, None, None, loras=(lora,)))
+
+
 @torch.no_grad()
 def test_what_is_added_is_up_times_down_and_nothing_at_first() -> None:
     unet = build(TINY).unet
@@ -46,7 +52,23 @@ def test_what_is_added_is_up_times_down_and_nothing_at_first() -> None:
     expected = layer(x) + torch.conv2d(torch.conv2d(x, down, padding=1), up)
     found = torch.conv2d(x, lora.added_to(unet)["down_blocks.0.resnets.0.conv1.weight"], layer.bias, padding=1)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    assert len(lora.tensors()) == 2 * len(lora.names)
+
+
+@torch.no_grad()
+def test_the_file_holds_what_changes_the_layers_most() -> None:
+    unet = build(TINY).unet
+    lora = LowRank(unet, 3)
+    name = "down_blocks.0.resnets.0.conv1"
+    place = lora.names.index(name)
+    for number, up in enumerate(lora.up):
+        up.normal_(std=1.0 if number == place else 1e-4)
+    whole, few = lora.tensors(unet, 10**9), lora.tensors(unet, 3 * (32 + 9 * 32))
+    assert len(whole) == 2 * len(lora.names)
+    assert set(few) == {f"unet.{name}.lora_A.weight", f"unet.{name}.lora_B.weight"}
+    down, up = (few[f"unet.{name}.lora_{side}.weight"].float() for side in "AB")
+    assert down.shape == (3, 32, 3, 3) and up.shape == (32, 3, 1, 1)
+    expected = lora.up[place].flatten(1) @ lora.down[place].flatten(1)
+    torch.testing.assert_close(up.flatten(1) @ down.flatten(1), expected, rtol=1e-2, atol=1e-2)
 
 
 def test_a_student_that_is_right_already_has_no_loss(monkeypatch: pytest.MonkeyPatch) -> None:
