@@ -19,7 +19,7 @@ from storyadapter.cli.start_clock import StartClock
 from storyadapter.engine.backend import ReportStage
 from storyadapter.engine.calibration import find_scales
 from storyadapter.engine.identity import ModelWeights, model_weights
-from storyadapter.method.control_pictures import control_identity, read_controls
+from storyadapter.method.control_pictures import control_identity, control_paths, read_controls
 from storyadapter.method.errors import EngineMismatchError, RunError, spelled
 from storyadapter.method.events import FrameFinished, RunFinished, RunStarted, StepFinished
 from storyadapter.method.memory_errors import is_out_of_memory
@@ -86,7 +86,8 @@ def draw(
     identity = _identity(story, style, plan, session, weights, pictures) | control_identity(controls)
     clock.mark("weights' hashes")
     if edit:
-        refuse_another(edit.run.folder, edit.identity(identity["references"]), json_values(identity))
+        new = edit.identity(identity["references"], identity.get("control"))
+        refuse_another(edit.run.folder, new, json_values(identity))
     else:
         RunFolder.check(args.out, identity, frames=frames, scales=scales, resume=args.resume, edited=edited)
     with (
@@ -105,7 +106,7 @@ def draw(
             "max_frames": batching.max_frames,
             "text_kept": batching.keep_text,
             "final_prompts": [frame.prompt for frame in final],
-            **({"control_pictures": [frame.control for frame in story.frames]} if any(controls) else {}),
+            **({"control_pictures": control_paths(story)} if any(controls) else {}),
             "device": str(pipeline.networks.device),
             "workers": pipeline.worker_count,
             "versions": versions(),

@@ -30,6 +30,10 @@ def edit(args: argparse.Namespace) -> int:
     with reporting(args) as reporter, only_device(args.device):
         from storyadapter.output.edits import Edit, StoredRun
 
+        for values in args.changes.values():
+            if given := values.get("control"):
+                paths = [None if path == "none" else path for path in given]
+                values["control"] = paths if any(paths) else None
         changed = None if args.resume else Edit.of(args.folder, args.changes, follows=args.all_iterations)
         run = StoredRun.read(args.folder) if changed is None else changed.run
         if args.resume and (run.record.finished or not run.record.edits):

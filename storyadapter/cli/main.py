@@ -158,6 +158,13 @@ def _add_edit(commands: Commands) -> None:
     changes.add_argument("--prompt", action=FrameChange, metavar="TEXT", help="its new prompt")
     changes.add_argument("--negative", action=FrameChange, metavar="TEXT", help="what it must not show")
     changes.add_argument("--seed", type=int, action=FrameChange, metavar="N", help="another seed for it")
+    changes.add_argument(
+        "--control",
+        nargs="+",
+        action=FrameChange,
+        metavar="P",
+        help="another picture for the run's ControlNet, with several of them one for each; none takes it away",
+    )
     parser.add_argument(
         "--all-iterations",
         action="store_true",

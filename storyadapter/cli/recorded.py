@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from storyadapter.checkpoint import CheckpointPaths
+from storyadapter.checkpoint import CheckpointPaths, ControlNetSpec
 from storyadapter.cli.options import ModelChoice, given_checkpoint_options, model_choice
 
 
@@ -18,11 +18,15 @@ def recorded_files(paths: CheckpointPaths) -> dict[str, Any]:
         return os.path.abspath(name) if os.path.exists(name) else str(name)
 
     given = {item.name: getattr(paths, item.name) for item in fields(paths)}
-    loras = [f"{place(lora.path)}:{lora.scale!r}" for lora in given.pop("loras")]
+    lists = {
+        "lora": [f"{place(lora.path)}:{lora.scale!r}" for lora in given.pop("loras")],
+        "controlnet": [str(ControlNetSpec(Path(place(name)))) for name in given.pop("controlnets")],
+    }
     names = (
         {} if paths.is_demo else {name: place(value) for name, value in given.items() if value and name != "variant"}
     )
-    return {**names, **({"variant": paths.variant} if paths.variant else {}), **({"lora": loras} if loras else {})}
+    lists = {name: values for name, values in lists.items() if values}
+    return {**names, **({"variant": paths.variant} if paths.variant else {}), **lists}
 
 
 def recorded_model(args: argparse.Namespace, details: Mapping[str, Any]) -> ModelChoice:

@@ -1,6 +1,7 @@
 """The pictures by which ControlNets guide frames: found, read, and brought to the frames' size."""
 
 import hashlib
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -70,6 +71,11 @@ def control_identity(controls: Controls) -> dict[str, Any]:
     """What a record says of them: hashes, whatever the pictures' paths; {} where there are none."""
     keys = [[picture and picture.key for picture in pictures] for pictures in controls]
     return {"control": keys} if any(controls) else {}
+
+
+def control_paths(story: Story) -> list[list[str | None] | None]:
+    """Where they lie, so that an edit finds them from anywhere."""
+    return [frame.control and [path and os.path.abspath(path) for path in frame.control] for frame in story.frames]
 
 
 def _read(path: Path, frame: int, size: tuple[int, int], preprocess: str, resized: list[str]) -> ControlPicture:

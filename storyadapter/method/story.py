@@ -151,7 +151,8 @@ class Story:
         return cls.from_prompts(arguments)
 
     def edited(self, changes: Mapping[int, Mapping[str, Any]]) -> Self:
-        """The story with other values of some frames: frame → {"prompt": …, "negative": …, "seed": …}, each if wanted.
+        """The story with other values of some frames: frame → {"prompt": …, "negative": …, "seed": …,
+        "control": …}, each if wanted.
 
         Raises:
             InputError: there is no such frame, nothing changes, or a value that no frame can have.
@@ -216,7 +217,13 @@ class Story:
 
     def without_control(self) -> Self:
         """The same without the paths of control pictures."""
-        frames = tuple(replace(frame, control=None) for frame in self.frames)
+        return self.with_control([None] * len(self.frames))
+
+    def with_control(self, paths: Sequence[Sequence[str | None] | None]) -> Self:
+        """The same with other control pictures: of each frame one path per ControlNet, or None. Raises InputError: a
+        value that no frame can have."""
+        pairs = zip(self.frames, paths, strict=True)
+        frames = tuple(replace(frame, control=None if control is None else [*control]) for frame, control in pairs)
         return type(self)(frames, self.title, self.style, self.characters)
 
     def references(self) -> tuple[tuple[str, ...], ...]:

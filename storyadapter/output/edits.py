@@ -55,7 +55,9 @@ class StoredRun:
         try:
             story = pydantic.TypeAdapter(Story).validate_python(record.identity["story"])
             plan, style = RunPlan.from_dict(record.identity["plan"]), record.identity["style"]
-        except (InputError, pydantic.ValidationError, AttributeError, KeyError, TypeError) as error:
+            if "control" in record.identity:
+                story = story.with_control(record.sessions[-1].details["control_pictures"])
+        except (InputError, pydantic.ValidationError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise InputError(f"{path} holds no story that can be drawn: {str(error).splitlines()[0]}") from None
         if len(story.frames) != record.frames or plan.iterations != len(record.scales):
             raise InputError(f"{path} is damaged: its frames and scales aren't those of its own settings")
@@ -97,31 +99,49 @@ class Edit:
         run = StoredRun.read(folder)
         if not run.record.finished:
             raise InputError(f"{folder} holds a run that isn't finished", advice=("go on with it by ", Field("resume")))
-        if "control" in run.record.identity:
-            found = f"{folder} was drawn with a ControlNet, whose pictures its record doesn't name"
-            raise InputError(found, expected="a run without one", advice="change the story file and draw it again")
         edit = cls(run, run.story.edited(changes), tuple(sorted(changes)), follows)
-        if edit.story == run.story and not (run.record.edits and set(run.record.edits[-1].frames) - set(edit.frames)):
+        other = edit.story != run.story or any("control" in values for values in changes.values())
+        if not other and not (run.record.edits and set(run.record.edits[-1].frames) - set(edit.frames)):
             found = f"frame {', '.join(map(str, edit.frames))} would be drawn as it is"
-            expected = ("another ", Field("prompt"), ", ", Field("negative"), " or ", Field("seed"))
+            expected = (
+                "another ",
+                Field("prompt"),
+                ", ",
+                Field("negative"),
+                ", ",
+                Field("seed"),
+                " or ",
+                Field("control"),
+            )
             raise InputError(found, expected=expected)
         edit._refuse_damage()
         return edit
 
-    def identity(self, references: Sequence[Sequence[str]] | None = None) -> dict[str, Any]:
+    def identity(
+        self,
+        references: Sequence[Sequence[str]] | None = None,
+        control: Sequence[Sequence[str | None]] | None = None,
+    ) -> dict[str, Any]:
         """Of the run that it becomes.
 
         Args:
             references: for each frame of the new story the keys of a user's pictures; None where it has none.
+            control: the same of control pictures.
         """
-        named = {**self.run.record.identity, "story": json_values(self.story.to_dict())}
+        named = {**self.run.record.identity, "story": json_values(self.story.without_control().to_dict())}
         if "references" in named:
-            count = len(self.story.frames)
-            before, now = named["references"] or [[]] * count, references or [[]] * count
-            drawn = range(count) if self.follows else self.frames
-            keys = [list(now[n] if n in drawn else before[n]) for n in range(count)]
-            named["references"] = keys if any(keys) else None
+            named["references"] = self._merged(named["references"], references)
+        if pictures := self._merged(named.pop("control", None), control):
+            named["control"] = pictures
         return named
+
+    def _merged(self, before: Sequence[Any] | None, now: Sequence[Any] | None) -> list[list[Any]] | None:
+        """Keys of pictures, of frames that are drawn again the new ones; None where there are none at all."""
+        count = len(self.story.frames)
+        before, now = before or [[]] * count, now or [[]] * count
+        drawn = range(count) if self.follows else self.frames
+        keys = [list(now[n] if n in drawn else before[n]) for n in range(count)]
+        return keys if any(keys) else None
 
     def check(self, out: Path | None) -> None:
         """Raises InputError: `begin` would refuse this folder."""

@@ -32,7 +32,8 @@ def test_a_run_records_settings_and_pictures_and_goes_on_with_them(type_in: Type
     assert [len(keys) for keys in identity["control"]] == [1, 1, 0]
     assert identity["story"]["prompts"] == ["a fox", "an owl", "a night"]
     assert {name for name in identity["weights"] if name.startswith("controlnet_0/")}
-    assert record["sessions"][0]["details"]["control_pictures"] == [["poses/0.png"], ["poses/1.png"], None]
+    lie = [[str(Path.cwd() / f"poses/{number}.png")] for number in range(2)]
+    assert record["sessions"][0]["details"]["control_pictures"] == [*lie, None]
     # the same pictures elsewhere are the same run; another picture, or scale, is another
     whole = pictures(Path("out"))
     Path("out/iteration-02/frame-001.png").unlink()
@@ -115,3 +116,31 @@ def test_the_build_command_that_is_told_has_the_controlnet(type_in: Type, contro
     assert done.code == 2
     command = shlex.split(done.err.partition("build it: ")[2])
     assert command[command.index("--controlnet") + 1] == "net"
+
+
+def test_an_edit_keeps_pictures_or_takes_another(type_in: Type, control_run: list[str], tmp_path: Path) -> None:
+    assert type_in(*control_run).code == 0
+    before = files(Path("out"))
+    poses(3)[2].save("new.png")
+    done = type_in("edit", "out", "--frame", "0", "--control", "new.png", "--frame", "1", "--prompt", "two owls")
+    assert done.code == 0, done.err
+    after = files(Path("out-edited"))
+    changed = {name for name in before if name.startswith("iteration-") and after[name] != before[name]}
+    assert changed == {f"iteration-{iteration:02d}/frame-00{n}.png" for iteration in range(3) for n in range(2)}
+    old, new = (json.loads(Path(out, "story.json").read_text()) for out in ("out", "out-edited"))
+    assert old["identity"]["control"][1:] == new["identity"]["control"][1:]
+    assert old["identity"]["control"][0] != new["identity"]["control"][0]
+    assert new["identity"]["story"]["prompts"] == ["a fox", "two owls", "a night"]
+    assert new["sessions"][-1]["details"]["control_pictures"][0] == [str(tmp_path / "new.png")]
+    # as drawn so from the first: text alone sees no others
+    Path("new.png").rename("poses/0.png")
+    words = [word if word != "an owl" else "two owls" for word in control_run]
+    assert type_in(*words, "--out", "anew").code == 0
+    for number in range(2):
+        name = f"iteration-00/frame-00{number}.png"
+        assert Image.open(f"anew/{name}").tobytes() == Image.open(f"out-edited/{name}").tobytes()
+    done = type_in("edit", "out-edited", "--frame", "1", "--control", "none", "--out", "without")
+    assert done.code == 2 and "new.png: there is no such file" in done.err and not Path("without").exists()
+    done = type_in("edit", "out", "--frame", "1", "--control", "none", "--out", "without")
+    assert done.code == 0, done.err
+    assert json.loads(Path("without/story.json").read_text())["identity"]["control"][1] == []
