@@ -17,6 +17,7 @@ from storyadapter.engine.backends import AUTO, find_backend
 from storyadapter.engine.calibration import find_scales
 from storyadapter.engine.identity import model_weights
 from storyadapter.engine.opening import open_networks
+from storyadapter.method.control_pictures import Controls, control_identity, control_paths, read_controls
 from storyadapter.method.errors import EngineMismatchError, Field, InputError, UnavailableError
 from storyadapter.method.events import Event, RunFinished
 from storyadapter.method.plan import RunPlan
@@ -201,7 +202,7 @@ def edit(
     Args:
         pipeline: of the model that drew the run.
         folder: of the run, as `storyadapter-trt run` and the server leave it.
-        changes: frame → its new prompt, or those of "prompt", "negative" and "seed" that are new.
+        changes: frame → its new prompt, or those of "prompt", "negative", "seed" and "control" that are new.
         out: a new folder; by default the run's own is changed, and the old frames are kept in `before-edit-01`.
         all_iterations: whether the other frames follow: every iteration after the first is drawn again whole.
 
@@ -214,21 +215,23 @@ def edit(
     """
     named = {number: {"prompt": new} if isinstance(new, str) else new for number, new in changes.items()}
     changed = Edit.of(Path(folder), named, follows=all_iterations)
-    identity, numerics = changed.run.record.identity, pipeline.networks.numerics
-    drew = identity.get("numerics", (identity.get("precision"), identity.get("vae_precision")))
-    if identity.get("model") != pipeline.model or drew not in (
+    before, numerics = changed.run.record.identity, pipeline.networks.numerics
+    drew = before.get("numerics", (before.get("precision"), before.get("vae_precision")))
+    if before.get("model") != pipeline.model or drew not in (
         json_values(asdict(numerics)),
         (numerics.name, numerics["vae_decoder"]),
     ):
         raise InputError(f"{folder} was drawn by another model, or in another precision", expected="the same")
     plan = pipeline.decided(changed.run.plan)
     keys = picture_keys(pipeline.check(changed.story, plan, changed.run.style))
+    controls = read_controls(changed.story, plan)
     changed.check(None if out is None else Path(out))
-    return _edited(pipeline, changed, changed.identity(keys), plan, None if out is None else Path(out))
+    identity = changed.identity(keys, control_identity(controls).get("control"))
+    return _edited(pipeline, changed, identity, plan, controls, None if out is None else Path(out))
 
 
 def _edited(
-    pipeline: Pipeline, changed: Edit, identity: Mapping[str, Any], plan: RunPlan, out: Path | None
+    pipeline: Pipeline, changed: Edit, identity: Mapping[str, Any], plan: RunPlan, controls: Controls, out: Path | None
 ) -> Generator[Event, None, None]:
     story, style = changed.story, changed.run.style
     with (
@@ -239,10 +242,11 @@ def _edited(
             scales=changed.run.record.scales,
             resume=True,
             keep=changed.run.keep,
+            details={"control_pictures": control_paths(story)} if any(controls) else {},
             text=frame_text(story.final_frames(plan, style)),
             edited=True,
         ) as store,
-        closing(pipeline.run(story, plan, style=style, store=store)) as events,
+        closing(pipeline.run(story, plan, style=style, store=store, controls=controls)) as events,
     ):
         for event in events:
             if isinstance(event, RunFinished):

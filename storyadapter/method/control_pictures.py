@@ -69,7 +69,7 @@ def read_controls(story: Story, plan: RunPlan, on_notice: Callable[[Text], None]
 
 def control_identity(controls: Controls) -> dict[str, Any]:
     """What a record says of them: hashes, whatever the pictures' paths; {} where there are none."""
-    keys = [[picture and picture.key for picture in pictures] for pictures in controls]
+    keys = [[None if picture is None else picture.key for picture in pictures] for pictures in controls]
     return {"control": keys} if any(controls) else {}
 
 

@@ -56,7 +56,7 @@ class StoredRun:
             story = pydantic.TypeAdapter(Story).validate_python(record.identity["story"])
             plan, style = RunPlan.from_dict(record.identity["plan"]), record.identity["style"]
             if "control" in record.identity:
-                story = story.with_control(record.sessions[-1].details["control_pictures"])
+                story = story.with_control(_last(record, "control_pictures"))
         except (InputError, pydantic.ValidationError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise InputError(f"{path} holds no story that can be drawn: {str(error).splitlines()[0]}") from None
         if len(story.frames) != record.frames or plan.iterations != len(record.scales):
@@ -69,6 +69,11 @@ class StoredRun:
         return (
             "last" if any(iteration.removed for iteration in (self.record.before or self.record.iterations)) else "all"
         )
+
+
+def _last(record: RunRecord, detail: str) -> Any:
+    """What the last process said of something that worked on a run and said it. Raises LookupError: none did."""
+    return [session.details[detail] for session in record.sessions if detail in session.details][-1]
 
 
 @dataclass(frozen=True)
