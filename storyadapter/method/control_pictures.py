@@ -75,7 +75,8 @@ def control_identity(controls: Controls) -> dict[str, Any]:
 
 def control_paths(story: Story) -> list[list[str | None] | None]:
     """Where they lie, so that an edit finds them from anywhere."""
-    return [frame.control and [path and os.path.abspath(path) for path in frame.control] for frame in story.frames]
+    given = (frame.control for frame in story.frames)
+    return [None if paths is None else [path and os.path.abspath(path) for path in paths] for paths in given]
 
 
 def _read(path: Path, frame: int, size: tuple[int, int], preprocess: str, resized: list[str]) -> ControlPicture:

@@ -223,7 +223,7 @@ class Story:
         """The same with other control pictures: of each frame one path per ControlNet, or None. Raises InputError: a
         value that no frame can have."""
         pairs = zip(self.frames, paths, strict=True)
-        frames = tuple(replace(frame, control=None if control is None else [*control]) for frame, control in pairs)
+        frames = tuple(replace(frame, control=None if control is None else tuple(control)) for frame, control in pairs)
         return type(self)(frames, self.title, self.style, self.characters)
 
     def references(self) -> tuple[tuple[str, ...], ...]:
