@@ -44,6 +44,7 @@ run frontier storyadapter-trt bench frontier --max-frames 96 --work "$out/fronti
 # how fast? from the published method up, a rung at a time; then whole stories
 run throughput storyadapter-trt bench throughput $full --rungs published,batched,sdpa,cached,fused,compiled,graphs,overlapped,diffusers --out "$out/throughput"
 run compiled-baselines storyadapter-trt bench throughput $full --cases n16 --rungs sdpa,graphs,diffusers,diffusers-compile,diffusers-xformers,tensorrt --out "$out/compiled-baselines"
+run controlnet storyadapter-trt bench throughput $full --synthetic-controlnets 1 --cases n16,control --rungs cached,graphs --out "$out/controlnet"
 run small-gpu storyadapter-trt bench throughput $full --cases story --rungs overlapped --device-memory 15.5 --out "$out/small-gpu"
 run vae python -m storyadapter.bench.vae --out "$out/vae"
 run lcm-story python -m storyadapter.bench.lcm_story --max-frames 16 --engine-dir "$out/engines" --out "$out/lcm-story"

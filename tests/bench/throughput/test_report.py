@@ -188,6 +188,8 @@ def _options(*words: str) -> argparse.Namespace:
         (("--smoke", "--lora", "x"), InputError, "--lora with random weights; expected one of --lora, "),
         (("--smoke", "--rungs", "fastest"), InputError, "--rungs fastest: expected some of published,"),
         (("--smoke", "--cases", "story", "--rungs", "graphs"), InputError, "none of these --rungs runs any of these"),
+        (("--synthetic-controlnets", "1"), InputError, "is given; expected --synthetic-weights or --smoke with it"),
+        (("--smoke", "--cases", "control"), InputError, "--cases control: expected some of n3,n5,story"),
         (("--smoke", "--cases", "n16"), InputError, "--cases n16: expected some of n3,n5,story"),
     ],
 )
@@ -214,8 +216,10 @@ def test_a_few_rungs_from_the_options_to_the_files(
     monkeypatch.setattr(ladder, "WARMUP_SECONDS", 0.0)
     words = (
         "--smoke",
+        "--synthetic-controlnets",
+        "1",
         "--cases",
-        "n3",
+        "n3,control",
         "--rungs",
         "batched,cached,diffusers",
         "--gpu-price",
@@ -226,8 +230,10 @@ def test_a_few_rungs_from_the_options_to_the_files(
     page = (tmp_path / "new" / "v1.2.md").read_text(encoding="utf-8")
     data = json.loads((tmp_path / "new" / "v1.2.json").read_text(encoding="utf-8"))
     assert printed.out.strip() == page.strip()
-    assert "[3/3" in printed.err
-    assert [rung["status"] for rung in data["rungs"]] == [MEASURED] * 3
+    assert "[4/4" in printed.err
+    assert [rung["status"] for rung in data["rungs"]] == [MEASURED] * 4
+    assert [rung["case"] for rung in data["rungs"]] == ["n3", "n3", "control", "n3"]
+    assert 1.2 < data["cases"][1]["operations"] / data["cases"][0]["operations"] < 1.6
     assert {"device", "torch", "diffusers", "commit", "command"} <= set(data["environment"])
     assert data["rungs"][1]["compared_with"]["other"] == "batched"
     assert data["published_workload"] == [] and bool(data["kernels"]) == torch.cuda.is_available()
