@@ -48,6 +48,9 @@ run controlnet storyadapter-trt bench throughput $full --synthetic-controlnets 1
 run small-gpu storyadapter-trt bench throughput $full --cases story --rungs overlapped --device-memory 15.5 --out "$out/small-gpu"
 run vae python -m storyadapter.bench.vae --out "$out/vae"
 run lcm-story python -m storyadapter.bench.lcm_story --max-frames 16 --engine-dir "$out/engines" --out "$out/lcm-story"
+# on two GPUs, and as a server under load, which needs none
+run workers storyadapter-trt bench workers $full --workers 2 --out "$out/workers"
+run serve storyadapter-trt bench serve --workers 8 --worker-kills 5 --out "$out/serve-cpu"
 # does it last?
 run soak storyadapter-trt bench soak --synthetic-weights sdxl --backend inductor --engine-dir "$out/engines" $range --stories 12 --out "$out/soak"
 run soak-sizes storyadapter-trt bench soak --backend inductor --sizes 64,96,128 --max-frames 8 --max-references 16 --stories 24 $demo --out "$out/soak-sizes"

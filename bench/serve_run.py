@@ -25,6 +25,7 @@ from PIL import Image
 
 from storyadapter import api
 from storyadapter.bench.environment import describe
+from storyadapter.bench.kills import actors_of
 from storyadapter.bench.psnr import MIN_PSNR, psnr
 from storyadapter.bench.report import table
 from storyadapter.bench.throughput.inputs import prompts
@@ -97,8 +98,7 @@ class Server:
     def workers(self) -> list[psutil.Process]:
         """Its Ray actors."""
         assert self._process is not None
-        found = psutil.Process(self._process.pid).children(recursive=True)
-        return [child for child in found if "ray::Actor" in " ".join(child.cmdline())]
+        return actors_of(self._process.pid)
 
     def memory(self) -> int:
         """Bytes, resident; 0 where it was just killed."""

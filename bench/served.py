@@ -13,7 +13,6 @@ from storyadapter.serve.app import make_app
 from storyadapter.serve.gate import Gate, Keys
 from storyadapter.serve.limits import Limits
 from storyadapter.serve.metrics import Metrics
-from storyadapter.serve.queue import NAME, StoryQueue
 from storyadapter.serve.stories import Stories
 
 
@@ -28,9 +27,9 @@ def served(pipeline: Pipeline, folder: Path, limits: Limits, *, pixels: int, max
         pixels: height and width of a frame for which nothing else is said.
         max_frames: of a batch.
     """
-    stories = Stories(pipeline, StoryQueue(folder / NAME), folder / "stories", limits, Metrics(gpu_price=3.0))
+    stories = Stories(pipeline, folder, limits, Metrics(gpu_price=3.0))
     app = make_app(stories, Keys(None), {"height": pixels, "width": pixels, "max_frames": max_frames})
-    gate = Gate(app, keys=Keys(None), hosts=("127.0.0.1",), limit_body=limits.limit_body)
+    gate = Gate(app, keys=Keys(None), hosts=("127.0.0.1",), limits=limits)
     server = uvicorn.Server(uvicorn.Config(gate, port=0, log_level="warning", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run)
     thread.start()

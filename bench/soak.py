@@ -20,7 +20,7 @@ DESCRIPTION = """\
 Draws many stories of random length, size and seed in one process. Every third is the first one again: its pictures must
 be the same each time, and the memory in use after it must not grow. Then a run is killed at random moments, and resumed
 each time: its pictures must be those of a run without a stop, and no more frames may be drawn again than were under
-way. Exit code 1 if one of these fails.
+way; with --worker-kills, the same of a run whose workers are killed. Exit code 1 if one of these fails.
 """
 
 MODELS = ("sdxl", "toy")
@@ -39,6 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help=f"how often a run is killed and resumed (default: {_KILLS}, none with --synthetic-weights)",
+    )
+    parser.add_argument("--workers", type=int, metavar="N", help="that draw the run that is killed, see run")
+    parser.add_argument(
+        "--worker-kills", type=int, metavar="N", default=0, help="of these workers, in a run of its own (default: 0)"
     )
     add_count(parser, "--seed", 0, "of the choice of stories and moments")
     add_count(parser, "--steps", 2, "denoising steps of each")
@@ -64,21 +68,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 1 if memory grew, or a story that was repeated or killed gave other pictures."""
-    check_least(args, stories=9, steps=1, max_references=1, max_frames=1, kills=0)
+    check_least(args, stories=9, steps=1, max_references=1, max_frames=1, kills=0, workers=1, worker_kills=0)
     for pixels in args.sizes or ():
         check_pixels("sizes", pixels)
     if args.minutes is not None and not args.minutes > 0:
         raise InputError(f"--minutes is {args.minutes:g}; expected more than 0")
+    if args.worker_kills and not args.workers:
+        raise InputError("--worker-kills without --workers; expected both")
     if args.synthetic_weights:
         refuse_checkpoint_options(args, "--synthetic-weights")
-        if args.kills:
-            raise InputError("--kills with random weights, which no other process can read; leave one of them out")
+        if args.kills or args.worker_kills:
+            option = "--kills" if args.kills else "--worker-kills"
+            raise InputError(f"{option} with random weights, which no other process can read; leave one of them out")
     check_out(args.out)
     from storyadapter.bench.soak_run import as_data, markdown, soak, with_kills
 
     found = soak(args, _STORIES if args.stories is None and args.minutes is None else args.stories)
     kills = (0 if args.synthetic_weights else _KILLS) if args.kills is None else args.kills
-    if kills:
+    if kills or args.worker_kills:
         found = with_kills(found, args, kills)
     page = markdown(found)
     print_result(page)

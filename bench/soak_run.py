@@ -21,7 +21,7 @@ import psutil
 import torch
 
 from storyadapter.bench.environment import describe
-from storyadapter.bench.kills import KilledRun, kill_and_resume
+from storyadapter.bench.kills import KilledRun, kill_and_resume, kill_workers
 from storyadapter.bench.model import BenchmarkModel, frames_by_iteration
 from storyadapter.bench.options import EngineChoice
 from storyadapter.bench.report import opening, table
@@ -76,6 +76,7 @@ class SoakReport:
     allowed: int
     problems: Sequence[str]
     killed: KilledRun | None = None
+    workers_killed: KilledRun | None = None
 
 
 def stories(seed: int, sizes: Sequence[int], max_references: int) -> Iterator[SoakStory]:
@@ -157,16 +158,22 @@ def soak(args: argparse.Namespace, limit: int | None) -> SoakReport:
 
 
 def with_kills(found: SoakReport, args: argparse.Namespace, kills: int) -> SoakReport:
-    """The report with that of a run that was killed so often, of four batches an iteration, on the same engine."""
+    """The report with that of runs that were killed so often, or whose workers were, of four batches an iteration, on
+    the same engine."""
     size = found.stories[0].story.height
     words = ["run", "--prompt", *prompts(4 * args.max_frames), "--style", "none", "--iterations", "5"]
     words += ["--height", str(size), "--width", str(size), "--backend", found.backend, "--precision", found.precision]
     words += [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in ("seed", "steps", "max_frames")]
     words += [f"--engine-dir={args.engine_dir}"] if args.engine_dir else []
     words += [word for option, values in given_checkpoint_options(args).items() for v in values for word in (option, v)]
-    with TemporaryDirectory() as folder:
-        killed = kill_and_resume(words, Path(folder), kills=kills, max_frames=args.max_frames, seed=args.seed)
-    return replace(found, killed=killed, problems=[*found.problems, *killed.problems])
+    words += [f"--workers={args.workers}"] if args.workers else []
+    runs: list[KilledRun | None] = []
+    for kill, times in ((kill_and_resume, kills), (kill_workers, args.worker_kills)):
+        with TemporaryDirectory() as folder:
+            how = {"kills": times, "max_frames": args.max_frames, "seed": args.seed}
+            runs.append(kill(words, Path(folder), **how) if times else None)
+    problems = [*found.problems, *(problem for run in runs if run for problem in run.problems)]
+    return replace(found, killed=runs[0], workers_killed=runs[1], problems=problems)
 
 
 def _draw(pipeline: StoryPipeline, plan: RunPlan, frames: int) -> str:
@@ -206,9 +213,10 @@ def markdown(found: SoakReport) -> str:
         f"memory after it ({kind})": f"first {first}, median {median}, last {last}",
         "growth, last third over middle": f"{found.growth / 2**20:.1f} MiB; allowed {found.allowed / 2**20:.0f} MiB",
     }
-    if killed := found.killed:
-        again = f"{killed.redrawn} of {killed.frames}; allowed {killed.allowed}"
-        facts |= {f"drawn again after {killed.killed} kills": again, "pictures that differ": str(len(killed.different))}
+    for run, what in ((found.killed, "kills"), (found.workers_killed, "kills of workers")):
+        if run:
+            again = f"{run.redrawn} of {run.frames}; allowed {run.allowed}; pictures that differ: {len(run.different)}"
+            facts[f"drawn again after {run.killed} {what}"] = again
     facts["verdict"] = "; ".join(found.problems) or "passed"
     rows = []
     for number, item in enumerate(found.stories):

@@ -309,6 +309,7 @@ def open_ray(
             )
         os.environ[_RAY_BEYOND_LOOPBACK] = "0"
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else it tells its makers
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")  # or it prints what it thinks of each lost worker
     try:
         from storyadapter.runtime.ray_pipeline import RayPipeline
     except ImportError as error:

@@ -255,6 +255,7 @@ def _add_serve(commands: Commands) -> None:
         text = f"{setting.metadata['help']} (default: %(default)s)"
         limits.add_argument(options.option(setting.name), type=int, default=setting.default, metavar="N", help=text)
     options.add_size_options(parser, as_range=True)
+    options.add_preset_option(limits, "of requests that name none, and no settings of their own beside it")
     options.add_model_options(parser)
     options.add_worker_options(parser)
     output_options.add_output_options(parser)

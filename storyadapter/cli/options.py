@@ -246,15 +246,16 @@ def add_size_options(parser: argparse.ArgumentParser, *, as_range: bool) -> None
         )
 
 
+def add_preset_option(group: "argparse._ArgumentGroup", wins: str) -> None:
+    """--preset; `wins`: what is stronger, for the help."""
+    words = "; ".join(f"{name}: {preset.purpose}" for name, preset in PRESETS.items())
+    text = f"scheduler, time steps, steps and guidance that a few-step model needs; {wins}. {words}"
+    group.add_argument("--preset", choices=tuple(PRESETS), help=text)
+
+
 def add_plan_options(group: "argparse._ArgumentGroup") -> None:
     """Options of those fields of a plan that are typed as they are, and presets of them."""
-    words = "; ".join(f"{name}: {preset.purpose}" for name, preset in PRESETS.items())
-    group.add_argument(
-        "--preset",
-        choices=tuple(PRESETS),
-        help="scheduler, time steps, steps and guidance that a few-step model needs; what is typed beside it wins. "
-        + words,
-    )
+    add_preset_option(group, "what is typed beside it wins")
     for setting in fields(RunPlan):
         if setting.name not in PLAN_HELP or setting.name in ("height", "width", "scales", "max_frames"):
             continue  # these have forms of their own

@@ -11,7 +11,8 @@ from storyadapter.cli.drawing import open_pipeline, with_scales
 from storyadapter.cli.options import model_choice, open_session, shape_ranges
 from storyadapter.cli.reporting import reporting
 from storyadapter.engine.identity import model_weights
-from storyadapter.method.errors import InputError, UnavailableError
+from storyadapter.method.errors import Field, InputError, UnavailableError
+from storyadapter.method.presets import check_preset
 from storyadapter.serve.limits import Limits
 
 
@@ -25,7 +26,7 @@ def serve(args: argparse.Namespace) -> int:
     limits = Limits(**{setting.name: getattr(args, setting.name) for setting in fields(Limits)})
     for setting in fields(Limits):
         if getattr(limits, setting.name) < 1:
-            raise InputError(f"{setting.name}: {getattr(limits, setting.name)}", expected="1 or more")
+            raise InputError(Field(setting.name), f" is {getattr(limits, setting.name)}", expected="1 or more")
     try:
         from storyadapter.serve.gate import Keys
         from storyadapter.serve.server import check_address
@@ -44,6 +45,7 @@ def serve(args: argparse.Namespace) -> int:
     with reporting(args) as reporter, only_device(args.device):
         reporter.stage("", OPENING)
         session = open_session(args, model_choice(args))
+        check_preset(args.preset, session.checkpoint.sampling.embeds_guidance)
         pixels = session.checkpoint.geometry.default_pixels
         ranges = shape_ranges(args, pixels)
         session = with_scales(args, session, ranges, model_weights(session.checkpoint, reporter.bytes_read).key)
@@ -60,7 +62,7 @@ def serve(args: argparse.Namespace) -> int:
                 hosts=tuple(args.allow_host),
                 limits=limits,
                 gpu_price=args.gpu_price,
-                defaults={"height": pixels, "width": pixels, "max_frames": args.max_frames},
+                defaults={"height": pixels, "width": pixels, "max_frames": args.max_frames, "preset": args.preset},
             )
             reporter.note("served", "stopped; stories that aren't finished go on when the server is started again")
     return 0

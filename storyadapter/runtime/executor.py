@@ -125,11 +125,17 @@ class LocalExecutor:
     def __init__(self, pipeline: Pipeline) -> None:
         self.error: BaseException | None = None
         self._pipeline = pipeline
+        self._scheduler = Scheduler()
         self._arrived: deque[SubmittedStory] = deque()
         self._is_closing = self._cancels_rest = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="stories", daemon=True)
         self._thread.start()
+
+    @property
+    def batch_frames(self) -> tuple[int, int]:
+        """Frames in all batches so far, and how many there was room for."""
+        return self._scheduler.given
 
     def submit(
         self,
@@ -185,7 +191,7 @@ class LocalExecutor:
 
     def _work(self) -> None:
         self._pipeline.use_device()
-        scheduler, workers = Scheduler(), self._pipeline.workers()
+        scheduler, workers = self._scheduler, self._pipeline.workers()
         drawn: dict[StorySource, SubmittedStory] = {}
         end: BaseException = CancelledError()
         try:

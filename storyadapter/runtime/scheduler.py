@@ -22,10 +22,12 @@ class Scheduler:
 
     Attributes:
         sources: the stories that aren't finished, in the order in which they came.
+        given: frames in all batches so far, and how many there was room for.
     """
 
     def __init__(self) -> None:
         self.sources: list[StorySource] = []
+        self.given = (0, 0)
         self._shared = False  # whether there was more than one story since there was none
         self._halved: dict[tuple[Hashable, BatchKey], int] = {}
         # by the job's key: the task that a worker has, and those of other stories that wait for its frame
@@ -54,7 +56,7 @@ class Scheduler:
             return None
         leader = min(waiting, key=lambda source: source.served)
         key = leader.ready[0].job.batch_key
-        capacity = self._capacity(leader, worker, key)
+        capacity = room = self._capacity(leader, worker, key)
         tasks: list[Task] = []
         members = [leader]
         if not self._shared:
@@ -74,6 +76,7 @@ class Scheduler:
             source.served += task.job.cost / source.share
             if self._drawing.setdefault(task.job.key, (task, []))[0] is task:
                 self._join(task.job.key)
+        self.given = (self.given[0] + len(tasks), self.given[1] + room)
         # frames of one story lie side by side
         tasks.sort(key=lambda task: members.index(task.owner))
         decode = [source.batching.decode_frames for source in members]

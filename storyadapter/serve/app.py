@@ -8,6 +8,7 @@ import time
 import zipfile
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -18,13 +19,16 @@ from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Str
 from pydantic import BaseModel, ConfigDict
 
 import storyadapter
+from storyadapter.method.plan import RunPlan
+from storyadapter.method.story import Story
 from storyadapter.method.story_parts import check_style
 from storyadapter.output.frame_files import frame_path
-from storyadapter.serve.gate import COOKIE, Keys
+from storyadapter.serve.gate import COOKIE, UPLOADS, Keys
 from storyadapter.serve.problems import MEDIA_TYPE, Problem, add_problem_handlers
 from storyadapter.serve.queue import OPEN, QueuedStory
-from storyadapter.serve.requests import ImagesRequest, StoryRequest, check
-from storyadapter.serve.stories import Stories, plan_of
+from storyadapter.serve.requests import EditRequest, ImagesRequest, StoryRequest, check
+from storyadapter.serve.stories import Stories
+from storyadapter.serve.uploads import ids_in
 
 PAGE: Final = Path(__file__).parent / "page"
 _PAUSE: Final = 15.0  # seconds without an event after which a comment keeps the connection open
@@ -33,6 +37,15 @@ _Number = Annotated[int, PathParameter(ge=0, le=2**31)]
 _PROBLEM: Final[dict[int | str, dict[str, Any]]] = {
     "4XX": {"description": "what is wrong with the request", "content": {MEDIA_TYPE: {}}},
     "5XX": {"description": "what is wrong with the server", "content": {MEDIA_TYPE: {}}},
+}
+
+
+_BYTES: Final = {"schema": {"type": "string", "format": "binary"}}
+_PICTURE_BODY: Final[dict[str, Any]] = {
+    "requestBody": {
+        "required": True,
+        "content": {kind: _BYTES for kind in ("image/png", "image/jpeg", "image/webp", "application/octet-stream")},
+    }
 }
 
 
@@ -50,7 +63,7 @@ def make_app(stories: Stories, keys: Keys, defaults: Mapping[str, Any]) -> FastA
     Args:
         stories: entered and left with the app.
         keys: whoever has one may begin a session.
-        defaults: of a plan's settings for which nothing else is said: height, width, max_frames.
+        defaults: of a plan's settings for which nothing else is said: height, width, max_frames; and a preset of them.
     """
 
     @asynccontextmanager
@@ -68,7 +81,7 @@ def make_app(stories: Stories, keys: Keys, defaults: Mapping[str, Any]) -> FastA
         responses=_PROBLEM,
     )
     add_problem_handlers(app)
-    queue, limits = stories.queue, stories.limits
+    queue, limits, reading = stories.queue, stories.limits, asyncio.Lock()
 
     def own(request: Request, name: str) -> QueuedStory:
         """A story of whoever asks."""
@@ -79,6 +92,16 @@ def make_app(stories: Stories, keys: Keys, defaults: Mapping[str, Any]) -> FastA
         if story is None or story.owner != request.state.owner:
             raise Problem(404, "there is no such story", field="story")
         return story
+
+    async def checked(owner: str, story: Story, plan: RunPlan, preset: str | None) -> None:
+        """Raises InputError, Problem: it can't be drawn; whoever waits meanwhile may have come first."""
+        named = ids_in(story.to_dict())
+        for name in sorted(named):
+            if not stories.uploads.holds(owner, name):
+                raise Problem(422, f"there is no upload {name}; expected an id of {UPLOADS}", field="references")
+        placed = stories.uploads.story(owner, story.to_dict())
+        async with reading:  # pictures of many pixels take memory
+            await asyncio.to_thread(check, placed, plan, stories.pipeline, limits, preset)
 
     def has_room(owner: str, more: int = 1) -> None:
         if stories.error is not None:
@@ -116,8 +139,12 @@ def make_app(stories: Stories, keys: Keys, defaults: Mapping[str, Any]) -> FastA
             "started": story.started,
             "finished": story.finished,
             "error": story.error,
+            "edit_of": story.edit_of,
             "links": {name: f"/v1/stories/{story.id}/{name}" for name in ("events", "story.json", "archive.zip")},
         }
+
+    def waiting(story: QueuedStory) -> JSONResponse:
+        return JSONResponse(told(story), 202, {"Location": f"/v1/stories/{story.id}"})
 
     def picture(path: Path, what: str) -> FileResponse:
         if not path.is_file():
@@ -133,12 +160,19 @@ def make_app(stories: Stories, keys: Keys, defaults: Mapping[str, Any]) -> FastA
     ) -> JSONResponse:
         """A story waits to be drawn. Sent again with the same Idempotency-Key, it is the same story."""
         owner, digest = request.state.owner, asked.digest()
-        if idempotency_key is not None and (known := queue.repeated(owner, idempotency_key)) is not None:
-            if known.digest != digest:
+
+        def known() -> QueuedStory | None:
+            found = None if idempotency_key is None else queue.repeated(owner, idempotency_key)
+            if found is not None and found.digest != digest:
                 raise Problem(409, "another story was sent with this key before", field="idempotency-key")
-            return JSONResponse(told(known), 202, {"Location": f"/v1/stories/{known.id}"})
+            return found
+
+        if (before := known()) is not None:
+            return waiting(before)
         story, plan = asked.story(), stories.pipeline.decided(asked.plan(defaults))
-        check(story, plan, stories.pipeline, limits)
+        await checked(owner, story, plan, getattr(asked.settings, "preset", None))
+        if (before := known()) is not None:  # it was sent twice at once
+            return waiting(before)
         has_room(owner)
         accepted = stories.accept(
             owner,
@@ -149,7 +183,7 @@ def make_app(stories: Stories, keys: Keys, defaults: Mapping[str, Any]) -> FastA
             idempotency=idempotency_key,
             digest=digest,
         )
-        return JSONResponse(told(accepted), 202, {"Location": f"/v1/stories/{accepted.id}"})
+        return waiting(accepted)
 
     @app.get("/v1/stories")
     async def list_stories(request: Request, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> dict[str, Any]:
@@ -167,6 +201,20 @@ def make_app(stories: Stories, keys: Keys, defaults: Mapping[str, Any]) -> FastA
         own(request, name)
         await (stories.remove if purge else stories.cancel)(name)
         return {"id": name, "state": "removed"} if purge else told(own(request, name))
+
+    @app.post("/v1/stories/{name}/edits", status_code=202)
+    async def edit_story(name: str, asked: EditRequest, request: Request) -> JSONResponse:
+        """A new story: this finished one with some frames drawn again, beside all others as they are."""
+        story = own(request, name)
+        if story.state != "completed":
+            raise Problem(409, f"the story is {story.state}; expected a completed one", field="story")
+        has_room(request.state.owner)
+
+        def check_edited(edited: Story, plan: RunPlan) -> None:
+            check(edited, plan, stories.pipeline, limits)
+
+        how: dict[str, Any] = {"follows": asked.follow, "priority": asked.priority}
+        return waiting(await stories.edit(story, asked.changes(), check_edited, **how))
 
     @app.get("/v1/stories/{name}/events")
     async def story_events(
@@ -218,13 +266,32 @@ def make_app(stories: Stories, keys: Keys, defaults: Mapping[str, Any]) -> FastA
         packed = await asyncio.to_thread(_archive, folder)
         return Response(packed, media_type="application/zip")
 
+    @app.post(UPLOADS, status_code=201, openapi_extra=_PICTURE_BODY)
+    async def upload_picture(request: Request) -> JSONResponse:
+        """A picture, as it is in its file, that stories can attend to by its id; it is kept as long as one needs it."""
+        data = await request.body()
+        async with reading:  # a picture of many pixels takes memory
+            kept = await asyncio.to_thread(stories.uploads.add, request.state.owner, data)
+        return JSONResponse(asdict(kept), 201, {"Location": f"{UPLOADS}/{kept.id}"})
+
+    @app.delete(UPLOADS + "/{name}")
+    async def remove_upload(name: str, request: Request) -> dict[str, Any]:
+        """Removes a picture that no unfinished story needs."""
+        owner = request.state.owner
+        if not stories.uploads.holds(owner, name):
+            raise Problem(404, "there is no such upload", field="upload")
+        if queue.uses(name, open_only=True):
+            raise Problem(409, "a story that isn't finished needs this picture", field="upload")
+        stories.uploads.remove(owner, name)
+        return {"id": name, "state": "removed"}
+
     @app.post("/v1/images/generations")
     async def generate_images(asked: ImagesRequest, request: Request) -> dict[str, Any]:
         """As OpenAI's images API: each picture is a story of one frame, from text alone, with a seed of its own."""
         decided, owner = stories.pipeline.decided, request.state.owner
         wanted = [(story, decided(plan)) for story, plan in asked.stories(defaults)]
         for story, plan in wanted:
-            check(story, plan, stories.pipeline, limits)
+            await checked(owner, story, plan, asked.preset)
         has_room(owner, len(wanted))
         accepted = [stories.accept(owner, story, plan, style="none") for story, plan in wanted]
         try:
@@ -235,7 +302,7 @@ def make_app(stories: Stories, keys: Keys, defaults: Mapping[str, Any]) -> FastA
                     raise Problem(503, (ended.error or {}).get("detail", f"the picture was {ended.state}"))
                 path = frame_path(stories.path(item.id), 0, 0, iterations=1, frames=1)
                 data = await asyncio.to_thread(path.read_bytes)
-                pictures.append({"b64_json": base64.b64encode(data).decode(), "seed": plan_of(ended).seed})
+                pictures.append({"b64_json": base64.b64encode(data).decode(), "seed": ended.settings.seed})
             return {"created": int(time.time()), "data": pictures}
         finally:
             for item in accepted:

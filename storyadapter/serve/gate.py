@@ -1,4 +1,7 @@
-"""What every request passes before it is read: known host, valid key, JSON of limited length; headers of answers."""
+"""What every request passes before it is read: known host, valid key, a body of a known kind and limited length.
+
+And what every answer gets: its headers.
+"""
 
 import hashlib
 import hmac
@@ -13,6 +16,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from storyadapter.method.errors import Field, InputError
+from storyadapter.serve.limits import Limits
 from storyadapter.serve.problems import Problem, response
 
 COOKIE: Final = "storyadapter-key"
@@ -23,7 +27,10 @@ _HEADERS: Final = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
+_KIND: Final = "content-type"
 _BODY_METHODS: Final = ("POST", "PUT", "PATCH")
+UPLOADS: Final = "/v1/uploads"  # where pictures are sent, and everywhere else JSON
+_PICTURE: Final = re.compile(r"image/.+|application/octet-stream")
 
 
 class Keys:
@@ -81,27 +88,27 @@ class Gate:
         app: what is behind it.
         keys: none, or one of them is needed.
         hosts: names by which the server may be called, without a port.
-        limit_body: bytes of a request.
+        limits: of the server.
     """
 
-    def __init__(self, app: ASGIApp, *, keys: Keys, hosts: Iterable[str], limit_body: int) -> None:
+    def __init__(self, app: ASGIApp, *, keys: Keys, hosts: Iterable[str], limits: Limits) -> None:
         self._app = app
         self._keys = keys
         self._hosts = frozenset(host.lower() for host in hosts)
-        self._limit_body = limit_body
+        self._limits = limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        read = 0
+        read, limit = 0, self._limits.limit_upload if scope["path"] == UPLOADS else self._limits.limit_body
 
         async def limited() -> Message:
             nonlocal read
             message = await receive()
             read += len(message.get("body", b""))
-            if read > self._limit_body:
-                raise Problem(413, f"the body has more than {self._limit_body} bytes", field="body")
+            if read > limit:
+                raise _too_long(limit)
             return message
 
         async def guarded(message: Message) -> None:
@@ -112,29 +119,37 @@ class Gate:
             await send(message)
 
         try:
-            scope.setdefault("state", {})["owner"] = self._checked(scope)
+            scope.setdefault("state", {})["owner"] = self._checked(scope, limit)
         except Problem as problem:
             await response(problem)(scope, receive, guarded)
             return
         await self._app(scope, limited, guarded)
 
-    def _checked(self, scope: Scope) -> str:
-        """The owner. Raises Problem."""
+    def _checked(self, scope: Scope, limit: int) -> str:
+        """The owner; `limit`: bytes of the body. Raises Problem."""
         headers = Headers(scope=scope)
         host = re.sub(r":\d+$", "", headers.get("host", "")).lower()
         if host not in self._hosts:
             raise Problem(421, f"this server isn't called {host!r}", field="host")
         if scope["method"] in _BODY_METHODS:
-            if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-                raise Problem(415, "the body isn't JSON; expected Content-Type: application/json", field="content-type")
-            if int(length) > self._limit_body if (length := headers.get("content-length", "")).isdecimal() else False:
-                raise Problem(413, f"the body has more than {self._limit_body} bytes", field="body")
+            kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+            if scope["path"] == UPLOADS:
+                if not _PICTURE.fullmatch(kind):
+                    raise Problem(415, "the body isn't a picture; expected Content-Type: image/png", field=_KIND)
+            elif kind != "application/json":
+                raise Problem(415, "the body isn't JSON; expected Content-Type: application/json", field=_KIND)
+            if int(length) > limit if (length := headers.get("content-length", "")).isdecimal() else False:
+                raise _too_long(limit)
         if not self._keys or _OPEN.fullmatch(scope["path"]):
             return ""
         owner = self._keys.owner(_given_key(headers))
         if owner is None:
             raise Problem(401, "expected Authorization: Bearer KEY")
         return owner
+
+
+def _too_long(limit: int) -> Problem:
+    return Problem(413, f"the body has more than {limit} bytes", field="body")
 
 
 def _given_key(headers: Mapping[str, str]) -> str:

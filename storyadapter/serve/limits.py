@@ -23,4 +23,6 @@ class Limits:
     limit_stories: int = limit(100, "stories of one key that aren't finished")
     limit_active: int = limit(32, "stories that are drawn at the same time; those of a batch take half of them at most")
     limit_body: int = limit(1 << 20, "bytes of a request")
-    retain: int = limit(7, "days until a finished story is removed")
+    limit_upload: int = limit(16 << 20, "bytes of a picture that is sent")
+    limit_uploads: int = limit(1000, "pictures of one key that are kept")
+    retain: int = limit(7, "days until a finished story is removed, or a picture that no story needs")

@@ -18,6 +18,7 @@ class Metrics:
         self._registry = CollectorRegistry()
         self._price = gpu_price
         self._recent: deque[tuple[float, int]] = deque()
+        self._filled = (0, 0)
 
         def gauge(name: str, text: str) -> Gauge:
             return Gauge(PREFIX + name, text, registry=self._registry)
@@ -35,6 +36,8 @@ class Metrics:
         self.queued = histogram("request_queue_time_s", "From acceptance to the beginning of a story")
         self.frames = counter("frames", "Frames that were drawn")
         self.rows = counter("unet_rows", "Rows of UNet calls")
+        self.batch_frames = counter("batch_frames", "Frames in batches")
+        self.batch_room = counter("batch_room", "Frames that these batches had room for")
         self.device_seconds = counter("device_seconds", "Seconds that devices worked, by stage", "stage")
         self.memory = gauge("memory_bytes", "Bytes of the GPU held by this process, or of the process without one")
         self.restarts = gauge("worker_restarts", "Workers that were lost and begun again")
@@ -53,6 +56,12 @@ class Metrics:
         if len(self._recent) < 2:
             return 0.0
         return sum(rows for _, rows in self._recent) / max(1e-3, time.monotonic() - self._recent[0][0])
+
+    def filled(self, frames: int, room: int) -> None:
+        """So many frames were given to workers so far, in batches that had room for so many."""
+        self.batch_frames.inc(frames - self._filled[0])
+        self.batch_room.inc(room - self._filled[1])
+        self._filled = (frames, room)
 
     def worked(self, stage: str, seconds: float) -> None:
         """Devices worked on a stage."""

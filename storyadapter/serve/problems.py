@@ -28,6 +28,10 @@ _TITLES: Final = {
 }
 
 
+# parts of a place that nobody has written: where a value stood, and which of several forms it was taken for
+_NO_FIELDS: Final = ("body", "query", "path", "header", "FrameRequest", "CharacterRequest", "str")
+
+
 class ProblemResponse(JSONResponse):
     """In ASCII: what was sent may hold what is no character, and be told."""
 
@@ -79,10 +83,10 @@ def add_problem_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def _(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
+        first = max(error.errors(), key=lambda one: len(one["loc"]))  # of alternatives the one that came furthest
         if first["type"] == "json_invalid":
             return response(Problem(422, f"the body isn't JSON: {first['ctx']['error']}"))
-        place = [str(part) for part in first["loc"] if part not in ("body", "query", "path", "header")]
+        place = [str(part) for part in first["loc"] if part not in _NO_FIELDS]
         return response(Problem(422, f"{'.'.join(place) or 'the body'}: {first['msg']}", field=".".join(place) or None))
 
     @app.exception_handler(HTTPException)

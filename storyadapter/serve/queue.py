@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from storyadapter.method.errors import InputError
+from storyadapter.method.plan import RunPlan
 
 State = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
 Priority = Literal["interactive", "batch"]
 OPEN: Final = ("queued", "in_progress")
 _STATES: Final = (*OPEN, "completed", "failed", "cancelled")
-NAME: Final = "queue.sqlite"
 
 _SCHEMA: Final = """
 create table if not exists stories (
     id text primary key, owner text not null, state text not null, priority text not null, accepted real not null,
     started real, finished real, seconds real not null default 0, story text not null, style text, plan text not null,
-    error text, idempotency text, digest text, unique (owner, idempotency)
+    error text, idempotency text, digest text, edit_of text, unique (owner, idempotency)
 );
 create index if not exists by_state on stories (state);
 create table if not exists events (
@@ -33,7 +33,8 @@ create table if not exists events (
 
 @dataclass(frozen=True)
 class QueuedStory:
-    """A row: times are seconds since 1970; `story`, `plan` and `error` are JSON values; `seconds`: of the devices."""
+    """A row: times are seconds since 1970; `story`, `plan` and `error` are JSON values; `seconds`: of the devices;
+    `edit_of`: the story of which this one has some frames drawn again."""
 
     id: str
     owner: str
@@ -49,6 +50,12 @@ class QueuedStory:
     error: Mapping[str, Any] | None
     idempotency: str | None
     digest: str | None
+    edit_of: str | None
+
+    @property
+    def settings(self) -> RunPlan:
+        """That were accepted."""
+        return RunPlan.from_dict(self.plan)
 
     @property
     def is_open(self) -> bool:
@@ -78,6 +85,8 @@ class StoryQueue:
         pragmas = "pragma journal_mode=wal; pragma synchronous=full; pragma foreign_keys=on;"
         try:
             self._db.executescript(pragmas + _SCHEMA)
+            if not any(row["name"] == "edit_of" for row in self._db.execute("pragma table_info(stories)")):
+                self._db.execute("alter table stories add column edit_of text")  # of a server before there were edits
             self._check()
             # what was being drawn when the last process ended waits again
             self._db.execute("update stories set state='queued' where state='in_progress'")
@@ -108,15 +117,23 @@ class StoryQueue:
         plan: Mapping[str, Any],
         idempotency: str | None = None,
         digest: str | None = None,
+        *,
+        name: str | None = None,
+        edit_of: str | None = None,
     ) -> QueuedStory:
-        """A story waits."""
-        name = secrets.token_hex(8)
+        """A story waits, under a new name or that of `new_name`."""
+        name, texts = name or self.new_name(), (json.dumps(story), style, json.dumps(plan))
         self._db.execute(
-            "insert into stories (id, owner, state, priority, accepted, story, style, plan, idempotency, digest) "
-            "values (?, ?, 'queued', ?, ?, ?, ?, ?, ?, ?)",
-            (name, owner, priority, time.time(), json.dumps(story), style, json.dumps(plan), idempotency, digest),
+            "insert into stories (id, owner, state, priority, accepted, story, style, plan, idempotency, digest, "
+            "edit_of) values (?, ?, 'queued', ?, ?, ?, ?, ?, ?, ?, ?)",
+            (name, owner, priority, time.time(), *texts, idempotency, digest, edit_of),
         )
         return self.story(name)
+
+    @staticmethod
+    def new_name() -> str:
+        """That of no story."""
+        return secrets.token_hex(8)
 
     def story(self, name: str) -> QueuedStory:
         """Raises KeyError: there is none."""
@@ -194,6 +211,15 @@ class StoryQueue:
             (name, after, limit),
         )
         return [StoryEvent(row["number"], row["kind"], json.loads(row["data"])) for row in found]
+
+    def uses(self, upload: str, *, open_only: bool = False) -> bool:
+        """Whether a story has a picture; with `open_only`, one that isn't over."""
+        query = "select count(*) from stories where instr(story, ?)"
+        return self._number(query + (" and state in ('queued', 'in_progress')" if open_only else ""), upload) > 0
+
+    def names(self) -> set[str]:
+        """Of all stories."""
+        return {row["id"] for row in self._db.execute("select id from stories")}
 
     def expired(self, before: float) -> list[str]:
         """Stories that ended before this time."""

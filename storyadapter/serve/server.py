@@ -14,7 +14,6 @@ from storyadapter.serve.app import make_app
 from storyadapter.serve.gate import Gate, Keys, is_loopback
 from storyadapter.serve.limits import Limits
 from storyadapter.serve.metrics import Metrics
-from storyadapter.serve.queue import NAME, StoryQueue
 from storyadapter.serve.stories import Stories
 
 _CLOSE_SECONDS = 5  # for connections that are open at a signal
@@ -50,7 +49,7 @@ def serve(
         keys: see `Keys`.
         hosts: other names by which the server may be called.
         gpu_price: of an hour of a device, in any unit.
-        defaults: of a plan's settings for which nothing else is said: height, width, max_frames.
+        defaults: see `make_app`.
 
     Raises:
         InputError: another server uses the folder.
@@ -58,12 +57,12 @@ def serve(
     """
     lock = lock_folder(data)
     try:
-        stories = Stories(pipeline, StoryQueue(data / NAME), data / "stories", limits, Metrics(gpu_price))
+        stories = Stories(pipeline, data, limits, Metrics(gpu_price))
         app = Gate(
             make_app(stories, keys, defaults),
             keys=keys,
             hosts=(host, "localhost", "127.0.0.1", "[::1]", *hosts),
-            limit_body=limits.limit_body,
+            limits=limits,
         )
         config = uvicorn.Config(
             app,

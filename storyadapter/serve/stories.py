@@ -4,13 +4,11 @@ import asyncio
 import shutil
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import CancelledError
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
-
-from pydantic import TypeAdapter
 
 from storyadapter.method.errors import InputError, StoryAdapterError, said
 from storyadapter.method.events import (
@@ -26,31 +24,22 @@ from storyadapter.method.events import (
 )
 from storyadapter.method.plan import RunPlan
 from storyadapter.method.story import Story
+from storyadapter.output.edits import Edit
 from storyadapter.output.files import is_full
 from storyadapter.output.frame_files import frame_text
 from storyadapter.output.run_folder import RunFolder
-from storyadapter.runtime.executor import LocalExecutor, SubmittedStory
+from storyadapter.output.run_record import json_values, refuse_another
+from storyadapter.runtime.executor import LocalExecutor
 from storyadapter.runtime.pipeline import Pipeline
 from storyadapter.serve.limits import DAY, Limits
 from storyadapter.serve.metrics import Metrics
+from storyadapter.serve.progress import Progress
 from storyadapter.serve.queue import Priority, QueuedStory, StoryEvent, StoryQueue
+from storyadapter.serve.uploads import Uploads
 
 _SHARE: Final[Mapping[Priority, int]] = {"interactive": 4, "batch": 1}
 _FULL_AGAIN: Final = 5.0  # seconds until a full disk is tried again
 _EXPIRE_EVERY: Final = 3600.0
-
-
-@dataclass
-class Progress:
-    """How far a story is since it was begun by this process; `rows` are those of UNet calls."""
-
-    rows: int = 0
-    of_rows: int = 0
-    frames: int = 0
-    priority: Priority = "interactive"
-    submitted: SubmittedStory | None = None
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
-    ended: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Stories:
@@ -58,8 +47,7 @@ class Stories:
 
     Args:
         pipeline: what draws; nobody else may run it.
-        queue: of this server alone.
-        folder: holds a run folder for each story.
+        folder: holds queue, uploads, and a run folder for each story; of this server alone.
         limits: of the server.
         metrics: are kept up to date.
 
@@ -68,21 +56,26 @@ class Stories:
         is_paused: whether nothing new begins, as the disk is full.
     """
 
-    def __init__(self, pipeline: Pipeline, queue: StoryQueue, folder: Path, limits: Limits, metrics: Metrics) -> None:
+    def __init__(self, pipeline: Pipeline, folder: Path, limits: Limits, metrics: Metrics) -> None:
         self.pipeline = pipeline
-        self.queue = queue
+        self.queue = StoryQueue(folder / "queue.sqlite")
+        self.uploads = Uploads(folder / "uploads", limits.limit_uploads)
         self.metrics = metrics
         self.limits = limits
         self.error: BaseException | None = None
         self.is_paused = False
-        self._folder = folder
+        self._folder = folder / "stories"
         self._progress: dict[str, Progress] = {}
         self._drawing: dict[str, asyncio.Task[None]] = {}
         self._wake = asyncio.Event()
 
     async def __aenter__(self) -> "Stories":
+        known = self.queue.names()
+        for path in self._folder.glob("*"):  # of a story that was being removed, or edited, when the last process ended
+            if path.name not in known:
+                shutil.rmtree(path, ignore_errors=True)
         self._executor = LocalExecutor(self.pipeline)
-        self._tasks = [asyncio.create_task(self._begin_stories()), asyncio.create_task(self._expire())]
+        self._tasks = [asyncio.create_task(self._begin_stories()), asyncio.create_task(self._expire_now_and_then())]
         return self
 
     async def __aexit__(self, *error: object) -> None:
@@ -104,12 +97,48 @@ class Stories:
         priority: Priority = "interactive",
         idempotency: str | None = None,
         digest: str | None = None,
+        name: str | None = None,
+        edit_of: str | None = None,
     ) -> QueuedStory:
         """A story whose request was checked; it waits from now on, whatever happens to this process."""
-        accepted = self.queue.add(owner, priority, story.to_dict(), style, plan.as_dict(), idempotency, digest)
+        told = (story.to_dict(), style, plan.as_dict(), idempotency, digest)
+        accepted = self.queue.add(owner, priority, *told, name=name, edit_of=edit_of)
         self._wake.set()
         self._count()
         return accepted
+
+    async def edit(
+        self,
+        of: QueuedStory,
+        changes: Mapping[int, Mapping[str, Any]],
+        check: Callable[[Story, RunPlan], None],
+        *,
+        follows: bool,
+        priority: Priority,
+    ) -> QueuedStory:
+        """A new story that has the frames of a finished one, and those that change are drawn again.
+
+        Args:
+            check: raises what is wrong with the new story; then nothing is written.
+
+        Raises:
+            InputError: see `Edit.of`; or another model drew the story.
+            RunError: no space is left.
+        """
+        folder, name = self.path(of.id), self.queue.new_name()
+
+        def begin() -> Story:
+            edit = Edit.of(folder, changes, follows=follows)
+            refuse_another(folder, edit.run.record.identity, json_values(self._identity(of)))
+            check(self.uploads.story(of.owner, edit.story.to_dict()), of.settings)
+            edit.begin(edit.identity(), self.path(name))
+            return edit.story
+
+        try:
+            story = await asyncio.to_thread(begin)
+        except InputError as error:
+            raise InputError(str(error).replace(str(folder), "the story"), field=error.field) from error
+        return self.accept(of.owner, story, of.settings, style=of.style, priority=priority, name=name, edit_of=of.id)
 
     def path(self, name: str) -> Path:
         """The run folder of a story."""
@@ -176,6 +205,7 @@ class Stories:
         """The metrics, for Prometheus."""
         self.metrics.memory.set(self.pipeline.memory_in_use())
         self.metrics.restarts.set(self.pipeline.restarts)
+        self.metrics.filled(*self._executor.batch_frames)
         return self.metrics.text()
 
     async def _begin_stories(self) -> None:
@@ -210,7 +240,7 @@ class Stories:
         if not queued.started:
             self.metrics.queued.observe(time.time() - queued.accepted)
         try:
-            story, plan = TypeAdapter(Story).validate_python(queued.story), plan_of(queued)
+            story, plan = self.uploads.story(queued.owner, queued.story), queued.settings
             folder = await asyncio.to_thread(self._open_folder, queued, story, plan)
         except StoryAdapterError as error:
             self._fail(name, error)
@@ -220,9 +250,13 @@ class Stories:
             return
         submitted = None
         try:
-            submitted = progress.submitted = self._executor.submit(
-                story, plan, style=queued.style, store=folder, share=_SHARE[queued.priority]
-            )
+            how: dict[str, Any] = {"style": queued.style, "store": folder, "share": _SHARE[queued.priority]}
+            reading = asyncio.ensure_future(asyncio.to_thread(self._executor.submit, story, plan, **how))
+            try:
+                submitted = progress.submitted = await asyncio.shield(reading)
+            except asyncio.CancelledError:
+                submitted = await reading
+                raise
             if not self.queue.story(name).is_open:  # cancelled meanwhile
                 submitted.cancel()
             async for event in submitted:
@@ -254,24 +288,29 @@ class Stories:
             await asyncio.to_thread(folder.close)
 
     def _open_folder(self, queued: QueuedStory, story: Story, plan: RunPlan) -> RunFolder:
-        pipeline, final = self.pipeline, story.final_frames(plan, queued.style)
-        identity = {
-            "story": story.to_dict(),
-            "style": queued.style,
-            "plan": plan.as_dict(),
-            "model": pipeline.model,
-            "backend": pipeline.networks.backend,
-            "numerics": asdict(pipeline.networks.numerics),
-        }
+        final = story.final_frames(plan, queued.style)
         return RunFolder.open(
             self.path(queued.id),
-            identity,
+            self._identity(queued),
             frames=len(story.frames),
             scales=[plan.scale_of(iteration) for iteration in range(plan.iterations)],
             resume=True,
             details={"final_prompts": [frame.prompt for frame in final]},
             text=frame_text(final),
+            edited=queued.edit_of is not None,
         )
+
+    def _identity(self, queued: QueuedStory) -> dict[str, Any]:
+        """What decides the pictures: uploads by their ids, which are hashes."""
+        pipeline = self.pipeline
+        return {
+            "story": queued.story,
+            "style": queued.style,
+            "plan": queued.settings.as_dict(),
+            "model": pipeline.model,
+            "backend": pipeline.networks.backend,
+            "numerics": asdict(pipeline.networks.numerics),
+        }
 
     def _note(self, name: str, plan: RunPlan, progress: Progress, event: Event) -> None:
         """Count an event, and tell it to whoever listens."""
@@ -343,16 +382,19 @@ class Stories:
         self.metrics.running.set(self.queue.count("in_progress"))
         self.metrics.waiting.set(self.queue.count("queued"))
 
-    async def _expire(self) -> None:
+    async def expire(self) -> None:
+        """Remove what is older than it is kept: stories, and pictures that no story has."""
+        before = time.time() - self.limits.retain * DAY
+        for name in self.queue.expired(before):
+            await self.remove(name)
+        for path in list(self.uploads.older(before)):
+            if not self.queue.uses(path.name):
+                path.unlink(missing_ok=True)
+        for name in [name for name, progress in self._progress.items() if progress.ended.is_set()]:
+            if name not in self._drawing:
+                del self._progress[name]
+
+    async def _expire_now_and_then(self) -> None:
         while True:
-            for name in self.queue.expired(time.time() - self.limits.retain * DAY):
-                await self.remove(name)
-            for name in [name for name, progress in self._progress.items() if progress.ended.is_set()]:
-                if name not in self._drawing:
-                    del self._progress[name]
+            await self.expire()
             await asyncio.sleep(_EXPIRE_EVERY)
-
-
-def plan_of(queued: QueuedStory) -> RunPlan:
-    """The settings that were accepted."""
-    return RunPlan.from_dict(queued.plan)

@@ -130,6 +130,7 @@ def test_minutes_end_it(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (("--stories", "8"), "--stories is 8; expected 9 or more"),
         (("--steps", "0"), "--steps is 0; expected 1 or more"),
+        (("--worker-kills", "5"), "--worker-kills without --workers; expected both"),
         (("--kills", "5"), "--kills with random weights, which no other process can read; leave one of them out"),
         (("--sizes", "64,90"), "--sizes is 90; expected a multiple of 32"),
         (("--minutes", "0"), "--minutes is 0; expected more than 0"),

@@ -4,10 +4,13 @@ const $ = (id) => document.getElementById(id);
 let shown = null; // the story that is followed
 let source = null;
 let follows = true; // whether the newest iteration is shown
+let edited = 0; // the frame that is being edited
+let known = {}; // references of the story that is drawn again, by name
 
 async function call(path, method = "GET", body = undefined) {
-  const headers = body === undefined ? {} : { "Content-Type": "application/json" };
-  const answer = await fetch(path, { method, headers, body: body && JSON.stringify(body) });
+  const isFile = body instanceof File;
+  const headers = body === undefined ? {} : { "Content-Type": isFile ? body.type : "application/json" };
+  const answer = await fetch(path, { method, headers, body: isFile ? body : body && JSON.stringify(body) });
   if (answer.status === 401) $("sign-in").hidden = false;
   const told = answer.status === 204 ? null : await answer.json();
   if (!answer.ok) throw new Error(told.detail);
@@ -59,6 +62,22 @@ function newest(story) {
   return Math.min(story.iterations - 1, Math.floor(story.frames_done / story.prompts.length));
 }
 
+function editButton(number, prompt) {
+  const button = document.createElement("button");
+  button.type = "button";
+  button.textContent = "Edit";
+  button.setAttribute("aria-label", `Edit frame ${number + 1}: ${prompt}`);
+  button.addEventListener("click", () => {
+    edited = number;
+    $("edit-title").textContent = `Frame ${number + 1}`;
+    $("edit-prompt").value = prompt;
+    $("edit-seed").value = "";
+    $("edit").hidden = false;
+    $("edit-prompt").focus();
+  });
+  return button;
+}
+
 function draw() {
   const iteration = Number($("iteration").value);
   const place = `${iteration} of ${shown.iterations - 1}`;
@@ -79,6 +98,7 @@ function draw() {
       });
       caption.textContent = prompt;
       figure.append(picture, caption);
+      if (shown.state === "completed") figure.append(editButton(number, prompt));
       item.append(figure);
       return item;
     }),
@@ -101,6 +121,7 @@ async function refresh() {
 
 async function show(id, focus = false) {
   source?.close();
+  $("edit").hidden = true;
   shown = { id };
   follows = true;
   await refresh();
@@ -133,7 +154,14 @@ $("new").addEventListener("submit", attempt(async () => {
   const story = { prompts: lines("prompts"), style: $("style").value, settings };
   if ($("title").value) story.title = $("title").value;
   const pairs = lines("characters").map((line) => line.split(/:(.*)/s).slice(0, 2).map((part) => part.trim()));
-  if (pairs.length) story.characters = Object.fromEntries(pairs);
+  story.characters = Object.fromEntries(pairs.map(([name, definition]) => [name, { definition }]));
+  for (const [name, references] of Object.entries(known)) story.characters[name] = { ...story.characters[name], references };
+  if ($("pictures").files.length) {
+    const name = $("who").value.trim();
+    if (!name) throw new Error("whose pictures are these? Write the name that prompts use");
+    const sent = await Promise.all([...$("pictures").files].map((file) => call("/v1/uploads", "POST", file)));
+    story.characters[name] = { ...story.characters[name], references: sent.map((picture) => picture.id) };
+  }
   await show((await call("/v1/stories", "POST", story)).id, true);
 }));
 
@@ -154,12 +182,21 @@ $("again").addEventListener("click", () => {
   $("prompts").value = shown.prompts.join("\n");
   $("title").value = shown.title ?? "";
   $("style").value = shown.style ?? "none";
-  $("characters").value = Object.entries(shown.characters).map((pair) => pair.join(": ")).join("\n");
+  const definitions = Object.entries(shown.characters).map(([name, who]) => [name, who.definition ?? who]);
+  $("characters").value = definitions.filter((pair) => typeof pair[1] === "string").map((pair) => pair.join(": ")).join("\n");
+  known = Object.fromEntries(Object.entries(shown.characters).filter(([, who]) => who.references).map(([name, who]) => [name, who.references]));
   $("iterations").value = shown.iterations - 1;
   $("steps").value = shown.settings.steps;
   $("seed").value = shown.settings.seed;
   $("prompts").focus();
 });
+
+$("edit").addEventListener("submit", attempt(async () => {
+  const change = { prompt: $("edit-prompt").value };
+  if ($("edit-seed").value) change.seed = Number($("edit-seed").value);
+  const asked = { frames: { [edited]: change }, follow: $("edit-follow").checked };
+  await show((await call(`/v1/stories/${shown.id}/edits`, "POST", asked)).id, true);
+}));
 
 $("iteration").addEventListener("input", () => {
   follows = Number($("iteration").value) >= newest(shown);

@@ -14,7 +14,7 @@ for (const [path, operations] of Object.entries(described.paths)) {
   }
 }
 
-for (const name of ["StoryRequest", "Settings", "ImagesRequest"]) {
+for (const name of ["StoryRequest", "FrameRequest", "CharacterRequest", "Settings", "EditRequest", "FrameChange", "ImagesRequest"]) {
   const table = document.createElement("table");
   table.append(Object.assign(document.createElement("caption"), { textContent: name }));
   for (const [member, { description }] of Object.entries(described.components.schemas[name].properties)) {

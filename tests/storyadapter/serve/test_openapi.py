@@ -17,3 +17,4 @@ def test_whatever_is_asked_is_no_fault_of_the_server(address: str) -> None:
 
         ask()
     assert ("POST", "/v1/stories") in asked and ("GET", "/v1/stories/{name}/events") in asked
+    assert ("POST", "/v1/uploads") in asked and ("POST", "/v1/stories/{name}/edits") in asked

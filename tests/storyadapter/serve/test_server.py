@@ -20,23 +20,19 @@ import pytest
 from PIL import Image
 
 from storyadapter import RunPlan, Story, StoryPipeline
+from storyadapter.__main__ import main
 from storyadapter.bench.serve_run import Server
 from storyadapter.method.events import FrameFinished
 from storyadapter.serve.app import make_app
 from storyadapter.serve.gate import Gate, Keys
 from storyadapter.serve.limits import Limits
 from storyadapter.serve.queue import StoryQueue
+from storyadapter.serve.requests import ImagesRequest, StoryRequest
 from tests.storyadapter.serve import chromium
 from tests.storyadapter.serve.serving import DEFAULTS, LIMITS, stories_of
 
 SETTINGS = {"steps": 2, "seed": 3, "iterations": 1}
 ASKED = {"prompts": ["a fox and 0 owls", "a fox and 1 owls", "a wolf"], "settings": SETTINGS}
-
-
-@pytest.fixture
-def client(address: str) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=address, timeout=60) as client:
-        yield client
 
 
 def events(client: httpx.Client, name: str, after: int = 0) -> list[tuple[int, str, dict]]:
@@ -123,6 +119,12 @@ def test_a_story_is_cancelled(client: httpx.Client) -> None:
         ),
         ({"prompts": ["a fox"], "settings": {"steps": 0}}, "steps", "steps is 0; expected 1 to 999"),
         ({"prompts": ["a fox"], "settings": {"steps": 2}}, "iterations", "iterations: 10; expected 2 at most"),
+        (
+            {"prompts": ["a fox"], "settings": {"steps": 2, "iterations": 1, "scales": [0.3, 0.4]}},
+            "settings.iterations",
+            "iterations: 1 beside 2 scales; expected one of them",
+        ),
+        ({"prompts": ["a fox"], "settings": {"preset": "lcm"}}, "preset", "preset lcm is for a UNet that takes"),
         ({"prompts": ["a \ud800"]}, None, "a text holds U+D800, which is no character"),
         ({"prompts": ["a fox"], "settings": SETTINGS | {"height": 65}}, "height", "height is 65; expected a multiple"),
         ({"prompts": ["a fox"], "settings": {"sampler": "ddim"}}, "settings.sampler", "Extra inputs"),
@@ -182,7 +184,11 @@ def test_curl_draws_a_story(address: str, tmp_path: Path) -> None:
     def curl(*words: str) -> bytes:
         return subprocess.run(["curl", "--silent", "--fail", *words], check=True, stdout=subprocess.PIPE).stdout
 
-    said = curl("-H", "Content-Type: application/json", "-d", json.dumps(ASKED), f"{address}/v1/stories")
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "ada.png")
+    data = ("--data-binary", f"@{tmp_path / 'ada.png'}")
+    sent = json.loads(curl("-H", "Content-Type: image/png", *data, f"{address}/v1/uploads"))
+    asked = ASKED | {"characters": {"fox": {"references": [sent["id"]]}}}
+    said = curl("-H", "Content-Type: application/json", "-d", json.dumps(asked), f"{address}/v1/stories")
     name = json.loads(said)["id"]
     assert b"event: completed" in curl(f"{address}/v1/stories/{name}/events")
     assert picture(curl(f"{address}/v1/stories/{name}/contact-sheet.png")).size
@@ -195,6 +201,8 @@ def test_metrics_have_the_names_of_the_field(client: httpx.Client) -> None:
         "num_requests_waiting",
         "e2e_request_latency_s_bucket",
         "unet_rows_total",
+        "batch_frames_total",
+        "batch_room_total",
     ):
         assert f"\nstoryadapter:{name}" in text, name
     assert 'storyadapter:request_success_total{finished_reason="completed"}' in text
@@ -233,8 +241,16 @@ def test_the_page_is_used_by_keyboard_and_told_to_screen_readers(address: str, t
         page.tab_to("#iteration")
         page.press("ArrowLeft")
         page.wait_for("document.querySelector('#frames img').src.endsWith('/iterations/0/frames/0.png')")
+        page.tab_to("#frames button")
+        page.press("Enter")
+        assert page.value("document.querySelector('#edit-title').textContent") == "Frame 1"
+        page.value("document.querySelector('#edit-prompt').value = 'a fox runs'")
+        page.tab_to("#edit > button")
+        page.press("Enter")
+        page.wait_for("document.querySelector('#frames figcaption').textContent === 'a fox runs'")
+        page.wait_for("document.querySelector('#state').textContent.startsWith('done, 4 of 4 frames')")
         page.value("document.querySelector('#again').click()")
-        assert page.value("document.querySelector('#prompts').value") == "a fox reads\na fox sleeps"
+        assert page.value("document.querySelector('#prompts').value") == "a fox runs\na fox sleeps"
         page.value("document.querySelector('#prompts').value = 'x\\nx\\nx\\nx\\nx'")
         page.value("document.querySelector('#new').requestSubmit()")
         page.wait_for("document.querySelector('#message').textContent.startsWith('prompts: 5; expected 4 at most')")
@@ -292,24 +308,33 @@ def wait_until_ready(client: httpx.Client, server: Server) -> None:
             time.sleep(0.1)
 
 
+def test_presets_are_settings_and_what_is_said_beside_them_wins() -> None:
+    defaults = DEFAULTS | {"preset": "lcm-lora"}
+    few = StoryRequest(prompts=["a fox"], settings={"preset": "turbo", "steps": 2, "iterations": 0}).plan(DEFAULTS)
+    assert (few.scheduler, few.steps, few.guidance, few.timestep_spacing) == ("euler_a", 2, 0.0, "trailing")
+    usual = StoryRequest(prompts=["a fox"], settings={"steps": 3}).plan(defaults)
+    assert (usual.scheduler, usual.steps, usual.guidance) == ("lcm", 3, 1.0)
+    ((_, picture),) = ImagesRequest(prompt="a fox", preset="turbo").stories(defaults)
+    assert (picture.scheduler, picture.steps) == ("euler_a", 4)
+
+
+def test_a_wrong_limit_is_named_as_it_was_typed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--limit-frames", "0"]) == 2
+    assert "--limit-frames is 0; expected 1 or more" in capsys.readouterr().err
+
+
 # What needs nobody who draws.
-
-
-@pytest.fixture
-def keys(tmp_path: Path) -> Keys:
-    path = tmp_path / "keys"
-    path.write_text(
-        "# two keys, of which these are the hashes\n"
-        "ada:2bb80d537b1da3e38bd30361aa855686bde0eacd7162fef6a25fe97bf527a25b\n"
-        "bo:35224d0d3465d74e855f8d69a136e79c744ea35a675d3393360a327cbf6359a2 # secret2\n"
-    )
-    return Keys(path)
 
 
 @contextmanager
 def queued_only(pipeline: StoryPipeline, folder: Path, keys: Keys, limits: Limits) -> Iterator[httpx.AsyncClient]:
     stories = stories_of(pipeline, folder, limits)
-    app = Gate(make_app(stories, keys, DEFAULTS), keys=keys, hosts=("here",), limit_body=limits.limit_body)
+    app = Gate(
+        make_app(stories, keys, DEFAULTS),
+        keys=keys,
+        hosts=("here",),
+        limits=limits,
+    )
     yield httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here")
     stories.queue.close()
 
