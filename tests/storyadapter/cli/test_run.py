@@ -120,7 +120,7 @@ def test_the_plan_and_each_iteration_are_told(type_in: Type, quick_run: list[str
     told = [line.split(":")[0] for line in rounds]
     assert told == ["round 1 of 3, from text alone", "round 2 of 3", "round 3 of 3"]
     assert pictures == "pictures: out/frames, of the last round; all in a row: out/story.gif"
-    assert next_words == "next: change a prompt and draw again with --seed 7 and another --out"
+    assert next_words == 'next: to change a picture, storyadapter-trt edit out --frame 0 --prompt "…"'
 
     lines = type_in(*quick_run, "--out", "verbose", "-v").err.splitlines()
     (detail,) = (line for line in lines if "UNet rows" in line)
@@ -205,7 +205,7 @@ def test_a_run_may_be_resumed_with_another_split(type_in: Type, quick_run: list[
     done = type_in(*quick_run, "--max-frames", "1", "--resume", "--verbose")
     assert done.code == 0
     assert "warning: out/iteration-02/frame-001.png isn't the picture that was written: it is drawn again" in done.err
-    assert ": 3 frames of 64x64, 3 rounds (2 finished), about " in done.err
+    assert ": 3 frames of 64x64, 3 rounds (2 finished), 1 of 3 pictures left, about " in done.err
     assert ": 4 UNet rows in micro-batches of 1 + 1 + 1; " in done.err
     assert [session["details"]["split"] for session in record()["sessions"]] == [[3], [1, 1, 1]]
 
