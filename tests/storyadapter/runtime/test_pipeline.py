@@ -176,7 +176,7 @@ def test_a_resumed_run_wants_a_picture_of_every_frame(pipeline: StoryPipeline, o
     ("changes", "prompts", "told"),
     [
         ({"max_frames": 3}, 3, "--max-frames: 3 asked for; this engine was built for 1 to 2"),
-        ({}, 5, "the story's frames (--max-references): 5 asked for; this engine was built for 1 to 4"),
+        ({}, 5, "the story's frames and pictures (--max-references): 5 asked for; this engine was built for 1 to 4"),
         ({"height": 128}, 1, "--height: 128 asked for; this engine was built for 64 to 96"),
         ({"width": 96}, 1, "--width: 96 asked for; this engine was built for 64 to 64"),
     ],
