@@ -2,6 +2,9 @@
 
 import argparse
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -88,3 +91,22 @@ def test_what_cannot_be_measured_is_told(words: list[str], told: str) -> None:
     with pytest.raises(InputError) as caught:
         frontier.run(arguments(*words))
     assert str(caught.value).startswith(told)
+
+
+def test_the_script_draws_every_mode_once_and_then_reports(tmp_path: Path) -> None:
+    programs, record = tmp_path / "programs", tmp_path / "record"
+    programs.mkdir()
+    scripts = {"storyadapter-trt": 'echo "$*" >> "$RECORD"', "python": f'exec {sys.executable} "$@"'}
+    for name, script in scripts.items():
+        (programs / name).write_text(f"#!/bin/sh\n{script}\n")
+        (programs / name).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "RECORD": str(record)}
+    command = ["bash", str(Path(frontier.__file__).with_name("frontier.sh"))]
+    done = subprocess.run([*command, str(tmp_path / "out")], capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and done.stderr.startswith("usage: frontier.sh FOLDER PROCESSES [OPTION")
+    subprocess.run([*command, str(tmp_path / "out"), "3", "--seeds", "1"], check=True, env=environment)
+    *drawn, last = record.read_text().splitlines()
+    begin = f"bench frontier --seeds 1 --work {tmp_path}/out/work"
+    assert last == f"{begin} --out {tmp_path}/out/frontier"
+    expected = [f"{begin} --only-draw choose --modes {mode}" for mode in MODES]
+    assert sorted(drawn) == sorted([*expected, f"{begin} --only-draw confirm --modes {EXACT}"])
