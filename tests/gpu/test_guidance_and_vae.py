@@ -38,7 +38,7 @@ def built(checkpoint: SyntheticCheckpoint, name: str, precision: Precision, fold
 def test_a_denoiser_reads_the_guidance_that_it_takes_as_an_embedding(tmp_path: Path) -> None:
     checkpoint = SyntheticCheckpoint(TOY_LCM, DEVICE)
     network = built(checkpoint, "denoiser", "fp16", tmp_path)
-    inputs = example_inputs(network.spec, {"B": 2, "P": 2, "G": 2, "R": 4, "h": 8, "w": 8}, "fp16")
+    inputs = example_inputs(network.spec, {"B": 2, "P": 2, "G": 2, "R": 4, "M": 1, "h": 8, "w": 8}, "fp16")
     inputs = {name: value.to(DEVICE) for name, value in inputs.items()}
 
     def noise(guidance: float) -> torch.Tensor:
