@@ -29,4 +29,6 @@ def test_a_run_of_a_model_that_was_seen_before(
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         found.append(done.stdout)
-    assert found[1] == "[]\n", found
+    # a package for a CPU calls the reference's operator, which PyTorch wraps in its compiler at the first call
+    spared = LARGE if backend == "onnxruntime" else LARGE[:3]
+    assert not [name for name in spared if f"'{name}'" in found[1]], found
