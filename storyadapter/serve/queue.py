@@ -212,6 +212,12 @@ class StoryQueue:
         )
         return [StoryEvent(row["number"], row["kind"], json.loads(row["data"])) for row in found]
 
+    def told(self, name: str) -> set[tuple[str, int | None, int | None]]:
+        """Kind, iteration and frame of all events of a story; None for what an event doesn't have."""
+        rows = self._db.execute("select kind, data from events where story=?", (name,))
+        found = ((row["kind"], json.loads(row["data"])) for row in rows)
+        return {(kind, data.get("iteration"), data.get("frame")) for kind, data in found}
+
     def uses(self, upload: str, *, open_only: bool = False) -> bool:
         """Whether a story has a picture; with `open_only`, one that isn't over."""
         query = "select count(*) from stories where instr(story, ?)"

@@ -322,7 +322,9 @@ class Stories:
                 metrics.drew_rows(rows)
             case RunStarted():
                 progress.of_rows = event.rows
+                progress.frames += event.first_iteration * event.frames
                 self._tell(name, "started", {"frames": event.frames, "iterations": event.iterations})
+                self._tell_what_was_missed(name, event)
             case FrameFinished():
                 progress.frames += 1
                 metrics.frames.inc()
@@ -340,6 +342,16 @@ class Stories:
                 self._tell(name, "prompt_truncated", {"frame": event.frame, "words": event.words})
             case MicroBatchHalved():
                 self._tell(name, "batch_halved", {"max_frames": event.max_frames})
+
+    def _tell_what_was_missed(self, name: str, run: RunStarted) -> None:
+        """Of iterations that were finished before what the last process hadn't told when it ended."""
+        told = self.queue.told(name)
+        for iteration in range(run.first_iteration):
+            for frame in range(run.frames):
+                if not told & {("frame_finished", iteration, frame), ("frame_found", iteration, frame)}:
+                    self._tell(name, "frame_found", {"iteration": iteration, "frame": frame})
+            if ("iteration_finished", iteration, None) not in told:
+                self._tell(name, "iteration_finished", {"iteration": iteration})
 
     def _tell(self, name: str, kind: str, data: Mapping[str, Any]) -> None:
         self.queue.tell(name, kind, data)

@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import socket
+import sqlite3
 import subprocess
 import time
 from collections.abc import Iterator
@@ -390,3 +391,24 @@ def test_what_was_being_drawn_waits_again_and_interactive_stories_come_first(tmp
     assert again.end(fast.id, "completed").number == 2 and again.end(fast.id, "failed") is None
     assert [event.kind for event in again.events(fast.id)] == ["started", "completed"]
     assert again.expired(time.time() + 1) == [fast.id]
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.anyio
+async def test_what_a_killed_server_had_drawn_and_not_told_is_told_by_the_next(
+    anyio_backend: str, pipeline: StoryPipeline, tmp_path: Path
+) -> None:
+    story, plan = Story(("a fox", "an owl")), RunPlan(height=64, width=64, steps=2, seed=3, scales=(0.3,))
+    async with stories_of(pipeline, tmp_path) as stories:
+        name = stories.accept("", story, pipeline.decided(plan), style="none").id
+        assert (await stories.wait(name)).state == "completed"
+        whole = stories.queue.told(name)
+    with sqlite3.connect(tmp_path / "queue.sqlite") as queue:
+        queue.execute("delete from events where number > 2")
+        queue.execute("update stories set state='in_progress', finished=null")
+    async with stories_of(pipeline, tmp_path) as stories:
+        assert (await stories.wait(name)).state == "completed"
+        places = {(iteration, frame) for kind, iteration, frame in stories.queue.told(name) if kind.startswith("frame")}
+        assert places == {(iteration, frame) for iteration in range(2) for frame in range(2)}
+        assert {one for one in whole if one[0] == "iteration_finished"} <= stories.queue.told(name)
+        assert [event.kind for event in stories.queue.events(name)].count("completed") == 1
