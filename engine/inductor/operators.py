@@ -69,7 +69,8 @@ class GegluFp8(Protocol):
 
 @dataclass(frozen=True)
 class Operators:
-    """What the denoiser's blocks are made of besides a compiler's own operators; from `group_norm` on, in fp8 alone."""
+    """What the denoiser's blocks are made of besides a compiler's own operators; from `group_norm` on, in fp8 alone.
+    The VAE's blocks have `group_norm` in any precision."""
 
     grca: GrcaFunction
     add_layer_norm: AddLayerNorm
