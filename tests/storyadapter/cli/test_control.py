@@ -104,7 +104,10 @@ def test_what_cant_be_used_is_told_and_nothing_is_written(
         ),
         ((*control_run[:-1], "gone"), "--control-images gone can't be read: No such file or directory; expected a fol"),
         ((*plain, "--controlnet", "old", "--control-images", "poses"), "a ControlNet for Stable Diffusion 1.5, which"),
-        ((*control_run, "--controlnet", "net:2,5"), "--controlnet 'net:2,5': 2,5 has a comma; expected 2.5"),
+        (
+            (*plain, "--controlnet", "net:2,5", "--control-images", "poses"),
+            "--controlnet 'net:2,5': 2,5 has a comma; expected 2.5",
+        ),
     ):
         done = type_in(*words)
         assert done.code == 2 and told in done.err and done.err.count("error: ") == 1, done.err
