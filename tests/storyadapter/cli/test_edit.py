@@ -150,7 +150,7 @@ def test_frames_that_start_from_themselves(type_in: Type, quick_run: list[str]) 
         (["--frame", "1", "--prompt", "x", "--prompt", "y"], "--prompt is given twice for one frame"),
         (["--frame", "1", "--frame", "1"], "--frame 1 is given twice"),
         ([], "nothing to change in out; expected --frame N"),
-        (["--frame", "1"], "frame 1 would be drawn as it is; expected another --prompt, --negative, --seed or --control"),
+        (["--frame", "1"], "frame 1 would be drawn as it is; expected another --prompt, --negative, --seed or --c"),
         (["--frame", "1", "--prompt", " "], "is only white space"),
         (["--frame", "1", "--seed", "-1"], "the seed of prompt 2 is -1, expected 0 to 2^63 - 1"),
         (["--frame", "1", "--prompt", "x", "--out", "out"], "out already holds a run"),
