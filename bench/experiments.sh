@@ -39,6 +39,7 @@ range="--max-frames 8 --sizes 1024"
 run tests python -m pytest -q tests/gpu
 run parity storyadapter-trt bench parity --backend inductor --precision fp16 $demo --out "$out/parity"
 run quality storyadapter-trt bench quality --backend inductor --precision fp16 --stories 20 --seeds 3 --steps 20 $demo --out "$out/quality"
+run quality-fp8 storyadapter-trt bench quality --backend inductor --precision fp8 --stories 20 --seeds 3 --steps 20 $demo --out "$out/quality-fp8"
 # what do cheaper ways cost?
 run frontier storyadapter-trt bench frontier --max-frames 96 --work "$out/frontier-work" --out "$out/frontier"
 # how fast? from the published method up, a rung at a time; then whole stories
@@ -46,6 +47,8 @@ run throughput storyadapter-trt bench throughput $full --rungs published,batched
 run compiled-baselines storyadapter-trt bench throughput $full --cases n16 --rungs sdpa,graphs,diffusers,diffusers-compile,diffusers-xformers,tensorrt --out "$out/compiled-baselines"
 run controlnet storyadapter-trt bench throughput $full --synthetic-controlnets 1 --cases n16,control --rungs cached,graphs --out "$out/controlnet"
 run small-gpu storyadapter-trt bench throughput $full --cases story --rungs overlapped --device-memory 15.5 --out "$out/small-gpu"
+run throughput-fp8 storyadapter-trt bench throughput $full --cases n16,n100,story --rungs graphs,overlapped --precision fp8 --out "$out/throughput-fp8"
+run small-gpu-fp8 storyadapter-trt bench throughput $full --cases story --rungs overlapped --precision fp8 --device-memory 12 --out "$out/small-gpu-fp8"
 run vae python -m storyadapter.bench.vae --out "$out/vae"
 run lcm-story python -m storyadapter.bench.lcm_story --max-frames 16 --engine-dir "$out/engines" --out "$out/lcm-story"
 # on two GPUs, and as a server under load, which needs none
@@ -57,6 +60,6 @@ run soak-sizes storyadapter-trt bench soak --backend inductor --sizes 64,96,128 
 # the kernels alone
 run kernel storyadapter-trt bench kernel --out "$out/kernel"
 run kernel-bf16 storyadapter-trt bench kernel --dtype bfloat16 --out "$out/kernel-bf16"
-run tiles python -m storyadapter.bench.tune grca grca_embedded geglu layer_norm
+run tiles python -m storyadapter.bench.tune grca grca_embedded geglu layer_norm convolution_fp8 linear_fp8 geglu_fp8 group_norm
 
 [ -z "$failed" ] || { echo "failed:$failed; see $out/NAME.log" >&2; exit 1; }
