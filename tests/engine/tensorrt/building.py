@@ -12,7 +12,7 @@ from storyadapter.checkpoint import Checkpoint
 from storyadapter.engine.identity import EngineIdentity
 from storyadapter.engine.store import EngineStore, StoredEngine
 from storyadapter.engine.tensorrt.options import BuildOptions
-from storyadapter.model.contract import NetworkSpec, Range, ShapeRanges, TensorSpec
+from storyadapter.model.contract import Dim, NetworkSpec, Range, ShapeRanges, TensorSpec, size_of, split_dim
 from storyadapter.model.unet import CrossAttentionInputs, GlobalReferenceCrossAttention
 
 TARGETS = ("sm89", "sm120")
@@ -20,6 +20,14 @@ RANGES = ShapeRanges(4, 6, Range(64, 96), Range(64, 128))
 # A size of its own profile: 96 wide, 64 high.
 OPTIONS = BuildOptions(resolutions=((64, 96),), targets=TARGETS)
 LETTERS = RANGES.letters()
+
+
+def built_size(dim: Dim) -> int:
+    """A dimension as an engine for these ranges has it: -1 where it is dynamic."""
+    if isinstance(dim, int):
+        return dim
+    value = LETTERS[split_dim(dim)[1]]
+    return -1 if value.minimum < value.maximum else size_of(dim, {split_dim(dim)[1]: value.minimum})
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ from tests.engine.tensorrt.building import (
     TARGETS,
     Built,
     bound_tensors,
+    built_size,
     layer_block_spec,
     small_onnx,
 )
@@ -69,7 +70,7 @@ def test_every_network_is_built_with_the_contracts_inputs_and_outputs(
             own = {"float32": "Float", "int32": "Int32"} | {name: DTYPES[precision] for name in ("float16", "bfloat16")}
             assert seen.is_input == (tensor in spec.inputs)
             assert seen.dtype == own[tensor.dtype_name(precision)]
-            assert seen.shape == tuple(dim if isinstance(dim, int) else -1 for dim in tensor.shape)
+            assert seen.shape == tuple(map(built_size, tensor.shape))
             if not seen.is_input:
                 continue
             assert len(seen.profiles) == len(profiles)

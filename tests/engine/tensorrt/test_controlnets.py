@@ -14,7 +14,7 @@ from storyadapter.model.contract import network_specs, size_of
 from storyadapter.model.grca import grca
 from storyadapter.model.modules import iterate_modules
 from storyadapter.model.numerics import Numerics
-from tests.engine.tensorrt.building import LETTERS, bound_tensors
+from tests.engine.tensorrt.building import LETTERS, bound_tensors, built_size
 
 pytest.importorskip("tensorrt_rtx")
 
@@ -33,7 +33,7 @@ def test_they_are_built_with_the_contracts_inputs_and_outputs(rtx: Library, tmp_
         assert found.keys() == {tensor.name for tensor in (*spec.inputs, *spec.outputs)}
         for tensor in (*spec.inputs, *spec.outputs):
             seen = found[tensor.name]
-            assert seen.shape == tuple(dim if isinstance(dim, int) else -1 for dim in tensor.shape)
+            assert seen.shape == tuple(map(built_size, tensor.shape))
             if not seen.is_input:
                 continue
             for (least, _, most), letters in zip(seen.profiles, profiles_of(spec, LETTERS, ((8, 12),)), strict=True):
