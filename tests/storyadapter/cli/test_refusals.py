@@ -294,10 +294,10 @@ def test_an_output_folder_that_holds_another_story(type_in: Type, refused, quick
     assert type_in(*quick_run, "--iterations", "0").code == 0
     again = [*quick_run, "--iterations", "0"]
     assert refused(*again) == "out already holds this run, finished; choose another folder with --out to make it again"
+    assert refused(*again, "--prompt", "a second owl") == (  # with --resume it would be gone on with
+        "out holds another run: story.prompts has 3 items there, 4 here; choose another folder with --out"
+    )
     for resume in ([], ["--resume"]):
-        assert refused(*again, "--prompt", "a second owl", *resume) == (
-            "out holds another run: story.prompts has 3 items there, 4 here; choose another folder with --out"
-        )
         assert refused(*again, "--seed", "8", *resume) == (
             "out holds another run: --seed is 7 there, 8 here; choose another folder with --out"
         )
