@@ -13,7 +13,7 @@ from storyadapter.model.numerics import Numerics
 if TYPE_CHECKING:
     from storyadapter.checkpoint import Checkpoint
 
-STORE_VERSION: Final = 5  # of the manifest and the key; raised, it makes every engine built before unknown
+STORE_VERSION: Final = 6  # of the manifest and the key; raised, it makes every engine built before unknown
 _KEY_DIGITS: Final = 32
 
 
