@@ -6,7 +6,6 @@ import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import CancelledError
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,11 +25,11 @@ from storyadapter.method.plan import RunPlan
 from storyadapter.method.story import Story
 from storyadapter.output.edits import Edit
 from storyadapter.output.files import is_full
-from storyadapter.output.frame_files import frame_text
 from storyadapter.output.run_folder import RunFolder
 from storyadapter.output.run_record import json_values, refuse_another
-from storyadapter.runtime.executor import LocalExecutor
+from storyadapter.runtime.executor import LocalExecutor, SubmittedStory
 from storyadapter.runtime.pipeline import Pipeline
+from storyadapter.serve.folders import identity_of, open_folder
 from storyadapter.serve.limits import DAY, Limits
 from storyadapter.serve.metrics import Metrics
 from storyadapter.serve.progress import Progress
@@ -67,6 +66,7 @@ class Stories:
         self._folder = folder / "stories"
         self._progress: dict[str, Progress] = {}
         self._drawing: dict[str, asyncio.Task[None]] = {}
+        self._letting_go: set[asyncio.Future[None]] = set()
         self._wake = asyncio.Event()
 
     async def __aenter__(self) -> "Stories":
@@ -84,6 +84,7 @@ class Stories:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*self._letting_go, return_exceptions=True)
         await asyncio.to_thread(self._executor.close)
         self.queue.close()
 
@@ -129,7 +130,7 @@ class Stories:
 
         def begin() -> Story:
             edit = Edit.of(folder, changes, follows=follows)
-            refuse_another(folder, edit.run.record.identity, json_values(self._identity(of)))
+            refuse_another(folder, edit.run.record.identity, json_values(identity_of(self.pipeline, of)))
             check(self.uploads.story(of.owner, edit.story.to_dict()), of.settings)
             edit.begin(edit.identity(), self.path(name))
             return edit.story
@@ -241,7 +242,7 @@ class Stories:
             self.metrics.queued.observe(time.time() - queued.accepted)
         try:
             story, plan = self.uploads.story(queued.owner, queued.story), queued.settings
-            folder = await asyncio.to_thread(self._open_folder, queued, story, plan)
+            folder = await asyncio.to_thread(open_folder, self.path(name), self.pipeline, queued, story)
         except StoryAdapterError as error:
             self._fail(name, error)
             return
@@ -282,35 +283,10 @@ class Stories:
             else:
                 self._fail(name, InputError(f"it can't be drawn here: {error}"))
         finally:
-            if submitted is not None:
-                submitted.cancel()
-                await asyncio.to_thread(submitted.wait_until_let_go)
-            await asyncio.to_thread(folder.close)
-
-    def _open_folder(self, queued: QueuedStory, story: Story, plan: RunPlan) -> RunFolder:
-        final = story.final_frames(plan, queued.style)
-        return RunFolder.open(
-            self.path(queued.id),
-            self._identity(queued),
-            frames=len(story.frames),
-            scales=[plan.scale_of(iteration) for iteration in range(plan.iterations)],
-            resume=True,
-            details={"final_prompts": [frame.prompt for frame in final]},
-            text=frame_text(final),
-            edited=queued.edit_of is not None,
-        )
-
-    def _identity(self, queued: QueuedStory) -> dict[str, Any]:
-        """What decides the pictures: uploads by their ids, which are hashes."""
-        pipeline = self.pipeline
-        return {
-            "story": queued.story,
-            "style": queued.style,
-            "plan": queued.settings.as_dict(),
-            "model": pipeline.model,
-            "backend": pipeline.networks.backend,
-            "numerics": asdict(pipeline.networks.numerics),
-        }
+            letting_go = asyncio.ensure_future(asyncio.to_thread(_let_go, submitted, folder))
+            self._letting_go.add(letting_go)
+            letting_go.add_done_callback(self._letting_go.discard)
+            await asyncio.shield(letting_go)
 
     def _note(self, name: str, plan: RunPlan, progress: Progress, event: Event) -> None:
         """Count an event, and tell it to whoever listens."""
@@ -410,3 +386,11 @@ class Stories:
         while True:
             await self.expire()
             await asyncio.sleep(_EXPIRE_EVERY)
+
+
+def _let_go(submitted: SubmittedStory | None, folder: RunFolder) -> None:
+    """Draw no more of a story, and give its folder back."""
+    if submitted is not None:
+        submitted.cancel()
+        submitted.wait_until_let_go()
+    folder.close()

@@ -407,7 +407,8 @@ async def test_what_a_killed_server_had_drawn_and_not_told_is_told_by_the_next(
         queue.execute("delete from events where number > 2")
         queue.execute("update stories set state='in_progress', finished=null")
     async with stories_of(pipeline, tmp_path) as stories:
-        assert (await stories.wait(name)).state == "completed"
+        ended = await stories.wait(name)
+        assert ended.state == "completed", ended.error
         places = {(iteration, frame) for kind, iteration, frame in stories.queue.told(name) if kind.startswith("frame")}
         assert places == {(iteration, frame) for iteration in range(2) for frame in range(2)}
         assert {one for one in whole if one[0] == "iteration_finished"} <= stories.queue.told(name)
