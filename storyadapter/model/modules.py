@@ -17,7 +17,6 @@ from storyadapter.model.ip_adapter import IPAdapterWeights
 from storyadapter.model.networks import TORCH_DTYPES
 from storyadapter.model.numerics import Numerics
 from storyadapter.model.unet import split_unet
-from storyadapter.model.vae_scaling import divide_activations
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
@@ -98,6 +97,10 @@ class VaeDecoder(nn.Module):
         self.post_quant_conv = vae.post_quant_conv
         self.decoder = vae.decoder
         if vae.config.force_upcast and vae.dtype == torch.float16:
+            from storyadapter.model.vae_scaling import (
+                divide_activations,
+            )  # imports diffusers, which a run can do without
+
             divide_activations(self.decoder)
         self.scaling_factor = vae.config.scaling_factor
 
