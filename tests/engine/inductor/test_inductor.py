@@ -137,7 +137,7 @@ def test_weights_on_the_host_give_the_same(networks: Networks, tiny_inductor_dir
     weights = prepared(checkpoint, spec.name)
     letters = RANGES.letters(checkpoint.geometry.pixels_per_latent)
     network = InductorNetwork(spec, folder, "fp32", torch.device("cpu"), letters, weights, offloaded=True)
-    inputs = example_inputs(spec, {"P": 3}, "fp32")
+    inputs = example_inputs(spec, {"P": 3, "M": 1}, "fp32")
     expected = networks["text_projection"](inputs)
     others = []
     for _ in range(3):

@@ -89,8 +89,11 @@ def test_a_store_entry_holds_engine_layers_and_log_of_every_network(
     files = {f"{name}.{kind}" for name in names for kind in ("engine", "layers", "log")}
     assert set(build.engine.files) == files
     details = build.engine.details
-    assert details["relative_error_against_eager"].keys() == names
-    assert all(0 < error < TOLERANCE[precision] for error in details["relative_error_against_eager"].values())
+    errors = details["relative_error_against_eager"]
+    assert errors.keys() == names
+    # a small network's may be none at all, where both round its sums to the same halves
+    assert {name: error for name, error in errors.items() if error >= TOLERANCE[precision]} == {}
+    assert errors["denoiser"] > 0
     assert details["builds"].keys() == names
     for name, report in details["builds"].items():
         layers = parse_layers(build.text(name))

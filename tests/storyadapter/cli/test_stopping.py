@@ -133,7 +133,7 @@ def test_killed_at_random_moments_and_resumed(
             process.join(60)
             return process.exitcode
 
-        return Process(out.open(), process.kill, wait)
+        return Process(out.open(), process.kill, wait, process.pid)
 
     words = [*quick_run[: quick_run.index("--out")], *("--prompt", *(f"a tree {number}" for number in range(9)))]
     words += ["--max-frames", "2"]
