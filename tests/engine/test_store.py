@@ -345,7 +345,7 @@ def _remove_weights(folder: Path) -> None:
     [
         (_remove_manifest, "manifest.json can't be read (No such file or directory)"),
         (_cut_manifest, "manifest.json is not valid JSON"),
-        (_edit('"store_version": 5', '"store_version": 99'), "its store version is 99, expected 5"),
+        (_edit('"store_version": 6', '"store_version": 99'), "its store version is 99, expected 6"),
         (_edit('"identity"', '"identify"'), "manifest.json is no manifest of an engine (KeyError('identity'))"),
         (_edit('"max_frames": 4', '"max_frames": "x"'), "manifest.json is no manifest of an engine (TypeError"),
         (_edit('"max_frames": 4', '"max_frames": 0'), "manifest.json is no manifest of an engine (InputError"),
@@ -389,14 +389,14 @@ def test_a_file_of_unchanged_size_is_told_and_built_anew(store: EngineStore, nam
 def test_engines_of_older_store_versions_are_told_once_with_what_removes_them(tmp_path: Path) -> None:
     store = EngineStore(tmp_path / "my engines")
     for version, precision in ((1, "fp32"), (3, "bf16")):
-        _edit('"store_version": 5', f'"store_version": {version}')(
+        _edit('"store_version": 6', f'"store_version": {version}')(
             add(store, identity(precision=precision), ranges()).folder
         )
     good = add(store, identity(), ranges())
     engines, (warning,) = store.scan()
     assert engines == [good]
     told, _, command = warning.partition("; to remove what is outdated: ")
-    assert told == "2 outdated engines (store version below 5): build again what is still wanted"
+    assert told == "2 outdated engines (store version below 6): build again what is still wanted"
     assert warning in mismatch(store, identity(precision="fp32"), ranges())
     subprocess.run(command, shell=True, check=True)
     assert store.scan() == ([good], [])

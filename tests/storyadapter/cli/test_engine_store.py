@@ -116,7 +116,7 @@ def test_engines_are_verified(type_in: Type, store: EngineStore, engines: list[S
     done = type_in("engines", "verify", "--engine-dir", store.root)
     assert done.code == 1
     assert f"{engines[1]} in {engines[1].folder}: denoiser.onnx isn't what was built\n" in done.out
-    assert f"{engines[2].folder} is no usable engine: its store version is None, expected 5\n2 engines read" in done.out
+    assert f"{engines[2].folder} is no usable engine: its store version is None, expected 6\n2 engines read" in done.out
 
 
 def test_what_is_in_use_stays_and_the_next_goes(type_in: Type, store: EngineStore, engines: list[StoredEngine]) -> None:
@@ -130,8 +130,8 @@ def test_what_is_in_use_stays_and_the_next_goes(type_in: Type, store: EngineStor
 
 def test_engines_of_older_stores_go_as_outdated(type_in: Type, store: EngineStore, engines: list[StoredEngine]) -> None:
     manifest = engines[2].folder / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"store_version": 5', '"store_version": 3'))
-    assert "1 outdated engine (store version below 5)" in type_in("engines", "list", "--engine-dir", store.root).out
+    manifest.write_text(manifest.read_text().replace('"store_version": 6', '"store_version": 3'))
+    assert "1 outdated engine (store version below 6)" in type_in("engines", "list", "--engine-dir", store.root).out
     done = type_in("engines", "prune", "--outdated", "--engine-dir", store.root)
     assert done.out.startswith(f"removed {engines[2].key[:8]}, of an older version, 3 MiB\n")
     assert [engine.key for engine in store.scan()[0]] == [engines[0].key]
