@@ -3,22 +3,20 @@
 import argparse
 import io
 import os
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import fields
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
-from types import FrameType
-from typing import Any, Final, NoReturn, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 import storyadapter
 from storyadapter.cli import examples, options, output_options
 from storyadapter.cli.control_options import add_control_options, add_controlnet_option
 from storyadapter.cli.frame_changes import FrameChange
+from storyadapter.cli.interrupts import exit_code_of, sigterm_as_interrupt
 from storyadapter.cli.libraries import libraries_silenced
 from storyadapter.cli.printing import tell
 from storyadapter.cli.values import decimal, not_negative
@@ -31,14 +29,6 @@ _DESCRIPTION = """\
 Draws long stories with Story-Adapter (arXiv 2410.06244) on SDXL: every frame from text first, then more iterations in
 which each frame attends to all frames of the one before, so that characters stay the same.
 """
-
-# 128 and the signal's number, as shells have it
-INTERRUPTED: Final = 128 + signal.SIGINT
-TERMINATED: Final = 128 + signal.SIGTERM
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM arrived."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -313,6 +303,9 @@ def run_program(parser: Parser, argv: Sequence[str] | None) -> int:
         tell(f"storyadapter-trt: error: {options.typed(error)}")
         return error.exit_code
     except KeyboardInterrupt as stop:
+        # where it came within an `exec` of text, as dataclasses make their methods, Python has noted that it wasn't
+        # handled, and would end the process by SIGINT instead of with this code; another `exec` takes the note back
+        exec("")
         tell("; ".join(["storyadapter-trt: stopped", *getattr(stop, "__notes__", ())]))
         return exit_code_of(stop)
     except BrokenPipeError:  # as when the output is piped into head
@@ -328,11 +321,6 @@ def run_program(parser: Parser, argv: Sequence[str] | None) -> int:
         return RunError.exit_code
 
 
-def exit_code_of(stop: KeyboardInterrupt) -> int:
-    """143 for SIGTERM, 130 for Ctrl-C."""
-    return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
-
-
 def _later(module: str, function: str) -> Callable[[argparse.Namespace], int]:
     """What runs a command, in a module of this room that isn't imported before."""
 
@@ -340,20 +328,3 @@ def _later(module: str, function: str) -> Callable[[argparse.Namespace], int]:
         return getattr(import_module(f"storyadapter.cli.{module}"), function)(args)
 
     return run
-
-
-@contextmanager
-def sigterm_as_interrupt() -> Iterator[None]:
-    """Inside, SIGTERM raises `Terminated` in the main thread, so that locks and the terminal are given back."""
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set a handler
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, _terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    raise Terminated

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Final
 
+from storyadapter.cli.interrupts import exit_code_of, interrupts_kept
 from storyadapter.cli.libraries import own_warnings
 from storyadapter.cli.printing import print_result, tell
 from storyadapter.cli.status import Status
@@ -71,15 +72,13 @@ def reporting(args: argparse.Namespace) -> Iterator[Reporter]:
     """The reporter that --quiet, --json-log and --verbose ask for; what ends the command is told to it, too."""
     reporter = _reporter_for(args)
     try:
-        with own_warnings(lambda text: reporter.note("warning", text)):
+        with own_warnings(lambda text: reporter.note("warning", text)), interrupts_kept():
             yield reporter
     except StoryAdapterError as error:
         with suppress(StoryAdapterError, BrokenPipeError):  # it may be that nothing can be told any more
             reporter.failed(error)
         raise
     except KeyboardInterrupt as stop:
-        from storyadapter.cli.main import exit_code_of
-
         with suppress(StoryAdapterError, BrokenPipeError):
             reporter.stopped(exit_code_of(stop), "; ".join(["stopped", *getattr(stop, "__notes__", ())]))
         raise

@@ -17,7 +17,7 @@ from PIL import Image
 
 from storyadapter.__main__ import main
 from storyadapter.bench.kills import Process, kill_and_resume
-from storyadapter.cli.main import INTERRUPTED, TERMINATED
+from storyadapter.cli.interrupts import INTERRUPTED, TERMINATED
 from tests.small_disk import run_on_small_disk
 from tests.storyadapter.cli.running import Done, Type, pictures, program
 
