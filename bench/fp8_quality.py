@@ -1,8 +1,8 @@
 """A quantized denoiser beside the exact one, on held-out stories: by the rule for modes that draw other pictures.
 
-Consistency and fidelity of the last iteration are compared story by story; the lower bound of the difference's interval
-must not lie under `LEAST`. Beside it stand denoisers with scales that are deliberately wrong, of which those named in
-`MUST_FAIL` must be found out: else the measure sees nothing.
+Consistency and fidelity of the last iteration are compared story by story, by `is_as_good`. Beside it stand denoisers
+with scales that are deliberately wrong, of which those named in `MUST_FAIL` must be found out: else the measure sees
+nothing.
 """
 
 import argparse
@@ -15,24 +15,21 @@ import numpy as np
 
 from storyadapter.bench.psnr import psnr_of_each
 from storyadapter.bench.quality_run import (
-    IDENTITY_COLUMNS,
-    PROMPT_COLUMNS,
+    LOSS_AT_MOST,
     Drawer,
     Drawings,
     Estimate,
-    all_right,
     as_tensor,
     bootstrap,
-    consistency,
+    consistency_and_fidelity,
     demo_model,
+    is_as_good,
     read_labels,
 )
 from storyadapter.bench.report import table
 from storyadapter.demo.held_out import held_out_stories
 from storyadapter.quantization.scales import Scales
 from storyadapter.runtime.pipeline import FinishedIteration
-
-LEAST: Final = -0.02  # of the lower bound of a difference
 
 
 def multiplied(factor: float) -> Callable[[Scales], Scales]:
@@ -86,7 +83,7 @@ class Compared:
     @property
     def holds(self) -> bool:
         """Whether it is as good as the exact one, by the rule."""
-        return min(self.consistency_less_exact.low, self.fidelity_less_exact.low) >= LEAST
+        return is_as_good(self.consistency_less_exact, self.fidelity_less_exact)
 
 
 @dataclass(frozen=True)
@@ -115,7 +112,7 @@ class Fp8Quality:
             rows.append(
                 [mode.name, mode.consistency, mode.fidelity, *less, verdict, mode.given_references, mode.free_running]
             )
-        header = ["denoiser", "consistency", "fidelity", "less exact", "less exact", f"rule ({LEAST:g})"]
+        header = ["denoiser", "consistency", "fidelity", "less exact", "less exact", f"rule ({-LOSS_AT_MOST:g})"]
         header += ["PSNR given references, median / worst dB", "PSNR free-running"]
         return "\n".join(table(header, rows))
 
@@ -129,8 +126,7 @@ def judge(args: argparse.Namespace) -> Fp8Quality:
         print(line, flush=True)
 
     def measured(drawn: Drawings) -> Measured:
-        labels = read_labels(as_tensor(drawn)[-1])
-        return consistency(labels[..., IDENTITY_COLUMNS]), all_right(labels[..., PROMPT_COLUMNS], truth)
+        return consistency_and_fidelity(read_labels(as_tensor(drawn)[-1]), truth)
 
     told("exact")
     expected = Drawer(exact, stories, args).draw()

@@ -7,7 +7,8 @@ from typing import Any, Final
 
 from PIL import Image, ImageDraw, ImageFont
 
-from storyadapter.bench.frontier_run import BALANCED_COST, KEPT, LOSS_AT_MOST, Frontier, Measured
+from storyadapter.bench.frontier_run import BALANCED_COST, KEPT, Frontier, Measured
+from storyadapter.bench.quality_run import LOSS_AT_MOST
 from storyadapter.bench.report import opening, table
 
 KIND: Final = "frontier"

@@ -20,12 +20,10 @@ from storyadapter.bench.model import BenchmarkModel, usual_ranges
 from storyadapter.bench.options import EngineChoice
 from storyadapter.bench.psnr import decibels
 from storyadapter.bench.quality_run import (
-    IDENTITY_COLUMNS,
-    PROMPT_COLUMNS,
     Estimate,
-    all_right,
     bootstrap,
-    consistency,
+    consistency_and_fidelity,
+    is_as_good,
     read_labels,
     seed_of,
 )
@@ -42,7 +40,6 @@ from storyadapter.output.files import write_atomically
 from storyadapter.runtime.executor import LocalExecutor
 from storyadapter.runtime.pipeline import StoryPipeline
 
-LOSS_AT_MOST: Final = 0.02  # of consistency and of fidelity, at the lower end of its interval: `balanced`
 BALANCED_COST: Final = 0.5  # of the exact mode's, at the most
 KEPT: Final = 0.95  # share of the exact mode's consistency and fidelity: `fast`
 _TRIES: Final = 3  # modes that are tried on the other stories, from the cheapest on
@@ -75,7 +72,7 @@ class Measured:
     @property
     def keeps_all(self) -> bool:
         """DESIGN's rule for lossy modes."""
-        return min(self.consistency_gained.low, self.fidelity_gained.low) >= -LOSS_AT_MOST
+        return is_as_good(self.consistency_gained, self.fidelity_gained)
 
     def keeps_most(self, exact: "Measured") -> bool:
         """Whether it keeps enough of the exact mode's means."""
@@ -166,8 +163,8 @@ class _Drawing:
         """A mode on the stories that are chosen by, or on the others."""
         truth = np.stack([story.truth for story in self._set(chosen_by)[1]])
         drawn, exact = (self.drawn(mode, chosen_by) for mode in (name, EXACT))
-        kept, kept_by_exact = (consistency(way.labels[..., IDENTITY_COLUMNS]) for way in (drawn, exact))
-        right, right_of_exact = (all_right(way.labels[..., PROMPT_COLUMNS], truth) for way in (drawn, exact))
+        kept, right = consistency_and_fidelity(drawn.labels, truth)
+        kept_by_exact, right_of_exact = consistency_and_fidelity(exact.labels, truth)
         psnr = None
         if drawn.pictures is not None and exact.pictures is not None:
             errors = (drawn.pictures.float() - exact.pictures.float()).square().mean((-3, -2, -1))

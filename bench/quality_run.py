@@ -10,6 +10,7 @@ import argparse
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import torch
@@ -36,6 +37,7 @@ from storyadapter.runtime.story_source import StorySource
 COLUMNS = list(TRAITS)
 IDENTITY_COLUMNS = [COLUMNS.index(name) for name in IDENTITY_TRAITS]
 PROMPT_COLUMNS = [COLUMNS.index(name) for name in PROMPTED]
+LOSS_AT_MOST: Final = 0.02  # of consistency and of fidelity, at the lower end of a difference's interval
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,11 @@ class Estimate:
 
     def __str__(self) -> str:
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def is_as_good(*less_exact: Estimate) -> bool:
+    """The rule for modes that draw other pictures, of differences to the exact one, paired over stories."""
+    return min(difference.low for difference in less_exact) >= -LOSS_AT_MOST
 
 
 @dataclass(frozen=True)
@@ -244,6 +251,16 @@ def consistency(labels: np.ndarray) -> np.ndarray:
     same = labels[:, :, :, None] == labels[:, :, None, :]
     pairs = same.mean(-1).sum((2, 3)) - frames  # a frame agrees with itself
     return (pairs / (frames * (frames - 1))).mean(1)
+
+
+def consistency_and_fidelity(labels: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of frames that were read whole: `consistency` of who is in them, and `all_right` of what was prompted.
+
+    Args:
+        labels: [stories, repeats, frames, traits] in the order of `COLUMNS`.
+        truth: of `PROMPTED`, [stories, frames, 3].
+    """
+    return consistency(labels[..., IDENTITY_COLUMNS]), all_right(labels[..., PROMPT_COLUMNS], truth)
 
 
 def accuracy(labels: np.ndarray, truth: np.ndarray) -> np.ndarray:

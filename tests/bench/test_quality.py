@@ -1,7 +1,6 @@
 """The measures react as they should to stories whose right answer is known."""
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,6 @@ from storyadapter.bench.quality_run import (
     measure,
 )
 from storyadapter.demo.held_out import FRAMES_AT_MOST, held_out_stories, split_visible
-from storyadapter.demo.training.networks import TINY, write_random_model
 from storyadapter.demo.vocabulary import TRAITS
 from storyadapter.method.errors import InputError
 
@@ -135,13 +133,6 @@ def test_held_out_stories_are_of_kinds_never_trained_on_and_never_change() -> No
     for story in stories:
         assert len(set(story.scenes)) == len(story.prompts) == 8
         assert story.truth.shape == (8, 3)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    write_random_model(folder, config=replace(TINY, pixels=128))
-    return folder
 
 
 def _arguments(*words: str) -> argparse.Namespace:

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,16 +10,8 @@ from PIL import Image
 from storyadapter.bench import quality
 from storyadapter.bench.frame_memory import FrameMemory
 from storyadapter.bench.quality_studies import STUDIES, Estimate, Studio, Study
-from storyadapter.demo.training.networks import TINY, write_random_model
 from storyadapter.method.errors import InputError
 from storyadapter.method.events import FrameFinished
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    write_random_model(folder, config=replace(TINY, pixels=128))
-    return folder
 
 
 def arguments(*words: str) -> argparse.Namespace:
