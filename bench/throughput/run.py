@@ -199,6 +199,7 @@ def _draw_story(found: ThroughputReport, workbench: Workbench, case: StoryCase, 
     for way, draw, vae_precision, quantized in ways:
         name = f"{case.name}: {way}, VAE in {vae_precision}"
         progress.begin(name)
+        networks = None  # those of the way before: their memory is free for what is loaded now
         try:
             networks = workbench.networks("inductor", quantized=quantized)
             if vae_precision != model.numerics["vae_decoder"]:
