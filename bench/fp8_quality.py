@@ -13,7 +13,6 @@ from typing import Any, Final
 
 import numpy as np
 
-from storyadapter.bench.psnr import psnr_of_each
 from storyadapter.bench.quality_run import (
     LOSS_AT_MOST,
     Drawer,
@@ -30,6 +29,7 @@ from storyadapter.bench.report import table
 from storyadapter.demo.held_out import held_out_stories
 from storyadapter.quantization.scales import Scales
 from storyadapter.runtime.pipeline import FinishedIteration
+from storyadapter.runtime.psnr import psnr_of_each
 
 
 def multiplied(factor: float) -> Callable[[Scales], Scales]:

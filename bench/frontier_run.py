@@ -18,7 +18,6 @@ from storyadapter.bench.environment import describe
 from storyadapter.bench.frontier_modes import EXACT, MODES
 from storyadapter.bench.model import BenchmarkModel, usual_ranges
 from storyadapter.bench.options import EngineChoice
-from storyadapter.bench.psnr import decibels
 from storyadapter.bench.quality_run import (
     Estimate,
     bootstrap,
@@ -39,6 +38,7 @@ from storyadapter.method.story import Story
 from storyadapter.output.files import write_atomically
 from storyadapter.runtime.executor import LocalExecutor
 from storyadapter.runtime.pipeline import StoryPipeline
+from storyadapter.runtime.psnr import decibels
 
 BALANCED_COST: Final = 0.5  # of the exact mode's, at the most
 KEPT: Final = 0.95  # share of the exact mode's consistency and fidelity: `fast`

@@ -1,13 +1,12 @@
 """What is benchmarked: a model, its precision, its device, and networks of it on any backend."""
 
 import argparse
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Self, cast
 
 import torch
-from PIL import Image
 
 from storyadapter.bench.options import EngineChoice
 from storyadapter.bench.synthetic import MODELS, PREDICTION_TYPE, SyntheticCheckpoint
@@ -22,7 +21,6 @@ from storyadapter.engine.opening import build_engine, open_networks
 from storyadapter.engine.store import EngineStore
 from storyadapter.method import constants
 from storyadapter.method.errors import UnavailableError
-from storyadapter.method.events import Event, FrameFinished, IterationFinished, IterationStarted
 from storyadapter.method.plan import RunPlan
 from storyadapter.model.contract import Geometry, Range, ShapeRanges
 from storyadapter.model.networks import Networks
@@ -38,21 +36,6 @@ def usual_ranges(geometry: Geometry, max_frames: int, frames: int) -> ShapeRange
     """Those of `build --max-frames F`, so that its engine serves, unless the story has more frames than it expects."""
     own = Range(geometry.default_pixels, geometry.default_pixels)
     return ShapeRanges(max_frames, max(MAX_REFERENCES, frames), own, own)
-
-
-def frames_by_iteration(
-    events: Iterable[Event], begin: Callable[[int], object] | None = None
-) -> Iterator[list[Image.Image]]:
-    """The frames of each iteration in story order, when it ends; `begin` is told the number of each that begins."""
-    frames: dict[int, Image.Image] = {}
-    for event in events:
-        match event:
-            case IterationStarted() if begin is not None:
-                begin(event.iteration)
-            case FrameFinished():
-                frames[event.frame] = event.picture
-            case IterationFinished():
-                yield [frames.pop(frame) for frame in sorted(frames)]
 
 
 @dataclass(frozen=True)

@@ -17,17 +17,18 @@ import torch
 from PIL import Image
 
 from storyadapter.bench.environment import describe
-from storyadapter.bench.model import BenchmarkModel, frames_by_iteration, usual_ranges
+from storyadapter.bench.model import BenchmarkModel, usual_ranges
 from storyadapter.bench.options import EngineChoice
-from storyadapter.bench.psnr import EQUAL, MIN_MEDIAN_PSNR, MIN_PSNR, psnr_of_each
 from storyadapter.bench.report import Progress, opening, table
 from storyadapter.demo.held_out import held_out_stories
 from storyadapter.engine.backends import BACKENDS
 from storyadapter.method.errors import InputError
+from storyadapter.method.events import frames_by_iteration
 from storyadapter.method.plan import RunPlan
 from storyadapter.method.story import Story
 from storyadapter.model.numerics import Numerics
 from storyadapter.runtime.pipeline import FinishedIteration, StoryPipeline
+from storyadapter.runtime.psnr import EQUAL, MIN_MEDIAN_PSNR, MIN_PSNR, in_words, passes, psnr_of_each
 
 Pictures = list[list[Image.Image]]  # [iteration][frame]
 
@@ -143,25 +144,16 @@ def _draw_reference(model: BenchmarkModel, plan: RunPlan, story: Story, progress
     return drawn
 
 
-def passes(values: Sequence[float]) -> bool:
-    """Whether these frames are as near as half precision must bring them."""
-    return statistics.median(values) >= MIN_MEDIAN_PSNR and min(values) >= MIN_PSNR
-
-
 def problems_of(iterations: Sequence[Iteration], control: Sequence[float]) -> list[str]:
     """What is wrong, in words."""
     found = [
-        f"iteration {number}, same references: {_told(values)}"
+        f"iteration {number}, same references: {in_words(values)}"
         for number, values in enumerate(iteration.same_references for iteration in iterations)
         if not passes(values)
     ]
     if passes(control):
-        found.append(f"half the λ passes too ({_told(control)}): the comparison sees nothing")
+        found.append(f"half the λ passes too ({in_words(control)}): the comparison sees nothing")
     return found
-
-
-def _told(values: Sequence[float]) -> str:
-    return f"median {statistics.median(values):.1f} dB, worst {min(values):.1f} dB"
 
 
 def as_data(found: ParityReport) -> dict[str, Any]:
@@ -177,8 +169,8 @@ def markdown(found: ParityReport) -> str:
         "pictures": f"{frames} frames of {plan.width}x{plan.height}, {plan.iterations} iterations, {plan.steps} steps, "
         f"seed {plan.seed}, at most {plan.max_frames} frames at once on {found.device}",
         "demanded": f"same references, each iteration: median {MIN_MEDIAN_PSNR:g} dB, worst {MIN_PSNR:g} dB or more",
-        "same references": f"over all {len(all_same)} pictures {_told(all_same)}",
-        "control": f"the last iteration with half its λ, which must not pass: {_told(found.control)}",
+        "same references": f"over all {len(all_same)} pictures {in_words(all_same)}",
+        "control": f"the last iteration with half its λ, which must not pass: {in_words(found.control)}",
         "verdict": "; ".join(found.problems) or "passed",
     }
     rows = []

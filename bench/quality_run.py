@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from storyadapter.bench.model import BenchmarkModel, frames_by_iteration, usual_ranges
+from storyadapter.bench.model import BenchmarkModel, usual_ranges
 from storyadapter.bench.options import EngineChoice
 from storyadapter.bench.report import table
 from storyadapter.checkpoint.paths import CheckpointPaths
@@ -27,7 +27,7 @@ from storyadapter.demo.judge import load_judge
 from storyadapter.demo.vocabulary import IDENTITY_TRAITS, TRAITS
 from storyadapter.engine.backend import default_device
 from storyadapter.method import constants
-from storyadapter.method.events import Event, FrameFinished, IterationFinished, RunFinished
+from storyadapter.method.events import Event, FrameFinished, IterationFinished, RunFinished, frames_by_iteration
 from storyadapter.method.plan import FRAMES_UNMEASURED
 from storyadapter.method.story import Story
 from storyadapter.runtime.drive import drive

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from storyadapter.bench.frame_memory import FrameMemory
-from storyadapter.bench.model import BenchmarkModel, frames_by_iteration
+from storyadapter.bench.model import BenchmarkModel
 from storyadapter.bench.quality_run import (
     IDENTITY_COLUMNS,
     PROMPT_COLUMNS,
@@ -33,7 +33,7 @@ from storyadapter.bench.report import table
 from storyadapter.demo.held_out import PROMPTED, HeldOutStory, held_out_stories
 from storyadapter.demo.vocabulary import IDENTITY_TRAITS, VISIBLE_TRAITS
 from storyadapter.method import constants
-from storyadapter.method.events import RunStarted
+from storyadapter.method.events import RunStarted, frames_by_iteration
 from storyadapter.method.plan import RunPlan
 from storyadapter.method.story import Story
 from storyadapter.runtime.pipeline import StoryPipeline

@@ -26,7 +26,6 @@ from PIL import Image
 from storyadapter import api
 from storyadapter.bench.environment import describe
 from storyadapter.bench.kills import actors_of
-from storyadapter.bench.psnr import MIN_PSNR, psnr
 from storyadapter.bench.report import table
 from storyadapter.bench.throughput.inputs import prompts
 from storyadapter.checkpoint import Checkpoint, CheckpointPaths
@@ -36,6 +35,7 @@ from storyadapter.method.errors import RunError
 from storyadapter.method.events import FrameFinished
 from storyadapter.method.plan import RunPlan
 from storyadapter.method.story import Story
+from storyadapter.runtime.psnr import MIN_PSNR, psnr
 
 KIND: Final = "serve"
 _CANCELLED: Final = 0.1  # share of stories

@@ -22,13 +22,14 @@ import torch
 
 from storyadapter.bench.environment import describe
 from storyadapter.bench.kills import KilledRun, kill_and_resume, kill_workers
-from storyadapter.bench.model import BenchmarkModel, frames_by_iteration
+from storyadapter.bench.model import BenchmarkModel
 from storyadapter.bench.options import EngineChoice
 from storyadapter.bench.report import opening, table
 from storyadapter.bench.throughput.inputs import prompts
 from storyadapter.bench.timing import measure_run
 from storyadapter.cli.options import MAX_REFERENCES, given_checkpoint_options
 from storyadapter.method import constants
+from storyadapter.method.events import frames_by_iteration
 from storyadapter.method.plan import RunPlan
 from storyadapter.method.story import Story
 from storyadapter.model.contract import Range, ShapeRanges

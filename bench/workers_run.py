@@ -17,7 +17,6 @@ from storyadapter import api
 from storyadapter.bench.environment import describe
 from storyadapter.bench.model import BenchmarkModel, usual_ranges
 from storyadapter.bench.options import EngineChoice
-from storyadapter.bench.psnr import psnr_of_each
 from storyadapter.bench.report import table
 from storyadapter.bench.served import served
 from storyadapter.bench.throughput.cases import PUBLISHED
@@ -30,6 +29,7 @@ from storyadapter.method.plan import RunPlan
 from storyadapter.method.story import Story
 from storyadapter.model.contract import ShapeRanges
 from storyadapter.runtime.pipeline import Pipeline, StoryPipeline
+from storyadapter.runtime.psnr import psnr_of_each
 from storyadapter.serve.limits import Limits
 
 KIND: Final = "workers"

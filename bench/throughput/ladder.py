@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from storyadapter.bench.environment import watch
-from storyadapter.bench.psnr import MIN_PSNR, decibels
 from storyadapter.bench.report import Progress
 from storyadapter.bench.throughput.cases import Case
 from storyadapter.bench.throughput.inputs import CaseInputs
@@ -24,6 +23,7 @@ from storyadapter.method.plan import split_evenly
 from storyadapter.method.sampler import SamplerTable
 from storyadapter.model.networks import Network
 from storyadapter.model.numerics import NumberFormat
+from storyadapter.runtime.psnr import MIN_PSNR, decibels
 
 BUDGET_SECONDS: float | None = 4.0  # of timed steps, per rung and case
 WARMUP_SECONDS: Final = 0.5

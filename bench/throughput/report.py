@@ -7,13 +7,13 @@ from typing import Any, Final
 from PIL import Image, ImageDraw, ImageFont
 
 from storyadapter.bench.compare import KIND
-from storyadapter.bench.psnr import MIN_PSNR
 from storyadapter.bench.report import opening, table
 from storyadapter.bench.throughput.cases import PUBLISHED, Case, StoryCase
 from storyadapter.bench.throughput.kernel_classes import KernelTimes
 from storyadapter.bench.throughput.ladder import MEASURED, RungResult
 from storyadapter.bench.throughput.story import StoryResult
 from storyadapter.model.numerics import NumberFormat
+from storyadapter.runtime.psnr import MIN_PSNR
 
 VERSION: Final = 3  # 2 had one call's kernels and one cost over references, 1 called a baseline a rival
 

@@ -12,7 +12,6 @@ import torch
 from storyadapter.bench.environment import describe
 from storyadapter.bench.model import BenchmarkModel
 from storyadapter.bench.options import EngineChoice
-from storyadapter.bench.psnr import MIN_PSNR
 from storyadapter.bench.report import Progress, report_file, write_report, writing
 from storyadapter.bench.throughput import cases as tables
 from storyadapter.bench.throughput import command, ladder
@@ -33,6 +32,7 @@ from storyadapter.model.grca import grca
 from storyadapter.model.networks import TORCH_DTYPES, Networks
 from storyadapter.model.numerics import NUMBER_FORMATS, Numerics, Precision, Quantization
 from storyadapter.runtime.conditioning import Tokenizers
+from storyadapter.runtime.psnr import MIN_PSNR
 
 OVERLAPPED = "overlapped"
 _ONE_BY_ONE = "one after the other"

@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 
 from storyadapter.bench.environment import watch
-from storyadapter.bench.psnr import psnr_of_each
 from storyadapter.bench.throughput.cases import StoryCase
 from storyadapter.bench.throughput.inputs import SEED, prompts
 from storyadapter.bench.timing import measure_run
@@ -23,6 +22,7 @@ from storyadapter.model.numerics import NumberFormat
 from storyadapter.runtime.conditioning import Tokenizers
 from storyadapter.runtime.drive import drive
 from storyadapter.runtime.pipeline import StoryPipeline
+from storyadapter.runtime.psnr import psnr_of_each
 from storyadapter.runtime.story_source import StorySource
 
 

@@ -1,6 +1,6 @@
 """What a run tells while it goes on, one typed event at a time."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,3 +112,18 @@ Event = (
     | IterationFinished
     | RunFinished
 )
+
+
+def frames_by_iteration(
+    events: Iterable[Event], begin: Callable[[int], object] | None = None
+) -> Iterator[list[Image.Image]]:
+    """The frames of each iteration in story order, when it ends; `begin` is told the number of each that begins."""
+    frames: dict[int, Image.Image] = {}
+    for event in events:
+        match event:
+            case IterationStarted() if begin is not None:
+                begin(event.iteration)
+            case FrameFinished():
+                frames[event.frame] = event.picture
+            case IterationFinished():
+                yield [frames.pop(frame) for frame in sorted(frames)]

@@ -14,13 +14,13 @@ import torch
 from storyadapter import Checkpoint, RunPlan, Story, StoryPipeline
 from storyadapter.__main__ import main
 from storyadapter.bench import parity
-from storyadapter.bench.parity_run import Drawer, Iteration, Pictures, measure, passes, problems_of
-from storyadapter.bench.psnr import EQUAL
+from storyadapter.bench.parity_run import Drawer, Iteration, Pictures, measure, problems_of
 from storyadapter.bench.report import Progress
 from storyadapter.demo.held_out import FRAMES_AT_MOST
 from storyadapter.engine.opening import open_networks
 from storyadapter.method.errors import InputError
 from storyadapter.method.events import Event
+from storyadapter.runtime.psnr import EQUAL, passes
 
 STORY = Story(("a red fox runs in the snow", "a small owl sleeps", "the fox and the owl share soup"), style="none")
 PLAN = RunPlan(height=64, width=64, seed=3, steps=2, scales=(0.3, 0.5), max_frames=3)

@@ -11,7 +11,6 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from storyadapter.bench.model import BenchmarkModel
 from storyadapter.bench.options import EngineChoice
-from storyadapter.bench.psnr import EQUAL, MIN_PSNR
 from storyadapter.bench.report import Progress
 from storyadapter.bench.throughput import ladder, published, rungs
 from storyadapter.bench.throughput.cases import SMOKE_CASES, SMOKE_STORIES, Case, ranges
@@ -35,6 +34,7 @@ from storyadapter.bench.throughput.rungs import BASELINES, FP8, LADDER, Rung, St
 from storyadapter.bench.throughput.workbench import Workbench, with_eager_vae
 from storyadapter.method.errors import EngineBuildError, UnavailableError
 from storyadapter.model.grca import grca
+from storyadapter.runtime.psnr import EQUAL, MIN_PSNR
 
 CASE = Case("both", 3, 2, 64, 96)
 OTHER = Case("other", 2, 1, 64, 64, rungs=("published", "cached"))

@@ -7,11 +7,11 @@ import torch
 
 from storyadapter.bench.model import BenchmarkModel
 from storyadapter.bench.options import EngineChoice
-from storyadapter.bench.psnr import psnr_of_each
 from storyadapter.bench.throughput.cases import StoryCase
 from storyadapter.bench.throughput.story import as_two_stories, in_sequence, measure_story, overlapped, plan_of
 from storyadapter.bench.throughput.workbench import with_compiled_vae, with_eager_vae
 from storyadapter.model.contract import Range, ShapeRanges
+from storyadapter.runtime.psnr import psnr_of_each
 
 CASE = StoryCase("story", frames=3, iterations=1, steps=2, max_frames=2, height=64, width=96)
 

@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from storyadapter.bench.psnr import EQUAL, psnr, psnr_of_each
+from storyadapter.runtime.psnr import EQUAL, psnr, psnr_of_each
 
 BLACK, GREY = Image.new("RGB", (4, 4)), Image.new("RGB", (4, 4), (51, 51, 51))
 

@@ -1,7 +1,8 @@
 """How far pictures are from those they should be, as peak signal-to-noise ratio (PSNR)."""
 
 import math
-from collections.abc import Iterable
+import statistics
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 import numpy as np
@@ -26,3 +27,13 @@ def psnr(found: Image.Image, expected: Image.Image) -> float:
 def psnr_of_each(found: Iterable[Image.Image], expected: Iterable[Image.Image]) -> list[float]:
     """dB of every picture; see `psnr`."""
     return [psnr(one, two) for one, two in zip(found, expected, strict=True)]
+
+
+def passes(values: Sequence[float]) -> bool:
+    """Whether these frames are as near as half precision must bring them."""
+    return statistics.median(values) >= MIN_MEDIAN_PSNR and min(values) >= MIN_PSNR
+
+
+def in_words(values: Sequence[float]) -> str:
+    """ "median 47.1 dB, worst 41.3 dB"."""
+    return f"median {statistics.median(values):.1f} dB, worst {min(values):.1f} dB"
