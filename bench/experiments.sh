@@ -41,7 +41,7 @@ run parity storyadapter-trt bench parity --backend inductor --precision fp16 $de
 run quality storyadapter-trt bench quality --backend inductor --precision fp16 --stories 20 --seeds 3 --steps 20 $demo --out "$out/quality"
 run quality-fp8 storyadapter-trt bench quality --backend inductor --precision fp8 --stories 20 --seeds 3 --steps 20 $demo --out "$out/quality-fp8"
 # what do cheaper ways cost?
-run frontier storyadapter-trt bench frontier --max-frames 96 --work "$out/frontier-work" --out "$out/frontier"
+run frontier storyadapter-trt bench frontier --backend inductor --max-frames 96 --engine-dir "$out/engines" --work "$out/frontier-work" --out "$out/frontier"
 # how fast? from the published method up, a rung at a time; then whole stories
 run throughput storyadapter-trt bench throughput $full --rungs published,batched,sdpa,cached,fused,compiled,graphs,overlapped,diffusers --out "$out/throughput"
 run compiled-baselines storyadapter-trt bench throughput $full --cases n16 --rungs sdpa,graphs,diffusers,diffusers-compile,diffusers-xformers,tensorrt --out "$out/compiled-baselines"

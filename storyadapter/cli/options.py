@@ -249,8 +249,8 @@ def add_size_options(parser: argparse.ArgumentParser, *, as_range: bool) -> None
 def add_preset_option(group: "argparse._ArgumentGroup", wins: str) -> None:
     """--preset; `wins`: what is stronger, for the help."""
     words = "; ".join(f"{name}: {preset.purpose}" for name, preset in PRESETS.items())
-    text = f"scheduler, time steps, steps and guidance that a few-step model needs; {wins}. {words}"
-    group.add_argument("--preset", choices=tuple(PRESETS), help=text)
+    text = f"scheduler, time steps, steps and guidance by one word; {wins}. {words}"
+    group.add_argument("--preset", choices=tuple(PRESETS), help=text.replace("%", "%%"))
 
 
 def add_plan_options(group: "argparse._ArgumentGroup") -> None:

@@ -43,7 +43,7 @@ def _settings() -> dict[str, Any]:
     )
     found["preset"] = (
         Literal[tuple(PRESETS)] | None,
-        pydantic.Field(None, description="settings that a few-step model needs; what is said beside it wins"),
+        pydantic.Field(None, description="settings by one word; what is said beside it wins"),
     )
     del found["max_frames"]  # the server's own business
     return found

@@ -16,8 +16,10 @@ from storyadapter.bench.frontier_modes import EXACT, MODES
 from storyadapter.bench.frontier_run import Measured
 from storyadapter.bench.quality_run import Estimate
 from storyadapter.demo.training.networks import TINY, write_random_model
+from storyadapter.method.constants import reference_scales
 from storyadapter.method.errors import InputError
 from storyadapter.method.plan import RunPlan
+from storyadapter.method.presets import PRESETS
 
 
 def arguments(*words: str) -> argparse.Namespace:
@@ -110,3 +112,11 @@ def test_the_script_draws_every_mode_once_and_then_reports(tmp_path: Path) -> No
     assert last == f"{begin} --out {tmp_path}/out/frontier"
     expected = [f"{begin} --only-draw choose --modes {mode}" for mode in MODES]
     assert sorted(drawn) == sorted([*expected, f"{begin} --only-draw confirm --modes {EXACT}"])
+
+
+def test_the_preset_is_the_mode_that_was_measured() -> None:
+    report = json.loads((Path(frontier.__file__).parent / "results" / "frontier-h200.json").read_text())
+    (choice,) = (choice for choice in report["choices"] if choice["preset"] == "balanced")
+    assert choice["confirmed"]
+    settings = MODES[choice["mode"]].plan_settings(report["settings"]["iterations"])
+    assert settings == {**PRESETS["balanced"].settings, "scales": reference_scales(report["settings"]["iterations"])}
