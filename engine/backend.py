@@ -12,6 +12,7 @@ from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+from storyadapter.engine.acceptance import Acceptance, AcceptancePlan
 from storyadapter.engine.identity import EngineIdentity, configuration_digest, contract_digest, model_weights
 from storyadapter.method.errors import Field, InputError, Text, UnavailableError
 from storyadapter.model.numerics import PRECISIONS, NumberFormat, Numerics, Precision
@@ -115,6 +116,7 @@ class Backend(ABC):
     vae_precisions: ClassVar[tuple[Precision, ...]] = PRECISIONS  # the VAE's needn't be that of the other networks
     number_formats: ClassVar[tuple[NumberFormat, ...]] = ()  # of quantized products that it can serve
     settings: ClassVar[tuple[Setting, ...]] = ()  # of its builds
+    accepted_first: ClassVar[bool] = False  # whether it is this machine's default only where it was accepted
 
     @abstractmethod
     def rank(self) -> int:
@@ -178,6 +180,21 @@ class Backend(ABC):
     def why_it_cant_build(self) -> UnavailableError | None:
         """Why it runs engines here, but doesn't build them; None if it builds."""
         return None
+
+    def acceptance(self) -> Acceptance | None:
+        """Whether it was accepted on this machine; None where it can't run, or needs no acceptance."""
+        return None
+
+    def acceptance_plan(self, folder: Path) -> AcceptancePlan:
+        """How it is accepted on this machine.
+
+        Args:
+            folder: an engine store for it.
+
+        Raises:
+            UnavailableError: it can't be; the text says what is missing.
+        """
+        raise UnavailableError(f"backend {self.name} needs no acceptance")
 
     def describe(self) -> list[tuple[str, str]]:
         """What else is to be known of it on this machine: headings and texts."""

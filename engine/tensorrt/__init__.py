@@ -19,3 +19,13 @@ PROFILES: Final = "profiles"  # of a build's details: by network, its letters' r
 def engine_name(network: str) -> str:
     """File name of a built network."""
     return f"{network}.engine"
+
+
+def runtime_cache_name(network: str) -> str:
+    """File name of what TensorRT-RTX compiled of a network when it was run."""
+    return f"{network}.runtime-cache"
+
+
+def layers_name(network: str) -> str:
+    """File name of a network's layer list."""
+    return f"{network}.layers"

@@ -1,13 +1,21 @@
 """The backend `tensorrt` as an object. Imports nothing heavy until it is asked."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from storyadapter.engine.acceptance import Acceptance, AcceptancePlan, find_acceptance
 from storyadapter.engine.backend import Backend, EngineRequest, OpenRequest, ReportBytes
 from storyadapter.engine.identity import EngineIdentity
 from storyadapter.engine.sources import export_recipe
 from storyadapter.engine.tensorrt import SOURCES
-from storyadapter.engine.tensorrt.library import choose_library, describe_libraries, gpu_target, why_it_cant_run
+from storyadapter.engine.tensorrt.library import (
+    choose_library,
+    describe_libraries,
+    gpu_target,
+    multiplies_fp8,
+    why_it_cant_run,
+)
 from storyadapter.engine.tensorrt.options import SETTINGS, BuildOptions
 from storyadapter.method.errors import Field, InputError, UnavailableError
 from storyadapter.model.numerics import NUMBER_FORMATS, Numerics, Precision
@@ -18,8 +26,6 @@ if TYPE_CHECKING:
     from storyadapter.checkpoint import Checkpoint
     from storyadapter.model.contract import ShapeRanges
     from storyadapter.model.networks import Networks
-
-_FP8_FROM: Final = 89  # compute capability, times ten
 
 
 class TensorRT(Backend):
@@ -32,9 +38,26 @@ class TensorRT(Backend):
     precisions = ("fp16", "bf16")
     number_formats = NUMBER_FORMATS
     settings = SETTINGS
+    accepted_first = True
 
     def rank(self) -> int:
-        return 0
+        """The highest where its engines were run and compared with eager, and 0 elsewhere."""
+        found = self.acceptance()
+        return 4 if found and found.record else 0
+
+    def acceptance(self) -> Acceptance | None:
+        if self.why_unavailable() or self.why_it_cant_run():
+            return None
+        from storyadapter.engine.tensorrt.acceptance import facts
+
+        return find_acceptance(facts())
+
+    def acceptance_plan(self, folder: Path) -> AcceptancePlan:
+        if why := self.why_it_cant_run() or self.why_unavailable(to_build=True):
+            raise UnavailableError(f"backend {self.name} can't be accepted here: {why}")
+        from storyadapter.engine.tensorrt.acceptance import plan
+
+        return plan(folder)
 
     def default_precision(self, device: "torch.device | None" = None) -> Precision:
         """fp16: it builds for a GPU, wherever it is built."""
@@ -71,11 +94,9 @@ class TensorRT(Backend):
         self, checkpoint: "Checkpoint", numerics: Numerics, options: Any = None, on_bytes: ReportBytes | None = None
     ) -> EngineIdentity:
         found = super().identity(checkpoint, numerics, options, on_bytes)
-        targets = found.architecture.split("+")
-        if numerics.quantization and (older := [target for target in targets if int(target[2:]) < _FP8_FROM]):
+        if numerics.quantization and (older := [t for t in found.architecture.split("+") if not multiplies_fp8(t)]):
             raise UnavailableError(
-                f"{older[0]} doesn't multiply {numerics.name} numbers",
-                expected=(Field("target"), f" sm{_FP8_FROM} or later"),
+                f"{older[0]} doesn't multiply {numerics.name} numbers", expected=(Field("target"), " sm89 or later")
             )
         return found
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from storyadapter.engine.backend import EngineRequest, installed_version
 from storyadapter.engine.processes import EndedEarly, Processes
-from storyadapter.engine.tensorrt import PROFILES, TENSORRT_NAMES, engine_name
+from storyadapter.engine.tensorrt import PROFILES, TENSORRT_NAMES, engine_name, layers_name
 from storyadapter.engine.tensorrt.library import Library, choose_library, gpu_target
 from storyadapter.engine.tensorrt.options import BuildOptions
 from storyadapter.engine.tensorrt.worker import BuildReport, NetworkRequest, Refusal, TensorBounds, build, peak_memory
@@ -38,7 +38,7 @@ def build_tensorrt(request: EngineRequest) -> dict[str, Any]:
     options: BuildOptions = request.options or BuildOptions()
     options.check(request.ranges, library)
     # what TensorRT measured of single layers, for all builds; TensorRT-RTX measures nothing
-    cache = request.shared / f"timing-{library.version}-{targets[0]}.cache" if library.has_plugins else None
+    cache = request.shared / timing_cache_name(library, targets) if library.has_plugins else None
     geometry, letters, numerics, folder = request.checkpoint.geometry, request.letters, request.numerics, request.folder
     scale = geometry.pixels_per_latent
     latent_sizes = tuple((height // scale, width // scale) for height, width in options.resolutions)
@@ -69,6 +69,11 @@ def build_tensorrt(request: EngineRequest) -> dict[str, Any]:
         for name, found in ((name, profiles_of(spec, letters, latent_sizes)) for name, spec in specs.items())
     }
     return {ERRORS: errors, "builds": reports, "export_peak_memory_bytes": peak_memory(), PROFILES: profiles}
+
+
+def timing_cache_name(library: Library, targets: tuple[str, ...]) -> str:
+    """File name, in an engine store, of what TensorRT measured of single layers."""
+    return f"timing-{library.version}-{targets[0]}.cache"
 
 
 def embeds_kernel(library: Library, targets: tuple[str, ...]) -> bool:
@@ -126,7 +131,7 @@ def build_request(
         onnx=str(onnx),
         engine=str(folder / engine_name(spec.name)),
         log=str(folder / f"{spec.name}.log"),
-        layers=str(folder / f"{spec.name}.layers"),
+        layers=str(folder / layers_name(spec.name)),
         targets=targets,
         inputs=tuple(bounds(tensor, True) for tensor in spec.inputs),
         outputs=tuple(bounds(tensor, False) for tensor in spec.outputs),

@@ -60,6 +60,11 @@ def gpu_target() -> str | None:
     return f"sm{major}{minor}"
 
 
+def multiplies_fp8(target: str) -> bool:
+    """Whether GPUs of a target multiply e4m3 numbers."""
+    return int(target[2:]) >= 89
+
+
 def parse_targets(text: str) -> tuple[str, ...]:
     """ "auto" → (); "sm89,sm120" → ("sm89", "sm120"), sorted and once each. Raises InputError: anything else."""
     if text == AUTO:

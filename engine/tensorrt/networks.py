@@ -18,7 +18,7 @@ from torch import Tensor
 
 from storyadapter.engine.backend import OpenRequest
 from storyadapter.engine.graphs import GraphStepRunner
-from storyadapter.engine.tensorrt import PROFILES, TENSORRT_NAMES, engine_name
+from storyadapter.engine.tensorrt import PROFILES, TENSORRT_NAMES, engine_name, runtime_cache_name
 from storyadapter.engine.tensorrt.library import choose_library, gpu_target
 from storyadapter.method.errors import EngineMismatchError, RunError
 from storyadapter.model.contract import NetworkSpec, Range, size_of
@@ -76,6 +76,7 @@ class TensorRTNetwork:
         self._config: Any = None
         self._cache: Any = None
         self._cache_path = runtime_cache
+        self.runtime_cache_was_read = False
         if runtime_cache is not None:
             self._open_runtime_cache(runtime_cache)
         most = {letter: allowed.maximum for letter, allowed in self._letters.items()}
@@ -116,6 +117,11 @@ class TensorRTNetwork:
         if fresh:
             self._save_runtime_cache()
         return ready.outputs
+
+    @property
+    def replays(self) -> int:
+        """How often a captured graph was replayed, of the shapes that are kept."""
+        return sum(ready.graphs.replays for ready in self._ready.values())
 
     def _enqueue(self, context: Any, inputs: Mapping[str, Tensor]) -> None:
         for tensor in self.spec.inputs:
@@ -158,8 +164,10 @@ class TensorRTNetwork:
             self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
         )
         self._cache = self._config.create_runtime_cache()
-        if path.is_file() and not self._cache.deserialize(path.read_bytes()):
-            _LOG.info("%s is of another GPU, driver or version; it is made anew", path)
+        if path.is_file():
+            self.runtime_cache_was_read = bool(self._cache.deserialize(path.read_bytes()))
+            if not self.runtime_cache_was_read:
+                _LOG.info("%s is of another GPU, driver or version; it is made anew", path)
         self._config.set_runtime_cache(self._cache)
 
     def _save_runtime_cache(self) -> None:
@@ -206,7 +214,7 @@ def open_tensorrt(request: OpenRequest) -> Networks:
             profiles[name],
             shared,
             precision=numerics[name],
-            runtime_cache=None if library.has_plugins else folder / f"{name}.runtime-cache",  # TensorRT-RTX keeps one
+            runtime_cache=None if library.has_plugins else folder / runtime_cache_name(name),  # TensorRT-RTX keeps one
         )
         for name, (spec, engine) in engines.items()
     }

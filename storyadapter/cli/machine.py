@@ -6,7 +6,7 @@ import shlex
 import textwrap
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,6 +17,7 @@ import storyadapter
 from storyadapter.cli.options import typed
 from storyadapter.cli.printing import json_line, print_result
 from storyadapter.cli.reporting import count
+from storyadapter.engine.acceptance import Acceptance
 from storyadapter.engine.backend import installed_version
 from storyadapter.engine.backends import AUTO, BACKENDS, find_backend
 from storyadapter.engine.gpu import driver_version
@@ -41,6 +42,10 @@ def versions(*more: str) -> dict[str, str]:
 
 def doctor(args: argparse.Namespace) -> int:
     """Print GPU, driver, versions, backends and engines; returns 0 as long as some backend can serve."""
+    if args.accept:
+        from storyadapter.cli.acceptance import accept_backend
+
+        return accept_backend(args)
     found = look_around()
     store = EngineStore()
     if args.json:
@@ -74,6 +79,7 @@ def look_around() -> dict[str, Any]:
                 "builds": why is None and cant_build is None and backend.builds,
                 "why_not": why or (cant_build and typed(cant_build)),
                 "more": [list(pair) for pair in backend.describe()],
+                "acceptance": _acceptance(backend.acceptance()),
             }
         )
     store = EngineStore()
@@ -95,6 +101,13 @@ def look_around() -> dict[str, Any]:
     }
 
 
+def _acceptance(found: Acceptance | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    differences = [f"{name} is {here} here, {there} there" for name, there, here in found.differences]
+    return {"record": found.record and str(found.record), "differences": differences}
+
+
 def _in_words(found: Mapping[str, Any]) -> Iterator[str]:
     machine, cuda = found["machine"], found["cuda"]
     yield f"machine    {machine['architecture']}, {machine['cores']} cores, {machine['memory'] / _GIB:.0f} GiB memory"
@@ -112,8 +125,18 @@ def _in_words(found: Mapping[str, Any]) -> Iterator[str]:
         can = f"can run what was built elsewhere, not build: {why_not}" if why_not else "can serve"
         yield f"backend    {backend['name']}: {backend['purpose']}; " + (can if backend["serves"] else f"NO: {why_not}")
     yield from (f"{heading:<10} {text}" for backend in found["backends"] for heading, text in backend["more"])
+    for backend in found["backends"]:
+        if acceptance := backend["acceptance"]:
+            yield f"accepted   {backend['name']}: {_accepted_in_words(backend['name'], **acceptance)}"
     yield f"default    --backend {found['default_backend']}"
     yield f"engines    {found['engines']['count']} in {found['engines']['folder']}"
+
+
+def _accepted_in_words(name: str, record: str | None, differences: Sequence[str]) -> str:
+    if record:
+        return f"on this machine, by {record}"
+    others = f", though elsewhere: {'; '.join(differences)}" if differences else ""
+    return f"NO{others}; type: storyadapter-trt doctor --accept {name}"
 
 
 def list_engines(args: argparse.Namespace) -> int:
