@@ -38,8 +38,8 @@ range="--max-frames 8 --sizes 1024"
 # is it right?
 run tests python -m pytest -q tests/gpu
 run parity storyadapter-trt bench parity --backend inductor --precision fp16 $demo --out "$out/parity"
-run quality storyadapter-trt bench quality --backend inductor --precision fp16 --stories 20 --seeds 3 --steps 20 $demo --out "$out/quality"
-run quality-fp8 storyadapter-trt bench quality --backend inductor --precision fp8 --stories 20 --seeds 3 --steps 20 $demo --out "$out/quality-fp8"
+run quality storyadapter-trt bench quality --backend inductor --precision fp16 --stories 20 --seeds 3 --steps 20 --max-frames 64 $demo --out "$out/quality"
+run quality-fp8 storyadapter-trt bench quality --backend inductor --precision fp8 --stories 20 --seeds 3 --steps 20 --max-frames 64 $demo --out "$out/quality-fp8"
 # what do cheaper ways cost?
 run frontier storyadapter-trt bench frontier --backend inductor --max-frames 96 --engine-dir "$out/engines" --work "$out/frontier-work" --out "$out/frontier"
 # how fast? from the published method up, a rung at a time; then whole stories

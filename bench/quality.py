@@ -10,6 +10,7 @@ from storyadapter.demo.shipped import MODEL
 from storyadapter.engine.backends import AUTO, BACKENDS
 from storyadapter.method import constants
 from storyadapter.method.errors import InputError
+from storyadapter.method.plan import FRAMES_UNMEASURED
 from storyadapter.model.numerics import NUMBER_FORMATS
 
 STUDIES = ("references", "edit", "long-prompts")  # of `storyadapter.bench.quality_studies`
@@ -32,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_count(parser, "--seeds", 3, "drawings of each story", "N")
     add_count(parser, "--iterations", constants.ITERATIONS, "after the first", "K")
     add_count(parser, "--steps", constants.STEPS, "denoising steps")
+    add_count(parser, "--max-frames", FRAMES_UNMEASURED, "frames drawn together, of any stories", "F")
     parser.add_argument(
         "--study",
         choices=("method", *STUDIES),
@@ -56,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 1 if the method's claim doesn't hold on these stories."""
-    check_least(args, stories=2, frames=2, seeds=1, iterations=1)
+    check_least(args, stories=2, frames=2, seeds=1, iterations=1, max_frames=1)
     if not (args.model / "model_index.json").is_file():
         raise InputError(
             f"--model {args.model}: no model_index.json there; expected the folder of a trained demo model"

@@ -28,7 +28,6 @@ from storyadapter.demo.vocabulary import IDENTITY_TRAITS, TRAITS
 from storyadapter.engine.backend import default_device
 from storyadapter.method import constants
 from storyadapter.method.events import Event, FrameFinished, IterationFinished, RunFinished, frames_by_iteration
-from storyadapter.method.plan import FRAMES_UNMEASURED
 from storyadapter.method.story import Story
 from storyadapter.runtime.drive import drive
 from storyadapter.runtime.pipeline import FinishedIteration, StoryPipeline
@@ -132,8 +131,7 @@ def demo_model(args: argparse.Namespace) -> BenchmarkModel:
 
 def open_model(model: BenchmarkModel, args: argparse.Namespace) -> StoryPipeline:
     """A model opened for the stories of the options; its engine is built first where the store has none."""
-    # for frames of one micro-batch
-    ranges = usual_ranges(model.checkpoint.geometry, max(args.frames, FRAMES_UNMEASURED), args.frames)
+    ranges = usual_ranges(model.checkpoint.geometry, args.max_frames, args.frames)
     return model.pipeline(model.open(ranges, lambda line: print(line, flush=True)).networks)
 
 
@@ -159,8 +157,7 @@ class Drawer:
     """
 
     def __init__(self, model: BenchmarkModel, stories: list[HeldOutStory], args: argparse.Namespace) -> None:
-        together = max(args.frames, FRAMES_UNMEASURED)
-        settings = {"steps": args.steps, "guidance": args.guidance, "max_frames": together}
+        settings = {"steps": args.steps, "guidance": args.guidance, "max_frames": args.max_frames}
         self._pipeline = open_model(model, args)
         self._stories = {
             (n, k): (

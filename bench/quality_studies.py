@@ -88,7 +88,7 @@ class Studio:
 
     def plan(self, number: int, repeat: int, **settings: object) -> RunPlan:
         args = self.args
-        own = {"steps": args.steps, "guidance": args.guidance, "max_frames": args.frames, **settings}
+        own = {"steps": args.steps, "guidance": args.guidance, "max_frames": args.max_frames, **settings}
         return self.model.plan(iterations=args.iterations, seed=seed_of(number, repeat), **own)
 
     def labels(self, drawings: Iterable[list[list[Image.Image]]]) -> np.ndarray:

@@ -13,7 +13,6 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -23,7 +22,7 @@ from storyadapter.engine.inductor.products import AddLayerNorm, Fp8Geglu, Geglu,
 from storyadapter.engine.inductor.vae_fusion import fuse_vae
 from storyadapter.model.controlnet import ControlNet, TextCrossAttention, TextInputs, text_attention
 from storyadapter.model.modules import VaeDecoder
-from storyadapter.model.unet import CrossAttentionInputs, Denoiser, GlobalReferenceCrossAttention
+from storyadapter.model.unet import CrossAttentionInputs, Denoiser, GlobalReferenceCrossAttention, Upsample
 from storyadapter.quantization.layers import Fp8Layer
 
 AttentionInputs = CrossAttentionInputs | TextInputs
@@ -166,7 +165,7 @@ def fuse_denoiser(denoiser: Denoiser | ControlNet, operators: Operators) -> None
             denoiser.get_submodule(parent).register_module(child, fused)
 
 
-Sampler = Upsample2D | Downsample2D
+Sampler = Upsample | Downsample2D
 
 
 def _fused(name: str, part: nn.Module, operators: Operators) -> nn.Module | None:

@@ -4,12 +4,12 @@ from typing import Any
 
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.nn import functional
 
 from storyadapter.engine.inductor.operators import Operators
 from storyadapter.engine.inductor.products import Fp8Product
+from storyadapter.model.unet import Upsample
 from storyadapter.quantization.layers import Fp8Layer
 
 
@@ -77,9 +77,9 @@ class ResnetBlock(nn.Module):
 
 
 class Fp8Sampler(nn.Module):
-    """Stands where diffusers' blocks call an `Upsample2D` or a `Downsample2D` whose convolution is quantized."""
+    """Stands where diffusers' blocks call an `Upsample` or a `Downsample2D` whose convolution is quantized."""
 
-    def __init__(self, sampler: Upsample2D | Downsample2D, operators: Operators) -> None:
+    def __init__(self, sampler: Upsample | Downsample2D, operators: Operators) -> None:
         super().__init__()
         self.convolution = Fp8Convolution(sampler.conv, operators)
 

@@ -18,6 +18,7 @@ from storyadapter.model.ip_adapter import IPAdapterWeights
 if TYPE_CHECKING:  # to import them takes longer than all else between a command and its first step
     from diffusers import ControlNetModel, UNet2DConditionModel
     from diffusers.models.attention_processor import Attention
+    from diffusers.models.upsampling import Upsample2D
 
 
 class CrossAttentionInputs(NamedTuple):
@@ -175,6 +176,21 @@ def encode(blocks: nn.ModuleList, sample: Tensor, embedding: Tensor, inputs: obj
     return sample, skips
 
 
+class Upsample(nn.Module):
+    """diffusers' `Upsample2D` as SDXL has it, whose special case for 64 rows and more
+    (https://github.com/huggingface/diffusers/issues/984) would be a limit of what is exported, which doesn't need it."""
+
+    def __init__(self, upsample: "Upsample2D") -> None:
+        super().__init__()
+        self.conv = upsample.conv
+
+    def forward(self, hidden_states: Tensor, output_size: None = None) -> Tensor:
+        """hidden_states [B, C, h, w] → [B, C, 2·h, 2·w]."""
+        if not torch.compiler.is_exporting() and hidden_states.shape[0] >= 64:
+            hidden_states = hidden_states.contiguous()
+        return self.conv(nn.functional.interpolate(hidden_states, scale_factor=2.0, mode="nearest"))
+
+
 class Denoiser(nn.Module):
     """The SDXL UNet without the layers that the two projections took over."""
 
@@ -247,6 +263,9 @@ def split_unet(unet: "UNet2DConditionModel", adapter: IPAdapterWeights, grca: Gr
         layers.append(key_value_weight(attention))
         pair = torch.stack((adapter_layer.to_k, adapter_layer.to_v))
         ref_weights.setdefault(attention.inner_dim, []).append(pair)
+    for block in unet.up_blocks:
+        if block.upsamplers is not None:
+            block.upsamplers = nn.ModuleList(map(Upsample, block.upsamplers))
 
     return {
         "text_projection": TextProjection(unet, StackedKeyValueProjection.of_layers(text_weights)),

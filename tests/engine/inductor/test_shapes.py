@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.models.upsampling import Upsample2D
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,6 +14,7 @@ from storyadapter.engine.inductor.fusion import channels_last
 from storyadapter.engine.inductor.shapes import compiled_ranges, cut, doubled, example_sizes
 from storyadapter.model.contract import Range, ShapeRanges, network_specs
 from storyadapter.model.examples import example_inputs
+from storyadapter.model.unet import Upsample
 
 SPECS = network_specs(replace(SDXL.geometry, controls=(SDXL.control_geometry,)))
 FIXED = Range(1024, 1024)
@@ -88,3 +90,17 @@ def test_an_engine_for_one_frame_is_compiled_for_two_rows(frames: int) -> None:
     compiled = compiled_ranges(SPECS["denoiser"], letters)
     assert compiled["B"] == Range(2, 2 * frames) and compiled["P"] == Range(2, 2 * frames)
     assert compiled_ranges(SPECS["image_encoder"], letters)["F"] == Range(frames, frames)
+
+
+def test_an_upsampler_is_exported_for_any_number_of_rows() -> None:
+    """diffusers' own for less than 64: `build --max-frames 32` wasn't possible."""
+    theirs = Upsample2D(4, use_conv=True).eval()
+    ours = Upsample(theirs)
+    with torch.no_grad():
+        for rows in (1, 63, 64, 65):
+            x = torch.randn(rows, 4, 3, 5)
+            assert torch.equal(ours(x), theirs(x))
+        program = torch.export.export(ours, (x[:8],), dynamic_shapes=({0: torch.export.Dim("B", min=2, max=512)},))
+        assert torch.equal(program.module()(x), theirs(x))
+        with pytest.raises(torch._dynamo.exc.UserError, match="Constraints violated"):
+            torch.export.export(theirs, (x[:8],), dynamic_shapes=({0: torch.export.Dim("B", min=2, max=512)},))
