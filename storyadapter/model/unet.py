@@ -177,8 +177,8 @@ def encode(blocks: nn.ModuleList, sample: Tensor, embedding: Tensor, inputs: obj
 
 
 class Upsample(nn.Module):
-    """diffusers' `Upsample2D` as SDXL has it, whose special case for 64 rows and more
-    (https://github.com/huggingface/diffusers/issues/984) would be a limit of what is exported, which doesn't need it."""
+    """diffusers' `Upsample2D` as SDXL has it. Its special case for 64 rows and more
+    (https://github.com/huggingface/diffusers/issues/984) would be a limit of what is exported."""
 
     def __init__(self, upsample: "Upsample2D") -> None:
         super().__init__()
