@@ -47,11 +47,13 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class GrcaCase(KernelCase):
-    """Text and reference attention of a layer: B rows (the first half unconditional), references of N frames."""
+    """Text and reference attention of a layer: B rows (the first half unconditional), references of N frames, texts of
+    M chunks."""
 
     layer: LayerShape
     rows: int
     frames: int
+    chunks: int = 1
 
     kernel: ClassVar[str] = "grca"
     operator: ClassVar[str] = "grca_triton"
@@ -61,7 +63,13 @@ class GrcaCase(KernelCase):
     def as_data(self) -> dict[str, Any]:
         layer = self.layer
         letters = {"S": layer.query_tokens, "H": layer.heads, "D": layer.head_size, "B": self.rows, "N": self.frames}
-        return {"layer": layer.name, **letters}
+        name = layer.name if self.chunks == 1 else f"{layer.name}, {self.chunks} chunks"
+        return {"layer": name, **letters, "T": self.text_tokens}
+
+    @property
+    def text_tokens(self) -> int:
+        """T = 77·M."""
+        return TEXT_TOKENS * self.chunks
 
     @property
     def ref_tokens(self) -> int:
@@ -72,7 +80,7 @@ class GrcaCase(KernelCase):
     def exponentials(self) -> int:
         """One for each unmasked score of all rows and heads."""
         unconditional = self.rows // 2
-        few, many = TEXT_TOKENS + TOKENS_PER_IMAGE, TEXT_TOKENS + self.ref_tokens
+        few, many = self.text_tokens + TOKENS_PER_IMAGE, self.text_tokens + self.ref_tokens
         keys = unconditional * few + (self.rows - unconditional) * many
         return self.layer.query_tokens * self.layer.heads * keys
 
@@ -85,17 +93,17 @@ class GrcaCase(KernelCase):
         width = self.layer.heads * self.layer.head_size
         queries = 2 * self.rows * self.layer.query_tokens * width
         prompts = self.rows - self.rows // 2 + 1
-        keys_values = 2 * width * (prompts * TEXT_TOKENS + TOKENS_PER_IMAGE + self.ref_tokens)
+        keys_values = 2 * width * (prompts * self.text_tokens + TOKENS_PER_IMAGE + self.ref_tokens)
         return element_bytes * (queries + keys_values)
 
     def smallest(self) -> "GrcaCase":
-        return GrcaCase(replace(self.layer, name="compile", query_tokens=COMPILED_ROWS), 2, 1)
+        return GrcaCase(replace(self.layer, name="compile", query_tokens=COMPILED_ROWS), 2, 1, self.chunks)
 
     def inputs(self, dtype: torch.dtype, device: torch.device, seed: int) -> tuple[Tensor, ...]:
         """The operator's arguments: P = F + 1 prompts, bank row 0 unconditional (4 tokens), bank row 1 the story."""
         layer, unconditional = self.layer, self.rows // 2
         frames, width = self.rows - unconditional, layer.heads * layer.head_size
-        bank, prompts = (2, 2, self.ref_tokens, width), (frames + 1, 2, TEXT_TOKENS, width)
+        bank, prompts = (2, 2, self.ref_tokens, width), (frames + 1, 2, self.text_tokens, width)
         queries = (self.rows, layer.query_tokens, layer.heads, layer.head_size)
         ref_kv, q, text_kv = normal(seed, dtype, device, bank, queries, prompts)
         ref_kv[0, :, TOKENS_PER_IMAGE:] = 0
@@ -299,6 +307,7 @@ SMOKE_CASES: Final[tuple[KernelCase, ...]] = (
 ALL_CASES: Final[tuple[KernelCase, ...]] = (
     *(GrcaCase(layer, rows, n) for layer in LAYERS_1024 for rows in (2, 8, 16, 32) for n in (1, 8, 16, 50, 100)),
     *(GrcaCase(layer, REPORTED_ROWS, n) for layer in LAYERS_OTHER for n in (16, 100)),
+    *(GrcaCase(layer, REPORTED_ROWS, 16, chunks=3) for layer in LAYERS_1024),
     *GEGLU_CASES,
     *LAYER_NORM_CASES,
     *CONVOLUTION_FP8_CASES,

@@ -48,9 +48,6 @@ class Inductor(Backend):
             )
         if ranges is None:
             return
-        if ranges.max_prompt_chunks > 1 and self.device().type == "cuda":
-            found = f" is {ranges.max_prompt_chunks}; backend inductor's kernels for a GPU attend to one chunk"
-            raise InputError(Field("max_prompt_chunks"), found, expected="1, or backend eager for longer prompts")
         for field, pixels in (("height", ranges.height), ("width", ranges.width)):
             if pixels.minimum < pixels.maximum and pixels.minimum < _LEAST_PIXELS:
                 raise InputError(

@@ -1,7 +1,7 @@
 """The sizes that a package is compiled for, and how a call of another size is brought to them.
 
-A compiler takes a size of 1 for a constant, so dynamic letters start at 2, and a call with 1 is doubled and its result
-cut (attention to a text twice over is attention to that text). The VAE's decoder is compiled for one frame: one already
+A compiler takes a size of 1 for a constant, so letters that are dynamic sizes start at 2, and a call with 1 is doubled
+and its result cut; M, of which 77 are a size, starts at 1. The VAE's decoder is compiled for one frame: one already
 fills a GPU, and memory for more buys nothing.
 """
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from storyadapter.model.contract import NetworkSpec, Range, TensorSpec, split_dim
+from storyadapter.model.dynamic_shapes import least_factors
 
 _ONE_FRAME = ("vae_decoder",)
 _ROWS_ASKED_FOR = 16  # of a convolution on a CPU, by PyTorch's choice of who computes it
@@ -18,12 +19,13 @@ _ROWS_ASKED_FOR = 16  # of a convolution on a CPU, by PyTorch's choice of who co
 
 def compiled_ranges(spec: NetworkSpec, letters: Mapping[str, Range]) -> dict[str, Range]:
     """The range that each letter of a network's inputs is compiled for."""
-    names = {split_dim(dim)[1] for tensor in spec.inputs for dim in tensor.shape if isinstance(dim, str)}
     ranges = {}
-    for name in sorted(names):
+    for name, factor in sorted(least_factors(spec).items()):
         value = letters[name]
         if name == "F" and spec.name in _ONE_FRAME:
             ranges[name] = Range(1, 1)
+        elif factor > 1:
+            ranges[name] = value
         else:
             ranges[name] = Range(max(value.minimum, min(2, value.maximum)), value.maximum)
     return ranges

@@ -17,14 +17,13 @@ from storyadapter.engine.tensorrt.library import (
     why_it_cant_run,
 )
 from storyadapter.engine.tensorrt.options import SETTINGS, BuildOptions
-from storyadapter.method.errors import Field, InputError, UnavailableError
+from storyadapter.method.errors import Field, UnavailableError
 from storyadapter.model.numerics import NUMBER_FORMATS, Numerics, Precision
 
 if TYPE_CHECKING:
     import torch
 
     from storyadapter.checkpoint import Checkpoint
-    from storyadapter.model.contract import ShapeRanges
     from storyadapter.model.networks import Networks
 
 
@@ -70,12 +69,6 @@ class TensorRT(Backend):
                 expected=("another ", Field("backend"), ", or a machine with a GPU"),
             )
         return super().device(asked)
-
-    def check(self, numerics: Numerics, ranges: "ShapeRanges | None" = None) -> None:
-        super().check(numerics, ranges)
-        if ranges is not None and ranges.max_prompt_chunks > 1:
-            found = f" is {ranges.max_prompt_chunks}; backend tensorrt's kernel attends to one chunk"
-            raise InputError(Field("max_prompt_chunks"), found, expected="1")
 
     def why_it_cant_run(self) -> str | None:
         return why_it_cant_run(gpu_target())

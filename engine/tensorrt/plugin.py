@@ -79,6 +79,6 @@ def embed(
 
 
 def _number(tensor: trtp.TensorDesc, axis: int) -> int | trtp.ShapeExpr:
-    """A dimension that is known when the engine is built; its symbol where it isn't, which `plan_launch` refuses."""
+    """A dimension that is known when the engine is built; its symbol where it isn't."""
     symbol = tensor.shape_expr[axis]
     return symbol.constant_value() if symbol.is_constant else symbol

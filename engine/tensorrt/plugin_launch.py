@@ -33,15 +33,15 @@ def plan_launch(capability: int, dtype: str, letters: Mapping[str, Any]) -> Laun
     Args:
         capability: of the GPU, 10·major + minor.
         dtype: of q, as TensorRT names it.
-        letters: B, S, R, symbols or numbers; H, D, T, numbers.
+        letters: B, S, R, T, symbols or numbers; H, D, numbers.
 
     Raises:
-        PluginError: a dtype that isn't half precision, or a layer whose H, D or T isn't known when the engine is built.
+        PluginError: a dtype that isn't half precision, or a layer whose H or D isn't known when the engine is built.
         ValueError, AheadOfTimeError: there is no such kernel.
     """
     if dtype not in ELEMENT_TYPES:
         raise PluginError(f"q is {dtype}; expected {' or '.join(ELEMENT_TYPES)}")
-    for name in ("H", "D", "T"):
+    for name in ("H", "D"):
         if not isinstance(letters[name], int):
             raise PluginError(f"{name} is not known when the engine is built; expected a number")
     kernel = compile_kernel(capability, letters["H"], letters["D"], ELEMENT_TYPES[dtype], letters["T"])
@@ -50,5 +50,5 @@ def plan_launch(capability: int, dtype: str, letters: Mapping[str, Any]) -> Laun
         grid=kernel.grid(letters["B"], letters["S"]),
         block=kernel.block,
         shared_bytes=kernel.shared_bytes,
-        integers=tuple(kernel.integers(letters["S"], letters["R"]).values()),
+        integers=tuple(kernel.integers(letters["S"], letters["R"], letters["T"]).values()),
     )

@@ -49,13 +49,12 @@ class KernelArgument:
 
 @dataclass(frozen=True)
 class EmbeddedKernel:
-    """The kernel for one target, H, D, T and dtype; B, S, P, G, R are free."""
+    """The kernel for one target, H, D and dtype, and for one T or any of them; B, S, P, G, R are free."""
 
     entry: str  # its name in `ptx`
     ptx: str  # text; its target is `sm_90a`, `sm_120a`, … where the architecture has such a variant
     heads: int
     head_size: int
-    text_tokens: int
     block: tuple[int, int, int]  # threads
     shared_bytes: int  # dynamic shared memory of a launch; over 48 KB only if asked for by attribute
     arguments: tuple[KernelArgument, ...]  # in order
@@ -65,9 +64,9 @@ class EmbeddedKernel:
         """Programs of a launch, from B and S, numbers or symbols: see `grid_shape`."""
         return grid_shape(rows, query_tokens, self.heads, self.tiles)
 
-    def integers(self, query_tokens: Any, ref_tokens: Any) -> dict[str, Any]:
-        """The integer arguments of a launch, by name, from S and R, numbers or symbols: see `packed_integers`."""
-        return packed_integers(query_tokens, ref_tokens, self.text_tokens, self.heads, self.head_size)
+    def integers(self, query_tokens: Any, ref_tokens: Any, text_tokens: Any) -> dict[str, Any]:
+        """The integer arguments of a launch, by name, from S, R and T, numbers or symbols: see `packed_integers`."""
+        return packed_integers(query_tokens, ref_tokens, text_tokens, self.heads, self.head_size)
 
 
 def compile_kernel(
@@ -75,7 +74,7 @@ def compile_kernel(
     heads: int,
     head_size: int,
     element_type: str,
-    text_tokens: int,
+    text_tokens: Any,
     *,
     embedded: bool = True,
     tiles: GrcaTiles | None = None,
@@ -87,7 +86,7 @@ def compile_kernel(
         heads: H.
         head_size: D, 32 or 64.
         element_type: fp16 or bf16 (fp32 where not embedded).
-        text_tokens: T.
+        text_tokens: T, compiled in where `text_blocks` says so; a symbol never is.
         embedded: take the stored tiles whose shared memory is at most 48 KB.
         tiles: instead of the stored ones.
 
@@ -125,7 +124,6 @@ def compile_kernel(
         ptx=strip_hidden_parameters(compiled.asm["ptx"], entry, len(arguments)),
         heads=heads,
         head_size=head_size,
-        text_tokens=text_tokens,
         block=(WARP_THREADS * chosen.num_warps, 1, 1),
         shared_bytes=compiled.metadata.shared,
         arguments=arguments,

@@ -10,7 +10,7 @@ from typing import Any
 
 from storyadapter.kernels.tiles import GrcaTiles
 
-# Text tokens whose scores are kept in registers all at once; longer texts run through the running softmax.
+# Text tokens whose scores are kept in registers all at once; more of them run through the running softmax.
 MAX_TEXT_IN_REGISTERS = 128
 # The least rows of a matrix operand.
 SMALLEST_BLOCK = 16
@@ -31,9 +31,12 @@ class TokenStrides:
     out: int
 
 
-def text_blocks(text_tokens: int) -> tuple[int, int]:
-    """Two powers of two (the second may be 0) that cover T with little padding; (0, 0): too many for registers."""
-    if text_tokens > MAX_TEXT_IN_REGISTERS:
+def text_blocks(text_tokens: Any) -> tuple[int, int]:
+    """Two powers of two (the second may be 0) that cover T with little padding.
+
+    (0, 0): the kernel takes T at run time, as it isn't a number before that, or is too large for registers.
+    """
+    if not isinstance(text_tokens, int) or text_tokens > MAX_TEXT_IN_REGISTERS:
         return 0, 0
     whole = max(SMALLEST_BLOCK, _next_power_of_two(text_tokens))
     if whole > SMALLEST_BLOCK:
@@ -48,13 +51,13 @@ def _next_power_of_two(number: int) -> int:
 
 
 def constants(
-    text_tokens: int, head_size: int, element_type: str, stride_unit: int, strides: TokenStrides, tiles: GrcaTiles
+    text_tokens: Any, head_size: int, element_type: str, stride_unit: int, strides: TokenStrides, tiles: GrcaTiles
 ) -> dict[str, Any]:
-    """Every compile-time argument of `grca_kernel`; `element_type` is fp16, bf16 or fp32."""
+    """Every compile-time argument of `grca_kernel`; `element_type` is fp16, bf16 or fp32; T as for `text_blocks`."""
     text_block, text_rest = text_blocks(text_tokens)
     return {
         "SCALE": math.log2(math.e) / math.sqrt(head_size),
-        "TEXT_TOKENS": text_tokens,
+        "TEXT_TOKENS": text_tokens if text_block else 0,
         "TEXT_BLOCK": text_block,
         "TEXT_REST": text_rest,
         "HEAD_SIZE": head_size,
@@ -75,18 +78,19 @@ def grid_shape(rows: Any, query_tokens: Any, heads: int, tiles: GrcaTiles) -> tu
     return (heads, chunks, rows) if tiles.heads_first else (chunks, heads, rows)
 
 
-def packed_integers(query_tokens: Any, ref_tokens: Any, text_tokens: int, heads: int, head_size: int) -> dict[str, Any]:
-    """Run-time integers of `grca_kernel` in its order, for contiguous tensors; S and R may be symbols as above."""
+def packed_integers(query_tokens: Any, ref_tokens: Any, text_tokens: Any, heads: int, head_size: int) -> dict[str, Any]:
+    """Run-time integers of `grca_kernel` in its order, for contiguous tensors; S, R and T may be symbols as above."""
     width = heads * head_size
     return {
         "query_tokens": query_tokens,
         "ref_tokens": ref_tokens,
         "q_stride_b": query_tokens * width // ALIGNED_STRIDE,
         "q_stride_h": head_size // ALIGNED_STRIDE,
-        "text_stride_p": 2 * text_tokens * width // ALIGNED_STRIDE,
+        "text_stride_p": text_tokens * (2 * width) // ALIGNED_STRIDE,
         "text_stride_kv": text_tokens * width // ALIGNED_STRIDE,
         "ref_stride_g": ref_tokens * (2 * width) // ALIGNED_STRIDE,
         "ref_stride_kv": ref_tokens * width // ALIGNED_STRIDE,
         "out_stride_b": query_tokens * width // ALIGNED_STRIDE,
         "out_stride_h": head_size // ALIGNED_STRIDE,
+        "text_tokens": text_tokens,
     }

@@ -7,8 +7,10 @@ For the queries q of one row b and head h (letters as in DESIGN.md)
 with two separate softmaxes, both in fp32. A program takes `TILES` tiles of `BLOCK_M` queries of one row and head. The
 reference tokens of a row are `full_tokens`, a multiple of BLOCK_N that needs no mask and is streamed, and a ragged end
 of 1 to BLOCK_N tokens. What is the same for all tiles of a program, the text and the ragged end, is loaded before the
-loop over them, so that the compiler keeps it in shared memory. The text (at most 128 tokens) is never split: its scores
-fit in registers, so its weights are normalized before their product, and text and references share one accumulator.
+loop over them, so that the compiler keeps it in shared memory. A text whose tokens are known at compile time, 128 at
+most, as of one chunk of a prompt, is never split: its scores fit in registers, so its weights are normalized before
+their product, and text and references share one accumulator. Any other text is streamed with a running maximum; how
+many tokens it has, is known at run time alone.
 
 The streamed part is a softmax without a running maximum. Its shift is fixed beforehand: the largest score of the ragged
 end plus some headroom. A softmax doesn't depend on its shift, so the result is exact unless a weight overflows; the sum
@@ -38,6 +40,7 @@ RUN_TIME_INTEGERS = (
     "ref_stride_kv",
     "out_stride_b",
     "out_stride_h",
+    "text_tokens",
 )
 
 
@@ -133,7 +136,7 @@ def _joint_weights(scores, more_scores, SCALE: tl.constexpr):
 @triton.jit
 def _tile(
     queries, rest_keys, rest_values, text_keys, text_values, more_keys, more_values,
-    text_k, text_v, ref_k, ref_v, full_tokens, length,
+    text_k, text_v, text_tokens, ref_k, ref_v, full_tokens, length,
     TEXT_STRIDE: tl.constexpr, REF_STRIDE: tl.constexpr, SCALE: tl.constexpr, TEXT_TOKENS: tl.constexpr,
     TEXT_BLOCK: tl.constexpr, TEXT_REST: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_REST: tl.constexpr, STREAM: tl.constexpr,
@@ -175,11 +178,11 @@ def _tile(
         row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
         row_sum = tl.zeros([BLOCK_M], tl.float32)
         text_part = tl.zeros([BLOCK_M, HEAD_SIZE], tl.float32)
-        for first in range(0, TEXT_TOKENS, BLOCK_N):
-            keys = _load_tokens(text_k, first, TEXT_TOKENS, TEXT_STRIDE, BLOCK_N, HEAD_SIZE, True)
-            values = _load_tokens(text_v, first, TEXT_TOKENS, TEXT_STRIDE, BLOCK_N, HEAD_SIZE, True)
+        for first in range(0, text_tokens, BLOCK_N):
+            keys = _load_tokens(text_k, first, text_tokens, TEXT_STRIDE, BLOCK_N, HEAD_SIZE, True)
+            values = _load_tokens(text_v, first, text_tokens, TEXT_STRIDE, BLOCK_N, HEAD_SIZE, True)
             row_max, row_sum, text_part = _attend(
-                queries, keys, values, first, TEXT_TOKENS, row_max, row_sum, text_part, SCALE, BLOCK_N, True
+                queries, keys, values, first, text_tokens, row_max, row_sum, text_part, SCALE, BLOCK_N, True
             )
         accumulator += text_part / row_sum[:, None]
     return accumulator
@@ -195,7 +198,7 @@ def _store_tile(out, start, query_tokens, result, STRIDE: tl.constexpr, BLOCK_M:
 @triton.jit
 def _tiles(
     q, out, queries, first_query, last_query, query_tokens, text_keys, text_values, more_keys, more_values,
-    text_k, text_v, ref_k, ref_v, full_tokens, length,
+    text_k, text_v, text_tokens, ref_k, ref_v, full_tokens, length,
     Q_STRIDE: tl.constexpr, TEXT_STRIDE: tl.constexpr, REF_STRIDE: tl.constexpr, OUT_STRIDE: tl.constexpr,
     SCALE: tl.constexpr, TEXT_TOKENS: tl.constexpr, TEXT_BLOCK: tl.constexpr, TEXT_REST: tl.constexpr,
     HEAD_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_REST: tl.constexpr,
@@ -208,7 +211,7 @@ def _tiles(
     if TILES == 1:
         result = _tile(
             queries, rest_keys, rest_values, text_keys, text_values, more_keys, more_values,
-            text_k, text_v, ref_k, ref_v, full_tokens, length,
+            text_k, text_v, text_tokens, ref_k, ref_v, full_tokens, length,
             TEXT_STRIDE, REF_STRIDE, SCALE, TEXT_TOKENS, TEXT_BLOCK, TEXT_REST, HEAD_SIZE, BLOCK_M, BLOCK_N,
             BLOCK_REST, STREAM, LIMIT,
         )  # fmt: skip
@@ -223,7 +226,7 @@ def _tiles(
                 tile_queries = _load_tokens(q, start, query_tokens, Q_STRIDE, BLOCK_M, HEAD_SIZE, True)
             result = _tile(
                 tile_queries, rest_keys, rest_values, text_keys, text_values, more_keys, more_values,
-                text_k, text_v, ref_k, ref_v, full_tokens, length,
+                text_k, text_v, text_tokens, ref_k, ref_v, full_tokens, length,
                 TEXT_STRIDE, REF_STRIDE, SCALE, TEXT_TOKENS, TEXT_BLOCK, TEXT_REST, HEAD_SIZE, BLOCK_M, BLOCK_N,
                 BLOCK_REST, STREAM, LIMIT,
             )  # fmt: skip
@@ -233,7 +236,7 @@ def _tiles(
 @triton.jit
 def _rows(
     q, out, queries, first_query, last_query, query_tokens, text_keys, text_values, more_keys, more_values,
-    text_k, text_v, ref_k, ref_v, full_tokens, length,
+    text_k, text_v, text_tokens, ref_k, ref_v, full_tokens, length,
     Q_STRIDE: tl.constexpr, TEXT_STRIDE: tl.constexpr, REF_STRIDE: tl.constexpr, OUT_STRIDE: tl.constexpr,
     SCALE: tl.constexpr, TEXT_TOKENS: tl.constexpr, TEXT_BLOCK: tl.constexpr, TEXT_REST: tl.constexpr,
     HEAD_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -243,14 +246,14 @@ def _rows(
     if length - full_tokens <= SHORT_BLOCK:
         _tiles(
             q, out, queries, first_query, last_query, query_tokens, text_keys, text_values, more_keys, more_values,
-            text_k, text_v, ref_k, ref_v, full_tokens, length,
+            text_k, text_v, text_tokens, ref_k, ref_v, full_tokens, length,
             Q_STRIDE, TEXT_STRIDE, REF_STRIDE, OUT_STRIDE, SCALE, TEXT_TOKENS, TEXT_BLOCK, TEXT_REST,
             HEAD_SIZE, BLOCK_M, BLOCK_N, SHORT_BLOCK, TILES, PREFETCH, STREAM, LIMIT,
         )  # fmt: skip
     else:
         _tiles(
             q, out, queries, first_query, last_query, query_tokens, text_keys, text_values, more_keys, more_values,
-            text_k, text_v, ref_k, ref_v, full_tokens, length,
+            text_k, text_v, text_tokens, ref_k, ref_v, full_tokens, length,
             Q_STRIDE, TEXT_STRIDE, REF_STRIDE, OUT_STRIDE, SCALE, TEXT_TOKENS, TEXT_BLOCK, TEXT_REST,
             HEAD_SIZE, BLOCK_M, BLOCK_N, BLOCK_N, TILES, PREFETCH, STREAM, LIMIT,
         )  # fmt: skip
@@ -264,6 +267,7 @@ def grca_kernel(
     text_stride_p, text_stride_kv,
     ref_stride_g, ref_stride_kv,
     out_stride_b, out_stride_h,
+    text_tokens,
     out,
     SCALE: tl.constexpr, TEXT_TOKENS: tl.constexpr, TEXT_BLOCK: tl.constexpr, TEXT_REST: tl.constexpr,
     HEAD_SIZE: tl.constexpr, STRIDE_UNIT: tl.constexpr,
@@ -274,7 +278,8 @@ def grca_kernel(
     """Grid (ceil(S / (TILES·BLOCK_M)), H, B), the first two swapped if HEADS_FIRST.
 
     Shapes: q, out [B, S, H, D]; text_kv [P, 2, T, H·D]; ref_kv [G, 2, R, H·D], all with stride 1 in the last dimension;
-    text_row, ref_row [B] int32; ref_length [G] int32. The strides between tokens are compile-time constants in elements
+    text_row, ref_row [B] int32; ref_length [G] int32. T is text_tokens, and TEXT_TOKENS too where it is compiled in
+    (else that and the blocks that cover it are 0). The strides between tokens are compile-time constants in elements
     (they depend on the layer's width alone); the others are counted in units of STRIDE_UNIT elements: a unit of 8 tells
     the compiler that rows start at multiples of 16 bytes, whatever the run-time value. The arguments stand in the order
     that a TensorRT plugin passes them in: inputs, integers, outputs.
@@ -321,14 +326,14 @@ def grca_kernel(
     if full_tokens == 0:
         _rows(
             q, out, queries, first_query, last_query, query_tokens, text_keys, text_values, more_keys, more_values,
-            text_k, text_v, ref_k, ref_v, full_tokens, length,
+            text_k, text_v, text_tokens, ref_k, ref_v, full_tokens, length,
             Q_STRIDE, TEXT_STRIDE, REF_STRIDE, OUT_STRIDE, SCALE, TEXT_TOKENS, TEXT_BLOCK, TEXT_REST,
             HEAD_SIZE, BLOCK_M, BLOCK_N, TILES, PREFETCH, False, LIMIT,
         )  # fmt: skip
     else:
         _rows(
             q, out, queries, first_query, last_query, query_tokens, text_keys, text_values, more_keys, more_values,
-            text_k, text_v, ref_k, ref_v, full_tokens, length,
+            text_k, text_v, text_tokens, ref_k, ref_v, full_tokens, length,
             Q_STRIDE, TEXT_STRIDE, REF_STRIDE, OUT_STRIDE, SCALE, TEXT_TOKENS, TEXT_BLOCK, TEXT_REST,
             HEAD_SIZE, BLOCK_M, BLOCK_N, TILES, PREFETCH, True, LIMIT,
         )  # fmt: skip

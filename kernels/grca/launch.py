@@ -93,6 +93,7 @@ def launch_arguments(
     Arguments as those of `grca_triton`, already checked; `out` has stride 1 in its last dimension.
     """
     rows, query_tokens, heads, head_size = q.shape
+    text_tokens = text_kv.shape[2]
     aligned = all(
         stride % ALIGNED_STRIDE == 0 for tensor in (q, text_kv, ref_kv, out) for stride in tensor.stride()[:-1]
     )
@@ -107,11 +108,12 @@ def launch_arguments(
         *(q, text_kv, text_row, ref_kv, ref_row, ref_length),
         *(query_tokens, ref_kv.shape[2]),
         *(stride // unit for stride in outer),
+        text_tokens,
         out,
     )
     # int() fixes what a compiler may have made symbolic: these are compile-time constants of the kernel.
     strides = TokenStrides(int(q.stride(1)), int(text_kv.stride(2)), int(ref_kv.stride(2)), int(out.stride(1)))
-    keywords = constants(int(text_kv.shape[2]), int(head_size), ELEMENT_TYPES[q.dtype], unit, strides, tiles)
+    keywords = constants(text_tokens, int(head_size), ELEMENT_TYPES[q.dtype], unit, strides, tiles)
     keywords |= tiles.options()
     return grid_shape(rows, query_tokens, heads, tiles), arguments, keywords
 

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any, Final
 
 import torch
@@ -14,6 +15,14 @@ LATENT_MULTIPLE: Final = 4
 _LATENT_SIZES: Final = ("h", "w")
 
 
+def least_factors(spec: NetworkSpec) -> dict[str, Fraction]:
+    """Of each letter in a network's inputs, the smallest multiple of it that is a dimension."""
+    found: dict[str, Fraction] = {}
+    for factor, letter in (split_dim(dim) for tensor in spec.inputs for dim in tensor.shape if isinstance(dim, str)):
+        found[letter] = min(factor, found.get(letter, factor))
+    return found
+
+
 def dynamic_shapes(spec: NetworkSpec, module: nn.Module, ranges: Mapping[str, Range]) -> tuple[Any, ...]:
     """The `dynamic_shapes` argument of torch.export for a network of the contract.
 
@@ -23,20 +32,20 @@ def dynamic_shapes(spec: NetworkSpec, module: nn.Module, ranges: Mapping[str, Ra
         ranges: of every letter that the inputs have; a letter whose range is one value becomes a constant.
     """
     free: dict[str, Any] = {}
-    for letter in {split_dim(dim)[1] for tensor in spec.inputs for dim in tensor.shape if isinstance(dim, str)}:
+    steps = dict.fromkeys(_LATENT_SIZES, Fraction(LATENT_MULTIPLE))  # that a free dimension counts in
+    for letter, factor in least_factors(spec).items():
+        # a compiler takes a letter of 1 for a constant, though 77 of it are none: so T = 77·M is free itself
+        step = steps.setdefault(letter, 1 / factor)
         low, high = ranges[letter].minimum, ranges[letter].maximum
-        if low < high and letter in _LATENT_SIZES:
-            low, high = low // LATENT_MULTIPLE, high // LATENT_MULTIPLE
-            free[letter] = torch.export.Dim(f"{letter}_quarter", min=low, max=high)
-        elif low < high:
-            free[letter] = torch.export.Dim(letter, min=low, max=high)
+        if low < high:
+            free[letter] = torch.export.Dim(f"{letter}_free", min=int(low / step), max=int(high / step))
 
     def axes(tensor: TensorSpec) -> dict[int, Any]:
         found = {}
         for axis, dim in enumerate(tensor.shape):
             factor, letter = split_dim(dim) if isinstance(dim, str) else (0, "")
             if letter in free:
-                times = int(factor * (LATENT_MULTIPLE if letter in _LATENT_SIZES else 1))
+                times = int(factor * steps[letter])
                 found[axis] = free[letter] if times == 1 else times * free[letter]
         return found
 

@@ -1,6 +1,7 @@
 """The kernel as a TensorRT plugin embeds it: its PTX with the declared arguments, through the CUDA driver API."""
 
 import ctypes
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,11 +24,11 @@ def _checked(result):
 
 def launch(kernel: "EmbeddedKernel", function, arguments: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
     """One launch with exactly the arguments, grid and block that the plugin declares."""
-    q, _, _, ref_kv, _, _ = arguments
+    q, text_kv, _, ref_kv, _, _ = arguments
     tensors = dict(zip(("q", "text_kv", "text_row", "ref_kv", "ref_row", "ref_length"), arguments, strict=True))
     tensors["out"] = out
     of_name = {name: tensor.data_ptr() for name, tensor in tensors.items()}
-    of_name |= kernel.integers(q.shape[1], ref_kv.shape[2])
+    of_name |= kernel.integers(q.shape[1], ref_kv.shape[2], text_kv.shape[2])
     values = tuple(of_name[argument.name] for argument in kernel.arguments)
     types = tuple(ctypes.c_int32 if argument.type == "i32" else ctypes.c_void_p for argument in kernel.arguments)
     grid = kernel.grid(q.shape[0], q.shape[1])
@@ -37,19 +38,23 @@ def launch(kernel: "EmbeddedKernel", function, arguments: tuple[torch.Tensor, ..
 
 @pytest.mark.parametrize("heads", [10, 20])
 @pytest.mark.parametrize("form", ["ptx", "cubin"])
-def test_declared_launch_agrees_with_the_reference(heads: int, form: str) -> None:
+@pytest.mark.parametrize(("compiled_for", "texts"), [(77, (77,)), (None, (77, 154, 231))])
+def test_declared_launch_agrees_with_the_reference(
+    heads: int, form: str, compiled_for: int | None, texts: tuple[int, ...]
+) -> None:
     torch.zeros(1, device="cuda")
     major, minor = torch.cuda.get_device_capability()
-    kernel = compile_kernel(10 * major + minor, heads, 64, "fp16", 77)
+    kernel = compile_kernel(10 * major + minor, heads, 64, "fp16", compiled_for)
     assert kernel.shared_bytes <= 48 * 1024
     image = kernel.ptx.encode() + b"\0" if form == "ptx" else assemble(kernel.ptx, 10 * major + minor)
     module = _checked(driver.cuModuleLoadData(image))
     function = _checked(driver.cuModuleGetFunction(module, kernel.entry.encode()))
-    for case in (
+    cases = (
         Case(16, 1024, heads, 64, 77, 64, (4, 64)),
         Case(2, 4096, heads, 64, 77, 400, (4, 400)),
         Case(3, 100, heads, 64, 77, 13, (13, 1), poison=True),
-    ):
+    )
+    for case in (replace(case, text_tokens=text) for case in cases for text in texts):
         arguments = tuple(tensor.contiguous() for tensor in inputs(case, torch.float16, "cuda"))
         out = torch.full_like(arguments[0], float("nan"))
         launch(kernel, function, arguments, out)

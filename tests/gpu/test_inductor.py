@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,9 @@ import pytest
 import torch
 
 from storyadapter import Checkpoint, RunPlan, Story, StoryPipeline
+from storyadapter.engine.backends import BACKENDS
 from storyadapter.engine.graphs import GraphStepRunner
-from storyadapter.engine.opening import open_networks
+from storyadapter.engine.opening import build_engine, open_networks
 from storyadapter.method.events import FrameFinished, IterationFinished, StepFinished
 from storyadapter.model.contract import Range, ShapeRanges
 from storyadapter.model.networks import Networks
@@ -37,9 +39,9 @@ def told_when_the_host_waits() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("default")
 
 
-def draw(networks: Networks, checkpoint: Checkpoint, plan: RunPlan = PLAN) -> list[np.ndarray]:
+def draw(networks: Networks, checkpoint: Checkpoint, plan: RunPlan = PLAN, story: Story = STORY) -> list[np.ndarray]:
     pipeline = StoryPipeline(networks, checkpoint.load_tokenizers())
-    return [np.asarray(e.picture) for e in pipeline.run(STORY, plan) if isinstance(e, FrameFinished)]
+    return [np.asarray(e.picture) for e in pipeline.run(story, plan) if isinstance(e, FrameFinished)]
 
 
 def decibels(one: np.ndarray, other: np.ndarray) -> float:
@@ -52,6 +54,22 @@ def test_draws_what_eager_draws(networks: Networks, checkpoint: Checkpoint) -> N
     assert len(drawn) == 9
     # a GPU's convolutions take their factors in TF32
     assert min(decibels(one, other) for one, other in zip(drawn, expected, strict=True)) >= 40
+
+
+def test_an_engine_for_longer_prompts_draws_what_eager_draws(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    ranges, numerics = replace(RANGES, max_prompt_chunks=3), checkpoint.geometry.numerics("fp32")
+    build_engine(checkpoint, BACKENDS["inductor"].identity(checkpoint, numerics), ranges, engine_dir=tmp_path)
+    words = " ".join(f"a red fox number {n} runs in the snow" for n in range(6))
+    # of three chunks, two and one
+    story = Story((f"{words}, then it sleeps under the sea", words[:130], "a small owl"), style="none")
+    plan = replace(PLAN, prompt_chunks="auto", negative_prompt="blurry")
+    eager = open_networks(checkpoint, device="cpu")
+    expected = draw(eager, checkpoint, plan, story)
+    cut = draw(eager, checkpoint, replace(plan, prompt_chunks="1"), story)
+    opened = open_networks(checkpoint, backend="inductor", numerics=numerics, ranges=ranges, engine_dir=tmp_path)
+    drawn = draw(opened, checkpoint, plan, story)
+    assert min(decibels(one, other) for one, other in zip(drawn, expected, strict=True)) >= 40
+    assert max(decibels(one, other) for one, other in zip(cut[:2], expected, strict=False)) < 30  # the words are read
 
 
 def test_steps_are_captured_once_per_shape(networks: Networks, checkpoint: Checkpoint) -> None:

@@ -24,6 +24,8 @@ CASES = {
     "text of 16": Case(2, 33, 2, 32, 16, 40, (40, 9)),
     "text of 128": Case(2, 33, 1, 32, 128, 40, (40, 9)),
     "long text": Case(2, 33, 1, 64, 150, 65, (65, 1)),
+    "two chunks": Case(4, 70, 2, 64, 154, 48, (4, 48)),
+    "three chunks": Case(3, 33, 2, 64, 231, 40, (40, 9), layout="sliced"),
     "odd strides": Case(3, 33, 2, 64, 3, 100, (100, 41), layout="padded"),
     "sliced": Case(3, 33, 2, 32, 77, 50, (50, 4), layout="sliced"),
     "NaN in the padding": Case(3, 40, 2, 32, 77, 90, (4, 50), poison=True),

@@ -12,6 +12,7 @@ from storyadapter.kernels.grca.aot import (  # noqa: E402
     SHARED_MEMORY_LIMIT,
     AheadOfTimeError,
     EmbeddedKernel,
+    KernelArgument,
     check_resources,
     compile_kernel,
     strip_hidden_parameters,
@@ -40,7 +41,7 @@ def test_embedded_kernel_is_what_it_declares(capability: int) -> None:
     assert [parameter.split()[1] for parameter in _parameters(kernel)] == [
         PTX_TYPES[argument.type] for argument in kernel.arguments
     ]
-    assert [argument.kind for argument in kernel.arguments] == ["input"] * 6 + ["integer"] * 10 + ["output"]
+    assert [argument.kind for argument in kernel.arguments] == ["input"] * 6 + ["integer"] * 11 + ["output"]
     assert re.search(rf"\.(maxntid|reqntid) {kernel.block[0]}\b", kernel.ptx)
     assert kernel.shared_bytes <= DEFAULT_SHARED_MEMORY
     assert assemble(kernel.ptx, capability).startswith(ELF)
@@ -48,13 +49,27 @@ def test_embedded_kernel_is_what_it_declares(capability: int) -> None:
     assert ".loc" not in kernel.ptx and ".file" not in kernel.ptx
 
 
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 120])
+def test_a_text_of_any_length_is_streamed_within_48_kb(capability: int) -> None:
+    kernel = compile_kernel(capability, 10, 64, "fp16", None)
+    assert kernel.shared_bytes <= DEFAULT_SHARED_MEMORY
+    assert assemble(kernel.ptx, capability).startswith(ELF)
+    # what is known when it's compiled isn't read: the code for one chunk is that of a kernel without the argument
+    index = kernel.arguments.index(KernelArgument("text_tokens", "integer", "i32"))
+    one_chunk = compile_kernel(capability, 10, 64, "fp16", 77)
+    assert [f"[grca_kernel_param_{index}]" in ptx for ptx in (kernel.ptx, one_chunk.ptx)] == [True, False]
+    if capability == 90:
+        assert kernel.ptx == compile_kernel(capability, 10, 64, "fp16", 231).ptx != one_chunk.ptx
+
+
 @pytest.mark.parametrize(
     ("capability", "head_size", "element_type", "heads"),
     [(89, 64, "fp16", 10), (89, 32, "fp32", 2)],
 )
 def test_launched_tiles_fit_shared_memory(capability: int, head_size: int, element_type: str, heads: int) -> None:
-    kernel = compile_kernel(capability, heads, head_size, element_type, 77, embedded=False)
-    assert 0 < kernel.shared_bytes <= SHARED_MEMORY_LIMIT[capability]
+    for text_tokens in (77, 154):
+        kernel = compile_kernel(capability, heads, head_size, element_type, text_tokens, embedded=False)
+        assert 0 < kernel.shared_bytes <= SHARED_MEMORY_LIMIT[capability]
 
 
 def test_shapes_give_the_integers_of_contiguous_tensors() -> None:

@@ -7,14 +7,16 @@ import torch
 
 from tests.kernels.grca_cases import TOLERANCE, Case, inputs
 
-pytest.importorskip("triton", reason="needs Triton")
+triton = pytest.importorskip("triton", reason="needs Triton")
 
+from storyadapter.kernels import launching  # noqa: E402
 from storyadapter.kernels.grca.arguments import text_blocks  # noqa: E402
 from storyadapter.kernels.grca.kernel import RUN_TIME_INTEGERS, grca_kernel  # noqa: E402
 from storyadapter.kernels.grca.launch import check_arguments, launch_arguments  # noqa: E402
 from storyadapter.kernels.tiles import GRCA  # noqa: E402
 from tests.kernels.interpreted import CASES, VARIANTS  # noqa: E402
 from tests.kernels.interpreter_process import interpret  # noqa: E402
+from tests.kernels.mlp_compilation import AbsentDriver, captured_graph  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +130,31 @@ def test_one_compilation_over_batch_banks_and_reference_counts() -> None:
     }
     assert len(found) == 1
     assert len({_specialization(Case(2, 16, heads, 64, 77, 4)) for heads in (2, 4)}) == 2  # the count can see a second
+
+
+def test_one_compilation_for_one_chunk_and_one_for_all_longer_texts() -> None:
+    found = [_specialization(Case(2, 16, 2, 64, 77 * chunks, 4)) for chunks in (1, 2, 3, 16)]
+    assert found[0] != found[1] and len(set(found[1:])) == 1
+
+
+@pytest.mark.parametrize("free", [False, True])
+def test_a_compiler_sees_one_launch_with_the_text_compiled_in_or_free(
+    free: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launching, "interpreted", lambda _: True)  # lets a fake CPU tensor stand for a CUDA one
+    monkeypatch.setattr(triton.runtime.driver, "_active", AbsentDriver())
+    arguments = inputs(Case(4, 16, 2, 64, 77, 8, (4, 8)), torch.float16)
+    if not free:
+        torch._dynamo.mark_static(arguments[1], 2)
+    graph = captured_graph(torch.ops.storyadapter.grca_triton, arguments)
+    (node,) = (node for node in graph.nodes if "triton_kernel_wrapper" in str(node.target))
+    given = node.kwargs["kwargs"]
+    if free:
+        text = given["text_kv"].meta["val"].shape[2]
+        assert isinstance(text, torch.SymInt) and given["text_tokens"].meta["val"].node.expr == text.node.expr
+        assert given["TEXT_TOKENS"] == given["TEXT_BLOCK"] == given["TEXT_REST"] == 0
+    else:
+        assert [given[name] for name in ("text_tokens", "TEXT_TOKENS", "TEXT_BLOCK", "TEXT_REST")] == [77, 77, 64, 16]
 
 
 def test_run_time_integers_are_the_ones_of_the_kernel() -> None:

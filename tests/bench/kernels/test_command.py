@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,10 @@ def test_costs_of_a_case_by_hand() -> None:
     assert case.exponentials == 10 * 2 * (2 * 81 + 2 * 89)
     assert case.operations == 4 * 32 * case.exponentials
     assert case.bytes_moved(2) == 2 * (2 * 4 * 10 * 64 + 2 * 64 * (3 * 77 + 4 + 12))
+    long = replace(case, chunks=3)
+    assert long.exponentials == 10 * 2 * (2 * (231 + 4) + 2 * (231 + 12))
+    assert long.bytes_moved(2) == 2 * (2 * 4 * 10 * 64 + 2 * 64 * (3 * 231 + 4 + 12))
+    assert case.cells == ["hand", "4", "3"] and long.cells == ["hand, 3 chunks", "4", "3"]
     geglu = GegluCase(M=3, K=5, N=7)
     assert geglu.operations == 2 * 3 * 5 * 14
     assert geglu.bytes_moved(2) == 2 * (3 * 5 + 14 * 5 + 14 + 3 * 7)
@@ -98,9 +103,9 @@ def test_costs_of_a_case_by_hand() -> None:
 
 
 def test_baselines_get_the_same_function() -> None:
-    from storyadapter.bench.kernels.cases import SMOKE_CASES
+    from storyadapter.bench.kernels.cases import SMOKE_CASES, GrcaCase, LayerShape
 
-    for case in SMOKE_CASES:
+    for case in (*SMOKE_CASES, GrcaCase(LayerShape("long", 32, 1, 32), 4, 3, chunks=3)):
         inputs = case.inputs(torch.float32, torch.device("cpu"), 0)
         for baseline in case.baselines():
             if not baseline.cuda_only:

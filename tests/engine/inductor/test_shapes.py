@@ -13,6 +13,7 @@ from storyadapter.bench.synthetic import SDXL
 from storyadapter.engine.inductor.fusion import channels_last
 from storyadapter.engine.inductor.shapes import compiled_ranges, cut, doubled, example_sizes
 from storyadapter.model.contract import Range, ShapeRanges, network_specs
+from storyadapter.model.dynamic_shapes import dynamic_shapes
 from storyadapter.model.examples import example_inputs
 from storyadapter.model.unet import Upsample
 
@@ -34,6 +35,24 @@ def test_every_size_of_the_contract_is_compiled_or_one_that_is_doubled(frames: i
         assert value.minimum <= letters[letter].minimum + 1
     for device in (torch.device("cpu"), torch.device("cuda")):
         assert all(example_sizes(compiled, device)[letter] in compiled[letter] for letter in compiled)
+
+
+@pytest.mark.parametrize("name", ["text_projection", "denoiser", "control_projection_0", "controlnet_0"])
+def test_texts_of_one_chunk_are_compiled_with_longer_ones_and_never_doubled(name: str) -> None:
+    letters = ShapeRanges(4, 8, FIXED, FIXED, 3).letters()
+    ranges = compiled_ranges(SPECS[name], letters)
+    assert ranges["M"] == Range(1, 3)
+    (dims,) = dynamic_shapes(SPECS[name], AnyInputs(), ranges)
+    texts = [(tensor, axis) for tensor, spec in enumerate(SPECS[name].inputs) for axis in range(len(spec.shape))
+             if spec.shape[axis] == "77*M"]  # fmt: skip
+    free = [dims[tensor][axis] for tensor, axis in texts]
+    assert len(free) == 2 and free[0] is free[1] and (free[0].min, free[0].max) == (77, 231)
+
+
+class AnyInputs(torch.nn.Module):
+    """A module whose inputs have no names."""
+
+    def forward(self, *tensors: torch.Tensor) -> None: ...
 
 
 def test_a_convolution_compiled_for_16_rows_on_a_cpu_takes_fewer(tmp_path: Path) -> None:

@@ -41,14 +41,17 @@ def plain(value: Symbol | int) -> int:
 
 @pytest.mark.parametrize(("dtype", "heads"), [("HALF", 10), ("BF16", 20)])
 @pytest.mark.parametrize("sizes", [(2, 1024, 64), (16, 4096, 400), (1, 1, 1), (3, 77, 13)])
-def test_the_launch_in_symbols_is_the_kernels(dtype: str, sizes: tuple[int, int, int], heads: int) -> None:
+@pytest.mark.parametrize("text", [77, Symbol(77), Symbol(231)], ids=str)
+def test_the_launch_in_symbols_is_the_kernels(
+    dtype: str, sizes: tuple[int, int, int], heads: int, text: int | Symbol
+) -> None:
     rows, queries, references = sizes
-    fixed = {"H": heads, "D": 64, "T": 77}
+    fixed = {"H": heads, "D": 64, "T": text}
     letters = {"B": Symbol(rows), "S": Symbol(queries), "R": Symbol(references), **fixed}
     launch = plan_launch(90, dtype, letters)
     kernel = launch.kernel
     assert tuple(map(plain, launch.grid)) == kernel.grid(rows, queries)
-    expected = kernel.integers(queries, references)
+    expected = kernel.integers(queries, references, plain(text))
     assert [plain(value) for value in launch.integers] == list(expected.values())
     assert list(expected) == [argument.name for argument in kernel.arguments if argument.kind == "integer"]
     assert launch.block == kernel.block
@@ -63,8 +66,8 @@ def test_other_types_and_unknown_widths_are_refused() -> None:
     letters = {"B": 1, "S": 1, "R": 1, "H": 10, "D": 64, "T": 77}
     with pytest.raises(PluginError, match="^q is FLOAT; expected HALF or BF16$"):
         plan_launch(90, "FLOAT", letters)
-    with pytest.raises(PluginError, match="^T is not known when the engine is built; expected a number$"):
-        plan_launch(90, "HALF", letters | {"T": Symbol(77)})
+    with pytest.raises(PluginError, match="^D is not known when the engine is built; expected a number$"):
+        plan_launch(90, "HALF", letters | {"D": Symbol(64)})
     with pytest.raises(ValueError, match="capability is 70"):
         plan_launch(70, "HALF", letters)
 
