@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
@@ -111,7 +110,7 @@ def test_pictures_are_diffusers(pipeline: StoryPipeline, tiny_model_dir: Path) -
         assert max(errors_of_frames(mine, expected)) < TIGHT
     cut = draw(pipeline, replace(PLAN, prompt_chunks="1"))
     assert errors_of_frames(cut[0][:1], ours[0][:1])[0] > 10 * TIGHT
-    assert np.array_equal(np.asarray(cut[0][1]), np.asarray(ours[0][1]))  # a short prompt is read as ever
+    assert errors_of_frames(cut[0][1:], ours[0][1:])[0] < TIGHT  # a short prompt is read as ever
 
 
 def test_a_frames_chunks_are_its_own(pipeline: StoryPipeline) -> None:
