@@ -163,6 +163,10 @@ class TensorRTNetwork:
         self._config.set_execution_context_allocation_strategy(
             self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
         )
+        # by default another kernel runs until those for these shapes are compiled beside it: the same call would give
+        # other bytes later, and a graph that is captured meanwhile would keep the slower kernels
+        eager = self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        self._config.dynamic_shapes_kernel_specialization_strategy = eager
         self._cache = self._config.create_runtime_cache()
         if path.is_file():
             self.runtime_cache_was_read = bool(self._cache.deserialize(path.read_bytes()))

@@ -92,3 +92,13 @@ def test_fp32_is_refused(built: Callable[[Precision], Built]) -> None:
     told = "^backend tensorrt can't serve here: it can't run in fp32; expected --precision fp16 or bf16$"
     with raises_typed(UnavailableError, match=told):
         open_networks(built("fp16").checkpoint, backend="tensorrt")
+
+
+def test_what_a_session_sets_is_there() -> None:
+    """Python sets a misspelt attribute as well; no engine can be opened here to see what comes of it."""
+    import tensorrt_rtx
+
+    assert isinstance(tensorrt_rtx.IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy, property)
+    assert "EAGER" in tensorrt_rtx.DynamicShapesKernelSpecializationStrategy.__members__
+    for name in ("set_execution_context_allocation_strategy", "create_runtime_cache", "set_runtime_cache"):
+        assert callable(getattr(tensorrt_rtx.IRuntimeConfig, name))
