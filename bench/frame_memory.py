@@ -39,4 +39,6 @@ class FrameMemory:
         done.set_result(None)
         return done
 
-    def finish_iteration(self, iteration: int, seconds: Mapping[str, float], split: Sequence[int]) -> None: ...
+    def finish_iteration(
+        self, iteration: int, seconds: Mapping[str, float], split: Sequence[int], decoded_again: Sequence[int] = ()
+    ) -> None: ...

@@ -136,7 +136,11 @@ def open_networks(
         else:
             with _hashed_while_read(checkpoint, weights):
                 networks = chosen.open(request)
-        networks = replace(networks, explain_not_finite=partial(explain_not_finite, checkpoint, numerics))
+        networks = replace(
+            networks,
+            explain_not_finite=partial(explain_not_finite, checkpoint),
+            load_fp32=partial(_load_fp32, checkpoint, weights, own_device),
+        )
     except BaseException:
         if engine is not None:
             release()
@@ -145,6 +149,15 @@ def open_networks(
         weakref.finalize(networks, release)
         note_use(engine.folder, weights.key, checkpoint.label)
     return networks
+
+
+def _load_fp32(checkpoint: Checkpoint, weights: ModelWeights, device: torch.device, name: str) -> Networks:
+    """See `Networks.load_fp32`."""
+    from storyadapter.engine.eager.networks import open_fp32  # imports diffusers, which a run can do without
+
+    if model_weights(checkpoint) != weights:
+        raise CheckpointError(f"a file of {checkpoint.label} was changed while it was in use")
+    return open_fp32(checkpoint, device, name)
 
 
 def _check_quantized(checkpoint: Checkpoint, numerics: Numerics) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 from storyadapter.checkpoint.tensor_files import read_tensors
 from storyadapter.method.errors import Field, Text
 from storyadapter.model.contract import controlnet_name
-from storyadapter.model.numerics import DTYPE_NAMES, Numerics, finer_precision
+from storyadapter.model.numerics import DTYPE_NAMES, Precision, finer_precision
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,15 +23,16 @@ _PARTS: Final = {
 _WITH_LORAS: Final = ("unet", "text_encoder", "text_encoder_2")
 
 
-def explain_not_finite(checkpoint: "Checkpoint", numerics: Numerics, network: str) -> tuple[Text, Text]:
-    """What the weights say of a network's values that aren't finite, and what can help; reads all of them once.
+def explain_not_finite(checkpoint: "Checkpoint", network: str, precision: Precision) -> tuple[Text, Text]:
+    """What the weights say of a network's values that aren't finite in this precision, and what can help; reads all of
+    them once.
 
     Raises:
         CheckpointError: a file can't be read any more.
     """
     import torch
 
-    part, precision = _PARTS.get(network, network), numerics[network]
+    part = _PARTS.get(network, network)
     if network.startswith("control"):  # each has three networks
         part = controlnet_name(int(network.rpartition("_")[2]))
     dtype = getattr(torch, DTYPE_NAMES[precision])

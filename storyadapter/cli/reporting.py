@@ -3,7 +3,7 @@
 import argparse
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Final
 
@@ -162,8 +162,10 @@ class LineReporter(Reporter):
                 self._scale, self._iteration_started = scale, time.perf_counter()
             case MicroBatchHalved():
                 self.note("warning", halving_in_words(event))
-            case IterationFinished(iteration):
+            case IterationFinished(iteration, decoded_again=again):
                 self._done += 1
+                if again:
+                    self.note("warning", decoded_again_in_words(iteration, again))
                 text = f"{round_in_words(iteration, self._iterations)}: {count(self._frames, 'frame')} in "
                 text += duration(time.perf_counter() - self._iteration_started)
                 if left := self._total - self._done:
@@ -190,6 +192,11 @@ def truncation_in_words(event: PromptTruncated) -> str:
 def halving_in_words(event: MicroBatchHalved) -> str:
     which = count(len(event.frames), "frame")
     return f"iteration {event.iteration}: out of memory with {which} at once; going on with {event.max_frames}"
+
+
+def decoded_again_in_words(iteration: int, frames: Sequence[int]) -> str:
+    which = f"frame{'s' * (len(frames) > 1)} {', '.join(map(str, frames))}"
+    return f"iteration {iteration}: the VAE gave values that are not finite for {which}, decoded again in fp32"
 
 
 def round_in_words(iteration: int, iterations: int) -> str:

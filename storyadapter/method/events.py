@@ -70,7 +70,8 @@ class FrameFinished:
     """A frame of an iteration is drawn.
 
     `key`: of its job. `embedding`: its CLIP embedding, a tensor [width] fp32 on the CPU, and `latents`, a tensor
-    [4, h, w] fp16 on the CPU, where a later iteration reads them.
+    [4, h, w] fp16 on the CPU, where a later iteration reads them. `decoded_again`: whether it was decoded in fp32, as
+    the VAE's values weren't finite in its own precision.
     """
 
     iteration: int
@@ -80,6 +81,7 @@ class FrameFinished:
     key: str = ""
     embedding: Any = None
     latents: Any = None
+    decoded_again: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,12 +89,14 @@ class IterationFinished:
     """All frames of an iteration are drawn.
 
     `seconds`: by stage ("references", "denoise", "decode"), of batches that were shared with other stories the share of
-    this one; on a GPU stages overlap. `batches`: the frames of this story that were drawn together.
+    this one; on a GPU stages overlap. `batches`: the frames of this story that were drawn together. `decoded_again`:
+    see `FrameFinished`.
     """
 
     iteration: int
     seconds: dict[str, float]
     batches: tuple[Sequence[int], ...] = ()
+    decoded_again: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

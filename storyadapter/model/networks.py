@@ -74,8 +74,11 @@ class Networks:
     run_step: StepRunner = run_directly  # how a step of the denoising loop is run
     # whether reference tokens behind `ref_length` take no time, as the fused kernel reads only those before it
     padding_is_free: bool = False
-    # what a network's weights say of values of it that aren't finite, and what can help
-    explain_not_finite: Callable[[str], tuple[Text, Text]] | None = None
+    # what a network's weights say of values of it, in this precision, that aren't finite, and what can help
+    explain_not_finite: Callable[[str, Precision], tuple[Text, Text]] | None = None
+    # one of the networks alone, loaded in fp32 as plain PyTorch, for values that this one can't hold. Raises
+    # CheckpointError: a file isn't what it was, or can't be read any more
+    load_fp32: "Callable[[str], Networks] | None" = None
 
     def __getitem__(self, name: str) -> Network:
         return self.by_name[name]

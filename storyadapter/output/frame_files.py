@@ -4,10 +4,11 @@ import base64
 import binascii
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from io import BytesIO
 from math import prod
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -15,11 +16,13 @@ from PIL.PngImagePlugin import PngInfo
 from storyadapter.method.errors import Field, RunError
 from storyadapter.method.events import FrameFinished
 from storyadapter.method.story import FinalFrame
+from storyadapter.runtime.frame_store import StoredFrame
 
 JOB_TEXT: Final = "job"  # keywords of PNG text chunks
 EMBEDDING_TEXT: Final = "embedding"
 PIXELS_TEXT: Final = "pixels"
 LATENTS_TEXT: Final = "latents"
+DECODED_TEXT: Final = "decoded again in"
 _EMBEDDED: Final = 4_000  # letters of a text in a frame's file
 
 
@@ -64,14 +67,16 @@ def frame_text(frames: Sequence[FinalFrame]) -> Callable[[FrameFinished], Mappin
 
 def job_text(frame: FrameFinished) -> dict[str, str]:
     """What a frame's file says of its job: the key and, where a later iteration reads them, the embedding (fp32, little
-    endian, base64) and the latents (their sizes, then fp16 alike); and a hash of its pixels, by which a picture that
-    was put or edited into its place is known."""
+    endian, base64) and the latents (their sizes, then fp16 alike); whether it was decoded again; and a hash of its
+    pixels, by which a picture that was put or edited into its place is known."""
     text = {JOB_TEXT: frame.key, PIXELS_TEXT: picture_hash(frame.picture)} if frame.key else {}
     if frame.embedding is not None:
         text[EMBEDDING_TEXT] = base64.b64encode(frame.embedding.numpy().astype("<f4").tobytes()).decode()
     if frame.latents is not None:
         sizes = "x".join(map(str, frame.latents.shape))
         text[LATENTS_TEXT] = f"{sizes}:{base64.b64encode(frame.latents.numpy().astype('<f2').tobytes()).decode()}"
+    if frame.decoded_again:
+        text[DECODED_TEXT] = "fp32"
     return text
 
 
@@ -81,9 +86,8 @@ def picture_hash(picture: Image.Image) -> str:
     return hashlib.sha256(repr(rgb.size).encode() + rgb.tobytes()).hexdigest()
 
 
-def read_job(path: Path, *, whole: bool = False) -> tuple[str, Any, Any] | None:
-    """The key, the embedding, a tensor [width] fp32 or None, and the latents, a tensor [4, h, w] fp16 or None, that a
-    frame's file says; None if it isn't whole, or has other pixels than that job gave.
+def read_frame(path: Path, *, whole: bool = False) -> StoredFrame | None:
+    """A frame, by its file; None if that isn't whole, names no job, or has other pixels than its job gave.
 
     Args:
         whole: whether the file is known to be as it was written, so that its pixels need not be read.
@@ -108,7 +112,8 @@ def read_job(path: Path, *, whole: bool = False) -> tuple[str, Any, Any] | None:
         return torch.frombuffer(bytearray(data), dtype=dtype) if data else None
 
     kept = read(latents, torch.float16)
-    return text[JOB_TEXT], read(embedding, torch.float32), None if kept is None else kept.view(shape)
+    kept, picture = None if kept is None else kept.view(shape), partial(read_picture, path)
+    return StoredFrame(text[JOB_TEXT], read(embedding, torch.float32), picture, kept, DECODED_TEXT in text)
 
 
 def read_picture(path: Path) -> Image.Image:

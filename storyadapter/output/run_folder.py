@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal, Self
@@ -36,7 +35,7 @@ from storyadapter.output.frame_files import (
     job_text,
     numbered,
     opens,
-    read_job,
+    read_frame,
     read_picture,
 )
 from storyadapter.output.lettering import Lettering
@@ -222,12 +221,12 @@ class RunFolder:
                 self._written[iteration, frame] = self._staying.thumbnail(iteration, frame), staying.sha256
             return staying.stored if staying else None
         path = self.frame_path(iteration, frame)
-        found = read_job(path)
-        if found is None or found[0] != key:
+        found = read_frame(path)
+        if found is None or found.key != key:
             return None
         if iteration >= self.finished_iterations() and (iteration, frame) not in self._written:
-            self._note(iteration, frame, read_picture(path), path.read_bytes())
-        return StoredFrame(found[0], found[1], partial(read_picture, path), found[2])
+            self._note(iteration, frame, found.picture(), path.read_bytes())
+        return found
 
     def split(self, iteration: int) -> tuple[int, ...] | None:
         """See `FrameStore.split`."""
@@ -244,7 +243,9 @@ class RunFolder:
         """See `FrameStore.save`."""
         return self._workers.submit(self._save, frame)
 
-    def finish_iteration(self, iteration: int, seconds: Mapping[str, float], split: Sequence[int] = ()) -> None:
+    def finish_iteration(
+        self, iteration: int, seconds: Mapping[str, float], split: Sequence[int] = (), decoded_again: Sequence[int] = ()
+    ) -> None:
         """See `FrameStore.finish_iteration`. What `keep` says goes is removed; nothing to do for one that is finished.
 
         Raises:
@@ -262,8 +263,8 @@ class RunFolder:
         strip = self._strips.write(iteration, thumbnails)
         if not seconds and iteration < len(self._earlier):  # it was drawn before, and something of it again
             seconds = self._earlier[iteration].seconds
-        scale = self._record.scales[iteration]
-        done = IterationRecord(scale, dict(seconds), False, tuple(split), hashes, hashlib.sha256(strip).hexdigest())
+        settings = self._record.scales[iteration], dict(seconds), False, tuple(split), hashes
+        done = IterationRecord(*settings, hashlib.sha256(strip).hexdigest(), tuple(decoded_again))
         record = replace(self._record.with_iteration(done), under_way=None)
         if self._keep == "last":
             record = record.with_removed(iteration)
@@ -299,10 +300,8 @@ class RunFolder:
             ValueError: iterations are missing, or there isn't a caption per frame.
         """
         last = self.finished_iterations() - 1
-        if last + 1 != len(self._record.scales) or len(captions) != self._record.frames:
-            raise ValueError(
-                f"{last + 1} of {len(self._record.scales)} iterations are finished; {len(captions)} captions"
-            )
+        if last + 1 != (planned := len(self._record.scales)) or len(captions) != self._record.frames:
+            raise ValueError(f"{last + 1} of {planned} iterations are finished; {len(captions)} captions")
         folder, paths = self.path / "frames", self._frame_paths(last)
         lettering = lettering or Lettering()
         moving = self.path / f"story.{form}"

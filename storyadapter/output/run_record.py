@@ -34,6 +34,7 @@ class IterationRecord:
     split: tuple[PositiveInt, ...] = ()  # frames of each batch that was drawn
     sha256: tuple[str, ...] = ()  # of each frame's file
     thumbnails_sha256: str = ""  # of the row of the contact sheet
+    decoded_again: tuple[NonNegativeInt, ...] = ()  # frames decoded in fp32, as the VAE's own values weren't finite
 
 
 @dataclass(frozen=True)

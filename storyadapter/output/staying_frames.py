@@ -1,14 +1,14 @@
 """Frames that an edit of a finished run leaves as they are: whichever jobs drew them, new ones attend to them."""
 
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
 from PIL import Image
 
 from storyadapter.output.files import sha256
-from storyadapter.output.frame_files import frame_path, read_job, read_picture
+from storyadapter.output.frame_files import frame_path, read_frame
 from storyadapter.output.overview import ThumbnailStrips
 from storyadapter.output.run_record import RunRecord
 from storyadapter.runtime.frame_store import StoredFrame
@@ -51,12 +51,8 @@ class StayingFrames:
         path = frame_path(self._folder, place, frame, **self._counts)
         if sha256(path) != self._iterations[place].sha256[frame]:
             return None
-        found = read_job(path, whole=True)
-        if found is None:
-            return None
-        key, embedding, latents = found
-        stored = StoredFrame(key, embedding, partial(read_picture, path), latents)
-        return StayingFrame(stored, self._iterations[iteration].sha256[frame])
+        stored = read_frame(path, whole=True)
+        return StayingFrame(stored, self._iterations[iteration].sha256[frame]) if stored else None
 
     def thumbnail(self, iteration: int, frame: int) -> Image.Image:
         """As it is on the contact sheet. Raises RunError: the row doesn't open any more."""

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from storyadapter.method.errors import RunError
+from storyadapter.method.errors import CheckpointError
 from storyadapter.model.networks import Networks
 from storyadapter.runtime.clock import StageClock, is_passed, recorded_event
 from storyadapter.runtime.jobs import Task
@@ -33,15 +33,16 @@ _WORKERS: Final = min(4, os.cpu_count() or 1)
 @dataclass(frozen=True, eq=False)
 class Decoded:
     """What became of a frame: its picture and, where they were wanted, on the CPU its embedding [width] fp32 and its
-    latents [4, h, w] fp16; or in which
-    network's output values were seen that aren't finite, and the error that the worker makes of it."""
+    latents [4, h, w] fp16; or in which network's output values were seen that aren't finite, and the error that the
+    worker makes of it. `again`: whether the picture was decoded in fp32, as the VAE's values weren't finite."""
 
     task: Task
     picture: Image.Image | None = None
     embedding: Tensor | None = None
     latents: Tensor | None = None
+    again: bool = False
     not_finite: str | None = None
-    error: RunError | None = None
+    error: BaseException | None = None
 
 
 # a frame's picture, and what the image encoder reads of it and its latents where they are wanted
@@ -49,16 +50,18 @@ _Drawn: TypeAlias = tuple[Image.Image, Tensor | None, Tensor | None]
 
 
 class _NotFinite(Exception):
-    """A frame whose latents (`network` is the denoiser) or pixels (the VAE decoder) aren't all finite."""
+    """A frame whose latents (`network` is the denoiser) or pixels (the VAE decoder) aren't all finite; `latents`
+    [1, 4, h, w] where it can be decoded again in fp32."""
 
-    def __init__(self, network: str) -> None:
+    def __init__(self, network: str, latents: Tensor | None = None) -> None:
         super().__init__(network)
         self.network = network
+        self.latents = latents
 
 
 @dataclass(frozen=True, eq=False)
 class _Chunk:
-    """Frames that are decoded in one call; the host's tensors are filled when `copied` is passed.
+    """Frames that are decoded in one call, `again` in fp32; the host's tensors are filled when `copied` is passed.
 
     `latents` stay referenced until then, as another stream than the one they were made on reads them.
     """
@@ -68,21 +71,27 @@ class _Chunk:
     finite: Tensor  # [F, 2] bool, on the host: latents, picture
     kept: Tensor | None  # [F, 4, h, w] fp16, on the host, where the latents are wanted
     copied: torch.cuda.Event | None
+    again: bool
 
 
 @dataclass(eq=False)
 class _Batch:
-    """Frames that aren't all told: first they are drawn, then those whose embeddings are wanted wait for these."""
+    """Frames that aren't all told: first they are drawn, then those whose embeddings are wanted wait for these.
+
+    `again`: those that are decoded in fp32.
+    """
 
     clock: StageClock
     frames: deque[tuple[Task, Future[_Drawn]]] = field(default_factory=deque)
+    again: set[Task] = field(default_factory=set)
     drawn: list[tuple[Decoded, Tensor | None]] = field(default_factory=list)
     embeddings: Tensor | None = None  # [F, width], on the host
     copied: torch.cuda.Event | None = None
 
 
 class FrameDecoder:
-    """Decodes batches in the order in which they come.
+    """Decodes batches in the order in which they come; a frame whose latents are finite and whose picture isn't, which
+    half precision makes of some, is decoded again by itself, in fp32.
 
     Args:
         networks: whose VAE decoder and image encoder it uses.
@@ -90,14 +99,15 @@ class FrameDecoder:
             worker threads. If not, `submit` does all the work itself.
 
     Attributes:
-        starved: whether embeddings wait until there is memory for them; `finished` tries again when it is called with
-            nothing else going on.
+        starved: whether embeddings, or a frame that is decoded again, wait until there is memory for them; `finished`
+            tries again when it is called with nothing else going on.
     """
 
     def __init__(self, networks: Networks, *, overlapped: bool) -> None:
         self.starved = False
         self._most: int | None = None  # frames of one call of the VAE decoder, where memory didn't suffice for more
         self._networks = networks
+        self._fp32: Networks | None = None  # with the VAE decoder alone, once it was needed
         self._on_gpu = networks.device.type == "cuda"
         self._side = decoding_stream(networks.device) if overlapped and self._on_gpu else None
         self._workers = ThreadPoolExecutor(_WORKERS, "frames") if overlapped else None
@@ -132,7 +142,7 @@ class FrameDecoder:
             size = min(chunk, len(tasks) - done)
             try:
                 keep = any(task.keep_latents for task in tasks[done : done + size])
-                part = self._decode(latents[done : done + size], clock, keep)
+                part = self._decode(self._networks, latents[done : done + size], clock, keep)
             except torch.OutOfMemoryError:
                 if size == 1:
                     break
@@ -145,25 +155,34 @@ class FrameDecoder:
             self._batches.append(batch)
         return done
 
-    def finished(self, *, alone: bool = False) -> Iterator[Decoded]:
+    def finished(self, *, alone: bool = False, last_try: bool = False) -> Iterator[Decoded]:
         """What became of frames since the last call, in the order in which they came; doesn't wait.
 
         Args:
             alone: whether nothing else is going on, so that what was short of memory is tried again.
+            last_try: whether all memory that can be given back was; a frame that can't be decoded again fails then.
 
         Raises:
-            torch.OutOfMemoryError: with `alone`, there is no memory for the embeddings; may be called again.
+            torch.OutOfMemoryError: with `alone`, there is no memory for the embeddings, or to decode a frame again; may
+                be called again.
         """
         while self._batches:
             batch = self._batches[0]
             while batch.frames and batch.frames[0][1].done():
-                task, future = batch.frames.popleft()
+                task, future = batch.frames[0]
+                pixels = None
                 try:
                     picture, pixels, kept = future.result()
+                    decoded = Decoded(task, picture, latents=kept, again=task in batch.again)
                 except _NotFinite as error:
-                    decoded, pixels = Decoded(task, not_finite=error.network), None
-                else:
-                    decoded = Decoded(task, picture, latents=kept)
+                    decoded = Decoded(task, not_finite=error.network)
+                    if error.latents is not None:
+                        if self._decode_again(batch, error.latents, alone, last_try):
+                            continue
+                        return
+                except (CheckpointError, torch.OutOfMemoryError) as error:
+                    decoded = Decoded(task, error=error)
+                batch.frames.popleft()
                 if batch.drawn or pixels is not None:
                     batch.drawn.append((decoded, pixels))  # told in order, once embeddings are known
                 else:
@@ -189,17 +208,51 @@ class FrameDecoder:
         self.starved = False
         return tuple(decoded.task for decoded, _ in self._batches.popleft().drawn)
 
+    def forget(self) -> None:
+        """Let go of the VAE decoder in fp32, which is loaded again when it is needed."""
+        self._fp32 = None
+
     def close(self) -> None:
         """Stop the workers, without waiting for the device."""
         self._stopped.set()
         if self._workers:
             self._workers.shutdown(cancel_futures=True)
 
-    def _decode(self, latents: Tensor, clock: StageClock, keep: bool) -> _Chunk:
+    def _decode(self, networks: Networks, latents: Tensor, clock: StageClock, keep: bool) -> _Chunk:
         with self._beside(), clock.stage("decode"):
-            pixels, finite = decode_latents(self._networks, latents)
+            pixels, finite = decode_latents(networks, latents)
             on_host = self._to_host(pixels), self._to_host(finite), self._to_host(latents.half()) if keep else None
-            return _Chunk(latents, *on_host, recorded_event(self._networks.device))
+            return _Chunk(latents, *on_host, recorded_event(self._networks.device), networks is not self._networks)
+
+    def _decode_again(self, batch: _Batch, latents: Tensor, alone: bool, last_try: bool) -> bool:
+        """Put the batch's next frame on its way in fp32; False where there is no memory for that beside other work.
+
+        Raises:
+            torch.OutOfMemoryError: with `alone`, and unless it is the last try, there is none at all.
+        """
+        if self.starved and not alone:
+            return False
+        task, _ = batch.frames[0]
+        try:
+            if self._fp32 is None:
+                assert self._networks.load_fp32 is not None
+                with self._beside():  # whose memory it is then, when it goes
+                    self._fp32 = self._networks.load_fp32("vae_decoder")
+            part = self._decode(self._fp32, latents, batch.clock, task.keep_latents)
+            future = self._later(partial(self._finish, task, part, 0))
+        except (CheckpointError, torch.OutOfMemoryError) as error:
+            self.starved = isinstance(error, torch.OutOfMemoryError) and not last_try
+            if self.starved and alone:
+                raise
+            if self.starved:
+                return False
+            future = Future()
+            future.set_exception(error)
+        else:
+            self.starved = False
+            batch.again.add(task)
+        batch.frames[0] = task, future
+        return True
 
     def _embed(self, batch: _Batch, alone: bool) -> bool:
         """Put the embeddings of a drawn batch on their way; False where there is no memory for them beside other work.
@@ -255,7 +308,10 @@ class FrameDecoder:
         latents, picture = chunk.finite[index].tolist()
         if not picture:
             # one bad reference would poison every frame of the next iteration
-            raise _NotFinite("vae_decoder" if latents else "denoiser")
+            if not latents:
+                raise _NotFinite("denoiser")
+            in_half = self._networks.numerics["vae_decoder"] != "fp32" and self._networks.load_fp32 is not None
+            raise _NotFinite("vae_decoder", chunk.latents[index : index + 1] if in_half and not chunk.again else None)
         drawn = to_picture(chunk.pixels[index])
         kept = chunk.kept[index].clone() if chunk.kept is not None and task.keep_latents else None
         return drawn, clip_pixels(drawn) if task.embed else None, kept

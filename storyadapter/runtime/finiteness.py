@@ -61,8 +61,11 @@ def first_not_finite(networks: Networks, tokenizers: Tokenizers, task: Task, net
 
 
 def not_finite_error(networks: Networks, task: Task, network: str) -> RunError:
-    """The error of a frame for which this network gave values that aren't finite."""
+    """The error of a frame for which this network gave values that aren't finite; of a VAE, in fp32 as well."""
     precision = networks.numerics[network]
+    tried = f" in {precision}"
+    if network == "vae_decoder" and networks.load_fp32 and precision != "fp32":
+        precision, tried = "fp32", f"{tried}, nor in fp32"
     found: Text
     advice: Text
     title = _TITLES.get(network, "the ControlNet")
@@ -70,7 +73,7 @@ def not_finite_error(networks: Networks, task: Task, network: str) -> RunError:
         title += ", or the ControlNet,"
     where = f"iteration {task.iteration}, frame {task.frame}: {title} gave values that are not finite"
     if networks.explain_not_finite:
-        found, advice = networks.explain_not_finite(network)
+        found, advice = networks.explain_not_finite(network, precision)
     else:
         found, advice = "", finer_precision(network, precision)
-    return RunError(where, f" in {precision}", found, advice=advice)
+    return RunError(where, tried, found, advice=advice)

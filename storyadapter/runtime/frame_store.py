@@ -13,12 +13,14 @@ from storyadapter.method.events import FrameFinished
 @dataclass(frozen=True, eq=False)
 class StoredFrame:
     """A frame that was drawn before: the key of the job that drew it; its embedding, a tensor [width] fp32 on the CPU,
-    or None; its picture; and its latents, a tensor [4, h, w] fp16 on the CPU, or None."""
+    or None; its picture; its latents, a tensor [4, h, w] fp16 on the CPU, or None; and whether it was decoded again,
+    see `FrameFinished`."""
 
     key: str
     embedding: Any
     picture: Callable[[], Image.Image]
     latents: Any = None
+    decoded_again: bool = False
 
     @property
     def given(self) -> Any:
@@ -61,6 +63,8 @@ class FrameStore(Protocol):
         """
         ...
 
-    def finish_iteration(self, iteration: int, seconds: Mapping[str, float], split: Sequence[int]) -> None:
+    def finish_iteration(
+        self, iteration: int, seconds: Mapping[str, float], split: Sequence[int], decoded_again: Sequence[int] = ()
+    ) -> None:
         """All frames of an iteration are kept."""
         ...

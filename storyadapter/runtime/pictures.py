@@ -15,6 +15,7 @@ def decode_latents(networks: Networks, latents: Tensor) -> tuple[Tensor, Tensor]
     """Latents as the sampler leaves them → the bytes of pictures, all on the networks' device.
 
     Args:
+        networks: of which the VAE decoder is used.
         latents: [F, 4, h, w] fp32.
 
     Returns:

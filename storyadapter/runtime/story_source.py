@@ -84,8 +84,7 @@ class StorySource:
         self.plan = plan
         self.batching = batching
         self.ready: deque[Task] = deque()
-        self.served = 0.0
-        self.share = 1
+        self.served, self.share = 0.0, 1
         self.error: BaseException | None = None
         self._controls = controls or ((),) * len(frames)
         self._jobs = StoryJobs(frames, plan, model, numerics, self._controls)
@@ -213,7 +212,8 @@ class StorySource:
         self._embeddings[task.frame] = decoded.embedding
         if decoded.latents is not None:
             self._latents[task.frame] = decoded.latents
-        kept = decoded.embedding, decoded.latents
+        self._again += [task.frame] * decoded.again
+        kept = decoded.embedding, decoded.latents, decoded.again
         event = FrameFinished(task.iteration, task.frame, task.job.scale, picture, task.job.key, *kept)
         self._tell(event, self._store.save(event) if self._store else None)
 
@@ -244,7 +244,8 @@ class StorySource:
                 self._saving -= 1
                 saved.result()
             if isinstance(event, IterationFinished) and self._store:
-                self._store.finish_iteration(event.iteration, event.seconds, [len(batch) for batch in event.batches])
+                split = [*map(len, event.batches)]
+                self._store.finish_iteration(event.iteration, event.seconds, split, event.decoded_again)
             yield event
 
     def _tell(self, event: Event, saved: Future[None] | None = None) -> None:
@@ -263,7 +264,8 @@ class StorySource:
             if len(found) < self.frames and self._iteration >= removed:
                 break
             # a process may have been killed when all frames were kept, and before that was recorded
-            self._store.finish_iteration(self._iteration, {}, self._split())
+            again = [frame for frame in found if found[frame].decoded_again]
+            self._store.finish_iteration(self._iteration, {}, self._split(), again)
             self._keys = _keys(jobs, found)
             self._given = [found[frame].given for frame in sorted(found)]
             self._starts = _latents(found)
@@ -321,8 +323,8 @@ class StorySource:
         references = self._references(jobs)
         found = self._stored(jobs)
         self._embeddings: dict[int, Tensor | Image.Image | None] = {f: kept.given for f, kept in found.items()}
-        self._latents = _latents(found)
-        self._drawn_keys = _keys(jobs, found)
+        self._latents, self._drawn_keys = _latents(found), _keys(jobs, found)
+        self._again = [frame for frame in found if found[frame].decoded_again]
         self._tell(IterationStarted(self._iteration, self.plan.scale_of(self._iteration), tuple(sorted(found))))
         last = self._iteration + 1 == self.plan.iterations
         tasks = [
@@ -375,7 +377,7 @@ class StorySource:
         for stage, seconds in self._stages.items():
             self._seconds[stage] = self._seconds.get(stage, 0.0) + seconds
         batches = tuple(sorted(self._batches, key=lambda frames: frames[0]))
-        self._tell(IterationFinished(self._iteration, self._stages, batches))
+        self._tell(IterationFinished(self._iteration, self._stages, batches, tuple(sorted(self._again))))
         self._keys = self._drawn_keys
         self._given = [given for _, given in sorted(self._embeddings.items()) if given is not None]
         self._starts = self._latents

@@ -158,6 +158,7 @@ class Worker:
         self._bank.forget()
         self._conditions.forget()
         self._samplers.clear()
+        self._decoder.forget()
         release_memory(self.networks, self._states)
 
     def close(self) -> None:
@@ -274,7 +275,7 @@ class Worker:
         alone = self._denoising is None and not len(self._marks) and self._decoder.is_quiet
         for last_try in (False, True):
             try:
-                for decoded in self._decoder.finished(alone=alone):
+                for decoded in self._decoder.finished(alone=alone, last_try=last_try):
                     if decoded.not_finite is not None:
                         first = first_not_finite(self.networks, self._tokenizers, decoded.task, decoded.not_finite)
                         decoded = replace(decoded, error=not_finite_error(self.networks, decoded.task, first))

@@ -102,6 +102,7 @@ def test_layout(tmp_path: Path) -> None:
         "iterations": [
             {"scale": scale, "seconds": {"denoise": 1.5}, "removed": False, "split": [2, 1], "sha256": own}
             | {"thumbnails_sha256": sha256(files(out)[f".thumbnails/iteration-{i:02d}.png"]).hexdigest()}
+            | {"decoded_again": []}
             for i, (scale, own) in enumerate(zip(SCALES, hashes, strict=True))
         ],
         "under_way": None,

@@ -51,11 +51,19 @@ def test_layout() -> None:
             "scales": [None, 0.3],
             "iterations": [
                 {"scale": None, "seconds": {"denoise": 1.5}, "removed": False, "split": [1, 1], "sha256": ["ab", "cd"]}
-                | {"thumbnails_sha256": ""}
+                | {"thumbnails_sha256": "", "decoded_again": []}
             ],
             "under_way": {"iteration": 1, "split": [2]},
             "before": [
-                {"scale": None, "seconds": {}, "removed": False, "split": [], "sha256": [], "thumbnails_sha256": ""}
+                {
+                    "scale": None,
+                    "seconds": {},
+                    "removed": False,
+                    "split": [],
+                    "sha256": [],
+                    "thumbnails_sha256": "",
+                    "decoded_again": [],
+                }
             ],
         },
         "edits": [{"frames": [1], "older": [0], "before": ["an owl"], "kept": "before-edit-01"}],

@@ -18,14 +18,13 @@ from storyadapter.cli.options import option
 from storyadapter.method.errors import RunError, spelled
 from storyadapter.model.contract import NetworkSpec
 from storyadapter.model.networks import Network, Networks
-from storyadapter.model.numerics import Numerics
+from storyadapter.model.numerics import Precision
 from storyadapter.runtime.pipeline import StoryPipeline
 from tests.refusals import raises_typed
 from tests.storyadapter.checkpoint.spoil import tiny_paths
 from tests.storyadapter.runtime.replaced import with_networks
 
 PLAN = RunPlan(height=64, width=64, seed=3, steps=1, scales=(0.4,))
-FP32 = Numerics("fp32")
 
 
 @dataclass
@@ -78,25 +77,18 @@ def test_the_first_network_is_named(pipeline: StoryPipeline, checkpoint: Checkpo
         draw(networks, checkpoint)
 
 
-def explained(checkpoint: Checkpoint, network: str, numerics: Numerics = FP32) -> tuple[str, str]:
-    found, advice = explain_not_finite(checkpoint, numerics, network)
+def explained(checkpoint: Checkpoint, network: str, precision: Precision = "fp32") -> tuple[str, str]:
+    found, advice = explain_not_finite(checkpoint, network, precision)
     return spelled(found, option), spelled(advice, option)
 
 
 def test_only_what_can_help_is_advised(checkpoint: Checkpoint) -> None:
     finite = ", though its weights are"
     assert explained(checkpoint, "denoiser") == (finite, "")
-    assert explained(checkpoint, "denoiser", Numerics("fp16")) == (
-        finite,
-        "try --precision bf16 or fp32, with another --out",
-    )
-    assert explained(checkpoint, "denoiser", Numerics("bf16")) == (finite, "try --precision fp32, with another --out")
-    half = Numerics.of("fp16", vae_decoder="fp32")
-    assert explained(checkpoint, "vae_decoder", half) == (finite, "")
-    assert explained(checkpoint, "vae_decoder", Numerics.of("fp32", vae_decoder="bf16")) == (
-        finite,
-        "try --vae-precision fp32, with another --out",
-    )
+    assert explained(checkpoint, "denoiser", "fp16") == (finite, "try --precision bf16 or fp32, with another --out")
+    assert explained(checkpoint, "denoiser", "bf16") == (finite, "try --precision fp32, with another --out")
+    assert explained(checkpoint, "vae_decoder") == (finite, "")
+    assert explained(checkpoint, "vae_decoder", "bf16") == (finite, "try --vae-precision fp32, with another --out")
 
 
 def test_a_network_that_no_files_are_known_of(pipeline: StoryPipeline, checkpoint: Checkpoint) -> None:
@@ -137,12 +129,11 @@ def test_a_lora_is_looked_at_first(tiny_model_dir: Path, tmp_path: Path, value: 
 def test_damaged_and_too_large_weights_are_named(model_dir: Path, network: str, file: str, name: str | None) -> None:
     tensors = load_file(model_dir / file)
     name = name or next(iter(tensors))
-    half = Numerics("fp16")
     for value, found, advice in (
         (1e6, f": {name} in {model_dir / file} is beyond the range of fp16", "try --precision bf16 or fp32, "),
         (float("nan"), f": so is {name} in {model_dir / file}", "the file is damaged, fetch it again"),
     ):
         tensors[name].view(-1)[0] = value
         save_file(tensors, model_dir / file, metadata={"format": "pt"})
-        told, advised = explained(Checkpoint.open(tiny_paths(model_dir)), network, half)
+        told, advised = explained(Checkpoint.open(tiny_paths(model_dir)), network, "fp16")
         assert told == found and advised.startswith(advice)
