@@ -8,14 +8,14 @@ references matter in it: a path that forgets one draws other pictures.
 import math
 from collections.abc import Callable, Mapping
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partialmethod
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import (
     CLIPTextConfig,
@@ -48,6 +48,7 @@ class SyntheticModel:
     text_encoder: dict[str, Any]  # of transformers' `CLIPTextConfig`
     text_encoder_2: dict[str, Any]
     image_encoder: dict[str, Any]  # of transformers' `CLIPVisionConfig`
+    reference_vae: dict[str, Any] = field(default_factory=dict)  # of diffusers' `AutoencoderTiny`
 
     @property
     def geometry(self) -> Geometry:
@@ -188,6 +189,7 @@ _PARTS: Final = {
     "text_encoder": CLIPTextModel,
     "text_encoder_2": CLIPTextModelWithProjection,
     "image_encoder": CLIPVisionModelWithProjection,
+    "reference_vae": AutoencoderTiny,
     "controlnet": ControlNetModel,  # the last, as there may be several
 }
 
@@ -202,13 +204,22 @@ class SyntheticCheckpoint:
         device: where weights are made; "meta" makes none.
         seed: of all weights.
         controlnets: how many it has.
+        reference_vae: whether it has one.
     """
 
-    def __init__(self, model: SyntheticModel, device: torch.device, seed: int = 0, controlnets: int = 0) -> None:
+    def __init__(
+        self,
+        model: SyntheticModel,
+        device: torch.device,
+        seed: int = 0,
+        controlnets: int = 0,
+        reference_vae: bool = False,
+    ) -> None:
         self.model = model
         self.device = device
         self.seed = seed
         self.controlnets = controlnets
+        self.reference_vae = reference_vae
         self.loras: tuple[LoraSpec, ...] = ()
         self.rewrite: Callable[[nn.Module], None] | None = None
         self.sampling = ModelSampling(prediction_type=PREDICTION_TYPE)
@@ -221,18 +232,21 @@ class SyntheticCheckpoint:
 
     @property
     def geometry(self) -> Geometry:
-        return replace(self.model.geometry, controls=(self.model.control_geometry,) * self.controlnets)
+        controls = (self.model.control_geometry,) * self.controlnets
+        return replace(self.model.geometry, controls=controls, reference_vae=self.reference_vae)
 
     @property
     def files_by_component(self) -> dict[str, tuple[Path, ...]]:
         """What the weights depend on: this code; the component's name tells the rest."""
         name = f"synthetic {self.model.name}, seed {self.seed}, {self.device.type}"
         name += f", {self.controlnets} ControlNets" if self.controlnets else ""
+        name += ", reference VAE" if self.reference_vae else ""
         return {name: (Path(__file__),)}
 
     @property
     def configuration(self) -> Mapping[str, Mapping[str, Any]]:
-        own = {part: getattr(self.model, part) for part in _PARTS if part not in ("ip_adapter", "controlnet")}
+        without = {"ip_adapter", "controlnet"} | (set() if self.reference_vae else {"reference_vae"})
+        own = {part: getattr(self.model, part) for part in _PARTS if part not in without}
         return own | {controlnet_name(index): self.model.controlnet for index in range(self.controlnets)}
 
     @property
@@ -244,7 +258,7 @@ class SyntheticCheckpoint:
     def _load(self, part: str, dtype: torch.dtype, device: torch.device | None = None, index: int = 0) -> Any:
         """A network in `dtype` on `device`, or else the checkpoint's."""
         sizes = getattr(self.model, part)
-        if part in ("unet", "vae", "controlnet"):
+        if part in ("unet", "vae", "reference_vae", "controlnet"):
             options = sizes
         else:  # transformers' attention through PyTorch's own, as for models loaded from files
             config = self._vision_config if part == "image_encoder" else self._text_config
@@ -262,6 +276,7 @@ class SyntheticCheckpoint:
 
     load_unet = partialmethod(_load, "unet")
     load_vae = partialmethod(_load, "vae")
+    load_reference_vae = partialmethod(_load, "reference_vae")
     load_text_encoder = partialmethod(_load, "text_encoder")
     load_text_encoder_2 = partialmethod(_load, "text_encoder_2")
     load_image_encoder = partialmethod(_load, "image_encoder")

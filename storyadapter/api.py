@@ -51,6 +51,7 @@ def open(  # as of a file: what it gives is ready for use
     controlnets: Sequence[Path | str] = (),
     unet: Path | str | None = None,
     vae: Path | str | None = None,
+    reference_vae: Path | str | None = None,
     base_config: Path | str | None = None,
     variant: str | None = None,
     height: int | None = None,
@@ -82,6 +83,7 @@ def open(  # as of a file: what it gives is ready for use
         loras: "style.safetensors:0.8", or `LoraSpec`; fused in this order.
         controlnets: for SDXL; a plan's `controls` say how each is used, a story's frames have the pictures.
         unet, vae, base_config, variant: see `CheckpointPaths`.
+        reference_vae: a tiny VAE that decodes every iteration but the last, whose pictures only become references.
         height, width: that an engine is to serve; the model's own by default.
         max_references: frames of the longest story that an engine is to serve.
         max_prompt_chunks: of 75 tokens, of the longest prompt that an engine is to serve.
@@ -112,6 +114,7 @@ def open(  # as of a file: what it gives is ready for use
         base_config=base_config,
         unet=unet,
         vae=vae,
+        reference_vae=reference_vae,
         loras=specs,
         controlnets=tuple(controlnets),
         variant=variant,

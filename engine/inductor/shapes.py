@@ -2,7 +2,7 @@
 
 A compiler takes a size of 1 for a constant, so letters that are dynamic sizes start at 2, and a call with 1 is doubled
 and its result cut; M, of which 77 are a size, starts at 1. The VAE's decoder is compiled for one frame: one already
-fills a GPU, and memory for more buys nothing.
+fills a GPU, and memory for more buys nothing; likewise the reference VAE's.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,10 +10,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from storyadapter.model.contract import NetworkSpec, Range, TensorSpec, split_dim
+from storyadapter.model.contract import DECODERS, NetworkSpec, Range, TensorSpec, split_dim
 from storyadapter.model.dynamic_shapes import least_factors
 
-_ONE_FRAME = ("vae_decoder",)
 _ROWS_ASKED_FOR = 16  # of a convolution on a CPU, by PyTorch's choice of who computes it
 
 
@@ -22,7 +21,7 @@ def compiled_ranges(spec: NetworkSpec, letters: Mapping[str, Range]) -> dict[str
     ranges = {}
     for name, factor in sorted(least_factors(spec).items()):
         value = letters[name]
-        if name == "F" and spec.name in _ONE_FRAME:
+        if name == "F" and spec.name in DECODERS:
             ranges[name] = Range(1, 1)
         elif factor > 1:
             ranges[name] = value

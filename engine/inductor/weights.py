@@ -66,6 +66,7 @@ def _parts(checkpoint: Checkpoint) -> dict[str, tuple[str, ...]]:
         },
         "unet": ("text_projection", "reference_projection", "denoiser"),
         "vae": ("vae_decoder",),
+        **({"reference_vae": ("reference_decoder",)} if checkpoint.geometry.reference_vae else {}),
     }
 
 
@@ -133,6 +134,9 @@ class _Parts:
 
     def load_vae(self, dtype: torch.dtype, device: torch.device | None = None) -> nn.Module:
         return self._load("vae")
+
+    def load_reference_vae(self, dtype: torch.dtype, device: torch.device | None = None) -> nn.Module:
+        return self._load("reference_vae")
 
     def load_controlnet(self, index: int, dtype: torch.dtype, device: torch.device | None = None) -> nn.Module:
         return self._load(controlnet_name(index))

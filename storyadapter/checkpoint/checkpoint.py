@@ -24,6 +24,7 @@ from storyadapter.checkpoint.parts import (
     image_encoder_part,
 )
 from storyadapter.checkpoint.paths import CheckpointPaths, LoraSpec, below, find, give
+from storyadapter.checkpoint.reference_vae import reference_vae_part
 from storyadapter.checkpoint.sampling import read_sampling
 from storyadapter.checkpoint.tokenizer_files import check_tokenizer, tokenizer_files
 from storyadapter.method.errors import CheckpointError, Field, Text
@@ -33,7 +34,7 @@ from storyadapter.model.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+    from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel, UNet2DConditionModel
     from torch import Tensor, nn
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
@@ -83,6 +84,7 @@ class Checkpoint:
         vae: Path | str | None = None,
         loras: tuple[LoraSpec, ...] = (),
         controlnets: tuple[Path | str, ...] = (),
+        reference_vae: Path | str | None = None,
         variant: str | None = None,
     ) -> "Checkpoint":
         """Find all files and check that they are whole and fit, from configurations and headers; no weights are read.
@@ -104,6 +106,7 @@ class Checkpoint:
             vae=vae,
             loras=loras,
             controlnets=controlnets,
+            reference_vae=reference_vae,
             variant=variant,
         )
         components, config_folder = base_parts(paths)
@@ -130,6 +133,10 @@ class Checkpoint:
             widths = _layer_widths(components[name].config_file, cross_attentions(outlines[name]))
             control = control_geometry(outlines[name], widths)
             geometry = replace(geometry, controls=(*geometry.controls, control))
+        if paths.reference_vae is not None:
+            components["reference_vae"] = reference_vae_part(paths.reference_vae, paths.variant, geometry)
+            outlines["reference_vae"] = components["reference_vae"].check()
+            geometry = replace(geometry, reference_vae=True)
         image_encoder = components["image_encoder"].config_file.parent
         notices += check_preprocessing(image_encoder)
         text_width = geometry.text_width + geometry.text_width_2
@@ -183,12 +190,13 @@ class Checkpoint:
 
     @property
     def label(self) -> str:
-        """The base model, its LoRAs and ControlNets in few words, for people."""
+        """The base model, its LoRAs, ControlNets and reference VAE in few words, for people."""
         base = "the demo model" if self.paths.is_demo else Path(self.paths.base_model).name
         unet = () if self.paths.unet is None else (f"UNet {Path(self.paths.unet).name}",)
         loras = (f"{lora.path.stem}:{lora.scale:g}" for lora in self.loras)
         controlnets = (f"ControlNet {Path(typed).name}" for typed in self.paths.controlnets)
-        return " + ".join((base, *unet, *loras, *controlnets))
+        tiny = () if self.paths.reference_vae is None else (f"reference VAE {Path(self.paths.reference_vae).name}",)
+        return " + ".join((base, *unet, *loras, *controlnets, *tiny))
 
     def load_unet(self, dtype: "torch.dtype", device: "torch.device | None" = None) -> "UNet2DConditionModel":
         """The UNet in `dtype` on `device`, or else the CPU, LoRAs fused, in evaluation mode, without gradients.
@@ -213,6 +221,10 @@ class Checkpoint:
     def load_vae(self, dtype: "torch.dtype", device: "torch.device | None" = None) -> "AutoencoderKL":
         """The VAE: the base model's, or the one given instead."""
         return self._load("vae", dtype, device)
+
+    def load_reference_vae(self, dtype: "torch.dtype", device: "torch.device | None" = None) -> "AutoencoderTiny":
+        """The tiny VAE that decodes pictures which only become references."""
+        return self._load("reference_vae", dtype, device)
 
     def load_image_encoder(
         self, dtype: "torch.dtype", device: "torch.device | None" = None

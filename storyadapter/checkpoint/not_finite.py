@@ -19,6 +19,7 @@ _PARTS: Final = {
     "denoiser": "unet",
     "reference_projection": "ip_adapter",
     "vae_decoder": "vae",
+    "reference_decoder": "reference_vae",
 }
 _WITH_LORAS: Final = ("unet", "text_encoder", "text_encoder_2")
 

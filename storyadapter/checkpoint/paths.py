@@ -74,6 +74,8 @@ class CheckpointPaths:
     vae: Path | str | None = None  # another VAE: a diffusers folder, or a `.safetensors` file
     loras: tuple[LoraSpec, ...] = ()  # fused into the UNet and the text encoders, in this order
     controlnets: tuple[Path | str, ...] = ()  # for SDXL: diffusers folders, or files of the UNet's sizes
+    # a tiny VAE for pictures that only become references: a diffusers folder, or a file of the usual sizes
+    reference_vae: Path | str | None = None
     # take `*.<variant>.safetensors` and the like where a network has both; without it, the plain files
     variant: str | None = None
 
@@ -89,6 +91,7 @@ class CheckpointPaths:
         vae: Path | str | None = None,
         loras: tuple[LoraSpec, ...] = (),
         controlnets: tuple[Path | str, ...] = (),
+        reference_vae: Path | str | None = None,
         variant: str | None = None,
     ) -> "CheckpointPaths":
         """The model that was asked for, or the demo model with these LoRAs and ControlNets.
@@ -105,8 +108,10 @@ class CheckpointPaths:
                 found = tuple(word for pair in named for word in pair)[:-1]
                 raise InputError(*found, " missing", expected=(all_parts, ", or none for the demo model"))
             assert base_model and image_encoder and ip_adapter
-            return cls(base_model, image_encoder, ip_adapter, base_config, unet, vae, loras, controlnets, variant)
-        for name, value in (("base_config", base_config), ("unet", unet), ("vae", vae), ("variant", variant)):
+            more = base_config, unet, vae, loras, controlnets, reference_vae, variant
+            return cls(base_model, image_encoder, ip_adapter, *more)
+        of_a_model = {"base_config": base_config, "unet": unet, "vae": vae, "reference_vae": reference_vae}
+        for name, value in (of_a_model | {"variant": variant}).items():
             if value:
                 raise InputError(Field(name), " was given without ", Field("base_model"), expected=all_parts)
         adapter = MODEL / "ip-adapter.safetensors"

@@ -17,6 +17,7 @@ from storyadapter.cli.options import (
     run_plan,
     shape_ranges,
 )
+from storyadapter.cli.reference_vae import check_reference_vae
 from storyadapter.cli.reporting import Reporter, count, duration, reporting
 from storyadapter.cli.start_clock import StartClock
 from storyadapter.demo.shipped import STORY
@@ -128,7 +129,7 @@ def run(args: argparse.Namespace) -> int:
         style = check_style(args.style or story.style or DEFAULT_STYLE)
         stored = stored_identity(args.out)
         seed, recorded = _seed(args, stored), _recorded_scales(stored) if args.resume else ()
-        run_plan(args, _ANY_SIZE, seed, recorded)
+        check_reference_vae(args, run_plan(args, _ANY_SIZE, seed, recorded))
         model = model_choice(args)
         reporter.stage("", OPENING)
         if not (args.workers or args.ray):

@@ -19,6 +19,7 @@ from storyadapter.cli.frame_changes import FrameChange
 from storyadapter.cli.interrupts import exit_code_of, sigterm_as_interrupt
 from storyadapter.cli.libraries import libraries_silenced
 from storyadapter.cli.printing import tell
+from storyadapter.cli.reference_vae import add_reference_vae_option
 from storyadapter.cli.values import decimal, not_negative
 from storyadapter.engine.backends import BACKENDS
 from storyadapter.method.errors import InputError, RunError, StoryAdapterError
@@ -97,6 +98,7 @@ def _add_build(commands: Commands) -> None:
     )
     options.add_model_options(parser)
     add_controlnet_option(parser)
+    add_reference_vae_option(parser)
     options.add_size_options(parser, as_range=True)
     options.add_backend_options(parser)
     output_options.add_output_options(parser)
@@ -129,6 +131,7 @@ def _add_run(commands: Commands) -> None:
     )
     output_options.add_overview_options(output)
     options.add_model_options(parser)
+    add_reference_vae_option(parser)
     add_control_options(parser)
     options.add_worker_options(parser)
     output_options.add_output_options(parser)

@@ -120,7 +120,7 @@ def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
         "layouts of kohya, diffusers, peft, OneTrainer, ComfyUI and LyCORIS (docs/model-files.md); demo-lcm is the "
         "demo model's own, for --preset lcm-lora",
     )
-    parser.set_defaults(controlnet=())  # of commands that take none
+    parser.set_defaults(controlnet=(), reference_vae=None)  # of commands that take none
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -275,7 +275,7 @@ def add_plan_options(group: "argparse._ArgumentGroup") -> None:
 
 def given_checkpoint_options(args: argparse.Namespace) -> dict[str, list[str]]:
     """The values of those options of `add_checkpoint_options` that were typed, by option."""
-    single = ("base_model", "image_encoder", "ip_adapter", "base_config", "unet", "vae", "variant")
+    single = ("base_model", "image_encoder", "ip_adapter", "base_config", "unet", "vae", "reference_vae", "variant")
     given = {option(name): [getattr(args, name)] for name in single if getattr(args, name)}
     controlnets = [str(ControlNetSpec.parse(text).path) for text in args.controlnet]
     return given | {name: values for name, values in (("--lora", args.lora), ("--controlnet", controlnets)) if values}
@@ -304,6 +304,7 @@ def model_choice(args: argparse.Namespace) -> ModelChoice:
         vae=args.vae,
         loras=tuple(LoraSpec.parse(text) for text in args.lora),
         controlnets=tuple(ControlNetSpec.parse(text).path for text in args.controlnet),
+        reference_vae=args.reference_vae,
         variant=args.variant,
     )
     return ModelChoice(paths, "the demo model" if args.base_model is None else str(args.base_model))

@@ -147,6 +147,7 @@ class RunPlan:
     max_frames: int | None = setting("frames drawn together in one micro-batch, at most", None)
     scheduler_config: str = setting("of the model's own scheduler, where that is taken", "", typed=False)
     embeds_guidance: bool = setting("whether the UNet takes the guidance as an embedding", False, typed=False)
+    reference_vae: bool = setting("whether all iterations but the last are decoded by a tiny VAE", False, typed=False)
     controls: tuple[ControlSettings, ...] = setting("how each ControlNet of the model is used", (), typed=False)
 
     def __post_init__(self) -> None:
@@ -302,7 +303,7 @@ class RunPlan:
     def as_dict(self) -> dict[str, Any]:
         """As JSON values; of what few runs have, only what is there."""
         values = {**asdict(self), "scales": list(self.scales)}
-        return {name: value for name, value in values.items() if value or name != "controls"}
+        return {name: value for name, value in values.items() if value or name not in ("controls", "reference_vae")}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

@@ -19,6 +19,7 @@ from storyadapter.model.numerics import DTYPE_NAMES, Numerics, Precision, Quanti
 
 _TEXT: Final = f"{constants.TEXT_TOKENS}*M"  # T
 CONTRACT_VERSION: Final = 2
+DECODERS: Final = ("vae_decoder", "reference_decoder")  # latents to pictures; the second in models with a reference VAE
 
 Dim = int | str  # a number, a letter, a factor times a letter such as "4*N", or a part of one such as "h/2"
 
@@ -72,6 +73,7 @@ class Geometry:
     latent_channels: int = constants.LATENT_CHANNELS
     pixels_per_latent: int = 8
     vae_in_fp32: bool = True  # the VAE's `force_upcast`
+    reference_vae: bool = False  # whether it has a tiny VAE, which decodes pictures that only become references
     guidance_embedding: int = 0  # C0, width of the embedding as which the UNet takes the guidance; 0: it takes none
     controls: tuple[ControlGeometry, ...] = ()  # of the ControlNets, whose residuals the UNet then takes
 
@@ -155,12 +157,10 @@ class ShapeRanges:
 
     def uncovered(self, other: "ShapeRanges") -> str | None:
         """The first field in which `other` asks for more than these ranges hold, in words; None if all fit."""
-        if other.max_frames > self.max_frames:
-            return f"max frames is {self.max_frames}, {other.max_frames} asked for"
-        if other.max_references > self.max_references:
-            return f"max references is {self.max_references}, {other.max_references} asked for"
-        if other.max_prompt_chunks > self.max_prompt_chunks:
-            return f"max prompt chunks is {self.max_prompt_chunks}, {other.max_prompt_chunks} asked for"
+        for name in ("max_frames", "max_references", "max_prompt_chunks"):
+            mine, asked = getattr(self, name), getattr(other, name)
+            if asked > mine:
+                return f"{name.replace('_', ' ')} is {mine}, {asked} asked for"
         for name in ("height", "width"):
             mine, asked = getattr(self, name), getattr(other, name)
             if not mine.covers(asked):
@@ -257,7 +257,7 @@ class NetworkSpec:
 
 
 def network_specs(geometry: Geometry) -> dict[str, NetworkSpec]:
-    """The seven networks of a model and those of its ControlNets, in the order in which a run needs them."""
+    """The networks of a model, its ControlNets' and its reference VAE's among them, in the order of a run."""
     chunk, pixels = constants.TEXT_TOKENS, constants.CLIP_PIXELS
     image, latent, scale = geometry.image_embedding_width, geometry.latent_channels, geometry.pixels_per_latent
     text_kv = _text_kv(geometry.widths)
@@ -278,6 +278,8 @@ def network_specs(geometry: Geometry) -> dict[str, NetworkSpec]:
     # original height and width, crop top and left, target height and width, in pixels
     sizes = TensorSpec("sizes", ("P", 6), "float32")
     latents = TensorSpec("latents", ("B", latent, "h", "w"))
+    decoded = TensorSpec("latents", ("F", latent, "h", "w"))
+    picture = TensorSpec("image", ("F", 3, f"{scale}*h", f"{scale}*w"))
     timestep = TensorSpec("timestep", ("B",), "float32")  # bf16 would round 981 to 980
     text_row = TensorSpec("text_row", ("B",), "int32")
     conditions = (TensorSpec("time_condition", ("B", geometry.guidance_embedding)),)
@@ -346,11 +348,7 @@ def network_specs(geometry: Geometry) -> dict[str, NetworkSpec]:
             ),
             (TensorSpec("noise", ("B", latent, "h", "w")),),
         ),
-        NetworkSpec(
-            "vae_decoder",
-            (TensorSpec("latents", ("F", latent, "h", "w")),),
-            (TensorSpec("image", ("F", 3, f"{scale}*h", f"{scale}*w")),),
-        ),
+        *(NetworkSpec(name, (decoded,), (picture,)) for name in DECODERS[: 1 + geometry.reference_vae]),
     )
     return {network.name: network for network in networks}
 

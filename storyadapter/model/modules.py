@@ -19,7 +19,7 @@ from storyadapter.model.numerics import Numerics
 from storyadapter.model.unet import split_unet
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+    from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel, UNet2DConditionModel
 
 _UNET_PARTS: Final = ("text_projection", "reference_projection", "denoiser")
 
@@ -49,6 +49,8 @@ class ModelParts(Protocol):
     def load_ip_adapter(self, dtype: torch.dtype, device: torch.device | None = None) -> IPAdapterWeights: ...
 
     def load_vae(self, dtype: torch.dtype, device: torch.device | None = None) -> "AutoencoderKL": ...
+
+    def load_reference_vae(self, dtype: torch.dtype, device: torch.device | None = None) -> "AutoencoderTiny": ...
 
     def load_controlnet(
         self, index: int, dtype: torch.dtype, device: torch.device | None = None
@@ -106,11 +108,28 @@ class VaeDecoder(nn.Module):
 
     def forward(self, latents: Tensor) -> Tensor:
         """latents [F, 4, h, w] as the sampler leaves them → image [F, 3, 8h, 8w], about -1 to 1."""
-        # in fp32: an exported file would hold the factor in the network's own type, 0.3 % off in bf16
-        z = (latents.float() / self.scaling_factor).to(latents.dtype)
+        z = _unscaled(latents, self.scaling_factor)
         if self.post_quant_conv is not None:
             z = self.post_quant_conv(z)
         return self.decoder(z)
+
+
+class ReferenceDecoder(nn.Module):
+    """A tiny VAE's decoder, whose pictures only become references, including the step from the sampler's latents."""
+
+    def __init__(self, vae: "AutoencoderTiny") -> None:
+        super().__init__()
+        self.decoder = vae.decoder
+        self.scaling_factor = vae.config.scaling_factor
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """latents [F, 4, h, w] as the sampler leaves them → image [F, 3, 8h, 8w], about -1 to 1."""
+        return self.decoder(_unscaled(latents, self.scaling_factor))
+
+
+def _unscaled(latents: Tensor, factor: float) -> Tensor:
+    # in fp32: an exported file would hold the factor in the network's own type, 0.3 % off in bf16
+    return (latents.float() / factor).to(latents.dtype)
 
 
 def iterate_modules(
@@ -157,6 +176,9 @@ def iterate_modules(
         yield from _each(modules, wanted)
     if wanted("vae_decoder"):
         yield "vae_decoder", VaeDecoder(checkpoint.load_vae(dtype("vae_decoder"), device)).eval()
+    if checkpoint.geometry.reference_vae and wanted("reference_decoder"):
+        vae = checkpoint.load_reference_vae(dtype("reference_decoder"), device)
+        yield "reference_decoder", ReferenceDecoder(vae).eval()
 
 
 def _each(modules: dict[str, nn.Module], wanted: Callable[[str], bool]) -> Iterator[tuple[str, nn.Module]]:

@@ -50,7 +50,7 @@ _Drawn: TypeAlias = tuple[Image.Image, Tensor | None, Tensor | None]
 
 
 class _NotFinite(Exception):
-    """A frame whose latents (`network` is the denoiser) or pixels (the VAE decoder) aren't all finite; `latents`
+    """A frame whose latents (`network` is the denoiser) or pixels (a decoder) aren't all finite; `latents`
     [1, 4, h, w] where it can be decoded again in fp32."""
 
     def __init__(self, network: str, latents: Tensor | None = None) -> None:
@@ -107,7 +107,7 @@ class FrameDecoder:
         self.starved = False
         self._most: int | None = None  # frames of one call of the VAE decoder, where memory didn't suffice for more
         self._networks = networks
-        self._fp32: Networks | None = None  # with the VAE decoder alone, once it was needed
+        self._fp32: dict[str, Networks] = {}  # by decoder, which is all that they have; loaded when it is needed
         self._on_gpu = networks.device.type == "cuda"
         self._side = decoding_stream(networks.device) if overlapped and self._on_gpu else None
         self._workers = ThreadPoolExecutor(_WORKERS, "frames") if overlapped else None
@@ -128,7 +128,7 @@ class FrameDecoder:
         """Decode frames.
 
         Args:
-            tasks: whose frames they are.
+            tasks: whose frames they are; of one batch key.
             latents: [F, 4, h, w] fp32, not written again.
             clock: counts the decoder's time as "decode", the image encoder's as "references".
             chunk: frames of one call of the VAE decoder at the most; None: all. Halved where memory doesn't suffice.
@@ -142,7 +142,8 @@ class FrameDecoder:
             size = min(chunk, len(tasks) - done)
             try:
                 keep = any(task.keep_latents for task in tasks[done : done + size])
-                part = self._decode(self._networks, latents[done : done + size], clock, keep)
+                decoder = tasks[0].job.decoder
+                part = self._decode(self._networks, decoder, latents[done : done + size], clock, keep)
             except torch.OutOfMemoryError:
                 if size == 1:
                     break
@@ -209,8 +210,8 @@ class FrameDecoder:
         return tuple(decoded.task for decoded, _ in self._batches.popleft().drawn)
 
     def forget(self) -> None:
-        """Let go of the VAE decoder in fp32, which is loaded again when it is needed."""
-        self._fp32 = None
+        """Let go of decoders in fp32, which are loaded again when they are needed."""
+        self._fp32.clear()
 
     def close(self) -> None:
         """Stop the workers, without waiting for the device."""
@@ -218,9 +219,9 @@ class FrameDecoder:
         if self._workers:
             self._workers.shutdown(cancel_futures=True)
 
-    def _decode(self, networks: Networks, latents: Tensor, clock: StageClock, keep: bool) -> _Chunk:
+    def _decode(self, networks: Networks, decoder: str, latents: Tensor, clock: StageClock, keep: bool) -> _Chunk:
         with self._beside(), clock.stage("decode"):
-            pixels, finite = decode_latents(networks, latents)
+            pixels, finite = decode_latents(networks, latents, decoder)
             on_host = self._to_host(pixels), self._to_host(finite), self._to_host(latents.half()) if keep else None
             return _Chunk(latents, *on_host, recorded_event(self._networks.device), networks is not self._networks)
 
@@ -233,12 +234,13 @@ class FrameDecoder:
         if self.starved and not alone:
             return False
         task, _ = batch.frames[0]
+        decoder = task.job.decoder
         try:
-            if self._fp32 is None:
+            if decoder not in self._fp32:
                 assert self._networks.load_fp32 is not None
                 with self._beside():  # whose memory it is then, when it goes
-                    self._fp32 = self._networks.load_fp32("vae_decoder")
-            part = self._decode(self._fp32, latents, batch.clock, task.keep_latents)
+                    self._fp32[decoder] = self._networks.load_fp32(decoder)
+            part = self._decode(self._fp32[decoder], decoder, latents, batch.clock, task.keep_latents)
             future = self._later(partial(self._finish, task, part, 0))
         except (CheckpointError, torch.OutOfMemoryError) as error:
             self.starved = isinstance(error, torch.OutOfMemoryError) and not last_try
@@ -310,8 +312,9 @@ class FrameDecoder:
             # one bad reference would poison every frame of the next iteration
             if not latents:
                 raise _NotFinite("denoiser")
-            in_half = self._networks.numerics["vae_decoder"] != "fp32" and self._networks.load_fp32 is not None
-            raise _NotFinite("vae_decoder", chunk.latents[index : index + 1] if in_half and not chunk.again else None)
+            decoder = task.job.decoder
+            in_half = self._networks.numerics[decoder] != "fp32" and self._networks.load_fp32 is not None
+            raise _NotFinite(decoder, chunk.latents[index : index + 1] if in_half and not chunk.again else None)
         drawn = to_picture(chunk.pixels[index])
         kept = chunk.kept[index].clone() if chunk.kept is not None and task.keep_latents else None
         return drawn, clip_pixels(drawn) if task.embed else None, kept

@@ -3,7 +3,7 @@
 import torch
 
 from storyadapter.method.errors import RunError, Text
-from storyadapter.model.contract import control_embedding_name, control_projection_name
+from storyadapter.model.contract import DECODERS, control_embedding_name, control_projection_name
 from storyadapter.model.networks import Networks
 from storyadapter.model.numerics import finer_precision
 from storyadapter.runtime.conditioning import Tokenizers, encode_texts, project_texts
@@ -19,6 +19,7 @@ _TITLES = {
     "reference_projection": "the IP-Adapter",
     "denoiser": "the UNet",
     "vae_decoder": "the VAE",
+    "reference_decoder": "the reference VAE",
 }
 _ENCODERS = {"text_encoder": ("text_embedding",), "text_encoder_2": ("text_embedding_2", "pooled_text")}
 
@@ -64,7 +65,7 @@ def not_finite_error(networks: Networks, task: Task, network: str) -> RunError:
     """The error of a frame for which this network gave values that aren't finite; of a VAE, in fp32 as well."""
     precision = networks.numerics[network]
     tried = f" in {precision}"
-    if network == "vae_decoder" and networks.load_fp32 and precision != "fp32":
+    if network in DECODERS and networks.load_fp32 and precision != "fp32":
         precision, tried = "fp32", f"{tried}, nor in fp32"
     found: Text
     advice: Text

@@ -45,6 +45,7 @@ class FrameJob:
         scale: λ; None without references.
         references: keys of what it attends to, in order: of other jobs, or hashes of a user's pictures.
         control: one per ControlNet of the model, None where it has no picture for it; () where it has none at all.
+        decoder: of its latents, by the contract's name.
     """
 
     model: str
@@ -62,6 +63,7 @@ class FrameJob:
     start: str | None = None
     control: tuple[Control | None, ...] = ()
     chunks: int = 1
+    decoder: str = "vae_decoder"
 
     @cached_property
     def key(self) -> str:
@@ -69,12 +71,15 @@ class FrameJob:
         values = asdict(self)
         if not self.control:  # as before there were any
             del values["control"]
+        if self.decoder == "vae_decoder":  # as before there was another
+            del values["decoder"]
         return digest([KEY_FORMAT, values])
 
     @cached_property
     def batch_key(self) -> "BatchKey":
         interval = self.guidance_interval if self.is_guided else None
-        return BatchKey(self.model, self.numerics, self.height, self.width, self.sampler, interval, self.chunks)
+        size = self.height, self.width
+        return BatchKey(self.model, self.numerics, *size, self.sampler, interval, self.chunks, self.decoder)
 
     @property
     def is_guided(self) -> bool:
@@ -101,6 +106,7 @@ class BatchKey:
     sampler: SamplerSettings
     guided: tuple[float, float] | None
     chunks: int = 1
+    decoder: str = "vae_decoder"
 
 
 @dataclass(frozen=True, eq=False)

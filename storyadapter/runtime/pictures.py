@@ -11,18 +11,19 @@ from storyadapter.method import constants
 from storyadapter.model.networks import Networks
 
 
-def decode_latents(networks: Networks, latents: Tensor) -> tuple[Tensor, Tensor]:
+def decode_latents(networks: Networks, latents: Tensor, decoder: str = "vae_decoder") -> tuple[Tensor, Tensor]:
     """Latents as the sampler leaves them → the bytes of pictures, all on the networks' device.
 
     Args:
-        networks: of which the VAE decoder is used.
+        networks: of which the decoder is used.
         latents: [F, 4, h, w] fp32.
+        decoder: one of `contract.DECODERS`.
 
     Returns:
         [F, 8h, 8w, 3] uint8, rounded as diffusers rounds; and [F, 2] bool: whether a frame's latents are finite, and
         whether its picture is.
     """
-    image = networks["vae_decoder"]({"latents": latents.to(networks.dtype("vae_decoder"))})["image"].float()
+    image = networks[decoder]({"latents": latents.to(networks.dtype(decoder))})["image"].float()
     finite = torch.stack([values.isfinite().flatten(1).all(1) for values in (latents, image)], dim=1)
     return ((image / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous(), finite
 

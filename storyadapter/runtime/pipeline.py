@@ -142,10 +142,12 @@ class Pipeline(ABC):
         return pictures
 
     def decided(self, plan: RunPlan) -> RunPlan:
-        """The plan with everything decided that it leaves to the model: its size, how it is sampled, and how its
-        ControlNets are used."""
-        plan = plan.sized(self.networks.geometry.default_pixels).for_model(self.sampling)
-        return replace(plan, controls=plan.controls or (ControlSettings(),) * len(self.networks.geometry.controls))
+        """The plan with everything decided that it leaves to the model: its size, how it is sampled and decoded, and
+        how its ControlNets are used."""
+        geometry = self.networks.geometry
+        plan = plan.sized(geometry.default_pixels).for_model(self.sampling)
+        controls = plan.controls or (ControlSettings(),) * len(geometry.controls)
+        return replace(plan, controls=controls, reference_vae=geometry.reference_vae)
 
     def source(
         self,

@@ -10,6 +10,7 @@ from storyadapter.method.errors import InputError
 from storyadapter.method.events import PromptTruncated
 from storyadapter.method.plan import RunPlan
 from storyadapter.method.story import FinalFrame
+from storyadapter.model.contract import DECODERS
 from storyadapter.model.numerics import Numerics
 from storyadapter.runtime.conditioning import Tokenizers
 from storyadapter.runtime.jobs import Control, FrameJob, TextGroup
@@ -72,6 +73,7 @@ class StoryJobs:
                     for picture, use in zip(pictures, plan.controls, strict=False)
                 ),
                 frame.chunks,
+                DECODERS[plan.reference_vae and iteration + 1 < plan.iterations],
             )
             for frame, start, pictures in zip(self.frames, starts, self.controls, strict=True)
         ]

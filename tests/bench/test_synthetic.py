@@ -36,6 +36,7 @@ def test_the_structure_is_sdxls() -> None:
     assert _count(checkpoint.load_text_encoder_2(torch.float16)) == 694_659_840
     assert _count(checkpoint.load_image_encoder(torch.float16)) == 1_844_907_264
     assert _count(checkpoint.load_vae(torch.float16)) == 83_653_863
+    assert _count(checkpoint.load_reference_vae(torch.float16)) == 2_445_063
 
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=list(MODELS))

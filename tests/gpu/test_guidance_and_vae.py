@@ -50,6 +50,16 @@ def test_a_denoiser_reads_the_guidance_that_it_takes_as_an_embedding(tmp_path: P
     assert (noise(8) - noise(5)).norm() / noise(8).norm() > 1e-3
 
 
+def test_a_tiny_vae_decodes_what_fp32_does(tmp_path: Path) -> None:
+    checkpoint = SyntheticCheckpoint(TOY, DEVICE, reference_vae=True)  # of the published sizes
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    ((_, plain),) = iterate_modules(checkpoint, Numerics("fp32"), grca, ("reference_decoder",), DEVICE)
+    with torch.inference_mode():
+        expected = plain(latents)
+    found = built(checkpoint, "reference_decoder", "fp16", tmp_path)({"latents": latents.half()})["image"]
+    assert (found.float() - expected).norm() / expected.norm() < 1e-2
+
+
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_a_vae_with_fused_norms_decodes_what_fp32_does(precision: Precision, tmp_path: Path) -> None:
     model = replace(TOY, vae={**TOY.vae, "block_out_channels": (32, 32, 64, 64)})

@@ -14,6 +14,7 @@ from storyadapter.model.grca import grca
 from storyadapter.model.modules import iterate_modules
 from storyadapter.model.numerics import Numerics
 from tests.control_models import write_controlnet
+from tests.reference_vaes import write_reference_vae
 from tests.storyadapter.checkpoint.original_layout import single_file
 from tests.storyadapter.checkpoint.spoil import tiny_paths
 
@@ -26,11 +27,12 @@ def nothing_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-@pytest.fixture(params=["folder with ControlNet", "file with LoRA"])
+@pytest.fixture(params=["folder with more networks", "file with LoRA"])
 def model(request: pytest.FixtureRequest, tiny_model_dir: Path, checkpoint: Checkpoint, tmp_path: Path) -> Checkpoint:
-    if request.param == "folder with ControlNet":
+    if request.param == "folder with more networks":
         controlnet = write_controlnet(tiny_model_dir, tmp_path / "control")
-        return Checkpoint.open(tiny_paths(tiny_model_dir, controlnets=(controlnet,)))
+        vae = write_reference_vae(tmp_path / "tiny")
+        return Checkpoint.open(tiny_paths(tiny_model_dir, controlnets=(controlnet,), reference_vae=vae))
     names = ("unet", "text_encoder", "text_encoder_2", "vae")
     save_file(single_file(*(getattr(checkpoint, f"load_{name}")(torch.float32) for name in names)), tmp_path / "m")
     shape = checkpoint.load_unet(torch.float32).get_submodule(LAYER).weight.shape

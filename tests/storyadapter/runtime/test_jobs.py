@@ -27,6 +27,7 @@ OTHER = {
     "start": "c",
     "control": (Control("d", 1.0, 0.0, 1.0),),
     "chunks": 2,
+    "decoder": "reference_decoder",
 }
 
 
@@ -55,14 +56,14 @@ def test_guidance_may_differ_in_a_batch_but_is_there_for_all_or_none() -> None:
     assert replace(JOB, guidance=None, negative_prompt=None).batch_key != JOB.batch_key
 
 
-def test_every_setting_of_a_control_counts_and_none_at_all_is_as_before_there_were_any() -> None:
+def test_every_setting_of_a_control_counts_and_what_few_have_is_no_part_of_the_others_keys() -> None:
     controls = [Control("d", 1.0, 0.0, 1.0)]
     for change in ({"picture": "e"}, {"scale": 0.5}, {"start": 0.1}, {"end": 0.9}):
         controls.append(replace(controls[0], **change))
     keys = {replace(JOB, control=control).key for control in (*zip(controls, strict=True), (None, controls[0]), ())}
     assert len(keys) == 7
     data = asdict(JOB)
-    del data["control"]
+    del data["control"], data["decoder"]
     assert JOB.key == digest([KEY_FORMAT, data])
 
 
