@@ -189,8 +189,7 @@ def group_norm_triton(
         raise _CHECKS.refusal("groups", groups, f"a divisor of C = {channels}")
     if not eps > 0:
         raise _CHECKS.refusal("eps", eps, "a number over 0")
-    if factor is not None and (factor.dtype != torch.float32 or factor.shape != (1,) or factor.device != x.device):
-        raise _CHECKS.refusal("factor", f"{factor.dtype} {list(factor.shape)} on {factor.device}", "float32 [1] with x")
+    _CHECKS.factor(factor, x)
     _CHECKS.device("x", x, group_norm_moments_kernel)
     shape = (x.shape[0] * x.shape[1] * x.shape[2], channels) if tokens else x.shape
     out = x.new_empty(shape, dtype=x.dtype if factor is None else torch.float8_e4m3fn)

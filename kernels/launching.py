@@ -107,6 +107,12 @@ class Checks:
             if not tensor.is_contiguous():
                 raise self.refusal(name, f"of strides {list(tensor.stride())}", "a contiguous tensor")
 
+    def factor(self, factor: Tensor | None, x: Tensor, name: str = "x") -> None:
+        """One number for an e4m3 result, on the device of x; or none."""
+        if factor is not None and (factor.dtype != torch.float32 or factor.shape != (1,) or factor.device != x.device):
+            found = f"{factor.dtype} {list(factor.shape)} on {factor.device}"
+            raise self.refusal("factor", found, f"float32 [1] with {name}")
+
     def device(self, name: str, tensor: Tensor, kernel: Any) -> None:
         """On a device on which the kernel runs."""
         if tensor.device.type == "cpu":

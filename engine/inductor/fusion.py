@@ -63,11 +63,11 @@ class CrossAttention(nn.Module):
         q = self.to_q(rows).view(batch, -1, self.heads, self.channels // self.heads)
         text = inputs.text_kv[self.channels][self.layer]
         if isinstance(inputs, TextInputs):
-            out = text_attention(q, text, inputs.text_row)
+            out = self.to_out.take(text_attention(q, text, inputs.text_row))
         else:
-            references = inputs.ref_kv[self.channels][self.layer]
-            out = self.grca(q, text, inputs.text_row, references, inputs.ref_row, inputs.ref_length)
-        return self.to_out(self.to_out.take(out.reshape(-1, self.channels)))
+            references, factor = inputs.ref_kv[self.channels][self.layer], self.to_out.factor
+            out = self.grca(q, text, inputs.text_row, references, inputs.ref_row, inputs.ref_length, factor)
+        return self.to_out(out.reshape(-1, self.channels))
 
 
 class GegluFeedForward(nn.Module):

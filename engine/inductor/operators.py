@@ -7,8 +7,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from storyadapter.model.grca import GrcaFunction, grca
+from storyadapter.model.grca import grca
 from storyadapter.quantization.layers import E4M3, LARGEST, to_e4m3
+
+
+class Grca(Protocol):
+    """See `storyadapter.kernels.grca.launch.grca_triton`."""
+
+    def __call__(
+        self,
+        q: Tensor,
+        text_kv: Tensor,
+        text_row: Tensor,
+        ref_kv: Tensor,
+        ref_row: Tensor,
+        ref_length: Tensor,
+        factor: Tensor | None,
+    ) -> Tensor: ...
 
 
 class AddLayerNorm(Protocol):
@@ -72,7 +87,7 @@ class Operators:
     """What the denoiser's blocks are made of besides a compiler's own operators; from `group_norm` on, in fp8 alone.
     The VAE's blocks have `group_norm` in any precision."""
 
-    grca: GrcaFunction
+    grca: Grca
     add_layer_norm: AddLayerNorm
     geglu: Geglu
     arrange_geglu: ArrangeGeglu
@@ -102,6 +117,19 @@ def operators_for(device: torch.device) -> Operators:
         linear_fp8_triton,
         geglu_fp8_triton,
     )
+
+
+def _grca(
+    q: Tensor,
+    text_kv: Tensor,
+    text_row: Tensor,
+    ref_kv: Tensor,
+    ref_row: Tensor,
+    ref_length: Tensor,
+    factor: Tensor | None,
+) -> Tensor:
+    out = grca(q, text_kv, text_row, ref_kv, ref_row, ref_length)
+    return out if factor is None else to_e4m3(out, factor)
 
 
 def _add_layer_norm(
@@ -157,7 +185,7 @@ def _geglu_fp8(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, factor: 
 
 
 PLAIN = Operators(
-    grca,
+    _grca,
     _add_layer_norm,
     _geglu,
     _as_it_is,

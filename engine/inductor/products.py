@@ -1,8 +1,9 @@
 """Linear layers and what feeds them, in half precision or over e4m3 operands.
 
 Quantization takes no pass of its own where a kernel stands before a product: layer norms (their scale folded into
-weight and bias), group norms and GEGLU write e4m3; behind attention and at a transformer's end the copy or sum that is
-there anyway does. What lies between layers has two dimensions, as kernels with descriptors take no views.
+weight and bias), group norms, GEGLU and text and reference attention write e4m3; behind self-attention and at a
+transformer's end the copy or sum that is there anyway does. What lies between layers has two dimensions, as kernels
+with descriptors take no views.
 """
 
 from collections.abc import Sequence

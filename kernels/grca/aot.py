@@ -110,7 +110,7 @@ def compile_kernel(
     source = ASTSource(
         grca_kernel,
         {name: types.get(name, "constexpr") for name in names},
-        {(names.index(name),): value for name, value in fixed.items()},
+        {(names.index(name),): value for name, value in {**fixed, "factor": None}.items()},
         {(index,): [["tt.divisibility", 16]] for index in wide},
     )
     options = {**chosen.options(), "enable_fp_fusion": True}

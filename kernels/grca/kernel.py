@@ -22,6 +22,8 @@ into one multiply-add.
 import triton
 import triton.language as tl
 
+from storyadapter.kernels.e4m3 import to_e4m3
+
 # Rows of a remainder that is treated as one short block: the least that a matrix instruction takes.
 SHORT_BLOCK = tl.constexpr(16)
 # How far the fixed shift lies over the largest score of the ragged end, base 2. Later scores may exceed that one by
@@ -189,7 +191,11 @@ def _tile(
 
 
 @triton.jit
-def _store_tile(out, start, query_tokens, result, STRIDE: tl.constexpr, BLOCK_M: tl.constexpr, HEAD_SIZE: tl.constexpr):
+def _store_tile(
+    out, factor, start, query_tokens, result, STRIDE: tl.constexpr, BLOCK_M: tl.constexpr, HEAD_SIZE: tl.constexpr
+):
+    if out.dtype.element_ty == tl.float8e4nv:
+        result = to_e4m3(result * tl.load(factor))
     rows = start + tl.arange(0, BLOCK_M)
     pointers = out + rows[:, None] * STRIDE + tl.arange(0, HEAD_SIZE)[None, :]
     tl.store(pointers, result.to(out.dtype.element_ty), mask=rows[:, None] < query_tokens)
@@ -197,7 +203,8 @@ def _store_tile(out, start, query_tokens, result, STRIDE: tl.constexpr, BLOCK_M:
 
 @triton.jit
 def _tiles(
-    q, out, queries, first_query, last_query, query_tokens, text_keys, text_values, more_keys, more_values,
+    q, out, factor, queries, first_query, last_query, query_tokens,
+    text_keys, text_values, more_keys, more_values,
     text_k, text_v, text_tokens, ref_k, ref_v, full_tokens, length,
     Q_STRIDE: tl.constexpr, TEXT_STRIDE: tl.constexpr, REF_STRIDE: tl.constexpr, OUT_STRIDE: tl.constexpr,
     SCALE: tl.constexpr, TEXT_TOKENS: tl.constexpr, TEXT_BLOCK: tl.constexpr, TEXT_REST: tl.constexpr,
@@ -215,7 +222,7 @@ def _tiles(
             TEXT_STRIDE, REF_STRIDE, SCALE, TEXT_TOKENS, TEXT_BLOCK, TEXT_REST, HEAD_SIZE, BLOCK_M, BLOCK_N,
             BLOCK_REST, STREAM, LIMIT,
         )  # fmt: skip
-        _store_tile(out, first_query, query_tokens, result, OUT_STRIDE, BLOCK_M, HEAD_SIZE)
+        _store_tile(out, factor, first_query, query_tokens, result, OUT_STRIDE, BLOCK_M, HEAD_SIZE)
     else:
         next_queries = queries
         for start in range(first_query, last_query, BLOCK_M):
@@ -230,12 +237,13 @@ def _tiles(
                 TEXT_STRIDE, REF_STRIDE, SCALE, TEXT_TOKENS, TEXT_BLOCK, TEXT_REST, HEAD_SIZE, BLOCK_M, BLOCK_N,
                 BLOCK_REST, STREAM, LIMIT,
             )  # fmt: skip
-            _store_tile(out, start, query_tokens, result, OUT_STRIDE, BLOCK_M, HEAD_SIZE)
+            _store_tile(out, factor, start, query_tokens, result, OUT_STRIDE, BLOCK_M, HEAD_SIZE)
 
 
 @triton.jit
 def _rows(
-    q, out, queries, first_query, last_query, query_tokens, text_keys, text_values, more_keys, more_values,
+    q, out, factor, queries, first_query, last_query, query_tokens,
+    text_keys, text_values, more_keys, more_values,
     text_k, text_v, text_tokens, ref_k, ref_v, full_tokens, length,
     Q_STRIDE: tl.constexpr, TEXT_STRIDE: tl.constexpr, REF_STRIDE: tl.constexpr, OUT_STRIDE: tl.constexpr,
     SCALE: tl.constexpr, TEXT_TOKENS: tl.constexpr, TEXT_BLOCK: tl.constexpr, TEXT_REST: tl.constexpr,
@@ -245,14 +253,16 @@ def _rows(
 ):  # fmt: skip
     if length - full_tokens <= SHORT_BLOCK:
         _tiles(
-            q, out, queries, first_query, last_query, query_tokens, text_keys, text_values, more_keys, more_values,
+            q, out, factor, queries, first_query, last_query, query_tokens,
+            text_keys, text_values, more_keys, more_values,
             text_k, text_v, text_tokens, ref_k, ref_v, full_tokens, length,
             Q_STRIDE, TEXT_STRIDE, REF_STRIDE, OUT_STRIDE, SCALE, TEXT_TOKENS, TEXT_BLOCK, TEXT_REST,
             HEAD_SIZE, BLOCK_M, BLOCK_N, SHORT_BLOCK, TILES, PREFETCH, STREAM, LIMIT,
         )  # fmt: skip
     else:
         _tiles(
-            q, out, queries, first_query, last_query, query_tokens, text_keys, text_values, more_keys, more_values,
+            q, out, factor, queries, first_query, last_query, query_tokens,
+            text_keys, text_values, more_keys, more_values,
             text_k, text_v, text_tokens, ref_k, ref_v, full_tokens, length,
             Q_STRIDE, TEXT_STRIDE, REF_STRIDE, OUT_STRIDE, SCALE, TEXT_TOKENS, TEXT_BLOCK, TEXT_REST,
             HEAD_SIZE, BLOCK_M, BLOCK_N, BLOCK_N, TILES, PREFETCH, STREAM, LIMIT,
@@ -268,7 +278,7 @@ def grca_kernel(
     ref_stride_g, ref_stride_kv,
     out_stride_b, out_stride_h,
     text_tokens,
-    out,
+    out, factor,
     SCALE: tl.constexpr, TEXT_TOKENS: tl.constexpr, TEXT_BLOCK: tl.constexpr, TEXT_REST: tl.constexpr,
     HEAD_SIZE: tl.constexpr, STRIDE_UNIT: tl.constexpr,
     Q_STRIDE: tl.constexpr, TEXT_STRIDE: tl.constexpr, REF_STRIDE: tl.constexpr, OUT_STRIDE: tl.constexpr,
@@ -281,8 +291,9 @@ def grca_kernel(
     text_row, ref_row [B] int32; ref_length [G] int32. T is text_tokens, and TEXT_TOKENS too where it is compiled in
     (else that and the blocks that cover it are 0). The strides between tokens are compile-time constants in elements
     (they depend on the layer's width alone); the others are counted in units of STRIDE_UNIT elements: a unit of 8 tells
-    the compiler that rows start at multiples of 16 bytes, whatever the run-time value. The arguments stand in the order
-    that a TensorRT plugin passes them in: inputs, integers, outputs.
+    the compiler that rows start at multiples of 16 bytes, whatever the run-time value. If out is e4m3, the result is
+    multiplied by factor [1] fp32, which is read then alone. The arguments stand in the order that a TensorRT plugin
+    passes them in: inputs, integers, outputs (it has no factor).
     """
     if HEADS_FIRST:
         head = tl.program_id(0)
@@ -325,14 +336,16 @@ def grca_kernel(
     full_tokens = (length - 1) // BLOCK_N * BLOCK_N
     if full_tokens == 0:
         _rows(
-            q, out, queries, first_query, last_query, query_tokens, text_keys, text_values, more_keys, more_values,
+            q, out, factor, queries, first_query, last_query, query_tokens,
+            text_keys, text_values, more_keys, more_values,
             text_k, text_v, text_tokens, ref_k, ref_v, full_tokens, length,
             Q_STRIDE, TEXT_STRIDE, REF_STRIDE, OUT_STRIDE, SCALE, TEXT_TOKENS, TEXT_BLOCK, TEXT_REST,
             HEAD_SIZE, BLOCK_M, BLOCK_N, TILES, PREFETCH, False, LIMIT,
         )  # fmt: skip
     else:
         _rows(
-            q, out, queries, first_query, last_query, query_tokens, text_keys, text_values, more_keys, more_values,
+            q, out, factor, queries, first_query, last_query, query_tokens,
+            text_keys, text_values, more_keys, more_values,
             text_k, text_v, text_tokens, ref_k, ref_v, full_tokens, length,
             Q_STRIDE, TEXT_STRIDE, REF_STRIDE, OUT_STRIDE, SCALE, TEXT_TOKENS, TEXT_BLOCK, TEXT_REST,
             HEAD_SIZE, BLOCK_M, BLOCK_N, TILES, PREFETCH, True, LIMIT,

@@ -87,10 +87,12 @@ def launch_arguments(
     ref_length: Tensor,
     out: Tensor,
     tiles: GrcaTiles,
+    factor: Tensor | None = None,
 ) -> tuple[tuple[int, int, int], tuple[Any, ...], dict[str, Any]]:
     """Grid, arguments and keyword arguments with which `grca_kernel` computes into `out` [B, S, H, D].
 
-    Arguments as those of `grca_triton`, already checked; `out` has stride 1 in its last dimension.
+    Arguments as those of `grca_triton`, already checked; `out` has stride 1 in its last dimension, and is e4m3 if there
+    is a factor.
     """
     rows, query_tokens, heads, head_size = q.shape
     text_tokens = text_kv.shape[2]
@@ -109,7 +111,7 @@ def launch_arguments(
         *(query_tokens, ref_kv.shape[2]),
         *(stride // unit for stride in outer),
         text_tokens,
-        out,
+        *(out, q if factor is None else factor),
     )
     # int() fixes what a compiler may have made symbolic: these are compile-time constants of the kernel.
     strides = TokenStrides(int(q.stride(1)), int(text_kv.stride(2)), int(ref_kv.stride(2)), int(out.stride(1)))
@@ -120,22 +122,31 @@ def launch_arguments(
 
 @triton_op("storyadapter::grca_triton", mutates_args={})
 def grca_triton(
-    q: Tensor, text_kv: Tensor, text_row: Tensor, ref_kv: Tensor, ref_row: Tensor, ref_length: Tensor
+    q: Tensor,
+    text_kv: Tensor,
+    text_row: Tensor,
+    ref_kv: Tensor,
+    ref_row: Tensor,
+    ref_length: Tensor,
+    factor: Tensor | None = None,
 ) -> Tensor:
-    """Text attention plus reference attention of one layer in one kernel, [B, S, H, D], contiguous, dtype of q.
+    """Text attention plus reference attention of one layer in one kernel, [B, S, H, D], contiguous, dtype of q or e4m3.
 
     The arguments are those of `storyadapter.model.grca.grca`, which says what is computed and where it comes from;
     besides, D is 32 or 64, and q, text_kv and ref_kv have stride 1 in the last dimension.
+
+    Args:
+        factor: [1] fp32, one over the scale of an e4m3 result; None for a result in the dtype of q.
 
     Raises:
         ValueError: an argument that the kernel can't read; see `check_arguments`.
     """
     check_arguments(q, text_kv, text_row, ref_kv, ref_row, ref_length)
-    rows, _, heads, head_size = q.shape
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    _CHECKS.factor(factor, q, "q")
+    out = torch.empty(q.shape, dtype=q.dtype if factor is None else torch.float8_e4m3fn, device=q.device)
     if q.numel() == 0:
         return out
-    tiles, _ = GRCA.choose(capability(q.device), q.element_size(), int(head_size))
-    grid, arguments, keywords = launch_arguments(q, text_kv, text_row, ref_kv, ref_row, ref_length, out, tiles)
+    tiles, _ = GRCA.choose(capability(q.device), q.element_size(), int(q.shape[3]))
+    grid, arguments, keywords = launch_arguments(q, text_kv, text_row, ref_kv, ref_row, ref_length, out, tiles, factor)
     wrap_triton(grca_kernel)[grid](*arguments, **keywords)
     return out

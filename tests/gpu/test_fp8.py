@@ -21,6 +21,9 @@ from tests.kernels.fp8_cases import (
     linear_reference,
     rows_interleaved,
 )
+from tests.kernels.grca_cases import Case
+from tests.kernels.grca_cases import inputs as grca_inputs
+from tests.kernels.grca_cases import reference as grca_reference
 from tests.kernels.mlp_cases import TOLERANCE, error, norm_inputs, norm_reference
 
 pytestmark = pytest.mark.skipif(
@@ -29,6 +32,7 @@ pytestmark = pytest.mark.skipif(
 pytest.importorskip("triton", reason="needs Triton")
 
 if torch.cuda.is_available():
+    from storyadapter.kernels.grca.launch import grca_triton
     from storyadapter.kernels.group_norm import group_norm_triton
     from storyadapter.kernels.launching import capability
     from storyadapter.kernels.layer_norm import add_layer_norm_triton
@@ -93,6 +97,18 @@ def test_linear_and_geglu(shape: tuple[int, int, int]) -> None:
     assert error(out, _e4m3(expected)) < E4M3_TOLERANCE / 2  # here and there another of two neighbours
     saturated = geglu_fp8_triton(x, *mixed, torch.full((1,), 1e6, device="cuda")).float()
     assert saturated.abs().max() == 448 and not saturated.isnan().any()
+
+
+@pytest.mark.parametrize("text_tokens", [77, 231])
+def test_text_and_reference_attention(text_tokens: int) -> None:
+    arguments = grca_inputs(Case(4, 1000, 10, 64, text_tokens, 64, (4, 64)), torch.float16, "cuda")
+    out, large = (grca_triton(*arguments, torch.full((1,), factor, device="cuda")) for factor in (32.0, 1e6))
+    expected = grca_reference(arguments)
+    assert error(out, _e4m3(32 * expected)) < E4M3_TOLERANCE / 2  # here and there another of two neighbours
+    assert large.float().abs().max() == 448 and not large.float().isnan().any()
+    arguments[0][1, 5, 2] = float("nan")
+    isnan = grca_triton(*arguments, torch.ones(1, device="cuda")).float().isnan()
+    assert isnan[1, 5, 2].all() and isnan.sum() == 64
 
 
 def test_nan_stays_where_it_was() -> None:

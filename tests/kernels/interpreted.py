@@ -88,8 +88,23 @@ def _zero_values() -> bool:
     return torch.equal(grca_triton(*one), grca_triton(*one[:3], two[3], one[4], two[5]))
 
 
+def _e4m3(dtype: torch.dtype) -> dict[str, float | bool]:
+    """A result in e4m3, and one that is far too large for it."""
+    arguments = inputs(CASES["production-like"], dtype)
+    expected = reference(arguments)
+    out, large = (grca_triton(*arguments, torch.tensor([factor])) for factor in (32.0, 1e6))
+    assert out.dtype == large.dtype == torch.float8_e4m3fn
+    limits = large.float()[expected.abs() > 1e-3]
+    return {
+        "error": error(out.double() / 32, expected),
+        "saturated": bool(
+            (limits.abs() == 448).all() and (limits.sign() == expected[expected.abs() > 1e-3].sign()).all()
+        ),
+    }
+
+
 def _refusal(index: int, change: Callable[[torch.Tensor], torch.Tensor]) -> str:
-    arguments = list(inputs(Case(4, 8, 2, 32, 20, 10, (4, 10)), torch.float32))
+    arguments = [*inputs(Case(4, 8, 2, 32, 20, 10, (4, 10)), torch.float32), torch.ones(1)]
     arguments[index] = change(arguments[index])
     try:
         grca_triton(*arguments)
@@ -109,11 +124,13 @@ def main() -> None:
         "extreme": {str(dtype): _extreme(dtype) for dtype in (torch.float32, torch.float16)},
         "late key": {str(dtype): _late_key(dtype) for dtype in (torch.float32, torch.float16)},
         "zero values": _zero_values(),
+        "e4m3": {str(dtype): _e4m3(dtype) for dtype in (torch.float32, torch.float16)},
         "empty": list(grca_triton(*inputs(Case(2, 0, 2, 32, 20, 10), torch.float32)).shape),
         "refusals": {
             "text_row": _refusal(2, lambda tensor: tensor + 3),
             "ref_row": _refusal(4, lambda tensor: tensor - 1),
             "ref_length": _refusal(5, lambda tensor: tensor * 0),
+            "factor": _refusal(6, lambda tensor: tensor.half()),
         },
     }
     print(json.dumps(found))

@@ -5,18 +5,23 @@ from typing import Any
 import pytest
 import torch
 
+from tests.kernels.fp8_cases import E4M3, E4M3_TOLERANCE
 from tests.kernels.grca_cases import TOLERANCE, Case, inputs
 
 triton = pytest.importorskip("triton", reason="needs Triton")
 
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
 from storyadapter.kernels import launching  # noqa: E402
+from storyadapter.kernels.grca.aot import SHARED_MEMORY_LIMIT  # noqa: E402
 from storyadapter.kernels.grca.arguments import text_blocks  # noqa: E402
 from storyadapter.kernels.grca.kernel import RUN_TIME_INTEGERS, grca_kernel  # noqa: E402
 from storyadapter.kernels.grca.launch import check_arguments, launch_arguments  # noqa: E402
 from storyadapter.kernels.tiles import GRCA  # noqa: E402
 from tests.kernels.interpreted import CASES, VARIANTS  # noqa: E402
 from tests.kernels.interpreter_process import interpret  # noqa: E402
-from tests.kernels.mlp_compilation import AbsentDriver, captured_graph  # noqa: E402
+from tests.kernels.mlp_compilation import AbsentDriver, captured_graph, registers_and_stack  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +60,13 @@ def test_zero_values_contribute_exactly_nothing(interpreted: dict[str, Any]) -> 
     assert interpreted["zero values"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_results_in_e4m3_saturate(interpreted: dict[str, Any], dtype: torch.dtype) -> None:
+    found = interpreted["e4m3"][str(dtype)]
+    assert found["error"] < 4 * E4M3_TOLERANCE  # cut off instead of rounded
+    assert found["saturated"]
+
+
 def test_no_queries_give_an_empty_result(interpreted: dict[str, Any]) -> None:
     assert interpreted["empty"] == [2, 0, 2, 32]
 
@@ -65,6 +77,7 @@ def test_no_queries_give_an_empty_result(interpreted: dict[str, Any]) -> None:
         ("text_row", "text_row is from 3 to 5; expected values from 0 to 2"),
         ("ref_row", "ref_row is from -1 to 0; expected values from 0 to 1"),
         ("ref_length", "ref_length is from 0 to 0; expected values from 1 to 10"),
+        ("factor", "factor is torch.float16 [1] on cpu; expected float32 [1] with q"),
     ],
 )
 def test_values_on_the_host_are_checked(interpreted: dict[str, Any], name: str, text: str) -> None:
@@ -107,16 +120,16 @@ def test_text_is_covered_with_little_padding(tokens: int, blocks: tuple[int, int
     assert text_blocks(129) == (0, 0)
 
 
-def _specialization(case: Case) -> tuple[Any, ...]:
+def _specialization(case: Case, capability: int = 90, factor: torch.Tensor | None = None) -> tuple[Any, ...]:
     """What Triton compiles one kernel for: types, constants, and what it reads off the values."""
-    from triton.backends.compiler import GPUTarget
     from triton.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
 
-    backend = make_backend(GPUTarget("cuda", 90, 32))
+    backend = make_backend(GPUTarget("cuda", capability, 32))
     bind = create_function_from_signature(grca_kernel.signature, grca_kernel.params, backend)
     arguments = inputs(case, torch.float16)
-    _, positional, keywords = launch_arguments(*arguments, arguments[0].clone(), GRCA.choose(90, 2, 64)[0])
+    out = arguments[0].clone() if factor is None else arguments[0].to(E4M3)
+    _, positional, keywords = launch_arguments(*arguments, out, GRCA.choose(capability, 2, 64)[0], factor)
     _, specialization, options = bind(*positional, **keywords)
     return tuple(specialization), tuple(sorted(options.items()))
 
@@ -137,6 +150,21 @@ def test_one_compilation_for_one_chunk_and_one_for_all_longer_texts() -> None:
     assert found[0] != found[1] and len(set(found[1:])) == 1
 
 
+@pytest.mark.parametrize("capability", [89, 90, 120])
+def test_results_in_e4m3_are_rounded_by_the_store(capability: int) -> None:
+    found, options = _specialization(Case(2, 16, 10, 64, 77, 4), capability, torch.ones(1))
+    parts = [*zip(range(len(found)), grca_kernel.arg_names, found, strict=True)]
+    source = ASTSource(
+        grca_kernel,
+        {name: kind for _, name, (kind, _) in parts},
+        {(index,): value for index, _, (kind, value) in parts if kind == "constexpr"},
+        {(index,): [["tt.divisibility", 16]] for index, _, (kind, value) in parts if value == "D"},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(options))
+    assert "cvt.rn.satfinite.e4m3x2" in compiled.asm["ptx"]
+    assert compiled.metadata.shared <= SHARED_MEMORY_LIMIT[capability] and registers_and_stack(compiled)[1] == 0
+
+
 @pytest.mark.parametrize("free", [False, True])
 def test_a_compiler_sees_one_launch_with_the_text_compiled_in_or_free(
     free: bool, monkeypatch: pytest.MonkeyPatch
@@ -144,11 +172,15 @@ def test_a_compiler_sees_one_launch_with_the_text_compiled_in_or_free(
     monkeypatch.setattr(launching, "interpreted", lambda _: True)  # lets a fake CPU tensor stand for a CUDA one
     monkeypatch.setattr(triton.runtime.driver, "_active", AbsentDriver())
     arguments = inputs(Case(4, 16, 2, 64, 77, 8, (4, 8)), torch.float16)
-    if not free:
+    if free:
+        arguments += (torch.ones(1),)
+    else:
         torch._dynamo.mark_static(arguments[1], 2)
     graph = captured_graph(torch.ops.storyadapter.grca_triton, arguments)
     (node,) = (node for node in graph.nodes if "triton_kernel_wrapper" in str(node.target))
     given = node.kwargs["kwargs"]
+    assert node.kwargs["tensors_to_clone"] == ["out"]
+    assert given["out"].meta["val"].dtype == (E4M3 if free else torch.float16)
     if free:
         text = given["text_kv"].meta["val"].shape[2]
         assert isinstance(text, torch.SymInt) and given["text_tokens"].meta["val"].node.expr == text.node.expr
