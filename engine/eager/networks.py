@@ -31,7 +31,7 @@ class EagerNetwork:
         with torch.inference_mode():
             outputs = self.module(*(inputs[spec.name] for spec in self.spec.inputs))
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        return {spec.name: value for spec, value in zip(self.spec.outputs, outputs, strict=True)}
+        return {spec.name: value.contiguous() for spec, value in zip(self.spec.outputs, outputs, strict=True)}
 
 
 def open_eager(

@@ -94,7 +94,10 @@ class InductorNetwork:
             finally:
                 # the allocator gives memory to other work of this stream only, so what is given back is read before
                 _give_back(self._bound.values())
-        return {tensor.name: value for tensor, value in zip(self.spec.outputs, outputs, strict=True)}
+        # An exporter traces convolutions with cuDNN off, so that NCHW comes of them, and leaves out a `contiguous()`
+        # that has nothing to do there; in the compiled code they may be channels-last.
+        named = zip(self.spec.outputs, outputs, strict=True)
+        return {tensor.name: value.contiguous() for tensor, value in named}
 
     def _bind(self, weights: dict[str, Tensor]) -> None:
         # user-managed: the package reads them where they lie instead of keeping a copy. PyTorch 2.11 to 2.13 never let

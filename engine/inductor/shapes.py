@@ -56,4 +56,4 @@ def cut(tensor: TensorSpec, value: Tensor, letters: Sequence[str]) -> Tensor:
     for axis, dim in enumerate(tensor.shape):
         if isinstance(dim, str) and split_dim(dim)[1] in letters:
             value = value.narrow(axis, 0, value.shape[axis] // 2)
-    return value.contiguous()
+    return value

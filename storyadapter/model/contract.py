@@ -359,13 +359,13 @@ def _text_kv(widths: tuple[LayerWidth, ...]) -> tuple[TensorSpec, ...]:
 
 
 def residual_specs(control: ControlGeometry) -> tuple[TensorSpec, ...]:
-    """What a ControlNet gives and a denoiser of a model with ControlNets takes, the sum of all of theirs."""
+    """What a ControlNet gives and a denoiser of a model with ControlNets takes: the sum of theirs, channels last."""
 
     def size(letter: str, shrink: int) -> str:
         return letter if shrink == 1 else f"{letter}/{shrink}"
 
     return tuple(
-        TensorSpec(f"residual_{index}", ("B", part.channels, size("h", part.shrink), size("w", part.shrink)))
+        TensorSpec(f"residual_{index}", ("B", size("h", part.shrink), size("w", part.shrink), part.channels))
         for index, part in enumerate(control.residuals)
     )
 

@@ -97,8 +97,9 @@ class ControlNet(nn.Module):
             sample = self.mid_block(sample, embedding)
         scale = conditioning_scale[:, None, None, None].to(latents.dtype)
         residuals = [block(output) for block, output in zip(self.controlnet_down_blocks, outputs, strict=True)]
-        # contiguous, whatever layout its convolutions run in: so the contract has them
-        return tuple((part * scale).contiguous() for part in (*residuals, self.controlnet_mid_block(sample)))
+        parts = (*residuals, self.controlnet_mid_block(sample))
+        # where convolutions run channels-last, here and in the denoiser, nothing is copied between the two
+        return tuple((part * scale).permute(0, 2, 3, 1).contiguous() for part in parts)
 
 
 def split_controlnet(controlnet: "ControlNetModel", index: int) -> dict[str, nn.Module]:

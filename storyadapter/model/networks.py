@@ -24,7 +24,8 @@ class Network(Protocol):
             inputs: by the contract's names, with the contract's shapes and dtypes, contiguous, on `Networks.device`.
 
         Returns:
-            The contract's outputs by name. A backend may reuse their memory in its next call: copy what must last.
+            The contract's outputs by name, contiguous. A backend may reuse their memory in its next call: copy what
+            must last.
 
         Raises:
             ValueError: a name, shape, dtype, device or range that the contract or the engine doesn't allow.

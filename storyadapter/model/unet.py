@@ -226,8 +226,9 @@ class Denoiser(nn.Module):
         sample, skips = encode(self.down_blocks, self.conv_in(latents), embedding, inputs)
         sample = self.mid_block(sample, embedding, encoder_hidden_states=inputs)
         if residuals := attention[2 * count + 3 :]:
-            skips = [skip + residual for skip, residual in zip(skips, residuals[:-1], strict=True)]
-            sample = sample + residuals[-1]
+            added = [residual.permute(0, 3, 1, 2) for residual in residuals]
+            skips = [skip + residual for skip, residual in zip(skips, added[:-1], strict=True)]
+            sample = sample + added[-1]
         for block in self.up_blocks:
             count = len(block.resnets)
             skips, taken = skips[:-count], tuple(skips[-count:])

@@ -67,3 +67,30 @@ def test_weights_that_lie_transposed_are_bound_as_they_are_read(checkpoint: Chec
         drawn = network(example.inputs)
         for name, expected in example.outputs.items():
             torch.testing.assert_close(drawn[name], expected)
+
+
+class ChannelsLast(nn.Module):
+    """A decoder of the contract's shapes, whose result lies channels-last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(4, 3, 1)
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        picture = self.convolution(latents).repeat_interleave(8, 2).repeat_interleave(8, 3)
+        return picture.contiguous(memory_format=torch.channels_last)
+
+
+def test_outputs_are_contiguous_whatever_strides_the_code_gives_them(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    size = Range(64, 64)
+    letters = ShapeRanges(2, 8, size, size).letters()
+    spec = network_specs(checkpoint.geometry)["vae_decoder"]
+    module = ChannelsLast().eval()
+    build_network(spec, module, Numerics("fp32"), letters, tmp_path)
+    network = InductorNetwork(spec, tmp_path, "fp32", CPU, letters, prepare(module, CPU))
+    latents = torch.randn(1, 4, 8, 8)
+    (of_the_code,) = network._call([latents])
+    assert of_the_code.is_contiguous(memory_format=torch.channels_last) and not of_the_code.is_contiguous()
+    image = network({"latents": latents})["image"]
+    assert image.is_contiguous()
+    torch.testing.assert_close(image, module(latents).detach())

@@ -59,9 +59,9 @@ def test_a_model_with_controlnets_has_networks_for_each_and_takes_their_residual
     }
     added = specs["denoiser"].inputs[len(plain["denoiser"].inputs) :]
     assert [tensor.shape for tensor in added] == [
-        ("B", 320, "h", "w"),
-        ("B", 640, "h/2", "w/2"),
-        ("B", 1280, "h/4", "w/4"),
+        ("B", "h", "w", 320),
+        ("B", "h/2", "w/2", 640),
+        ("B", "h/4", "w/4", 1280),
     ]
     for index in range(2):
         assert specs[f"controlnet_{index}"].outputs == added
@@ -70,9 +70,9 @@ def test_a_model_with_controlnets_has_networks_for_each_and_takes_their_residual
         beside = {"latents", "timestep", "conditioning_scale", *(("text_row",) if not index else ())}
         assert inputs == {tensor.name for tensor in made} | beside
     letters = {"B": 2, "P": 2, "G": 1, "R": 4, "M": 1, "h": 8, "w": 16}
-    assert shapes_of(specs["denoiser"], letters)["residual_1"] == (2, 640, 4, 8)
+    assert shapes_of(specs["denoiser"], letters)["residual_1"] == (2, 4, 8, 640)
     assert specs["denoiser"].check_shapes(shapes_of(specs["denoiser"], letters), None) == letters
-    wrong = shapes_of(specs["denoiser"], letters) | {"residual_1": (2, 640, 5, 8)}
+    wrong = shapes_of(specs["denoiser"], letters) | {"residual_1": (2, 5, 8, 640)}
     with pytest.raises(ValueError, match="denoiser: input residual_1 has h/2 = 5; expected 4, as in an earlier input"):
         specs["denoiser"].check_shapes(wrong, None)
 
