@@ -59,7 +59,7 @@ A story file, tale.yaml (or the same as .json):
       seed: 7
       control: poses/002.png                          and a picture for --controlnet, here beside the story file
 The name of a character is replaced by its definition where it stands as a whole word, in the same case as typed.
-A .csv or .tsv has a frame per row, under a header: prompt, or character, interaction and scene; also negative, seed.
+A .csv or .tsv has a frame per row under a header: prompt (or character, interaction, scene), negative, seed, control.
 A .txt or .md has a prompt per line, or is a numbered or bulleted list. --story - reads standard input.
 
 DIR/ then holds iteration-00/frame-000.png …, frames/000.png … (the last iteration), contact-sheet.png (a row per

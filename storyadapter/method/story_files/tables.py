@@ -19,6 +19,8 @@ _COLUMNS: Final = {
     "characters": "character",
     "interaction": "interaction",
     "scene": "scene",
+    "control": "control 1",
+    **{f"control {number}": f"control {number}" for number in range(1, 10)},  # of several ControlNets
 }
 _PARTS: Final = ("character", "interaction", "scene")  # of a prompt, in the order that the method's authors recommend
 
@@ -32,7 +34,8 @@ def looks_like_table(text: str) -> bool:
 def read_table(name: str, text: str) -> StoryFile:
     """CSV with `,`, `;` or tabs, whichever makes more of the header known; quotes as spreadsheets write them.
 
-    A prompt is the cell under `prompt`, or else those under `character`, `interaction` and `scene` in this order.
+    A prompt is the cell under `prompt`, or else those under `character`, `interaction` and `scene` in this order. With
+    `control 2` or more, a frame's control pictures are a list with one per ControlNet.
 
     Raises:
         InputError: no such columns, one twice, a row with more cells than the header, or quotes that don't end.
@@ -56,7 +59,7 @@ def read_table(name: str, text: str) -> StoryFile:
             if any(cell.strip() for cell in row[len(header) :]):
                 found = f"{at(name, line)}{len(row)} cells under a header of {len(header)},"
                 raise InputError(found, expected="as many", advice="put text that holds the separator in quotes")
-            cells = {column: row[place].strip() for column, place in columns.items() if place < len(row)}
+            cells = {column: "".join(row[place : place + 1]).strip() for column, place in columns.items()}
             lines["prompts", len(prompts)] = line
             prompts.append(_frame(cells))
     except csv.Error as error:
@@ -75,6 +78,10 @@ def _frame(cells: dict[str, str]) -> dict[str, Any]:
     if seed := cells.get("seed"):
         number = seed.isascii() and seed.isdecimal() and len(seed) <= MAX_DIGITS
         frame["seed"] = int(seed) if number else seed
+    last = max([int(column.split()[1]) for column in cells if column.startswith("control ")], default=0)
+    pictures = [cells.get(f"control {number}") or None for number in range(1, last + 1)]
+    if any(pictures):
+        frame["control"] = pictures if last > 1 else pictures[0]
     return frame
 
 
@@ -88,7 +95,7 @@ def _columns(name: str, line: int, header: list[str]) -> dict[str, int]:
             columns[column] = place
     if not columns.keys() & {"prompt", *_PARTS}:
         found = ", ".join(excerpt(title.strip(), 30) for title in header[:10])
-        expected = "a header with prompt, or with character, interaction and scene; beside them negative and seed"
+        expected = "a header with prompt, or character, interaction and scene; also negative, seed and control"
         raise InputError(f"{at(name, line)}found the columns {found},", expected=expected)
     return columns
 

@@ -68,6 +68,16 @@ def test_the_story_file_names_pictures_beside_it(type_in: Type, control_run: lis
     assert drawn["iteration-00/frame-000.png"] != plain["iteration-00/frame-000.png"]
     first, second = (Image.open(f"{folder}/iteration-00/frame-001.png").tobytes() for folder in ("out", "plain"))
     assert first == second
+    # the same as a table; what can't be used is told with the frame, and what it is
+    Path("tales/tale.csv").write_text("prompt,control\na fox,poses/0.png\nan owl\n")
+    words[words.index("plain")], words[words.index("tales/tale.yaml")] = "table", "tales/tale.csv"
+    assert type_in(*words).code == 0
+    assert pictures(Path("table")) == plain
+    Path("tales/tale.csv").write_text("prompt,control\na fox,\nan owl,poses/7.png\n")
+    words[words.index("table")] = "none"
+    done = type_in(*words)
+    assert done.code == 2 and not Path("none").exists()
+    assert "frame 1: the control picture tales/poses/7.png: there is no such file; expected a picture" in done.err
 
 
 def test_what_cant_be_used_is_told_and_nothing_is_written(

@@ -75,6 +75,7 @@ HOSTILE = {
     ),
     "twice.csv": ("prompt,Prompts\na,b", "line 1: the column 'Prompts' stands twice, expected once"),
     "seed.csv": ("prompt,seed\na,-1", "line 2: the seed of prompt 1 is text, expected a number from 0 to 2^63 - 1"),
+    "control.csv": ("prompt;control;Control 1\na;b;c", "line 1: the column 'Control 1' stands twice, expected once"),
     "seed.yaml": (
         "prompts:\n- prompt: a\n  seed: 1.5",
         "line 3: the seed of prompt 1 is a number (1.5), expected a numbe",
@@ -297,6 +298,15 @@ def test_paths_of_control_pictures_are_those_beside_the_story_file(tmp_path: Pat
     story = Story.from_file(path)
     assert [frame.control for frame in story.frames] == [(str(tmp_path / "poses/1.png"),), ("/d/2.png", None), None]
     assert Story(**story.to_dict()) == story
+    sheet = tmp_path / "tale.csv"
+    sheet.write_text("prompt,control\na,poses/1.png\nb,/d/2.png\nc\n")
+    expected = [(str(tmp_path / "poses/1.png"),), ("/d/2.png",), None]
+    assert [frame.control for frame in Story.from_file(sheet).frames] == expected
+    sheet.write_text("Control 1;prompt;control_3\n/1.png;a\n;b;/2.png\n;c;\n")  # each of three ControlNets
+    told: list[object] = []
+    expected = [("/1.png", None, None), (None, None, "/2.png"), None]
+    assert [frame.control for frame in Story.from_file(sheet, on_notice=told.append).frames] == expected
+    assert not told
     assert Story([{"prompt": "a", "control": "poses/1.png"}]).frames[0].control == ("poses/1.png",)
     assert [frame.control for frame in story.without_control().frames] == [None] * 3
 
@@ -320,7 +330,8 @@ def as_json(value: Any) -> str:
 def as_csv(value: Any) -> str:
     file = io.StringIO()
     rows = value.items() if isinstance(value, dict) else [value if isinstance(value, list) else [value]]
-    csv.writer(file, delimiter=";").writerows([["prompt", "seed"], *([str(cell) for cell in row] for row in rows)])
+    header = ["prompt", "seed", "control", "control 2"]
+    csv.writer(file, delimiter=";").writerows([header, *([str(cell) for cell in row] for row in rows)])
     return file.getvalue()
 
 
