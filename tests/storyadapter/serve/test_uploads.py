@@ -11,9 +11,13 @@ import httpx
 import pytest
 from PIL import Image
 
-from storyadapter import RunPlan, Story, StoryPipeline
+from storyadapter import Checkpoint, RunPlan, Story, StoryPipeline, api
+from storyadapter.__main__ import main
+from storyadapter.bench.served import served
 from storyadapter.serve.app import make_app
 from storyadapter.serve.gate import Gate, Keys
+from tests.control_models import poses, write_controlnet
+from tests.storyadapter.checkpoint.spoil import tiny_paths
 from tests.storyadapter.serve.serving import DEFAULTS, LIMITS, stories_of
 from tests.storyadapter.serve.test_server import ASKED, SETTINGS, drawn, events, picture
 
@@ -80,6 +84,55 @@ def test_a_story_attends_to_pictures_that_were_sent(
         assert (picture(found) == pixels).all()
     assert client.delete(f"/v1/uploads/{name}").json() == {"id": name, "state": "removed"}
     assert client.delete(f"/v1/uploads/{name}").status_code == 404
+
+
+def test_a_picture_that_was_sent_guides_a_frame_by_a_controlnet_as_it_does_for_run(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    net, maps = write_controlnet(tiny_model_dir, tmp_path / "net"), tmp_path / "poses"
+    maps.mkdir()
+    for number, pose in enumerate(poses(2, 80, 64)):  # of another size than the frames
+        pose.save(maps / f"{number}.png")
+    paths = tiny_paths(tiny_model_dir, controlnets=(net,))
+    words = [
+        *("run", "--base-model", str(tiny_model_dir), "--image-encoder", str(paths.image_encoder)),
+        *("--ip-adapter", str(paths.ip_adapter), "--backend", "eager", "--precision", "fp32", "--style", "none"),
+        *("--steps", "2", "--iterations", "1", "--seed", "3", "--prompt", "a fox", "an owl", "a wolf", "--quiet"),
+        *("--controlnet", f"{net}:0.8:0-0.9", "--control-images", str(maps), "--out", str(tmp_path / "out")),
+    ]
+    assert main(words) == 0
+    pipeline = api.open_checkpoint(Checkpoint.open(paths), backend="eager")
+    with (
+        served(pipeline, tmp_path, LIMITS, pixels=64, max_frames=None) as address,
+        httpx.Client(base_url=address, timeout=60) as client,
+    ):
+        sent_maps = [sent(client, (maps / f"{number}.png").read_bytes()) for number in range(2)]
+        guided = [
+            {"prompt": prompt, "control": name} for prompt, name in zip(("a fox", "an owl"), sent_maps, strict=True)
+        ]
+        settings = SETTINGS | {"controls": [{"scale": 0.8, "end": 0.9}]}
+        asked = {"prompts": [*guided, "a wolf"], "settings": settings}
+        story = finished(client, client.post("/v1/stories", json=asked))
+        swapped = [{**frame, "control": name} for frame, name in zip(guided, sent_maps[::-1], strict=True)]
+        other = finished(client, client.post("/v1/stories", json=asked | {"prompts": [*swapped, "a wolf"]}))
+
+        def frames(name: str, iteration: int) -> list[bytes]:
+            at = f"/v1/stories/{name}/iterations/{iteration}/frames"
+            return [client.get(f"{at}/{frame}.png").content for frame in range(3)]
+
+        for iteration in range(2):
+            for number, found in enumerate(frames(story, iteration)):
+                of_run = (tmp_path / f"out/iteration-{iteration:02}/frame-{number:03}.png").read_bytes()
+                assert (picture(found) == picture(of_run)).all()
+
+        def same(one: str, two: str) -> list[bool]:
+            pairs = zip(frames(one, 0), frames(two, 0), strict=True)
+            return [bool((picture(first) == picture(second)).all()) for first, second in pairs]
+
+        assert same(story, other) == [False, False, True]
+        two = asked | {"settings": SETTINGS | {"controls": [{}, {}]}}
+        refused = client.post("/v1/stories", json=two)
+        assert (refused.status_code, refused.json()["field"]) == (422, "controlnet")
 
 
 @pytest.mark.parametrize(
