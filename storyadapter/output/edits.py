@@ -131,9 +131,10 @@ class Edit:
 
         Args:
             references: for each frame of the new story the keys of a user's pictures; None where it has none.
-            control: the same of control pictures.
+            control: the same of control pictures; None also where the story's names of them are their keys.
         """
-        named = {**self.run.record.identity, "story": json_values(self.story.without_control().to_dict())}
+        story = self.story if control is None else self.story.without_control()
+        named = {**self.run.record.identity, "story": json_values(story.to_dict())}
         if "references" in named:
             named["references"] = self._merged(named["references"], references)
         if pictures := self._merged(named.pop("control", None), control):

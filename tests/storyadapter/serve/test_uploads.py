@@ -130,6 +130,9 @@ def test_a_picture_that_was_sent_guides_a_frame_by_a_controlnet_as_it_does_for_r
             return [bool((picture(first) == picture(second)).all()) for first, second in pairs]
 
         assert same(story, other) == [False, False, True]
+        change = {"frames": {"1": {"prompt": "a snail"}}}
+        edited = finished(client, client.post(f"/v1/stories/{story}/edits", json=change))
+        assert same(edited, story) == [True, False, True]
         two = asked | {"settings": SETTINGS | {"controls": [{}, {}]}}
         refused = client.post("/v1/stories", json=two)
         assert (refused.status_code, refused.json()["field"]) == (422, "controlnet")
