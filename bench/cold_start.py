@@ -79,7 +79,7 @@ def write_model(size: str, folder: Path) -> None:
     made = SyntheticCheckpoint(MODELS[size], torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     places: dict[str, int] = {}
     for part in ("unet", "text_encoder", "text_encoder_2", "vae", "image_encoder"):
-        network: Any = getattr(made, f"load_{part}")(torch.float16)
+        network: Any = made.load(part, torch.float16)
         if part == "unet":
             places = {layer.module: layer.index for layer in cross_attentions(Outline.of(network))}
         network.cpu().save_pretrained(folder / part, max_shard_size="100GB")

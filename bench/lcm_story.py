@@ -146,9 +146,9 @@ def _published(model: BenchmarkModel, frames: int, tell: Callable[[str], None]) 
     device, dtype, checkpoint = model.device, TORCH_DTYPES[model.engine.precision], model.checkpoint
     geometry = checkpoint.geometry
     side, square = geometry.sample_size, constants.REFERENCE_PIXELS
-    unet, adapter = checkpoint.load_unet(dtype), checkpoint.load_ip_adapter(dtype)
-    vae, vision = checkpoint.load_vae(torch.float32), checkpoint.load_image_encoder(dtype)
-    encoders = checkpoint.load_text_encoder(dtype), checkpoint.load_text_encoder_2(dtype)
+    unet, adapter = checkpoint.load("unet", dtype), checkpoint.load_ip_adapter(dtype)
+    vae, vision = checkpoint.load("vae", torch.float32), checkpoint.load("image_encoder", dtype)
+    encoders = checkpoint.load("text_encoder", dtype), checkpoint.load("text_encoder_2", dtype)
     tokenizers = model.tokenizers()
     sampler = build_sampler("lcm", _PRESET["steps"], prediction_type=model.prediction_type)
     coefficients = sampler.coefficients(device)

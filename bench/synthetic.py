@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import dataclass, field, replace
-from functools import partialmethod
 from pathlib import Path
 from typing import Any, Final
 
@@ -255,8 +254,11 @@ class SyntheticCheckpoint:
         controlled = f" and {self.controlnets} ControlNet{'s' * (self.controlnets > 1)}" if self.controlnets else ""
         return f"{self.model.name} with random weights (seed {self.seed}){controlled}"
 
-    def _load(self, part: str, dtype: torch.dtype, device: torch.device | None = None, index: int = 0) -> Any:
-        """A network in `dtype` on `device`, or else the checkpoint's."""
+    def load(self, part: str, dtype: torch.dtype, device: torch.device | None = None) -> Any:
+        """A network in `dtype` on `device`, or else the checkpoint's; each ControlNet has weights of its own."""
+        index = 0
+        if part.startswith("controlnet_"):
+            part, index = "controlnet", int(part.rpartition("_")[2])
         sizes = getattr(self.model, part)
         if part in ("unet", "vae", "reference_vae", "controlnet"):
             options = sizes
@@ -273,17 +275,6 @@ class SyntheticCheckpoint:
                 _fill(weight, prefix, name, module, generator)
                 module.register_parameter(name, nn.Parameter(weight.to(dtype), requires_grad=False))
         return nn.Module.to(network, device or self.device)
-
-    load_unet = partialmethod(_load, "unet")
-    load_vae = partialmethod(_load, "vae")
-    load_reference_vae = partialmethod(_load, "reference_vae")
-    load_text_encoder = partialmethod(_load, "text_encoder")
-    load_text_encoder_2 = partialmethod(_load, "text_encoder_2")
-    load_image_encoder = partialmethod(_load, "image_encoder")
-
-    def load_controlnet(self, index: int, dtype: torch.dtype, device: torch.device | None = None) -> ControlNetModel:
-        """One of the ControlNets, each with weights of its own."""
-        return self._load("controlnet", dtype, device, index)
 
     def load_ip_adapter(self, dtype: torch.dtype, device: torch.device | None = None) -> IPAdapterWeights:
         """The IP-Adapter of this UNet."""

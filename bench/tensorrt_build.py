@@ -71,7 +71,7 @@ def measure(args: argparse.Namespace) -> Measured:
     args.folder.mkdir(parents=True)
     started = time.perf_counter()
     checkpoint, dtype = SyntheticCheckpoint(SDXL, torch.device("cpu")), TORCH_DTYPES[args.precision]
-    module = split_unet(checkpoint.load_unet(dtype), checkpoint.load_ip_adapter(dtype), grca)["denoiser"]
+    module = split_unet(checkpoint.load("unet", dtype), checkpoint.load_ip_adapter(dtype), grca)["denoiser"]
 
     def tell(what: str) -> None:
         print(f"{time.perf_counter() - started:.0f} s: {what}", file=sys.stderr)

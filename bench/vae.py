@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     )
 
     def decoder(precision: Precision) -> VaeDecoder:
-        return VaeDecoder(checkpoint.load_vae(TORCH_DTYPES[precision], device)).eval()
+        return VaeDecoder(checkpoint.load("vae", TORCH_DTYPES[precision], device)).eval()
 
     with torch.inference_mode():
         expected = decoder("fp32")(latents)

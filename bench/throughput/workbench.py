@@ -53,7 +53,7 @@ class Workbench:
             self.clear()
             checkpoint, device = self.model.checkpoint, self.model.device
             dtype = TORCH_DTYPES[self.model.engine.precision]
-            self._form = checkpoint.load_unet(dtype, device), checkpoint.load_ip_adapter(dtype, device)
+            self._form = checkpoint.load("unet", dtype, device), checkpoint.load_ip_adapter(dtype, device)
             self._name = user
         return self._form
 
@@ -103,7 +103,7 @@ def without_graphs(networks: Networks) -> Networks:
 
 def with_eager_vae(networks: Networks, model: BenchmarkModel, precision: Precision) -> Networks:
     """The same networks with a VAE in plain PyTorch, channels last; in fp32 on a GPU, its convolutions use TF32."""
-    decoder = VaeDecoder(model.checkpoint.load_vae(TORCH_DTYPES[precision], model.device)).eval()
+    decoder = VaeDecoder(model.checkpoint.load("vae", TORCH_DTYPES[precision], model.device)).eval()
     decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's overloads lack it
     return _with_vae(networks, EagerNetwork(networks["vae_decoder"].spec, decoder, precision), precision)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from storyadapter.checkpoint import Checkpoint
 from storyadapter.checkpoint.recipes import Recipe, follow, record
@@ -16,10 +16,9 @@ from storyadapter.checkpoint.remembered import digest_of, remembered
 from storyadapter.engine.identity import configuration_digest
 from storyadapter.engine.inductor import SOURCES
 from storyadapter.engine.sources import sources_digest
-from storyadapter.model.contract import control_embedding_name, control_projection_name, controlnet_name
 from storyadapter.model.grca import grca
 from storyadapter.model.ip_adapter import AdapterLayer, IPAdapterWeights
-from storyadapter.model.modules import iterate_modules
+from storyadapter.model.modules import iterate_modules, model_parts
 from storyadapter.model.networks import TORCH_DTYPES
 from storyadapter.model.numerics import Numerics
 
@@ -39,7 +38,7 @@ def read_weights(
     Raises:
         CheckpointError: a file isn't what was checked.
     """
-    for part, names in _parts(checkpoint).items():
+    for part, names in model_parts(checkpoint.geometry).items():
         tensors = _tensors(checkpoint, part, TORCH_DTYPES[numerics[names[-1]]], device)
         recipe = _recipe(checkpoint, numerics, device, part, tensors)
         weights = follow(recipe, tensors)
@@ -50,24 +49,9 @@ def read_weights(
 
 def remember_recipes(checkpoint: Checkpoint, numerics: Numerics, device: torch.device) -> None:
     """Find out now what `read_weights` needs to know, so that the first run needn't; reads no weights."""
-    for part, names in _parts(checkpoint).items():
+    for part, names in model_parts(checkpoint.geometry).items():
         tensors = _tensors(checkpoint, part, TORCH_DTYPES[numerics[names[-1]]], _META)
         _recipe(checkpoint, numerics, device, part, tensors)
-
-
-def _parts(checkpoint: Checkpoint) -> dict[str, tuple[str, ...]]:
-    """The parts of a checkpoint, and the networks of the contract that are made of each."""
-    controls = range(len(checkpoint.geometry.controls))
-    return {
-        **{name: (name,) for name in ("text_encoder", "text_encoder_2", "image_encoder")},
-        **{
-            controlnet_name(i): (control_embedding_name(i), control_projection_name(i), controlnet_name(i))
-            for i in controls
-        },
-        "unet": ("text_projection", "reference_projection", "denoiser"),
-        "vae": ("vae_decoder",),
-        **({"reference_vae": ("reference_decoder",)} if checkpoint.geometry.reference_vae else {}),
-    }
 
 
 def _recipe(
@@ -79,9 +63,17 @@ def _recipe(
     configuration = configuration_digest(checkpoint.configuration)
     key = digest_of(part, shapes, configuration, numerics.as_dict(), device.type, sources)
 
+    def prepared(known: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weights of the modules that are made of these tensors, by network and name."""
+        from storyadapter.engine.inductor.fusion import prepare
+
+        only = model_parts(checkpoint.geometry)[part]
+        modules = iterate_modules(_Parts(checkpoint, known), numerics, grca, only)
+        return {f"{name}/{key}": value for name, module in modules for key, value in prepare(module, device).items()}
+
     def make() -> Recipe:
         empty = {name: torch.empty(t.shape, dtype=t.dtype, device=_META) for name, t in tensors.items()}
-        return record(lambda known: _prepared(checkpoint, numerics, device, part, known), empty)
+        return record(prepared, empty)
 
     return remembered("weights", key, make)
 
@@ -114,32 +106,11 @@ class _Parts:
         self.geometry = checkpoint.geometry
         self._checkpoint, self._tensors = checkpoint, tensors
 
-    def _load(self, part: str) -> nn.Module:
+    def load(self, part: str, dtype: torch.dtype, device: torch.device | None = None) -> Any:
         network, own = self._checkpoint.empty_network(part), f"{part}/"
         state = {name.removeprefix(own): tensor for name, tensor in self._tensors.items() if name.startswith(own)}
         network.load_state_dict(state, assign=True)
         return network.requires_grad_(False)
-
-    def load_text_encoder(self, dtype: torch.dtype, device: torch.device | None = None) -> nn.Module:
-        return self._load("text_encoder")
-
-    def load_text_encoder_2(self, dtype: torch.dtype, device: torch.device | None = None) -> nn.Module:
-        return self._load("text_encoder_2")
-
-    def load_image_encoder(self, dtype: torch.dtype, device: torch.device | None = None) -> nn.Module:
-        return self._load("image_encoder")
-
-    def load_unet(self, dtype: torch.dtype, device: torch.device | None = None) -> nn.Module:
-        return self._load("unet")
-
-    def load_vae(self, dtype: torch.dtype, device: torch.device | None = None) -> nn.Module:
-        return self._load("vae")
-
-    def load_reference_vae(self, dtype: torch.dtype, device: torch.device | None = None) -> nn.Module:
-        return self._load("reference_vae")
-
-    def load_controlnet(self, index: int, dtype: torch.dtype, device: torch.device | None = None) -> nn.Module:
-        return self._load(controlnet_name(index))
 
     def load_ip_adapter(self, dtype: torch.dtype, device: torch.device | None = None) -> IPAdapterWeights:
         names = (name.split("/") for name in self._tensors)
@@ -149,18 +120,3 @@ class _Parts:
             for module in modules
         )
         return IPAdapterWeights(**{name: self._tensors[f"adapter/{name}"] for name in _ADAPTER}, layers=tuple(layers))
-
-
-def _prepared(
-    checkpoint: Checkpoint,
-    numerics: Numerics,
-    device: torch.device,
-    part: str,
-    tensors: Mapping[str, Tensor],
-) -> dict[str, Tensor]:
-    """The weights of the modules that are made of these tensors, by network and name."""
-    from storyadapter.engine.inductor.fusion import prepare
-
-    parts: Any = _Parts(checkpoint, tensors)
-    modules = iterate_modules(parts, numerics, grca, _parts(checkpoint)[part])
-    return {f"{name}/{key}": value for name, module in modules for key, value in prepare(module, device).items()}

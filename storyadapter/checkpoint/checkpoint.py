@@ -34,9 +34,7 @@ from storyadapter.model.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel, UNet2DConditionModel
     from torch import Tensor, nn
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
 _TOKENIZERS = {"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2"}
 
@@ -45,12 +43,12 @@ _TOKENIZERS = {"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2"}
 class Checkpoint:
     """An SDXL base model with image encoder, IP-Adapter, VAE and LoRAs, whose files were found to fit each other.
 
-    Made by `Checkpoint.open`. No weights are kept: every `load_…` reads its files anew.
+    Made by `Checkpoint.open`. No weights are kept: `load` and the like read the files anew.
 
     Attributes:
         paths: as typed.
         geometry: the sizes of the model.
-        loras: the LoRA files that were found, with their scales; `load_unet` and `load_text_encoder…` fuse them.
+        loras: the LoRA files that were found, with their scales, which `load` fuses.
         configuration: of every network, the settings that its code depends on, as plain data.
         sampling: what the files say of how the model is sampled.
         notices: what was assumed where files say nothing, and where they contradict each other; one line each.
@@ -198,44 +196,24 @@ class Checkpoint:
         tiny = () if self.paths.reference_vae is None else (f"reference VAE {Path(self.paths.reference_vae).name}",)
         return " + ".join((base, *unet, *loras, *controlnets, *tiny))
 
-    def load_unet(self, dtype: "torch.dtype", device: "torch.device | None" = None) -> "UNet2DConditionModel":
-        """The UNet in `dtype` on `device`, or else the CPU, LoRAs fused, in evaluation mode, without gradients.
+    def load(self, part: str, dtype: "torch.dtype", device: "torch.device | None" = None) -> Any:
+        """A network in `dtype` on `device`, or else the CPU, LoRAs fused, in evaluation mode, without gradients.
 
-        The other networks are loaded alike.
+        Args:
+            part: "unet", "text_encoder", "text_encoder_2", whose projection gives the pooled text, "image_encoder",
+                "vae", "reference_vae", or a ControlNet's `controlnet_name`.
 
         Raises:
             CheckpointError: a file changed since the checkpoint was opened.
         """
-        return self._load("unet", dtype, device)
-
-    def load_text_encoder(self, dtype: "torch.dtype", device: "torch.device | None" = None) -> "CLIPTextModel":
-        """Text encoder 1, LoRAs fused."""
-        return self._load("text_encoder", dtype, device)
-
-    def load_text_encoder_2(
-        self, dtype: "torch.dtype", device: "torch.device | None" = None
-    ) -> "CLIPTextModelWithProjection":
-        """Text encoder 2, whose projection gives the pooled text, LoRAs fused."""
-        return self._load("text_encoder_2", dtype, device)
-
-    def load_vae(self, dtype: "torch.dtype", device: "torch.device | None" = None) -> "AutoencoderKL":
-        """The VAE: the base model's, or the one given instead."""
-        return self._load("vae", dtype, device)
-
-    def load_reference_vae(self, dtype: "torch.dtype", device: "torch.device | None" = None) -> "AutoencoderTiny":
-        """The tiny VAE that decodes pictures which only become references."""
-        return self._load("reference_vae", dtype, device)
-
-    def load_image_encoder(
-        self, dtype: "torch.dtype", device: "torch.device | None" = None
-    ) -> "CLIPVisionModelWithProjection":
-        """The CLIP image encoder."""
-        return self._load("image_encoder", dtype, device)
+        network = self.empty_network(part)
+        network.load_state_dict(self.load_tensors(part, dtype, device), assign=True)
+        return network.to(device).requires_grad_(False)  # only buffers are left to be moved
 
     def load_tensors(
         self, name: str, dtype: "torch.dtype", device: "torch.device | None" = None
     ) -> "dict[str, Tensor]":
-        """The weights of the network that `load_<name>` gives, by the network's names, LoRAs fused; no modules."""
+        """The weights of the network that `load` gives, by the network's names, LoRAs fused; no modules."""
         tensors = self._components[name].tensors(dtype, device)
         for spec, lora in zip(self.loras, self._opened_loras, strict=True):
             if lora.changes.get(name):
@@ -247,7 +225,7 @@ class Checkpoint:
         return self._components[name].outline.shapes
 
     def empty_network(self, name: str) -> "nn.Module":
-        """The network that `load_<name>` gives, its weights on the meta device in fp32."""
+        """The network that `load` gives, its weights on the meta device in fp32."""
         component = self._components[name]
         return empty_network(component.kind, component.config)
 
@@ -255,21 +233,10 @@ class Checkpoint:
         """The IP-Adapter's tensors."""
         return load_ip_adapter(self._adapter, self._cross_attentions, dtype, device)
 
-    def load_controlnet(
-        self, index: int, dtype: "torch.dtype", device: "torch.device | None" = None
-    ) -> "ControlNetModel":
-        """One of the ControlNets."""
-        return self._load(controlnet_name(index), dtype, device)
-
     def load_tokenizers(self) -> tuple[TextTokenizer, TextTokenizer]:
         """The tokenizers of text encoder 1 and 2, as they were when the checkpoint was opened."""
         first, second = self._tokenizers
         return first, second
-
-    def _load(self, name: str, dtype: "torch.dtype", device: "torch.device | None") -> Any:
-        network = self.empty_network(name)
-        network.load_state_dict(self.load_tensors(name, dtype, device), assign=True)
-        return network.to(device).requires_grad_(False)  # only buffers are left to be moved
 
 
 def _reopened(paths: CheckpointPaths, rewrite: "Callable[[nn.Module], None] | None") -> Checkpoint:

@@ -5,7 +5,7 @@ them, the exporters export them, and nothing else knows how a network is compute
 """
 
 from collections.abc import Callable, Collection, Iterator
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,23 @@ from storyadapter.model.numerics import Numerics
 from storyadapter.model.unet import split_unet
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel, UNet2DConditionModel
+    from diffusers import AutoencoderKL, AutoencoderTiny
 
-_UNET_PARTS: Final = ("text_projection", "reference_projection", "denoiser")
+
+def model_parts(geometry: Geometry) -> dict[str, tuple[str, ...]]:
+    """The parts of a model with their own weights, and the networks of the contract that are made of each.
+
+    A part runs in the precision of the last of its networks.
+    """
+    controls = range(len(geometry.controls))
+    names = {controlnet_name(i): (control_embedding_name(i), control_projection_name(i)) for i in controls}
+    return {
+        **{encoder: (encoder,) for encoder in ("text_encoder", "text_encoder_2", "image_encoder")},
+        **{controlnet: (*others, controlnet) for controlnet, others in names.items()},
+        "unet": ("text_projection", "reference_projection", "denoiser"),
+        "vae": ("vae_decoder",),
+        **({"reference_vae": ("reference_decoder",)} if geometry.reference_vae else {}),
+    }
 
 
 class ModelParts(Protocol):
@@ -38,23 +52,11 @@ class ModelParts(Protocol):
         """Rewrites the denoiser in place when it is loaded: quantizes it, say. None to leave it."""
         ...
 
-    def load_text_encoder(self, dtype: torch.dtype, device: torch.device | None = None) -> nn.Module: ...
-
-    def load_text_encoder_2(self, dtype: torch.dtype, device: torch.device | None = None) -> nn.Module: ...
-
-    def load_image_encoder(self, dtype: torch.dtype, device: torch.device | None = None) -> nn.Module: ...
-
-    def load_unet(self, dtype: torch.dtype, device: torch.device | None = None) -> "UNet2DConditionModel": ...
+    def load(self, part: str, dtype: torch.dtype, device: torch.device | None = None) -> Any:
+        """A network of diffusers or transformers, by its name in `model_parts`."""
+        ...
 
     def load_ip_adapter(self, dtype: torch.dtype, device: torch.device | None = None) -> IPAdapterWeights: ...
-
-    def load_vae(self, dtype: torch.dtype, device: torch.device | None = None) -> "AutoencoderKL": ...
-
-    def load_reference_vae(self, dtype: torch.dtype, device: torch.device | None = None) -> "AutoencoderTiny": ...
-
-    def load_controlnet(
-        self, index: int, dtype: torch.dtype, device: torch.device | None = None
-    ) -> "ControlNetModel": ...
 
 
 class _Encoder(nn.Module):
@@ -132,6 +134,16 @@ def _unscaled(latents: Tensor, factor: float) -> Tensor:
     return (latents.float() / factor).to(latents.dtype)
 
 
+# of the parts that aren't taken apart
+_MODULES: Final = {
+    "text_encoder": TextEncoder,
+    "text_encoder_2": TextEncoder2,
+    "image_encoder": ImageEncoder,
+    "vae_decoder": VaeDecoder,
+    "reference_decoder": ReferenceDecoder,
+}
+
+
 def iterate_modules(
     checkpoint: ModelParts,
     numerics: Numerics,
@@ -153,38 +165,25 @@ def iterate_modules(
     def wanted(name: str) -> bool:
         return only is None or name in only
 
-    def dtype(name: str) -> torch.dtype:
-        return TORCH_DTYPES[numerics[name]]
-
-    encoders = {"text_encoder": TextEncoder, "text_encoder_2": TextEncoder2, "image_encoder": ImageEncoder}
-    for name, encoder in encoders.items():
-        if wanted(name):
-            yield name, encoder(getattr(checkpoint, f"load_{name}")(dtype(name), device)).eval()
-    for index in range(len(checkpoint.geometry.controls)):
-        names = (control_embedding_name(index), control_projection_name(index), controlnet_name(index))
-        if any(map(wanted, names)):
-            loaded = checkpoint.load_controlnet(index, dtype(controlnet_name(index)), device)
-            modules = split_controlnet(loaded, index)
-            del loaded
-            yield from _each(modules, wanted)
-    if any(map(wanted, _UNET_PARTS)):
-        unet, adapter = (load(dtype("denoiser"), device) for load in (checkpoint.load_unet, checkpoint.load_ip_adapter))
-        modules = split_unet(unet, adapter, grca)
-        del unet, adapter
-        if checkpoint.rewrite is not None and wanted("denoiser"):
+    for part, names in model_parts(checkpoint.geometry).items():
+        if not any(map(wanted, names)):
+            continue
+        modules = _modules_of(checkpoint, part, TORCH_DTYPES[numerics[names[-1]]], grca, device)
+        if "denoiser" in modules and checkpoint.rewrite is not None and wanted("denoiser"):
             checkpoint.rewrite(modules["denoiser"])
-        yield from _each(modules, wanted)
-    if wanted("vae_decoder"):
-        yield "vae_decoder", VaeDecoder(checkpoint.load_vae(dtype("vae_decoder"), device)).eval()
-    if checkpoint.geometry.reference_vae and wanted("reference_decoder"):
-        vae = checkpoint.load_reference_vae(dtype("reference_decoder"), device)
-        yield "reference_decoder", ReferenceDecoder(vae).eval()
+        for name in tuple(modules):  # taken out one by one: what a suspended generator names would stay in memory
+            if wanted(name):
+                yield name, modules.pop(name).eval()
+            else:
+                del modules[name]
 
 
-def _each(modules: dict[str, nn.Module], wanted: Callable[[str], bool]) -> Iterator[tuple[str, nn.Module]]:
-    """Taken out one by one: what a suspended generator still names would stay in memory."""
-    for name in tuple(modules):
-        if wanted(name):
-            yield name, modules.pop(name).eval()
-        else:
-            del modules[name]
+def _modules_of(
+    checkpoint: ModelParts, part: str, dtype: torch.dtype, grca: GrcaFunction, device: torch.device | None
+) -> dict[str, nn.Module]:
+    loaded = checkpoint.load(part, dtype, device)
+    if part == "unet":
+        return split_unet(loaded, checkpoint.load_ip_adapter(dtype, device), grca)
+    if part.startswith("controlnet_"):
+        return split_controlnet(loaded, int(part.rpartition("_")[2]))
+    return {name: _MODULES[name](loaded) for name in model_parts(checkpoint.geometry)[part]}

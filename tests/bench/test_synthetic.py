@@ -31,18 +31,18 @@ def _count(network: nn.Module) -> int:
 def test_the_structure_is_sdxls() -> None:
     """The published numbers of weights."""
     checkpoint = SyntheticCheckpoint(SDXL, torch.device("meta"))
-    assert _count(checkpoint.load_unet(torch.float16)) == 2_567_463_684
-    assert _count(checkpoint.load_text_encoder(torch.float16)) == 123_060_480
-    assert _count(checkpoint.load_text_encoder_2(torch.float16)) == 694_659_840
-    assert _count(checkpoint.load_image_encoder(torch.float16)) == 1_844_907_264
-    assert _count(checkpoint.load_vae(torch.float16)) == 83_653_863
-    assert _count(checkpoint.load_reference_vae(torch.float16)) == 2_445_063
+    assert _count(checkpoint.load("unet", torch.float16)) == 2_567_463_684
+    assert _count(checkpoint.load("text_encoder", torch.float16)) == 123_060_480
+    assert _count(checkpoint.load("text_encoder_2", torch.float16)) == 694_659_840
+    assert _count(checkpoint.load("image_encoder", torch.float16)) == 1_844_907_264
+    assert _count(checkpoint.load("vae", torch.float16)) == 83_653_863
+    assert _count(checkpoint.load("reference_vae", torch.float16)) == 2_445_063
 
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=list(MODELS))
 def test_the_geometry_is_that_of_the_networks(model: SyntheticModel) -> None:
     checkpoint, geometry = SyntheticCheckpoint(model, torch.device("meta")), model.geometry
-    unet, adapter = checkpoint.load_unet(torch.float32), checkpoint.load_ip_adapter(torch.float32)
+    unet, adapter = checkpoint.load("unet", torch.float32), checkpoint.load_ip_adapter(torch.float32)
     layers = cross_attentions(Outline.of(unet))
     counts = Counter((layer.channels, layer.heads) for layer in layers)
     assert tuple(LayerWidth(c, count, heads) for (c, heads), count in sorted(counts.items())) == geometry.widths
@@ -53,13 +53,8 @@ def test_the_geometry_is_that_of_the_networks(model: SyntheticModel) -> None:
     assert geometry.sample_size == unet.config.sample_size
     assert adapter.projection_weight.shape[1] == geometry.image_embedding_width
     first, second, image, vae = (
-        load(torch.float32).config
-        for load in (
-            checkpoint.load_text_encoder,
-            checkpoint.load_text_encoder_2,
-            checkpoint.load_image_encoder,
-            checkpoint.load_vae,
-        )
+        checkpoint.load(part, torch.float32).config
+        for part in ("text_encoder", "text_encoder_2", "image_encoder", "vae")
     )
     assert (geometry.text_width, geometry.text_width_2) == (first.hidden_size, second.hidden_size)
     assert geometry.text_width + geometry.text_width_2 == unet.config.cross_attention_dim
@@ -70,8 +65,8 @@ def test_the_geometry_is_that_of_the_networks(model: SyntheticModel) -> None:
 
 
 def test_a_seed_gives_the_same_weights_in_every_precision() -> None:
-    one, other = (SyntheticCheckpoint(TOY, CPU, seed).load_unet(torch.float32).state_dict() for seed in (3, 4))
-    half = SyntheticCheckpoint(TOY, CPU, 3).load_unet(torch.float16).state_dict()
+    one, other = (SyntheticCheckpoint(TOY, CPU, seed).load("unet", torch.float32).state_dict() for seed in (3, 4))
+    half = SyntheticCheckpoint(TOY, CPU, 3).load("unet", torch.float16).state_dict()
     assert all(torch.equal(weight.half(), half[name]) for name, weight in one.items())
     assert not any(torch.equal(weight, other[name]) for name, weight in one.items())
 
@@ -120,7 +115,7 @@ def test_activations_stay_far_from_the_limit_of_fp16_over_sdxls_depth() -> None:
     width = {"block_out_channels": (32, 64, 128), "attention_head_dim": (1, 2, 4), "cross_attention_dim": 64}
     sizes = {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 80}
     narrow = replace(TOY, unet={**SDXL.unet, **width, **sizes})
-    unet = SyntheticCheckpoint(narrow, CPU).load_unet(torch.float32)
+    unet = SyntheticCheckpoint(narrow, CPU).load("unet", torch.float32)
     largest: list[float] = []
 
     def note(module: nn.Module, inputs: object, output: object) -> None:

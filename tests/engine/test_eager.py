@@ -24,7 +24,7 @@ def latents(demo_checkpoint: Checkpoint) -> Tensor:
     """Six pictures of the demo's world as the sampler would leave them: [6, 4, 16, 16] fp32."""
     pictures = np.stack([np.asarray(draw(scene)) for scene in mixed_scenes(6, seed=0)])
     pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
-    vae = demo_checkpoint.load_vae(torch.float32)
+    vae = demo_checkpoint.load("vae", torch.float32)
     with torch.inference_mode():
         return vae.encode(pixels).latent_dist.mean.contiguous() * vae.config.scaling_factor
 

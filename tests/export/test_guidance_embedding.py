@@ -17,7 +17,7 @@ WIDTH = 16
 
 
 def test_it_computes_what_eager_computes(tiny_model_dir: Path, checkpoint: Checkpoint, tmp_path: Path) -> None:
-    plain = checkpoint.load_unet(torch.float32)
+    plain = checkpoint.load("unet", torch.float32)
     unet = UNet2DConditionModel.from_config(plain.config, time_cond_proj_dim=WIDTH)
     unet.load_state_dict(plain.state_dict(), strict=False)
     unet.save_pretrained(tmp_path / "unet")

@@ -30,7 +30,7 @@ from storyadapter.quantization.scales import Scales
 
 @pytest.fixture
 def denoiser(checkpoint: Checkpoint) -> Denoiser:
-    return split_unet(checkpoint.load_unet(torch.float32), checkpoint.load_ip_adapter(torch.float32), grca)[
+    return split_unet(checkpoint.load("unet", torch.float32), checkpoint.load_ip_adapter(torch.float32), grca)[
         "denoiser"
     ].eval()
 

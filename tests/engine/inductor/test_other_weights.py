@@ -51,8 +51,8 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 def lora(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("lora") / "style.safetensors"
     networks = {
-        "unet": checkpoint.load_unet(torch.float32),
-        "text_encoder_2": checkpoint.load_text_encoder_2(torch.float32),
+        "unet": checkpoint.load("unet", torch.float32),
+        "text_encoder_2": checkpoint.load("text_encoder_2", torch.float32),
     }
     tensors = {}
     generator = torch.Generator().manual_seed(7)

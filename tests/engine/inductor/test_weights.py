@@ -34,8 +34,8 @@ def model(request: pytest.FixtureRequest, tiny_model_dir: Path, checkpoint: Chec
         vae = write_reference_vae(tmp_path / "tiny")
         return Checkpoint.open(tiny_paths(tiny_model_dir, controlnets=(controlnet,), reference_vae=vae))
     names = ("unet", "text_encoder", "text_encoder_2", "vae")
-    save_file(single_file(*(getattr(checkpoint, f"load_{name}")(torch.float32) for name in names)), tmp_path / "m")
-    shape = checkpoint.load_unet(torch.float32).get_submodule(LAYER).weight.shape
+    save_file(single_file(*(checkpoint.load(name, torch.float32) for name in names)), tmp_path / "m")
+    shape = checkpoint.load("unet", torch.float32).get_submodule(LAYER).weight.shape
     lora = {
         f"unet.{LAYER}.lora_A.weight": torch.ones(2, shape[1]),
         f"unet.{LAYER}.lora_B.weight": torch.ones(shape[0], 2),

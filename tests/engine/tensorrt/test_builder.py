@@ -411,7 +411,7 @@ def test_what_the_options_do(layer_block_onnx: Callable[[int], Path], rtx: Libra
 def test_a_vae_that_asks_for_fp32_is_built_in_fp32(demo_checkpoint: Checkpoint, rtx: Library, tmp_path: Path) -> None:
     """Its attention has no fp32 kernel: it is taken apart instead of ending the build."""
     spec = network_specs(demo_checkpoint.geometry)["vae_decoder"]
-    module = VaeDecoder(demo_checkpoint.load_vae(torch.float32)).eval()
+    module = VaeDecoder(demo_checkpoint.load("vae", torch.float32)).eval()
     path = export_network(spec, module, LETTERS, "fp32", tmp_path)
     request = build_request(spec, path, tmp_path, LETTERS, "fp32", rtx, ("sm89",), BuildOptions())
     report = run_worker(spec.name, request, lambda fraction: None)

@@ -45,7 +45,7 @@ Matrices = Mapping[str, tuple[Tensor, Tensor]]  # of a layer, by its network: do
 
 def layer_of(checkpoint: Checkpoint, network: str) -> tuple[nn.Module, nn.Module]:
     """A network in fp32, and its layer of LAYERS."""
-    module = getattr(checkpoint, f"load_{network}")(torch.float32)
+    module = checkpoint.load(network, torch.float32)
     layers = dict(module.named_modules())
     name = LAYERS[network]
     return module, layers[name if name in layers else name.removeprefix("text_model.")]

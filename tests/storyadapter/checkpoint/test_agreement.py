@@ -18,7 +18,7 @@ def told(checkpoint: Checkpoint) -> list[str]:
 
 
 def given_vae(checkpoint: Checkpoint, folder: Path, **changes: object) -> Path:
-    checkpoint.load_vae(torch.float32).save_pretrained(folder)
+    checkpoint.load("vae", torch.float32).save_pretrained(folder)
     edit_config(folder / "config.json", **changes)
     return folder
 
@@ -38,7 +38,7 @@ def test_a_vae_of_other_latents_is_refused(tiny_model_dir: Path, checkpoint: Che
 
 def test_a_vae_that_says_no_factor(tiny_model_dir: Path, checkpoint: Checkpoint, tmp_path: Path) -> None:
     file = tmp_path / "vae.safetensors"
-    save_file(checkpoint.load_vae(torch.float32).state_dict(), file)
+    save_file(checkpoint.load("vae", torch.float32).state_dict(), file)
     assert told(Checkpoint.open(tiny_paths(tiny_model_dir, vae=file))) == [
         f"{file} doesn't say its scaling factor: 0.13025 is assumed, as {tiny_model_dir}/vae/config.json has"
     ]

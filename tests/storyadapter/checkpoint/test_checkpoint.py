@@ -26,7 +26,7 @@ PICKLES = {name: stem if name in ("unet", "vae") else "pytorch_model" for name, 
 
 
 def load(checkpoint: Checkpoint, name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    return getattr(checkpoint, f"load_{name}")(dtype)
+    return checkpoint.load(name, dtype)
 
 
 def assert_same(checkpoint: Checkpoint, other: Checkpoint) -> None:
@@ -354,7 +354,7 @@ def test_file_changed_after_it_was_checked(model_dir: Path) -> None:
     checkpoint = Checkpoint.open(tiny_paths(model_dir))
     edit_tensors(model_dir / "vae" / "diffusion_pytorch_model.safetensors", lambda tensors: tensors.popitem())
     with pytest.raises(CheckpointError, match="the VAE in .* 1 tensor missing"):
-        checkpoint.load_vae(torch.float32)
+        checkpoint.load("vae", torch.float32)
 
 
 def test_tokenizer_without_vocabulary(model_dir: Path) -> None:

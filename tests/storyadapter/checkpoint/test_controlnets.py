@@ -31,7 +31,7 @@ def folder(tiny_model_dir: Path, tmp_path: Path) -> Path:
 
 def loaded(model: Path, controlnet: Path) -> dict[str, torch.Tensor]:
     checkpoint = Checkpoint.open(tiny_paths(model, controlnets=(controlnet,)))
-    return checkpoint.load_controlnet(0, torch.float32).state_dict()
+    return checkpoint.load("controlnet_0", torch.float32).state_dict()
 
 
 def test_every_layout_is_the_same_network(tiny_model_dir: Path, folder: Path, tmp_path: Path) -> None:

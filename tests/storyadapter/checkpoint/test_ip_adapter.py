@@ -38,7 +38,7 @@ def test_tensors_by_layer(tiny_model_dir: Path, tmp_path: Path, suffix: str) -> 
         for part in ("weight", "bias"):
             got = getattr(weights, f"{'projection' if field == 'proj' else field}_{part}")
             assert torch.equal(got, tensors[f"image_proj.{field}.{part}"])
-    processors = list(checkpoint.load_unet(torch.float32).attn_processors)
+    processors = list(checkpoint.load("unet", torch.float32).attn_processors)
     assert len(weights.layers) == len(processors) // 2
     for layer in weights.layers:
         index = processors.index(f"{layer.module}.processor")

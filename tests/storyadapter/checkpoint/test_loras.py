@@ -32,7 +32,7 @@ LAYERS = {
 @pytest.fixture(scope="module")
 def weights(tiny_checkpoint: Checkpoint) -> dict[str, dict[str, Tensor]]:
     """The weights without LoRAs, by network and by the names of LAYERS."""
-    networks = {name: getattr(tiny_checkpoint, f"load_{name}")(torch.float32) for name in LAYERS}
+    networks = {name: tiny_checkpoint.load(name, torch.float32) for name in LAYERS}
     return {name: {layer: _weight(networks[name], layer) for layer in layers} for name, layers in LAYERS.items()}
 
 
@@ -88,11 +88,8 @@ def test_fused_weights_are_the_formula(tiny_model_dir, tmp_path, weights, write,
     checkpoint = Checkpoint.open(tiny_paths(tiny_model_dir, loras=(LoraSpec(path, 0.8),)))
     assert [(lora.path, lora.scale) for lora in checkpoint.loras] == [(path, 0.8)]
     for name, layers in parts.items():
-        network = getattr(checkpoint, f"load_{name}")(torch.float32)
-        assert (
-            network.state_dict().keys()
-            == getattr(_without(checkpoint), f"load_{name}")(torch.float32).state_dict().keys()
-        )
+        network = checkpoint.load(name, torch.float32)
+        assert network.state_dict().keys() == _without(checkpoint).load(name, torch.float32).state_dict().keys()
         for layer, (down, up) in layers.items():
             expected = weights[name][layer] + delta(down, up, 0.8 * factor)
             torch.testing.assert_close(_weight(network, layer), expected)
@@ -163,7 +160,7 @@ def test_every_layout_is_the_same_fused(tiny_model_dir, tmp_path, weights, layou
     save_file(tensors, tmp_path / "a.safetensors")
     checkpoint = Checkpoint.open(tiny_paths(tiny_model_dir, loras=(LoraSpec(tmp_path / "a.safetensors", 0.8),)))
     for name, layers in parts.items():
-        network = getattr(checkpoint, f"load_{name}")(torch.float32)
+        network = checkpoint.load(name, torch.float32)
         for layer, (down, up) in layers.items():
             expected = weights[name][layer] + delta(down, up, 0.8 * (ALPHA / RANK if with_alpha else 1))
             torch.testing.assert_close(_weight(network, layer), expected)
@@ -180,15 +177,15 @@ def test_old_attention_processors(tiny_model_dir, tmp_path, weights) -> None:
     }
     save_file(tensors, tmp_path / "a.safetensors")
     checkpoint = Checkpoint.open(tiny_paths(tiny_model_dir, loras=(LoraSpec(tmp_path / "a.safetensors"),)))
-    networks = {name: getattr(checkpoint, f"load_{name}")(torch.float32) for name in prefixes}
+    networks = {name: checkpoint.load(name, torch.float32) for name in prefixes}
     assert len(attentions) == 3
     for (network, layer), (down, up) in attentions.items():
         torch.testing.assert_close(_weight(networks[network], layer), weights[network][layer] + delta(down, up, 1.0))
 
 
 def test_names_of_all_layers_in_the_original_unet(tiny_checkpoint) -> None:
-    names = LoraNames({name: Outline.of(getattr(tiny_checkpoint, f"load_{name}")(torch.float32)) for name in LAYERS})
-    unet = tiny_checkpoint.load_unet(torch.float32)
+    names = LoraNames({name: Outline.of(tiny_checkpoint.load(name, torch.float32)) for name in LAYERS})
+    unet = tiny_checkpoint.load("unet", torch.float32)
     layers = [layer for layer, module in unet.named_modules() if hasattr(module, "weight")]
     for ours, theirs in zip(unet.state_dict(), original_unet(unet), strict=True):
         if ours.endswith(".weight"):
@@ -202,7 +199,7 @@ def test_names_of_all_layers_in_the_original_unet(tiny_checkpoint) -> None:
 def test_lycoris_parts_are_the_formula(tiny_model_dir, tiny_checkpoint, tmp_path) -> None:
     """LoCon with a middle (Tucker), differences of weights, biases and norms; with torch's own convolutions."""
     generator = torch.Generator().manual_seed(8)
-    before = tiny_checkpoint.load_unet(torch.float32).state_dict()
+    before = tiny_checkpoint.load("unet", torch.float32).state_dict()
     conv, linear, norm = "mid_block.resnets.0.conv1", f"{BLOCK}.ff.net.2", "conv_norm_out"
     out, inner = before[f"{conv}.weight"].shape[:2]
     down = torch.randn(3, inner, 1, 1, generator=generator)
@@ -228,7 +225,7 @@ def test_lycoris_parts_are_the_formula(tiny_model_dir, tiny_checkpoint, tmp_path
         tmp_path / "a.safetensors",
     )
     paths = tiny_paths(tiny_model_dir, loras=(LoraSpec(tmp_path / "a.safetensors", 0.5),))
-    after = Checkpoint.open(paths).load_unet(torch.float32).state_dict()
+    after = Checkpoint.open(paths).load("unet", torch.float32).state_dict()
     for name, change in changes.items():
         torch.testing.assert_close(after[name], before[name] + 0.5 * change)
     picture = torch.randn(1, inner, 6, 6, generator=generator)
@@ -251,7 +248,7 @@ def test_a_folder_that_peft_wrote(tiny_model_dir, tmp_path, weights) -> None:
     settings.write_text(json.dumps({"lora_alpha": ALPHA, "use_rslora": True, "alpha_pattern": own, "bias": "none"}))
     checkpoint = Checkpoint.open(tiny_paths(tiny_model_dir, loras=(LoraSpec(tmp_path),)))
     assert checkpoint.files_by_component["lora"] == (settings,)
-    network = checkpoint.load_unet(torch.float32)
+    network = checkpoint.load("unet", torch.float32)
     for layer, (down, up) in layers.items():
         factor = own.get(layer, ALPHA) / RANK**0.5
         torch.testing.assert_close(_weight(network, layer), weights["unet"][layer] + delta(down, up, factor))
@@ -289,7 +286,7 @@ def test_blocks_numbered_as_in_the_original_unet_and_an_alpha_for_each_pair(
         tensors[f"{name}.alpha"] = torch.tensor(1.0 + index)
     save_file(tensors, tmp_path / "a.safetensors")
     paths = tiny_paths(tiny_model_dir, loras=(LoraSpec(tmp_path / "a.safetensors"),))
-    network = Checkpoint.open(paths).load_unet(torch.float32)
+    network = Checkpoint.open(paths).load("unet", torch.float32)
     for index, (layer, (down, up)) in enumerate(layers.items()):
         expected = weights["unet"][layer] + delta(down, up, (1 + index) / RANK)
         torch.testing.assert_close(_weight(network, layer), expected)
@@ -311,7 +308,7 @@ def test_alpha_in_the_metadata_of_diffusers_files(tiny_model_dir, tmp_path, weig
     config = {"r": RANK, "lora_alpha": ALPHA, "target_modules": list(UNET_LAYERS)}
     StableDiffusionXLPipeline.save_lora_weights(tmp_path, unet_lora_layers=layers, unet_lora_adapter_metadata=config)
     # The folder that diffusers wrote is enough.
-    network = Checkpoint.open(tiny_paths(tiny_model_dir, loras=(LoraSpec(tmp_path),))).load_unet(torch.float32)
+    network = Checkpoint.open(tiny_paths(tiny_model_dir, loras=(LoraSpec(tmp_path),))).load("unet", torch.float32)
     for layer, (down, up) in parts["unet"].items():
         expected = weights["unet"][layer] + delta(down, up, ALPHA / RANK)
         torch.testing.assert_close(_weight(network, layer), expected)
@@ -330,7 +327,7 @@ def test_two_loras_give_what_peft_gives_unfused(tiny_model_dir, tiny_checkpoint,
     loras = tuple(LoraSpec(files[name], scale) for name, scale in scales.items())
     fused = Checkpoint.open(tiny_paths(tiny_model_dir, loras=loras))
 
-    unet, text = tiny_checkpoint.load_unet(torch.float32), tiny_checkpoint.load_text_encoder_2(torch.float32)
+    unet, text = tiny_checkpoint.load("unet", torch.float32), tiny_checkpoint.load("text_encoder_2", torch.float32)
     for name, path in files.items():
         state, alphas = StableDiffusionXLPipeline.lora_state_dict(str(path), unet_config=unet.config)
         StableDiffusionXLPipeline.load_lora_into_unet(state, alphas, unet, adapter_name=name)
@@ -353,21 +350,24 @@ def test_two_loras_give_what_peft_gives_unfused(tiny_model_dir, tiny_checkpoint,
     }
     tokens = torch.arange(77)[None]
     with torch.no_grad():
-        plain = tiny_checkpoint.load_unet(torch.float32)(latents, **inputs).sample
+        plain = tiny_checkpoint.load("unet", torch.float32)(latents, **inputs).sample
         expected = unet(latents, **inputs).sample
-        got = fused.load_unet(torch.float32)(latents, **inputs).sample
+        got = fused.load("unet", torch.float32)(latents, **inputs).sample
         torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
         assert (plain - expected).abs().max() > 0.01
         torch.testing.assert_close(
-            fused.load_text_encoder_2(torch.float32)(tokens).text_embeds, text(tokens).text_embeds, atol=1e-4, rtol=1e-4
+            fused.load("text_encoder_2", torch.float32)(tokens).text_embeds,
+            text(tokens).text_embeds,
+            atol=1e-4,
+            rtol=1e-4,
         )
 
 
 def test_a_scale_of_zero_changes_nothing(tiny_model_dir, tiny_checkpoint, tmp_path, weights) -> None:
     save_file(kohya(matrices(weights, 0)), tmp_path / "a.safetensors")
     paths = tiny_paths(tiny_model_dir, loras=(LoraSpec(tmp_path / "a.safetensors", 0.0),))
-    fused = Checkpoint.open(paths).load_unet(torch.float32).state_dict()
-    for name, tensor in tiny_checkpoint.load_unet(torch.float32).state_dict().items():
+    fused = Checkpoint.open(paths).load("unet", torch.float32).state_dict()
+    for name, tensor in tiny_checkpoint.load("unet", torch.float32).state_dict().items():
         assert torch.equal(fused[name], tensor), name
 
 
@@ -375,7 +375,7 @@ def test_half_precision(tiny_model_dir, tmp_path, weights) -> None:
     parts = matrices(weights, 0)
     save_file(kohya(parts), tmp_path / "a.safetensors")
     paths = tiny_paths(tiny_model_dir, loras=(LoraSpec(tmp_path / "a.safetensors"),))
-    network = Checkpoint.open(paths).load_unet(torch.float16)
+    network = Checkpoint.open(paths).load("unet", torch.float16)
     layer, (down, up) = next(iter(parts["unet"].items()))
     expected = weights["unet"][layer] + delta(down, up, ALPHA / RANK)
     assert _weight(network, layer).dtype == torch.float16
@@ -519,7 +519,7 @@ def test_a_file_that_changed_since_it_was_checked(tiny_model_dir, lora) -> None:
     checkpoint = Checkpoint.open(tiny_paths(tiny_model_dir, loras=(LoraSpec(lora),)))
     edit_tensors(lora, lambda tensors: tensors.pop(next(name for name in tensors if name.startswith("lora_unet_"))))
     with pytest.raises(CheckpointError, match="style.safetensors changed since it was checked"):
-        checkpoint.load_unet(torch.float32)
+        checkpoint.load("unet", torch.float32)
 
 
 def test_cut_short(tiny_model_dir, lora) -> None:

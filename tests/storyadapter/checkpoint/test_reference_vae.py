@@ -44,7 +44,7 @@ def test_a_file_is_one_of_the_published_sizes(tiny_model_dir: Path, tmp_path: Pa
     torch.save(vae.state_dict(), tmp_path / "taesdxl.bin")
     for name in ("taesdxl.safetensors", "taesdxl.bin"):
         checkpoint = Checkpoint.open(tiny_paths(tiny_model_dir, reference_vae=tmp_path / name))
-        loaded = checkpoint.load_reference_vae(torch.float32)
+        loaded = checkpoint.load("reference_vae", torch.float32)
         torch.testing.assert_close(loaded.state_dict(), vae.state_dict(), rtol=0, atol=0)
         assert checkpoint.label.endswith(f" + reference VAE {name}")
         assert checkpoint.files_by_component["reference_vae"] == (tmp_path / name,)

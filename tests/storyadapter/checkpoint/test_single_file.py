@@ -18,7 +18,7 @@ Tensors = dict[str, Tensor]
 
 @pytest.fixture(scope="module")
 def whole(tiny_checkpoint: Checkpoint) -> Tensors:
-    return single_file(*(getattr(tiny_checkpoint, f"load_{name}")(torch.float32) for name in NETWORKS))
+    return single_file(*(tiny_checkpoint.load(name, torch.float32) for name in NETWORKS))
 
 
 @pytest.fixture
@@ -34,8 +34,8 @@ def paths(file: Path, tiny_model_dir: Path) -> CheckpointPaths:
 
 def assert_same(checkpoint: Checkpoint, other: Checkpoint, names: tuple[str, ...] = NETWORKS) -> None:
     for name in names:
-        state = getattr(checkpoint, f"load_{name}")(torch.float32).state_dict()
-        expected = getattr(other, f"load_{name}")(torch.float32).state_dict()
+        state = checkpoint.load(name, torch.float32).state_dict()
+        expected = other.load(name, torch.float32).state_dict()
         assert state.keys() == expected.keys()
         for key, tensor in expected.items():
             assert torch.equal(state[key], tensor), f"{name}.{key}"
@@ -46,7 +46,7 @@ def test_same_weights_as_the_folder(paths: CheckpointPaths, tiny_checkpoint: Che
     assert_same(checkpoint, tiny_checkpoint)
     assert checkpoint.geometry == tiny_checkpoint.geometry
     assert paths.base_model in checkpoint.files_by_component["unet"]
-    half = checkpoint.load_text_encoder_2(torch.float16)
+    half = checkpoint.load("text_encoder_2", torch.float16)
     assert {p.dtype for p in half.parameters()} == {torch.float16}
 
 
@@ -56,7 +56,7 @@ def test_same_unet_as_diffusers_reads(paths: CheckpointPaths) -> None:
     expected = UNet2DConditionModel.from_single_file(
         str(paths.base_model), config=str(paths.base_config), subfolder="unet", local_files_only=True
     )
-    state = Checkpoint.open(paths).load_unet(torch.float32).state_dict()
+    state = Checkpoint.open(paths).load("unet", torch.float32).state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in expected.state_dict().items())
 
 
@@ -78,7 +78,7 @@ def test_training_leftovers_are_passed_over(paths: CheckpointPaths, file: Path, 
 
 @pytest.mark.parametrize("layout", ["folder", "pipeline", "diffusers file", "pickle", "original file", "with prefix"])
 def test_another_unet(tiny_model_dir: Path, tiny_checkpoint: Checkpoint, tmp_path: Path, layout: str) -> None:
-    unet = tiny_checkpoint.load_unet(torch.float32)
+    unet = tiny_checkpoint.load("unet", torch.float32)
     with torch.no_grad():
         unet.conv_out.bias += 1
     path = tmp_path / ("unet.bin" if layout == "pickle" else "unet.safetensors")
@@ -94,14 +94,14 @@ def test_another_unet(tiny_model_dir: Path, tiny_checkpoint: Checkpoint, tmp_pat
             prefix = "model.diffusion_model." if layout == "with prefix" else ""
             save_file({prefix + name: t.contiguous() for name, t in original_unet(unet).items()}, path)
     checkpoint = Checkpoint.open(tiny_paths(tiny_model_dir, unet=path))
-    state = checkpoint.load_unet(torch.float32).state_dict()
+    state = checkpoint.load("unet", torch.float32).state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in unet.state_dict().items())
     assert any(path == file or path in file.parents for file in checkpoint.files_by_component["unet"])
     assert checkpoint.label.endswith(f" + UNet {path.name}")
 
 
 def test_a_unet_of_other_sizes(tiny_model_dir: Path, demo_checkpoint: Checkpoint, tmp_path: Path) -> None:
-    save_file(demo_checkpoint.load_unet(torch.float32).state_dict(), tmp_path / "unet.safetensors")
+    save_file(demo_checkpoint.load("unet", torch.float32).state_dict(), tmp_path / "unet.safetensors")
     refuses(
         "the UNet given with --unet in … unet.safetensors doesn't fit … of another shape",
         tiny_paths(tiny_model_dir, unet=tmp_path / "unet.safetensors"),
@@ -119,7 +119,7 @@ def brighter(vae: torch.nn.Module) -> torch.nn.Module:
 
 @pytest.mark.parametrize("layout", ["folder", "diffusers file", "original file", "original file with prefix"])
 def test_another_vae(tiny_model_dir: Path, tiny_checkpoint: Checkpoint, tmp_path: Path, layout: str) -> None:
-    vae = brighter(tiny_checkpoint.load_vae(torch.float32))
+    vae = brighter(tiny_checkpoint.load("vae", torch.float32))
     path = tmp_path / "vae.safetensors"
     if layout == "folder":
         path = tmp_path / "vae"
@@ -130,10 +130,10 @@ def test_another_vae(tiny_model_dir: Path, tiny_checkpoint: Checkpoint, tmp_path
         prefix = "first_stage_model." if "prefix" in layout else ""
         save_file({prefix + name: t.contiguous() for name, t in original_vae(vae).items()}, path)
     checkpoint = Checkpoint.open(tiny_paths(tiny_model_dir, vae=path))
-    state = checkpoint.load_vae(torch.float32).state_dict()
+    state = checkpoint.load("vae", torch.float32).state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in vae.state_dict().items())
     assert not torch.equal(
-        state["decoder.conv_out.bias"], tiny_checkpoint.load_vae(torch.float32).decoder.conv_out.bias
+        state["decoder.conv_out.bias"], tiny_checkpoint.load("vae", torch.float32).decoder.conv_out.bias
     )
 
 
@@ -147,7 +147,7 @@ def test_another_vae_for_a_file_that_has_none(
 
 
 def test_vae_of_training_has_a_loss(tiny_model_dir: Path, tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
-    tensors = {name: t.contiguous() for name, t in original_vae(tiny_checkpoint.load_vae(torch.float32)).items()}
+    tensors = {name: t.contiguous() for name, t in original_vae(tiny_checkpoint.load("vae", torch.float32)).items()}
     save_file(tensors | {"loss.logvar": torch.zeros(1)}, tmp_path / "vae.safetensors")
     assert_same(
         Checkpoint.open(tiny_paths(tiny_model_dir, vae=tmp_path / "vae.safetensors")), tiny_checkpoint, ("vae",)

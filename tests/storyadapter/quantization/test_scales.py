@@ -22,7 +22,7 @@ MODEL = "0123456789abcdef"
 
 
 def _denoiser(checkpoint: Checkpoint) -> Denoiser:
-    return split_unet(checkpoint.load_unet(torch.float32), checkpoint.load_ip_adapter(torch.float32), grca)[
+    return split_unet(checkpoint.load("unet", torch.float32), checkpoint.load_ip_adapter(torch.float32), grca)[
         "denoiser"
     ].eval()
 

@@ -98,7 +98,7 @@ CARDS: dict[str, dict[str, Any]] = {
 def lora(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LoRA of rank 2 on every query projection."""
     generator, tensors = torch.Generator().manual_seed(0), {}
-    for name, module in checkpoint.load_unet(torch.float32).named_modules():
+    for name, module in checkpoint.load("unet", torch.float32).named_modules():
         if name.endswith("to_q"):
             shapes = {"lora_A": (2, module.in_features), "lora_B": (module.out_features, 2)}
             tensors |= {
@@ -149,7 +149,7 @@ def test_iterations_that_start_from_the_one_before(tiny_model_dir: Path, schedul
 @pytest.fixture(scope="module")
 def lcm_unet(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model's UNet, taking the guidance as an embedding 256 wide, as latent-consistency/lcm-sdxl does."""
-    plain = checkpoint.load_unet(torch.float32)
+    plain = checkpoint.load("unet", torch.float32)
     unet = UNet2DConditionModel.from_config(plain.config, time_cond_proj_dim=256)
     weights = {**plain.state_dict(), "time_embedding.cond_proj.weight": unet.state_dict()[COND_PROJ]}
     weights[COND_PROJ] = torch.randn(weights[COND_PROJ].shape, generator=torch.manual_seed(1)) / 4
@@ -271,14 +271,14 @@ def test_a_vae_with_another_factor_of_its_own(linked: Linked, tiny_model_dir: Pa
 
 
 def test_a_vae_file_without_a_configuration(tiny_model_dir: Path, checkpoint: Checkpoint, tmp_path: Path) -> None:
-    save_file(checkpoint.load_vae(torch.float32).state_dict(), tmp_path / "vae.safetensors")
+    save_file(checkpoint.load("vae", torch.float32).state_dict(), tmp_path / "vae.safetensors")
     ours = draw(tiny_paths(tiny_model_dir, vae=tmp_path / "vae.safetensors"))
     assert worst(ours, draw_by_diffusers(tiny_model_dir, scheduler=PUBLISHED_SCHEDULER)) < ALLOWED
 
 
 def test_a_single_file_with_markers(tiny_model_dir: Path, checkpoint: Checkpoint, tmp_path: Path) -> None:
     names = ("unet", "text_encoder", "text_encoder_2", "vae")
-    tensors = single_file(*(getattr(checkpoint, f"load_{name}")(torch.float32) for name in names))
+    tensors = single_file(*(checkpoint.load(name, torch.float32) for name in names))
     save_file(tensors | {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, tmp_path / "v.safetensors")
     paths = tiny_paths(tiny_model_dir, base_model=tmp_path / "v.safetensors", base_config=tiny_model_dir)
     own = DDIMScheduler(**SDXL, **V_MODEL, clip_sample=False, set_alpha_to_one=False)

@@ -25,7 +25,7 @@ def test_it_leaves_a_log_and_a_lora_that_fits_the_model(lora: Path) -> None:
     lines = (lora.parent / "log.txt").read_text().splitlines()
     assert [line.split()[0] for line in lines] == ["run", "data", "data", "lcm", "lcm", "export"]
     plain, fused = (
-        Checkpoint.open(CheckpointPaths.given(None, None, None, loras=loras)).load_unet(torch.float32)
+        Checkpoint.open(CheckpointPaths.given(None, None, None, loras=loras)).load("unet", torch.float32)
         for loras in ((), (LoraSpec(lora),))
     )
     changed = {n for n, w in plain.named_parameters() if not torch.equal(w, fused.get_parameter(n))}
