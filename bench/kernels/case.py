@@ -2,8 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import asdict
-from typing import Any, ClassVar, Final
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar, Final, Self
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ class KernelCase(ABC):
         tolerance: error against fp32 that is right, where that isn't what half precision gives.
         matrix_speed: of its operands' products over that of half precision.
         element_bytes: of what its tiles are stored for.
+        least: sizes of the least case for which the same kernel is compiled.
+        baselines: gives what it is compared with.
     """
 
     kernel: ClassVar[str]
@@ -36,6 +38,8 @@ class KernelCase(ABC):
     tolerance: ClassVar[float | None] = None
     matrix_speed: ClassVar[int] = 1
     element_bytes: ClassVar[int] = 2
+    least: ClassVar[dict[str, int]] = {"M": COMPILED_ROWS}
+    baselines: ClassVar[Callable[..., list[Baseline]]]
 
     def as_data(self) -> dict[str, Any]:
         """The shape, as JSON data."""
@@ -60,9 +64,9 @@ class KernelCase(ABC):
     def bytes_moved(self, element_bytes: int) -> int:
         """Each input read once, each output written once."""
 
-    @abstractmethod
-    def smallest(self) -> "KernelCase":
+    def smallest(self) -> Self:
         """The least case for which the same kernel is compiled."""
+        return replace(self, **self.least)  # type: ignore[type-var]  # the cases are dataclasses
 
     @abstractmethod
     def inputs(self, dtype: torch.dtype, device: torch.device, seed: int) -> tuple[Tensor, ...]:
@@ -84,9 +88,17 @@ class KernelCase(ABC):
     def launch(self, tiles: Any, *inputs: Tensor) -> Any:
         """The kernel with other tiles, from `kernel_inputs`."""
 
-    @abstractmethod
-    def baselines(self) -> list[Baseline]:
-        """What it is compared with."""
+
+@dataclass(frozen=True)
+class MatrixCase(KernelCase):
+    """A product of x [M, K] with a weight [N, K], or [2·N, K] of a GEGLU."""
+
+    M: int
+    K: int
+    N: int
+
+    columns: ClassVar[dict[str, str]] = {"M": "M", "K": "K", "N": "N"}
+    warmup_seconds: ClassVar[float] = 0.15  # products at full rate run into the power limit
 
 
 def normal(seed: int, dtype: torch.dtype, device: torch.device, *shapes: tuple[int, ...]) -> list[Tensor]:

@@ -1,9 +1,8 @@
 """Cases of the kernel benchmark as data, their inputs, their functions' meaning, and what they cost at least."""
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from storyadapter.bench.kernels.baselines import (
     group_norm_baselines,
     layer_norm_baselines,
 )
-from storyadapter.bench.kernels.case import COMPILED_ROWS, KernelCase, normal
+from storyadapter.bench.kernels.case import COMPILED_ROWS, KernelCase, MatrixCase, normal
 from storyadapter.bench.kernels.fp8_cases import ConvolutionFp8Case, GegluFp8Case, LinearFp8Case
 from storyadapter.kernels.geglu import geglu_triton, interleave_geglu, launch_geglu
 from storyadapter.kernels.grca.kernel import grca_kernel
@@ -55,10 +54,10 @@ class GrcaCase(KernelCase):
     frames: int
     chunks: int = 1
 
-    kernel: ClassVar[str] = "grca"
-    operator: ClassVar[str] = "grca_triton"
-    run: ClassVar[Callable[..., Any]] = staticmethod(grca_triton)
-    columns: ClassVar[dict[str, str]] = {"case": "layer", "B": "B", "N": "N"}
+    kernel = "grca"
+    operator = "grca_triton"
+    run = staticmethod(grca_triton)
+    columns = {"case": "layer", "B": "B", "N": "N"}
 
     def as_data(self) -> dict[str, Any]:
         layer = self.layer
@@ -140,18 +139,13 @@ class GrcaCase(KernelCase):
 
 
 @dataclass(frozen=True)
-class GegluCase(KernelCase):
+class GegluCase(MatrixCase):
     """A GEGLU layer: x [M, K], weight [2·N, K], bias [2·N] as diffusers keeps them."""
 
-    M: int
-    K: int
-    N: int
-
-    kernel: ClassVar[str] = "geglu"
-    operator: ClassVar[str] = "geglu_triton"
-    run: ClassVar[Callable[..., Any]] = staticmethod(geglu_triton)
-    columns: ClassVar[dict[str, str]] = {"M": "M", "K": "K", "N": "N"}
-    warmup_seconds: ClassVar[float] = 0.15  # products at full rate run into the power limit
+    kernel = "geglu"
+    operator = "geglu_triton"
+    run = staticmethod(geglu_triton)
+    baselines = staticmethod(geglu_baselines)
 
     @property
     def operations(self) -> int:
@@ -159,9 +153,6 @@ class GegluCase(KernelCase):
 
     def bytes_moved(self, element_bytes: int) -> int:
         return element_bytes * (self.M * self.K + 2 * self.N * (self.K + 1) + self.M * self.N)
-
-    def smallest(self) -> "GegluCase":
-        return replace(self, M=COMPILED_ROWS)
 
     def inputs(self, dtype: torch.dtype, device: torch.device, seed: int) -> tuple[Tensor, ...]:
         x, weight, bias = normal(seed, dtype, device, (self.M, self.K), (2 * self.N, self.K), (2 * self.N,))
@@ -180,9 +171,6 @@ class GegluCase(KernelCase):
         launch_geglu(x, weight, bias, out, tiles, processors(x.device))
         return out
 
-    def baselines(self) -> list[Baseline]:
-        return geglu_baselines()
-
 
 @dataclass(frozen=True)
 class LayerNormCase(KernelCase):
@@ -191,18 +179,16 @@ class LayerNormCase(KernelCase):
     M: int
     C: int
 
-    kernel: ClassVar[str] = "layer_norm"
-    operator: ClassVar[str] = "add_layer_norm_triton"
-    run: ClassVar[Callable[..., Any]] = staticmethod(functools.partial(add_layer_norm_triton, eps=EPS))
-    columns: ClassVar[dict[str, str]] = {"M": "M", "C": "C"}
-    warmup_seconds: ClassVar[float] = 0.15
+    kernel = "layer_norm"
+    operator = "add_layer_norm_triton"
+    run = staticmethod(functools.partial(add_layer_norm_triton, eps=EPS))
+    columns = {"M": "M", "C": "C"}
+    warmup_seconds = 0.15
+    baselines = staticmethod(functools.partial(layer_norm_baselines, EPS))
 
     def bytes_moved(self, element_bytes: int) -> int:
         """x and residual read once, sum and norm written once."""
         return element_bytes * 4 * self.M * self.C
-
-    def smallest(self) -> "LayerNormCase":
-        return replace(self, M=COMPILED_ROWS)
 
     def inputs(self, dtype: torch.dtype, device: torch.device, seed: int) -> tuple[Tensor, ...]:
         rows = (self.M, self.C)
@@ -221,9 +207,6 @@ class LayerNormCase(KernelCase):
         launch_layer_norm(x, residual, weight, bias, EPS, total, normed, tiles)
         return total, normed
 
-    def baselines(self) -> list[Baseline]:
-        return layer_norm_baselines(EPS)
-
 
 @dataclass(frozen=True)
 class GroupNormCase(KernelCase):
@@ -233,19 +216,18 @@ class GroupNormCase(KernelCase):
     S: int
     C: int
 
-    kernel: ClassVar[str] = "group_norm"
-    operator: ClassVar[str] = "group_norm_triton"
-    run: ClassVar[Callable[..., Any]] = staticmethod(
+    kernel = "group_norm"
+    operator = "group_norm_triton"
+    run = staticmethod(
         functools.partial(group_norm_triton, groups=GROUPS, eps=EPS, silu=True, factor=None, tokens=False)
     )
-    columns: ClassVar[dict[str, str]] = {"B": "B", "S": "S", "C": "C"}
-    warmup_seconds: ClassVar[float] = 0.15
+    columns = {"B": "B", "S": "S", "C": "C"}
+    warmup_seconds = 0.15
+    baselines = staticmethod(functools.partial(group_norm_baselines, GROUPS, EPS))
+    least = {"B": 1, "S": 16}
 
     def bytes_moved(self, element_bytes: int) -> int:
         return 2 * element_bytes * self.B * self.S**2 * self.C
-
-    def smallest(self) -> "GroupNormCase":
-        return replace(self, B=1, S=16)
 
     def inputs(self, dtype: torch.dtype, device: torch.device, seed: int) -> tuple[Tensor, ...]:
         picture = (self.B, self.C, self.S, self.S)
@@ -264,9 +246,6 @@ class GroupNormCase(KernelCase):
         out = torch.empty_like(x)
         launch_group_norm(x, weight, bias, GROUPS, EPS, True, None, out, tiles)
         return out
-
-    def baselines(self) -> list[Baseline]:
-        return group_norm_baselines(GROUPS, EPS)
 
 
 LAYERS_1024: Final = (LayerShape("1024x1024 C=640", 4096, 10), LayerShape("1024x1024 C=1280", 1024, 20))

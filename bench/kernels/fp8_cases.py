@@ -1,22 +1,19 @@
 """Cases of the fp8 products."""
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from storyadapter.bench.kernels.baselines import (
-    Baseline,
     convolution_baselines,
     gate,
     geglu_fp8_baselines,
     linear_baselines,
 )
-from storyadapter.bench.kernels.case import COMPILED_ROWS, KernelCase, normal
+from storyadapter.bench.kernels.case import KernelCase, MatrixCase, normal
 from storyadapter.kernels.geglu import interleave_geglu
 from storyadapter.kernels.launching import processors
 from storyadapter.kernels.products_fp8 import (
@@ -32,10 +29,10 @@ from storyadapter.kernels.tiles import ProductTiles
 class Fp8Case(KernelCase):
     """A product of e4m3 operands; for baselines they lie in half precision, with the same values."""
 
-    tolerance: ClassVar[float | None] = 3e-3  # some 14 bits of the tensor cores' sums count, over 17,280 products
-    matrix_speed: ClassVar[int] = 2
-    element_bytes: ClassVar[int] = 1
-    warmup_seconds: ClassVar[float] = 0.15
+    tolerance = 3e-3  # some 14 bits of the tensor cores' sums count, over 17,280 products
+    matrix_speed = 2
+    element_bytes = 1
+    warmup_seconds = 0.15
 
     def kernel_inputs(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """x and weight, and the scale of the output channels, which is 1."""
@@ -52,10 +49,12 @@ class ConvolutionFp8Case(Fp8Case):
     C: int
     N: int
 
-    kernel: ClassVar[str] = "convolution_fp8"
-    operator: ClassVar[str] = "convolution_fp8_triton"
-    run: ClassVar[Callable[..., Any]] = staticmethod(functools.partial(convolution_fp8_triton, stride=1))
-    columns: ClassVar[dict[str, str]] = {"B": "B", "S": "S", "C": "C", "N": "N"}
+    kernel = "convolution_fp8"
+    operator = "convolution_fp8_triton"
+    run = staticmethod(functools.partial(convolution_fp8_triton, stride=1))
+    columns = {"B": "B", "S": "S", "C": "C", "N": "N"}
+    baselines = staticmethod(convolution_baselines)
+    least = {"B": 1, "S": 16}
 
     @property
     def operations(self) -> int:
@@ -64,9 +63,6 @@ class ConvolutionFp8Case(Fp8Case):
     def bytes_moved(self, element_bytes: int) -> int:
         """x and weight in one byte each, residual and result in half precision."""
         return self.B * self.S**2 * (self.C + 2 * element_bytes * self.N) + 9 * self.C * self.N
-
-    def smallest(self) -> "ConvolutionFp8Case":
-        return replace(self, B=1, S=16)
 
     def inputs(self, dtype: torch.dtype, device: torch.device, seed: int) -> tuple[Tensor, ...]:
         picture, window = (self.B, self.C, self.S, self.S), (self.N, self.C, 3, 3)
@@ -98,22 +94,15 @@ class ConvolutionFp8Case(Fp8Case):
         launch_product(x, weight, scale, bias, out, tiles, processors(x.device), residual=residual)
         return out
 
-    def baselines(self) -> list[Baseline]:
-        return convolution_baselines()
-
 
 @dataclass(frozen=True)
-class LinearFp8Case(Fp8Case):
+class LinearFp8Case(Fp8Case, MatrixCase):
     """A linear layer: x [M, K], weight [N, K], bias [N]."""
 
-    M: int
-    K: int
-    N: int
-
-    kernel: ClassVar[str] = "linear_fp8"
-    operator: ClassVar[str] = "linear_fp8_triton"
-    run: ClassVar[Callable[..., Any]] = staticmethod(functools.partial(linear_fp8_triton, residual=None))
-    columns: ClassVar[dict[str, str]] = {"M": "M", "K": "K", "N": "N"}
+    kernel = "linear_fp8"
+    operator = "linear_fp8_triton"
+    run = staticmethod(functools.partial(linear_fp8_triton, residual=None))
+    baselines = staticmethod(linear_baselines)
 
     @property
     def operations(self) -> int:
@@ -121,9 +110,6 @@ class LinearFp8Case(Fp8Case):
 
     def bytes_moved(self, element_bytes: int) -> int:
         return self.K * (self.M + self.N) + element_bytes * self.M * self.N
-
-    def smallest(self) -> "LinearFp8Case":
-        return replace(self, M=COMPILED_ROWS)
 
     def inputs(self, dtype: torch.dtype, device: torch.device, seed: int) -> tuple[Tensor, ...]:
         x, weight, bias = normal(seed, dtype, device, (self.M, self.K), (self.N, self.K), (self.N,))
@@ -138,23 +124,16 @@ class LinearFp8Case(Fp8Case):
         launch_product(x, weight, scale, bias, out, tiles, processors(x.device))
         return out
 
-    def baselines(self) -> list[Baseline]:
-        return linear_baselines()
-
 
 @dataclass(frozen=True)
-class GegluFp8Case(Fp8Case):
+class GegluFp8Case(Fp8Case, MatrixCase):
     """A GEGLU layer whose result is e4m3 as well: x [M, K], weight [2·N, K], bias [2·N] as diffusers keeps them."""
 
-    M: int
-    K: int
-    N: int
-
-    kernel: ClassVar[str] = "geglu_fp8"
-    operator: ClassVar[str] = "geglu_fp8_triton"
-    run: ClassVar[Callable[..., Any]] = staticmethod(geglu_fp8_triton)
-    columns: ClassVar[dict[str, str]] = {"M": "M", "K": "K", "N": "N"}
-    tolerance: ClassVar[float | None] = 3e-2  # rounded to 3 bits
+    kernel = "geglu_fp8"
+    operator = "geglu_fp8_triton"
+    run = staticmethod(geglu_fp8_triton)
+    tolerance = 3e-2  # rounded to 3 bits
+    baselines = staticmethod(geglu_fp8_baselines)
 
     @property
     def operations(self) -> int:
@@ -162,9 +141,6 @@ class GegluFp8Case(Fp8Case):
 
     def bytes_moved(self, element_bytes: int) -> int:
         return self.M * self.K + 2 * self.N * self.K + self.M * self.N
-
-    def smallest(self) -> "GegluFp8Case":
-        return replace(self, M=COMPILED_ROWS)
 
     def inputs(self, dtype: torch.dtype, device: torch.device, seed: int) -> tuple[Tensor, ...]:
         x, weight, bias = normal(seed, dtype, device, (self.M, self.K), (2 * self.N, self.K), (2 * self.N,))
@@ -185,6 +161,3 @@ class GegluFp8Case(Fp8Case):
         out = x.new_empty(self.M, self.N)
         launch_product(x, weight, scale, bias, out, tiles, processors(x.device), factor=factor)
         return out
-
-    def baselines(self) -> list[Baseline]:
-        return geglu_fp8_baselines()

@@ -21,33 +21,15 @@ from typing import Any, Final, TypeVar
 import torch
 
 from storyadapter.bench.environment import describe
-from storyadapter.bench.kernels.cases import (
-    CONVOLUTION_FP8_CASES,
-    GEGLU_CASES,
-    GEGLU_FP8_CASES,
-    GROUP_NORM_CASES,
-    LAYER_NORM_CASES,
-    LAYERS_1024,
-    LAYERS_OTHER,
-    LINEAR_FP8_CASES,
-    VAE_NORM_CASES,
-    GrcaCase,
-    KernelCase,
-)
+from storyadapter.bench.kernels import cases
+from storyadapter.bench.kernels.cases import GrcaCase, KernelCase
 from storyadapter.bench.kernels.run import TOLERANCE, Measured, WrongResult, measure_contender
 from storyadapter.bench.report import opening, table
 from storyadapter.bench.timing import buffer_sets
+from storyadapter.kernels import tiles as tables
 from storyadapter.kernels.grca.aot import compile_kernel
 from storyadapter.kernels.launching import capability
 from storyadapter.kernels.tiles import (
-    CONVOLUTION_FP8,
-    GEGLU,
-    GEGLU_FP8,
-    GRCA,
-    GRCA_EMBEDDED,
-    GROUP_NORM,
-    LAYER_NORM,
-    LINEAR_FP8,
     GegluTiles,
     GrcaTiles,
     GroupNormTiles,
@@ -83,9 +65,9 @@ def _grca_tiles(caps: tuple[int | None, ...]) -> tuple[GrcaTiles, ...]:
 
 
 _GRCA_CASES: Final = (
-    *(GrcaCase(LAYERS_1024[0], 16, frames) for frames in (1, 16, 50, 100)),
-    *(GrcaCase(LAYERS_1024[1], rows, frames) for rows, frames in ((16, 16), (16, 100), (2, 16))),
-    GrcaCase(LAYERS_OTHER[0], 16, 16),
+    *(GrcaCase(cases.LAYERS_1024[0], 16, frames) for frames in (1, 16, 50, 100)),
+    *(GrcaCase(cases.LAYERS_1024[1], rows, frames) for rows, frames in ((16, 16), (16, 100), (2, 16))),
+    GrcaCase(cases.LAYERS_OTHER[0], 16, 16),
 )
 # block_m, block_n, block_k, group_m, num_warps, num_stages, persistent, descriptors
 _GEGLU_TILES: Final = tuple(
@@ -135,14 +117,14 @@ _GROUP_NORM_TILES: Final = tuple(
 )
 # torch.compile drops a cap on the registers, so tiles that need one are for the embedded kernel alone
 SEARCHES: Final = (
-    Search(GRCA, _GRCA_CASES, _grca_tiles(caps=(None,))),
-    Search(GRCA_EMBEDDED, _GRCA_CASES, _grca_tiles(caps=(None, 128, 168))),
-    Search(GEGLU, GEGLU_CASES, _GEGLU_TILES),
-    Search(LAYER_NORM, LAYER_NORM_CASES, _LAYER_NORM_TILES),
-    Search(CONVOLUTION_FP8, CONVOLUTION_FP8_CASES, _CONVOLUTION_TILES),
-    Search(LINEAR_FP8, LINEAR_FP8_CASES, _MATRIX_TILES),
-    Search(GEGLU_FP8, GEGLU_FP8_CASES, _MATRIX_TILES),
-    Search(GROUP_NORM, (*GROUP_NORM_CASES, *VAE_NORM_CASES), _GROUP_NORM_TILES),
+    Search(tables.GRCA, _GRCA_CASES, _grca_tiles(caps=(None,))),
+    Search(tables.GRCA_EMBEDDED, _GRCA_CASES, _grca_tiles(caps=(None, 128, 168))),
+    Search(tables.GEGLU, cases.GEGLU_CASES, _GEGLU_TILES),
+    Search(tables.LAYER_NORM, cases.LAYER_NORM_CASES, _LAYER_NORM_TILES),
+    Search(tables.CONVOLUTION_FP8, cases.CONVOLUTION_FP8_CASES, _CONVOLUTION_TILES),
+    Search(tables.LINEAR_FP8, cases.LINEAR_FP8_CASES, _MATRIX_TILES),
+    Search(tables.GEGLU_FP8, cases.GEGLU_FP8_CASES, _MATRIX_TILES),
+    Search(tables.GROUP_NORM, (*cases.GROUP_NORM_CASES, *cases.VAE_NORM_CASES), _GROUP_NORM_TILES),
 )
 
 Job = TypeVar("Job")
@@ -198,7 +180,7 @@ def compile_one(job: tuple[TileTable[Any], KernelCase, Tiles]) -> str | None:
     device = torch.device("cuda", 0)
     try:
         # refused if a plain launch can't run it
-        if tile_table == GRCA_EMBEDDED and isinstance(case, GrcaCase) and isinstance(tiles, GrcaTiles):
+        if tile_table == tables.GRCA_EMBEDDED and isinstance(case, GrcaCase) and isinstance(tiles, GrcaTiles):
             layer = case.layer
             compile_kernel(capability(device), layer.heads, layer.head_size, "fp16", TEXT_TOKENS, tiles=tiles)
         case.launch(tiles, *case.kernel_inputs(*case.inputs(DTYPE, device, 0)))
@@ -231,13 +213,13 @@ def search(wanted: Search, device: torch.device) -> list[Found]:
     for case in wanted.cases:
         by_key.setdefault(wanted.table.key(case.element_bytes, case.as_data()[wanted.table.letter]), []).append(case)
     found = []
-    for key, cases in by_key.items():
+    for key, own in by_key.items():
         measured: dict[Tiles, list[Measured]] = {tiles: [] for tiles in wanted.candidates}
-        for case in cases:
+        for case in own:
             tell(f"{wanted.table.kernel}, {key}: {', '.join(case.cells)}")
             refused = {tiles: refusals[wanted.table, case.smallest(), tiles] for tiles in wanted.candidates}
             _measure(case, refused, measured, device)
-        found.append(Found(wanted.table, key, tuple(cases), measured))
+        found.append(Found(wanted.table, key, tuple(own), measured))
     return found
 
 
