@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from storyadapter.bench.options import add_count
 from storyadapter.bench.report import opening, table
 from storyadapter.cli.main import Parser, run_program
 from storyadapter.method.errors import RunError
@@ -28,11 +29,9 @@ def build_parser() -> Parser:
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="empty, or of an earlier call, whose model is used")
     parser.add_argument("--size", default="sdxl", choices=("sdxl", "toy"), help="of the model (default: %(default)s)")
     parser.add_argument("--backend", default="auto", help="as of run (default: %(default)s)")
-    parser.add_argument(
-        "--pixels", type=int, default=1024, metavar="N", help="of a frame's sides (default: %(default)s)"
-    )
-    parser.add_argument("--steps", type=int, default=20, help="denoising steps (default: %(default)s)")
-    parser.add_argument("--runs", type=int, default=3, metavar="N", help="processes that draw (default: %(default)s)")
+    add_count(parser, "--pixels", 1024, "of a frame's sides", "N")
+    add_count(parser, "--steps", 20, "denoising steps")
+    add_count(parser, "--runs", 3, "processes that draw", "N")
     parser.set_defaults(run=run)
     return parser
 

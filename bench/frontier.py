@@ -3,10 +3,10 @@
 import argparse
 from pathlib import Path
 
+from storyadapter.bench import options
 from storyadapter.bench.frontier_modes import EXACT, MODES
-from storyadapter.bench.options import add_count, add_engine_options, add_report_options, check_least
-from storyadapter.bench.report import check_out, report_file, write_report, writing
-from storyadapter.demo.shipped import LCM_LORA, MODEL
+from storyadapter.bench.report import check_out, give_report, report_file, writing
+from storyadapter.demo.shipped import LCM_LORA
 from storyadapter.method import constants
 from storyadapter.method.errors import InputError
 
@@ -20,9 +20,7 @@ confirms them on other stories. Exit code 1 if there is none.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", type=Path, default=MODEL, metavar="DIR", help="folder of a demo model (default: the shipped one)"
-    )
+    options.add_demo_model_option(parser)
     parser.add_argument(
         "--lora",
         type=Path,
@@ -35,13 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME;NAME;…",
         help=f"some of: {'; '.join(MODES)} (default: all; {EXACT} always)",
     )
-    add_count(parser, "--stories", 12, "held-out stories to choose by, 2 or more", "N")
-    add_count(parser, "--others", 20, "other held-out stories, to confirm by, 2 or more", "N")
-    add_count(parser, "--frames", 8, "frames of each story, 2 or more", "N")
-    add_count(parser, "--seeds", 2, "drawings of each story", "N")
-    add_count(parser, "--iterations", constants.ITERATIONS, "after the first", "K")
-    add_count(parser, "--max-frames", 8, "frames drawn together, of any stories", "F")
-    add_engine_options(
+    options.add_count(parser, "--stories", 12, "held-out stories to choose by, 2 or more", "N")
+    options.add_count(parser, "--others", 20, "other held-out stories, to confirm by, 2 or more", "N")
+    options.add_count(parser, "--frames", 8, "frames of each story, 2 or more", "N")
+    options.add_count(parser, "--seeds", 2, "drawings of each story", "N")
+    options.add_count(parser, "--iterations", constants.ITERATIONS, "after the first", "K")
+    options.add_count(parser, "--max-frames", 8, "frames drawn together, of any stories", "F")
+    options.add_engine_options(
         parser, backend="that draws; its engine is built first where the store has none", default="eager"
     )
     parser.add_argument(
@@ -53,38 +51,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="only draw the stories to choose by, or to confirm by, into --work, so that several processes can share "
         "the drawing",
     )
-    add_report_options(parser, "FILE.md, FILE.json and FILE.png")
+    options.add_report_options(parser, "FILE.md, FILE.json and FILE.png")
 
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 1 if no mode passes."""
-    check_least(args, stories=2, others=2, frames=2, seeds=1, iterations=1, max_frames=1)
+    options.check_least(args, stories=2, others=2, frames=2, seeds=1, iterations=1, max_frames=1)
     check_out(args.out)
     names = [name.strip() for name in args.modes.split(";")] if args.modes else list(MODES)
     for name in names:
         if name not in MODES:
             raise InputError(f"--modes has {name!r}; expected some of {'; '.join(MODES)}")
-    if not (args.model / "model_index.json").is_file():
-        raise InputError(
-            f"--model {args.model}: no model_index.json there; expected the folder of a trained demo model"
-        )
+    options.check_demo_model(args)
+    options.check_frames(args)
     if any(MODES[name].lora for name in names) and not args.lora.is_file():
         raise InputError(f"--lora {args.lora}: no such file; expected the demo model's LCM-LoRA")
     from storyadapter.bench.frontier_report import as_data, chart, markdown
     from storyadapter.bench.frontier_run import draw_only, measure_frontier
-    from storyadapter.demo.held_out import FRAMES_AT_MOST
 
-    if args.frames > FRAMES_AT_MOST:
-        raise InputError(f"--frames is {args.frames}; expected {FRAMES_AT_MOST} or fewer: so many scenes there are")
     if args.only_draw:
         if args.work is None:
             raise InputError("--only-draw without --work; expected a folder to draw into")
         draw_only(args, names)
         return 0
     found = measure_frontier(args, [EXACT, *(name for name in names if name != EXACT)])
-    page = markdown(found)
-    print(page)
-    write_report(args.out, page, as_data(found))
+    give_report(args.out, markdown(found), as_data(found))
     if args.out:
         path = report_file(args.out, "png")
         with writing(path):

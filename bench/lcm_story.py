@@ -23,7 +23,7 @@ from torch import Tensor
 from storyadapter.bench.environment import describe, watch
 from storyadapter.bench.model import BenchmarkModel, Opened
 from storyadapter.bench.options import EngineChoice, add_count, add_engine_options, add_report_options, check_least
-from storyadapter.bench.report import check_out, opening, table, write_report
+from storyadapter.bench.report import check_out, give_report, opening, table
 from storyadapter.bench.synthetic import MODELS
 from storyadapter.bench.throughput.inputs import SEED, prompts
 from storyadapter.bench.throughput.published import install, materialized, reference_tokens
@@ -96,9 +96,7 @@ def run(args: argparse.Namespace) -> int:
         "story": story,
         "published": published | {"projected_seconds": projected, "frames_timed": _TIMED},
     }
-    page = _page(data)
-    print(page)
-    write_report(args.out, page, data)
+    give_report(args.out, _page(data), data)
     return 0
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Self
 
 from storyadapter.cli.options import choose_engine, given_checkpoint_options
+from storyadapter.demo.shipped import MODEL
+from storyadapter.demo.vocabulary import FRAMES_AT_MOST
 from storyadapter.engine.backends import AUTO, BACKENDS
 from storyadapter.method.errors import InputError
 from storyadapter.model.numerics import NUMBER_FORMATS, PRECISIONS, Precision
@@ -77,6 +79,27 @@ def check_least(args: argparse.Namespace, **least: int) -> None:
     for name, low in least.items():
         if (value := getattr(args, name)) is not None and value < low:
             raise InputError(f"--{name.replace('_', '-')} is {value}; expected {low} or more")
+
+
+def check_frames(args: argparse.Namespace) -> None:
+    """Raises InputError if a held-out story is to have more frames than there are scenes."""
+    if args.frames > FRAMES_AT_MOST:
+        raise InputError(f"--frames is {args.frames}; expected {FRAMES_AT_MOST} or fewer: so many scenes there are")
+
+
+def add_demo_model_option(parser: argparse.ArgumentParser) -> None:
+    """Whose held-out stories are drawn."""
+    parser.add_argument(
+        "--model", type=Path, default=MODEL, metavar="DIR", help="folder of a demo model (default: the shipped one)"
+    )
+
+
+def check_demo_model(args: argparse.Namespace) -> None:
+    """Raises InputError if `--model` has none."""
+    if not (args.model / "model_index.json").is_file():
+        raise InputError(
+            f"--model {args.model}: no model_index.json there; expected the folder of a trained demo model"
+        )
 
 
 def number(text: str, wanted: str, is_valid: Callable[[float], bool]) -> float:

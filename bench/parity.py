@@ -2,12 +2,10 @@
 
 import argparse
 
-from storyadapter.bench.options import add_count, add_engine_options, add_report_options, check_least
-from storyadapter.bench.report import check_out, write_report
+from storyadapter.bench import options
+from storyadapter.bench.report import check_out, give_report
 from storyadapter.cli.options import add_checkpoint_options
-from storyadapter.cli.printing import print_result
 from storyadapter.method import constants
-from storyadapter.method.errors import InputError
 from storyadapter.method.plan import FRAMES_UNMEASURED
 
 HELP = "a backend's pictures against those of eager in fp32, from the same references"
@@ -19,29 +17,25 @@ precision may take it, or if half the λ isn't seen.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_count(parser, "--frames", 32, "frames of the story", "N")
-    add_count(parser, "--steps", 20, "denoising steps")
-    add_count(parser, "--iterations", constants.ITERATIONS, "iterations after the first", "K")
-    add_count(parser, "--seed", 0, "of the story's noise")
-    add_count(parser, "--max-frames", FRAMES_UNMEASURED, "frames of a micro-batch at the most", "F")
+    options.add_count(parser, "--frames", 32, "frames of the story", "N")
+    options.add_count(parser, "--steps", 20, "denoising steps")
+    options.add_count(parser, "--iterations", constants.ITERATIONS, "iterations after the first", "K")
+    options.add_count(parser, "--seed", 0, "of the story's noise")
+    options.add_count(parser, "--max-frames", FRAMES_UNMEASURED, "frames of a micro-batch at the most", "F")
     text = "what is compared; the engine that build makes by default is built first where the store has none"
-    add_engine_options(parser, backend=text)
-    add_report_options(parser)
+    options.add_engine_options(parser, backend=text)
+    options.add_report_options(parser)
     add_checkpoint_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 1 if pictures drawn from the same references are further from eager's than half precision may bring
     them, or if a wrong λ is no further than that."""
-    check_least(args, frames=1, steps=1, iterations=1, max_frames=1)
+    options.check_least(args, frames=1, steps=1, iterations=1, max_frames=1)
+    options.check_frames(args)
     from storyadapter.bench.parity_run import as_data, compare, markdown
-    from storyadapter.demo.held_out import FRAMES_AT_MOST
 
-    if args.frames > FRAMES_AT_MOST:
-        raise InputError(f"--frames is {args.frames}; expected {FRAMES_AT_MOST} or fewer: so many scenes there are")
     check_out(args.out)
     found = compare(args)
-    page = markdown(found)
-    print_result(page)
-    write_report(args.out, page, as_data(found))
+    give_report(args.out, markdown(found), as_data(found))
     return 1 if found.problems else 0

@@ -5,8 +5,7 @@ import json
 from importlib.util import find_spec
 from pathlib import Path
 
-from storyadapter.bench.options import add_count, add_engine_options, check_least
-from storyadapter.demo.shipped import MODEL
+from storyadapter.bench import options
 from storyadapter.engine.backends import AUTO, BACKENDS
 from storyadapter.method import constants
 from storyadapter.method.errors import InputError
@@ -25,15 +24,13 @@ MODEL.md of the demo model has a command that took 28 minutes on 2 CPU cores.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", type=Path, default=MODEL, metavar="DIR", help="folder of a demo model (default: the shipped one)"
-    )
-    add_count(parser, "--stories", 24, "held-out stories, 2 or more", "N")
-    add_count(parser, "--frames", 8, "frames of each story, 2 or more", "N")
-    add_count(parser, "--seeds", 3, "drawings of each story", "N")
-    add_count(parser, "--iterations", constants.ITERATIONS, "after the first", "K")
-    add_count(parser, "--steps", constants.STEPS, "denoising steps")
-    add_count(parser, "--max-frames", FRAMES_UNMEASURED, "frames drawn together, of any stories", "F")
+    options.add_demo_model_option(parser)
+    options.add_count(parser, "--stories", 24, "held-out stories, 2 or more", "N")
+    options.add_count(parser, "--frames", 8, "frames of each story, 2 or more", "N")
+    options.add_count(parser, "--seeds", 3, "drawings of each story", "N")
+    options.add_count(parser, "--iterations", constants.ITERATIONS, "after the first", "K")
+    options.add_count(parser, "--steps", constants.STEPS, "denoising steps")
+    options.add_count(parser, "--max-frames", FRAMES_UNMEASURED, "frames drawn together, of any stories", "F")
     parser.add_argument(
         "--study",
         choices=("method", *STUDIES),
@@ -52,17 +49,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     text = "of the pipeline; its engine is built first where the store has none"
     precision = "of the pipeline; fp8: as auto, and beside it the same stories in fp8 and with wrong scales"
-    add_engine_options(parser, backend=text, default="eager", precision=precision, number_formats=True)
+    options.add_engine_options(parser, backend=text, default="eager", precision=precision, number_formats=True)
     parser.add_argument("--out", type=Path, metavar="DIR", help="write quality.json and a sheet per story here")
 
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 1 if the method's claim doesn't hold on these stories."""
-    check_least(args, stories=2, frames=2, seeds=1, iterations=1, max_frames=1)
-    if not (args.model / "model_index.json").is_file():
-        raise InputError(
-            f"--model {args.model}: no model_index.json there; expected the folder of a trained demo model"
-        )
+    options.check_least(args, stories=2, frames=2, seeds=1, iterations=1, max_frames=1)
+    options.check_demo_model(args)
+    options.check_frames(args)
     other = args.backend == AUTO or BACKENDS[args.backend].builds or args.precision not in (AUTO, "fp32")
     if args.sampler == "batched" and other:
         raise InputError(
@@ -77,10 +72,7 @@ def run(args: argparse.Namespace) -> int:
     if args.sampler == "batched" and not find_spec("storyadapter.demo.training"):
         raise InputError("--sampler batched belongs to the training of demo models, which only a checkout has")
     from storyadapter.bench.quality_run import judge, save_sheets
-    from storyadapter.demo.held_out import FRAMES_AT_MOST
 
-    if args.frames > FRAMES_AT_MOST:
-        raise InputError(f"--frames is {args.frames}; expected {FRAMES_AT_MOST} or fewer: so many scenes there are")
     if args.study != "method":
         return _run_study(args)
     if args.precision in NUMBER_FORMATS:

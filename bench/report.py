@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from storyadapter.cli.printing import one_line
+from storyadapter.cli.printing import one_line, print_result
 from storyadapter.method.errors import InputError, RunError
 
 
@@ -41,6 +41,12 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise RunError(f"{path} can't be written: {error.strerror or error}") from error
+
+
+def give_report(out: Path | None, page: str, data: Any, *, indent: int | None = 1) -> None:
+    """Print a page and write the files that were asked for. Raises RunError: it can't be printed, or written."""
+    print_result(page)
+    write_report(out, page, data, indent=indent)
 
 
 def write_report(out: Path | None, page: str, data: Any, *, indent: int | None = 1) -> None:

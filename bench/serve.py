@@ -3,8 +3,8 @@
 import argparse
 from functools import partial
 
-from storyadapter.bench.options import add_engine_options, add_report_options, check_least, number
-from storyadapter.bench.report import check_out, write_report
+from storyadapter.bench.options import add_count, add_engine_options, add_report_options, check_least, number
+from storyadapter.bench.report import check_out, give_report
 
 HELP = "many clients of a server, cancels and kills: latency, throughput, and that no story is lost"
 DESCRIPTION = """\
@@ -17,26 +17,20 @@ accepted story must end once, with the pictures that run draws. Exit code 1 if o
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options; imports nothing heavy."""
     load = parser.add_argument_group("load")
-    load.add_argument("--stories", type=int, default=200, metavar="N", help="that are sent (default: %(default)s)")
-    load.add_argument("--clients", type=int, default=50, metavar="N", help="at the same time (default: %(default)s)")
+    add_count(load, "--stories", 200, "that are sent", "N")
+    add_count(load, "--clients", 50, "at the same time", "N")
     load.add_argument(
         "--rate",
         type=partial(number, wanted="a rate above 0", is_valid=lambda rate: rate > 0),
         metavar="R",
         help="stories that arrive in a second, at random (default: each client sends its next when one has ended)",
     )
-    load.add_argument("--frames", type=int, default=3, metavar="N", help="of a story, at most (default: %(default)s)")
-    load.add_argument(
-        "--iterations", type=int, default=1, metavar="K", help="after the text-only one (default: %(default)s)"
-    )
-    load.add_argument("--steps", type=int, default=2, help="denoising steps (default: %(default)s)")
-    load.add_argument(
-        "--kills", type=int, default=5, metavar="N", help="of the server, by SIGKILL (default: %(default)s)"
-    )
-    load.add_argument(
-        "--worker-kills", type=int, default=0, metavar="N", help="of workers, with --workers (default: %(default)s)"
-    )
-    load.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
+    add_count(load, "--frames", 3, "of a story, at most", "N")
+    add_count(load, "--iterations", 1, "after the text-only one", "K")
+    add_count(load, "--steps", 2, "denoising steps")
+    add_count(load, "--kills", 5, "of the server, by SIGKILL", "N")
+    add_count(load, "--worker-kills", 0, "of workers, with --workers", "N")
+    add_count(load, "--seed", 0, "of everything random")
     parser.add_argument("--workers", type=int, metavar="N", help="of the server, see serve (default: in its process)")
     add_engine_options(parser, backend="what runs the networks", default="eager")
     add_report_options(parser)
@@ -57,7 +51,5 @@ def run(args: argparse.Namespace) -> int:
     from storyadapter.bench.serve_run import as_data, markdown, measure
 
     found = measure(args)
-    page = markdown(found)
-    print(page)
-    write_report(args.out, page, as_data(found))
+    give_report(args.out, markdown(found), as_data(found))
     return 1 if found.problems else 0

@@ -2,16 +2,9 @@
 
 import argparse
 
-from storyadapter.bench.options import (
-    add_count,
-    add_engine_options,
-    add_report_options,
-    check_least,
-    refuse_checkpoint_options,
-)
-from storyadapter.bench.report import check_out, write_report
+from storyadapter.bench import options
+from storyadapter.bench.report import check_out, give_report
 from storyadapter.cli.options import add_checkpoint_options
-from storyadapter.cli.printing import print_result
 from storyadapter.method.errors import InputError
 from storyadapter.model.contract import check_pixels
 
@@ -41,13 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"how often a run is killed and resumed (default: {_KILLS}, none with --synthetic-weights)",
     )
     parser.add_argument("--workers", type=int, metavar="N", help="that draw the run that is killed, see run")
-    parser.add_argument(
-        "--worker-kills", type=int, metavar="N", default=0, help="of these workers, in a run of its own (default: 0)"
-    )
-    add_count(parser, "--seed", 0, "of the choice of stories and moments")
-    add_count(parser, "--steps", 2, "denoising steps of each")
-    add_count(parser, "--max-references", 6, "frames of a story at the most", "N")
-    add_count(parser, "--max-frames", 3, "frames of a micro-batch at the most", "F")
+    options.add_count(parser, "--worker-kills", 0, "of these workers, in a run of its own", "N")
+    options.add_count(parser, "--seed", 0, "of the choice of stories and moments")
+    options.add_count(parser, "--steps", 2, "denoising steps of each")
+    options.add_count(parser, "--max-references", 6, "frames of a story at the most", "N")
+    options.add_count(parser, "--max-frames", 3, "frames of a micro-batch at the most", "F")
     parser.add_argument(
         "--sizes",
         type=_sizes,
@@ -61,14 +52,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="random weights instead of the demo model: sdxl (full size) or toy",
     )
-    add_engine_options(parser, backend="what runs the networks; its engine is built first where the store has none")
-    add_report_options(parser)
+    options.add_engine_options(
+        parser, backend="what runs the networks; its engine is built first where the store has none"
+    )
+    options.add_report_options(parser)
     add_checkpoint_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 1 if memory grew, or a story that was repeated or killed gave other pictures."""
-    check_least(args, stories=9, steps=1, max_references=1, max_frames=1, kills=0, workers=1, worker_kills=0)
+    options.check_least(args, stories=9, steps=1, max_references=1, max_frames=1, kills=0, workers=1, worker_kills=0)
     for pixels in args.sizes or ():
         check_pixels("sizes", pixels)
     if args.minutes is not None and not args.minutes > 0:
@@ -76,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     if args.worker_kills and not args.workers:
         raise InputError("--worker-kills without --workers; expected both")
     if args.synthetic_weights:
-        refuse_checkpoint_options(args, "--synthetic-weights")
+        options.refuse_checkpoint_options(args, "--synthetic-weights")
         if args.kills or args.worker_kills:
             option = "--kills" if args.kills else "--worker-kills"
             raise InputError(f"{option} with random weights, which no other process can read; leave one of them out")
@@ -87,9 +80,7 @@ def run(args: argparse.Namespace) -> int:
     kills = (0 if args.synthetic_weights else _KILLS) if args.kills is None else args.kills
     if kills or args.worker_kills:
         found = with_kills(found, args, kills)
-    page = markdown(found)
-    print_result(page)
-    write_report(args.out, page, as_data(found))
+    give_report(args.out, markdown(found), as_data(found))
     return 1 if found.problems else 0
 
 

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from storyadapter.bench.environment import describe
 from storyadapter.bench.options import add_report_options
-from storyadapter.bench.report import check_out, opening, table, write_report
+from storyadapter.bench.report import check_out, give_report, opening, table
 from storyadapter.bench.synthetic import MODELS, SyntheticCheckpoint
 from storyadapter.bench.timing import measure
 from storyadapter.cli.main import Parser, run_program
@@ -83,10 +83,8 @@ def run(args: argparse.Namespace) -> int:
             torch.backends.cudnn.benchmark = False
         print(found[-1], file=sys.stderr, flush=True)
     environment = describe(device, args.commit)
-    page = _page(environment, args.synthetic_weights, pixels, found)
-    print(page)
     data = {"kind": "vae", "version": 1, "environment": environment, "pixels": pixels, "measured": found}
-    write_report(args.out, page, data)
+    give_report(args.out, _page(environment, args.synthetic_weights, pixels, found), data)
     return 0
 
 

@@ -2,8 +2,8 @@
 
 import argparse
 
-from storyadapter.bench.options import add_engine_options, add_report_options, check_least
-from storyadapter.bench.report import check_out, write_report
+from storyadapter.bench.options import add_count, add_engine_options, add_report_options, check_least
+from storyadapter.bench.report import check_out, give_report
 from storyadapter.method.errors import InputError
 
 HELP = "a story on one device and on several, and several at once on one: how fast, and the same pictures?"
@@ -21,15 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=int, nargs="*", default=[2], metavar="N", help="that draw together, numbers (default: 2)"
     )
-    parser.add_argument(
-        "--stories", type=int, default=4, metavar="M", help="that are sent to the server at once (default: %(default)s)"
-    )
-    parser.add_argument("--frames", type=int, default=32, metavar="N", help="of the story (default: %(default)s)")
-    parser.add_argument(
-        "--iterations", type=int, default=2, metavar="K", help="after the text-only one (default: %(default)s)"
-    )
-    parser.add_argument("--steps", type=int, default=20, help="denoising steps (default: %(default)s)")
-    parser.add_argument("--max-frames", type=int, default=8, metavar="F", help="of a batch (default: %(default)s)")
+    add_count(parser, "--stories", 4, "that are sent to the server at once", "M")
+    add_count(parser, "--frames", 32, "of the story", "N")
+    add_count(parser, "--iterations", 2, "after the text-only one", "K")
+    add_count(parser, "--steps", 20, "denoising steps")
+    add_count(parser, "--max-frames", 8, "of a batch", "F")
     parser.add_argument(
         "--synthetic-weights", choices=MODELS, default="sdxl", metavar="SIZE", help="sdxl or toy (default: %(default)s)"
     )
@@ -53,7 +49,5 @@ def run(args: argparse.Namespace) -> int:
     from storyadapter.bench.workers_run import as_data, markdown, measure
 
     found = measure(args)
-    page = markdown(found)
-    print(page)
-    write_report(args.out, page, as_data(found))
+    give_report(args.out, markdown(found), as_data(found))
     return 0

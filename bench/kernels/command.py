@@ -3,8 +3,7 @@
 import argparse
 
 from storyadapter.bench.options import add_report_options
-from storyadapter.bench.report import check_out, write_report
-from storyadapter.cli.printing import print_result
+from storyadapter.bench.report import check_out, give_report
 
 HELP = "the fused kernels against their baselines"
 DESCRIPTION = """\
@@ -57,7 +56,5 @@ def run(args: argparse.Namespace) -> int:
     check_out(args.out)
     cases = [case for case in (SMOKE_CASES if args.smoke else ALL_CASES) if args.kernel in (None, case.kernel)]
     report = compare(cases, device, getattr(torch, args.dtype), args.repeats, args.commit)
-    page = markdown(report)
-    print_result(page)
-    write_report(args.out, page, as_data(report), indent=None)
+    give_report(args.out, markdown(report), as_data(report), indent=None)
     return 0

@@ -19,7 +19,6 @@ from storyadapter.demo.vocabulary import (
 )
 
 PROMPTED = ("species", "action", "place")  # what the truth of a frame tells, in this order
-FRAMES_AT_MOST = len(VISIBLE_TRAITS["action"]) * len(VISIBLE_TRAITS["place"])  # of a story, as no two show the same
 HELD_OUT_PER_SPECIES = 4
 
 

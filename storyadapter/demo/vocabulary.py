@@ -26,6 +26,7 @@ IDENTITY_TRAITS: Mapping[str, tuple[str, ...]] = {
     "knit": ("plain", "striped", "starred"),
 }
 TRAITS: Mapping[str, tuple[str, ...]] = {**VISIBLE_TRAITS, **IDENTITY_TRAITS}  # what the judge reads, in this order
+FRAMES_AT_MOST = len(VISIBLE_TRAITS["action"]) * len(VISIBLE_TRAITS["place"])  # of a held-out story: scenes
 ACTION_PHRASES: Mapping[str, tuple[str, ...]] = {
     "standing": ("standing", "standing still"),
     "running": ("running", "running fast"),

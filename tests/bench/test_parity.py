@@ -16,7 +16,7 @@ from storyadapter.__main__ import main
 from storyadapter.bench import parity
 from storyadapter.bench.parity_run import Drawer, Iteration, Pictures, measure, problems_of
 from storyadapter.bench.report import Progress
-from storyadapter.demo.held_out import FRAMES_AT_MOST
+from storyadapter.demo.vocabulary import FRAMES_AT_MOST
 from storyadapter.engine.opening import open_networks
 from storyadapter.method.errors import InputError
 from storyadapter.method.events import Event

@@ -23,8 +23,8 @@ from storyadapter.bench.quality_run import (
     difference,
     measure,
 )
-from storyadapter.demo.held_out import FRAMES_AT_MOST, held_out_stories, split_visible
-from storyadapter.demo.vocabulary import TRAITS
+from storyadapter.demo.held_out import held_out_stories, split_visible
+from storyadapter.demo.vocabulary import FRAMES_AT_MOST, TRAITS
 from storyadapter.method.errors import InputError
 
 SIZES = [len(values) for values in TRAITS.values()]
