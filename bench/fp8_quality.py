@@ -129,7 +129,7 @@ def judge(args: argparse.Namespace) -> Fp8Quality:
         return consistency_and_fidelity(read_labels(as_tensor(drawn)[-1]), truth)
 
     told("exact")
-    expected = Drawer(exact, stories, args).draw()
+    expected = Drawer.of(exact, stories, args).draw()
     own = measured(expected)
     before = args.iterations - 1
     references = {place: FinishedIteration(before, drawn[before]) for place, drawn in expected.items()}
@@ -138,7 +138,7 @@ def judge(args: argparse.Namespace) -> Fp8Quality:
     modes = []
     for name, changed in {fp8.numerics.name: lambda scales: scales, **CONTROLS}.items():
         told(name)
-        drawer = Drawer(exact.quantized(changed(fp8.scales)), stories, args)
+        drawer = Drawer.of(exact.quantized(changed(fp8.scales)), stories, args)
         free, given = drawer.draw(), drawer.draw(references)
         ratios = (_ratios(given, expected), _ratios(free, expected))
         modes.append(compare(name, measured(free), own, *ratios))

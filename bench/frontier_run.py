@@ -3,11 +3,11 @@
 import argparse
 import io
 import json
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
+from itertools import product
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,24 +19,24 @@ from storyadapter.bench.frontier_modes import EXACT, MODES
 from storyadapter.bench.model import BenchmarkModel, usual_ranges
 from storyadapter.bench.options import EngineChoice
 from storyadapter.bench.quality_run import (
+    Drawer,
     Estimate,
+    as_tensor,
     bootstrap,
     consistency_and_fidelity,
+    demo_model,
     is_as_good,
     read_labels,
     seed_of,
 )
 from storyadapter.bench.report import Progress
-from storyadapter.checkpoint.paths import CheckpointPaths, LoraSpec
-from storyadapter.cli.options import ModelChoice
+from storyadapter.bench.timing import measure_run
+from storyadapter.checkpoint.paths import LoraSpec
 from storyadapter.demo.held_out import HeldOutStory, held_out_stories
 from storyadapter.demo.shipped import MODEL
 from storyadapter.engine.backend import default_device
-from storyadapter.method.events import FrameFinished
 from storyadapter.method.plan import RunPlan
-from storyadapter.method.story import Story
 from storyadapter.output.files import write_atomically
-from storyadapter.runtime.executor import LocalExecutor
 from storyadapter.runtime.pipeline import StoryPipeline
 from storyadapter.runtime.psnr import decibels
 
@@ -191,10 +191,12 @@ class _Drawing:
 
     def _draw(self, name: str, chosen_by: bool) -> Drawn:
         first, stories = self._set(chosen_by)
-        plans = [
-            [self._plan(name, seed_of(first + n, k)) for k in range(self._args.seeds)] for n in range(len(stories))
-        ]
-        pictures, seconds = draw_together(self._open(MODES[name].lora), stories, plans)
+        places = product(range(len(stories)), range(self._args.seeds))
+        plans = {(n, k): self._plan(name, seed_of(first + n, k)) for n, k in places}
+        pipeline = self._open(MODES[name].lora)
+        pipeline.batching(plans[0, 0], self._args.frames, 1)  # measures memory, once
+        drawings, seconds = measure_run(Drawer(pipeline, stories, plans).draw, self._device)
+        pictures = as_tensor(drawings)[-1]
         drawn = Drawn(read_labels(pictures), seconds, pictures)
         if path := self._path(name, chosen_by):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -246,38 +248,9 @@ class _Drawing:
 
     @cache  # noqa: B019
     def _model(self, lora: bool) -> BenchmarkModel:
-        folder, loras = self._args.model, (LoraSpec(self._args.lora),) if lora else ()
-        paths = CheckpointPaths(folder, folder / "image_encoder", folder / "ip-adapter.safetensors", loras=loras)
-        return BenchmarkModel.from_files(ModelChoice(paths, str(folder)), self._engine, self._device)
+        return demo_model(self._args, *([LoraSpec(self._args.lora)] if lora else []))
 
 
 def _pictures(path: Path) -> Path:
     """Where the pictures lie beside what was read off them; only the PSNR needs them."""
     return path.with_suffix(".pictures.npz")
-
-
-def draw_together(
-    pipeline: StoryPipeline, stories: Sequence[HeldOutStory], plans: Sequence[Sequence[RunPlan]]
-) -> tuple[torch.Tensor, float]:
-    """Draw every story with each of its plans, all of them at once.
-
-    Returns:
-        The last iteration, uint8 [stories, plans, frames, 3, H, W], and the seconds that everything took.
-    """
-    first = plans[0][0]
-    pipeline.batching(first, len(stories[0].prompts), 1)  # measures memory, once
-    started = time.perf_counter()
-    with LocalExecutor(pipeline) as executor:
-        submitted = [
-            [executor.submit(Story(tuple(story.prompts), style="none"), plan) for plan in own]
-            for story, own in zip(stories, plans, strict=True)
-        ]
-        drawn = [[_last_frames(each, first.iterations - 1) for each in own] for own in submitted]
-    seconds = time.perf_counter() - started
-    return torch.from_numpy(np.array(drawn)).movedim(-1, -3), seconds
-
-
-def _last_frames(events: Any, last: int) -> np.ndarray:
-    """uint8 [frames, H, W, 3]"""
-    frames = {e.frame: np.asarray(e.picture) for e in events if isinstance(e, FrameFinished) and e.iteration == last}
-    return np.stack([frames[frame] for frame in sorted(frames)])

@@ -7,10 +7,11 @@ gives one number per story (its repeats averaged), so that stories, the independ
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
-from typing import Final
+from typing import Final, Self
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from storyadapter.bench.model import BenchmarkModel, usual_ranges
 from storyadapter.bench.options import EngineChoice
 from storyadapter.bench.report import table
-from storyadapter.checkpoint.paths import CheckpointPaths
+from storyadapter.checkpoint.paths import CheckpointPaths, LoraSpec
 from storyadapter.cli.options import ModelChoice
 from storyadapter.demo.held_out import PROMPTED, HeldOutStory, held_out_stories
 from storyadapter.demo.judge import load_judge
@@ -28,6 +29,7 @@ from storyadapter.demo.vocabulary import IDENTITY_TRAITS, TRAITS
 from storyadapter.engine.backend import default_device
 from storyadapter.method import constants
 from storyadapter.method.events import Event, FrameFinished, IterationFinished, RunFinished, frames_by_iteration
+from storyadapter.method.plan import RunPlan
 from storyadapter.method.story import Story
 from storyadapter.runtime.drive import drive
 from storyadapter.runtime.pipeline import FinishedIteration, StoryPipeline
@@ -123,9 +125,10 @@ def read_labels(pictures: Tensor) -> np.ndarray:
     return judge.read(pictures.flatten(0, len(lead) - 1)).unflatten(0, lead).numpy()
 
 
-def demo_model(args: argparse.Namespace) -> BenchmarkModel:
-    """The model of the options, as they want it run."""
-    paths = CheckpointPaths(args.model, args.model / "image_encoder", args.model / "ip-adapter.safetensors")
+def demo_model(args: argparse.Namespace, *loras: LoraSpec) -> BenchmarkModel:
+    """The model of the options, as they want it run, with LoRAs."""
+    folder = args.model
+    paths = CheckpointPaths(folder, folder / "image_encoder", folder / "ip-adapter.safetensors", loras=loras)
     return BenchmarkModel.from_files(ModelChoice(paths, str(args.model)), EngineChoice.typed(args), default_device())
 
 
@@ -137,7 +140,7 @@ def open_model(model: BenchmarkModel, args: argparse.Namespace) -> StoryPipeline
 
 def draw_by_pipeline(stories: list[HeldOutStory], args: argparse.Namespace) -> tuple[Tensor, Tensor]:
     """Pictures uint8 [iterations, stories, seeds, frames, 3, H, W], and of the control [stories, seeds, …]."""
-    drawer, before = Drawer(demo_model(args), stories, args), args.iterations - 1
+    drawer, before = Drawer.of(demo_model(args), stories, args), args.iterations - 1
     drawn = drawer.draw()
     others = {(n, k): FinishedIteration(before, drawn[(n + 1) % len(stories), k][before]) for n, k in drawn}
     (control,) = as_tensor(drawer.draw(others))
@@ -152,21 +155,25 @@ class Drawer:
     """All drawings of all stories by one model, whose frames share micro-batches.
 
     Args:
-        model: that is opened, and whose engine is built first where the store has none.
-        args: of the command.
+        plans: of each drawing, by the number of the story and its own.
     """
 
-    def __init__(self, model: BenchmarkModel, stories: list[HeldOutStory], args: argparse.Namespace) -> None:
+    def __init__(
+        self, pipeline: StoryPipeline, stories: Sequence[HeldOutStory], plans: Mapping[tuple[int, int], RunPlan]
+    ) -> None:
+        self._pipeline = pipeline
+        told = [Story(tuple(story.prompts), style="none") for story in stories]
+        self._stories = {place: (told[place[0]], plan) for place, plan in plans.items()}
+
+    @classmethod
+    def of(cls, model: BenchmarkModel, stories: list[HeldOutStory], args: argparse.Namespace) -> Self:
+        """With the options' settings; the engine of the model is built first where the store has none."""
         settings = {"steps": args.steps, "guidance": args.guidance, "max_frames": args.max_frames}
-        self._pipeline = open_model(model, args)
-        self._stories = {
-            (n, k): (
-                Story(tuple(story.prompts), style="none"),
-                model.plan(iterations=args.iterations, seed=seed_of(n, k), **settings),
-            )
-            for n, story in enumerate(stories)
-            for k in range(args.seeds)
+        plans = {
+            (n, k): model.plan(iterations=args.iterations, seed=seed_of(n, k), **settings)
+            for n, k in product(range(len(stories)), range(args.seeds))
         }
+        return cls(open_model(model, args), stories, plans)
 
     def draw(self, resume: Mapping[tuple[int, int], FinishedIteration] | None = None) -> Drawings:
         """All iterations, or those that come after these."""
