@@ -175,7 +175,10 @@ class Load:
             "priority": self.random.choice(("interactive", "batch")),
             "settings": {"steps": self.args.steps, "iterations": self.args.iterations, "seed": number},
         }
-        sent = await self._accepted(number, asked)
+        began, headers = self.now, {"Idempotency-Key": f"load-{number}"}
+        # an answer that is lost with the server is asked for again, by the same key
+        answer = await self._again(lambda: self._client.post("/v1/stories", json=asked, headers=headers))
+        sent = Sent(answer.json()["id"], asked, began, self.now - began)
         self.sent.append(sent)
         if self.random.random() < _CANCELLED:
             await asyncio.sleep(self.random.uniform(0, 2))
@@ -188,13 +191,6 @@ class Load:
                 await asyncio.sleep(0.2)
             vanishes = False
         sent.ended = self.now
-
-    async def _accepted(self, number: int, asked: dict[str, Any]) -> Sent:
-        """An answer that is lost with the server is asked for again, by the same key."""
-        began = self.now
-        headers = {"Idempotency-Key": f"load-{number}"}
-        answer = await self._again(lambda: self._client.post("/v1/stories", json=asked, headers=headers))
-        return Sent(answer.json()["id"], asked, began, self.now - began)
 
     async def _again(self, call: Any) -> httpx.Response:
         while True:

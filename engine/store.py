@@ -155,7 +155,8 @@ class EngineStore:
             return min(fitting, key=lambda engine: _extent(engine.ranges))  # `scan` gives the newest first
         found = f"no engine in {self.root}"
         if engines:
-            misfits = {engine.key: _misfits(engine, identity, ranges) for engine in engines}
+            uncovered = {engine.key: engine.ranges.uncovered(ranges) for engine in engines}
+            misfits = {e.key: e.identity.differences(identity) + [*filter(None, [uncovered[e.key]])] for e in engines}
             closest = min(engines, key=lambda e: (e.identity.backend != identity.backend, len(misfits[e.key])))
             found += f" fits; the closest, {closest}, differs: {'; '.join(misfits[closest.key])}"
         raise EngineMismatchError("; ".join([found, *warnings, f"build it: {build_command}"]))
@@ -216,21 +217,19 @@ class EngineStore:
             return replace(_read_engine(folder), is_new=True)
 
     def _read(self) -> tuple[list[StoredEngine], dict[Path, BrokenEngineError]]:
-        engines, broken = [], {}
-        for folder in self._folders():
+        engines, broken, folders = [], {}, list[Path]()
+        try:
+            folders = sorted(p for p in self.root.iterdir() if not p.name.startswith(".") and p.is_dir())
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise InputError(f"{self.root} can't be read: {error.strerror}", advice=_ANOTHER_FOLDER) from error
+        for folder in folders:
             try:
                 engines.append(_read_engine(folder))
             except BrokenEngineError as error:
                 broken[folder] = error
         return engines, broken
-
-    def _folders(self) -> list[Path]:
-        try:
-            return sorted(p for p in self.root.iterdir() if not p.name.startswith(".") and p.is_dir())
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise InputError(f"{self.root} can't be read: {error.strerror}", advice=_ANOTHER_FOLDER) from error
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -354,11 +353,6 @@ def _read_engine(folder: Path) -> StoredEngine:
         if found != size:
             raise BrokenEngineError(f"{name} has {found} bytes, expected {size}")
     return engine
-
-
-def _misfits(engine: StoredEngine, identity: EngineIdentity, ranges: ShapeRanges) -> list[str]:
-    uncovered = engine.ranges.uncovered(ranges)
-    return engine.identity.differences(identity) + ([uncovered] if uncovered else [])
 
 
 def _extent(ranges: ShapeRanges) -> tuple[int, int, int]:

@@ -20,24 +20,16 @@ ELEMENT_TYPES: Final = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.flo
 
 
 @functools.cache
-def _capability(index: int) -> int:
-    major, minor = torch.cuda.get_device_capability(index)
+def capability(device: torch.device) -> int:
+    """Compute capability of a CUDA device, 10·major + minor; 0 for another device."""
+    major, minor = torch.cuda.get_device_capability(device.index or 0) if device.type == "cuda" else (0, 0)
     return 10 * major + minor
 
 
-def capability(device: torch.device) -> int:
-    """Compute capability of a CUDA device, 10·major + minor; 0 for another device."""
-    return _capability(device.index or 0) if device.type == "cuda" else 0
-
-
 @functools.cache
-def _processors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
 def processors(device: torch.device) -> int:
     """Streaming multiprocessors of a CUDA device; 1 for another device."""
-    return _processors(device.index or 0) if device.type == "cuda" else 1
+    return torch.cuda.get_device_properties(device.index or 0).multi_processor_count if device.type == "cuda" else 1
 
 
 def interpreted(kernel: Any) -> bool:

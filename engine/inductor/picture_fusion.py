@@ -43,10 +43,6 @@ class Convolution(nn.Module):
         return out if residual is None else out + residual
 
 
-def _convolution(layer: Fp8Layer | nn.Conv2d, operators: Operators) -> Fp8Convolution | Convolution:
-    return Fp8Convolution(layer, operators) if isinstance(layer, Fp8Layer) else Convolution(layer)
-
-
 class ResnetBlock(nn.Module):
     """A residual block with fused norms; stands where diffusers' blocks call a `ResnetBlock2D`."""
 
@@ -59,7 +55,10 @@ class ResnetBlock(nn.Module):
                 "a residual block isn't of SDXL's kind; expected a time embedding that is added or none, no sampler"
             )
         self.norm1, self.norm2, self.group_norm = block.norm1, block.norm2, operators.group_norm
-        self.conv1, self.conv2 = (_convolution(layer, operators) for layer in (block.conv1, block.conv2))
+        self.conv1, self.conv2 = (
+            Fp8Convolution(layer, operators) if isinstance(layer, Fp8Layer) else Convolution(layer)
+            for layer in (block.conv1, block.conv2)
+        )
         self.time_emb_proj, self.conv_shortcut = block.time_emb_proj, block.conv_shortcut
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None = None) -> Tensor:

@@ -66,7 +66,9 @@ def remembered(kind: str, key: str, make: Callable[[], Any]) -> Any:
         path.parent.mkdir(parents=True, exist_ok=True)
         part.write_bytes(blake3(data).hexdigest().encode() + data)
         part.replace(path)
-        _forget(path.parent)
+        others = (other for other in path.parent.iterdir() if not other.name.startswith("."))
+        for other in sorted(others, key=lambda other: other.stat().st_mtime_ns)[:-_MOST]:
+            other.unlink(missing_ok=True)
     except OSError as error:
         _LOG.info("%s can't be written (%s): it is found out again next time", path, error)
         with suppress(OSError):
@@ -79,9 +81,3 @@ def _versions() -> list[str]:
     from importlib.metadata import version  # a tenth of the time that --help takes
 
     return [f"{name} {version(name)}" for name in _LIBRARIES]
-
-
-def _forget(folder: Path) -> None:
-    files = [(path.stat().st_mtime_ns, path) for path in folder.iterdir() if not path.name.startswith(".")]
-    for _, path in sorted(files)[:-_MOST]:
-        path.unlink(missing_ok=True)

@@ -51,7 +51,8 @@ class JsonReporter(Reporter):
 
     def event(self, event: Event, **fields: Any) -> None:
         told = {name: value for name, value in vars(event).items() if name not in _NOT_TOLD}
-        self._print({"event": _snake(type(event).__name__), **told, **fields})
+        kind = "".join(f"_{c.lower()}" if c.isupper() else c for c in type(event).__name__).lstrip("_")
+        self._print({"event": kind, **told, **fields})
 
     def failed(self, error: StoryAdapterError) -> None:
         self._print({"event": "error", "exit_code": error.exit_code, "text": str(error), **error.as_dict()})
@@ -63,7 +64,3 @@ class JsonReporter(Reporter):
         when = datetime.now(UTC).isoformat(timespec="milliseconds")
         line = {**value, "time": when, "schema": SCHEMA_VERSION, "run": self._run}
         print_result(json_line(line))
-
-
-def _snake(name: str) -> str:
-    return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).lstrip("_")

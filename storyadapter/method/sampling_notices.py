@@ -32,7 +32,8 @@ def sampling_notices(plan: RunPlan, model: ModelSampling) -> list[Text]:
         differences.append(f"is {class_name}, for few steps")
     elif name not in TRAINED_STEPS and not plan.timesteps and class_name not in TRAINED_STEPS:
         spacing = own.get("timestep_spacing", default_spacing(class_name))
-        taken = plan.timestep_spacing or ("trailing" if _starts_from_noise(plan, model) else "leading")
+        from_noise = model.zero_terminal_snr if plan.zero_terminal_snr is None else plan.zero_terminal_snr
+        taken = plan.timestep_spacing or ("trailing" if from_noise else "leading")
         if spacing != taken and not plan.zero_terminal_snr:  # where that was typed, the model says little of itself
             differences.append(f"takes {spacing} time steps, not {taken} ones")
     for key in ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps"):
@@ -46,7 +47,3 @@ def sampling_notices(plan: RunPlan, model: ModelSampling) -> list[Text]:
         )
         notices.append((what, "other pictures; to sample it as it says, ", Field("scheduler"), " checkpoint"))
     return notices
-
-
-def _starts_from_noise(plan: RunPlan, model: ModelSampling) -> bool:
-    return bool(model.zero_terminal_snr if plan.zero_terminal_snr is None else plan.zero_terminal_snr)

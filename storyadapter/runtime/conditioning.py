@@ -87,12 +87,9 @@ class TextCache:
 
     def _encoded(self, group: TextGroup) -> list[TextRow]:
         if group not in self._kept:
-            self._kept[group] = self._encode(group)
+            self._kept[group] = project_texts(self._networks, encode_texts(self._networks, self._tokenizers, group))
         self._kept.move_to_end(group)
         return self._kept[group]
-
-    def _encode(self, group: TextGroup) -> list[TextRow]:
-        return project_texts(self._networks, encode_texts(self._networks, self._tokenizers, group))
 
 
 def encode_texts(networks: Networks, tokenizers: Tokenizers, group: TextGroup) -> dict[str, Tensor]:

@@ -109,7 +109,7 @@ class Actor:
             if owner in self._owners:
                 worker.cancel(self._owners[owner])
         if batch is not None:
-            self._start(number, _Unpickler(batch, self._owner).load())
+            self._start(number, _Unpickler(batch, lambda story: self._owners.setdefault(story, _Owner())).load())
         had_room, started = worker.is_free, time.monotonic()
         while True:
             reports = worker.advance()
@@ -127,9 +127,6 @@ class Actor:
         for index, task in enumerate(batch.tasks):
             self._numbers[task] = (number, index)
         self._worker.start(batch)
-
-    def _owner(self, number: int) -> _Owner:
-        return self._owners.setdefault(number, _Owner())
 
 
 def first_line(error: BaseException) -> str:

@@ -51,7 +51,8 @@ def read_yaml(name: str, text: str) -> StoryFile:
             f"{at(name, line)}not valid YAML: found the character {character}", advice="take it out"
         ) from None
     except (RecursionError, *_UNMADE) as error:  # aliases within aliases; a set or a mapping that can't be made
-        raise InputError(f"{name}: not a story: {_first_line(error)}", advice="put text in quotes") from None
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise InputError(f"{name}: not a story: {reason}", advice="put text in quotes") from None
     if isinstance(fields, dict):
         fields = {str(key): value for key, value in fields.items()}  # as of 2024-01-01: a date
     return StoryFile(name, fields, lines)
@@ -184,7 +185,3 @@ def _json_lines(name: str, text: str, decoder: json.JSONDecoder) -> dict[Place, 
 
     walk(skip(0), ())
     return lines
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__
