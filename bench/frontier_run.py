@@ -14,21 +14,11 @@ from typing import Any, Final
 import numpy as np
 import torch
 
+from storyadapter.bench import quality_run
 from storyadapter.bench.environment import describe
 from storyadapter.bench.frontier_modes import EXACT, MODES
 from storyadapter.bench.model import BenchmarkModel, usual_ranges
 from storyadapter.bench.options import EngineChoice
-from storyadapter.bench.quality_run import (
-    Drawer,
-    Estimate,
-    as_tensor,
-    bootstrap,
-    consistency_and_fidelity,
-    demo_model,
-    is_as_good,
-    read_labels,
-    seed_of,
-)
 from storyadapter.bench.report import Progress
 from storyadapter.bench.timing import measure_run
 from storyadapter.checkpoint.paths import LoraSpec
@@ -62,17 +52,17 @@ class Measured:
     rows: int  # UNet rows of a frame, over all iterations
     cost: float  # of the exact mode's rows
     seconds_per_frame: float  # of a whole story, drawn together with the others
-    consistency: Estimate
-    fidelity: Estimate
-    consistency_gained: Estimate
-    fidelity_gained: Estimate
+    consistency: quality_run.Estimate
+    fidelity: quality_run.Estimate
+    consistency_gained: quality_run.Estimate
+    fidelity_gained: quality_run.Estimate
     psnr: float | None  # to the exact mode's pictures, dB, median
     lora: bool
 
     @property
     def keeps_all(self) -> bool:
         """DESIGN's rule for lossy modes."""
-        return is_as_good(self.consistency_gained, self.fidelity_gained)
+        return quality_run.is_as_good(self.consistency_gained, self.fidelity_gained)
 
     def keeps_most(self, exact: "Measured") -> bool:
         """Whether it keeps enough of the exact mode's means."""
@@ -163,8 +153,8 @@ class _Drawing:
         """A mode on the stories that are chosen by, or on the others."""
         truth = np.stack([story.truth for story in self._set(chosen_by)[1]])
         drawn, exact = (self.drawn(mode, chosen_by) for mode in (name, EXACT))
-        kept, right = consistency_and_fidelity(drawn.labels, truth)
-        kept_by_exact, right_of_exact = consistency_and_fidelity(exact.labels, truth)
+        kept, right = quality_run.consistency_and_fidelity(drawn.labels, truth)
+        kept_by_exact, right_of_exact = quality_run.consistency_and_fidelity(exact.labels, truth)
         psnr = None
         if drawn.pictures is not None and exact.pictures is not None:
             errors = (drawn.pictures.float() - exact.pictures.float()).square().mean((-3, -2, -1))
@@ -175,10 +165,10 @@ class _Drawing:
             rows,
             rows / most,
             drawn.seconds / drawn.labels[..., 0].size,
-            bootstrap(kept),
-            bootstrap(right),
-            bootstrap(kept - kept_by_exact),
-            bootstrap(right - right_of_exact),
+            quality_run.bootstrap(kept),
+            quality_run.bootstrap(right),
+            quality_run.bootstrap(kept - kept_by_exact),
+            quality_run.bootstrap(right - right_of_exact),
             psnr,
             MODES[name].lora,
         )
@@ -192,12 +182,12 @@ class _Drawing:
     def _draw(self, name: str, chosen_by: bool) -> Drawn:
         first, stories = self._set(chosen_by)
         places = product(range(len(stories)), range(self._args.seeds))
-        plans = {(n, k): self._plan(name, seed_of(first + n, k)) for n, k in places}
+        plans = {(n, k): self._plan(name, quality_run.seed_of(first + n, k)) for n, k in places}
         pipeline = self._open(MODES[name].lora)
         pipeline.batching(plans[0, 0], self._args.frames, 1)  # measures memory, once
-        drawings, seconds = measure_run(Drawer(pipeline, stories, plans).draw, self._device)
-        pictures = as_tensor(drawings)[-1]
-        drawn = Drawn(read_labels(pictures), seconds, pictures)
+        drawings, seconds = measure_run(quality_run.Drawer(pipeline, stories, plans).draw, self._device)
+        pictures = quality_run.as_tensor(drawings)[-1]
+        drawn = Drawn(quality_run.read_labels(pictures), seconds, pictures)
         if path := self._path(name, chosen_by):
             path.parent.mkdir(parents=True, exist_ok=True)
             found = {"labels": drawn.labels, "seconds": seconds, "how": self._how(name)}
@@ -248,7 +238,7 @@ class _Drawing:
 
     @cache  # noqa: B019
     def _model(self, lora: bool) -> BenchmarkModel:
-        return demo_model(self._args, *([LoraSpec(self._args.lora)] if lora else []))
+        return quality_run.demo_model(self._args, *([LoraSpec(self._args.lora)] if lora else []))
 
 
 def _pictures(path: Path) -> Path:

@@ -29,15 +29,7 @@ from storyadapter.bench.timing import buffer_sets
 from storyadapter.kernels import tiles as tables
 from storyadapter.kernels.grca.aot import compile_kernel
 from storyadapter.kernels.launching import capability
-from storyadapter.kernels.tiles import (
-    GegluTiles,
-    GrcaTiles,
-    GroupNormTiles,
-    LayerNormTiles,
-    ProductTiles,
-    Tiles,
-    TileTable,
-)
+from storyadapter.kernels.tiles import GrcaTiles, Tiles, TileTable
 from storyadapter.method.constants import TEXT_TOKENS
 from storyadapter.method.errors import RunError
 
@@ -71,7 +63,7 @@ _GRCA_CASES: Final = (
 )
 # block_m, block_n, block_k, group_m, num_warps, num_stages, persistent, descriptors
 _GEGLU_TILES: Final = tuple(
-    GegluTiles(*row)
+    tables.GegluTiles(*row)
     for row in (
         (128, 256, 64, 8, 8, 4, True, True),
         (128, 256, 64, 16, 8, 4, True, True),
@@ -91,7 +83,7 @@ _GEGLU_TILES: Final = tuple(
 )
 # rows, num_warps
 _LAYER_NORM_TILES: Final = tuple(
-    LayerNormTiles(*row) for row in ((1, 1), (2, 1), (1, 2), (2, 2), (1, 4), (2, 4), (4, 4), (8, 4), (8, 8))
+    tables.LayerNormTiles(*row) for row in ((1, 1), (2, 1), (1, 2), (2, 2), (1, 4), (2, 4), (4, 4), (8, 4), (8, 8))
 )
 # pixels or rows, block_n, block_k, group_m, num_warps, num_stages
 _PRODUCTS: Final = (
@@ -104,14 +96,16 @@ _PRODUCTS: Final = (
     (256, 128, 128, 8, 8, 3),
 )
 _CONVOLUTION_TILES: Final = tuple(
-    ProductTiles(8, pixels // 8, block_n, block_k, group_m, warps, stages, persistent=True, descriptors=descriptors)
+    tables.ProductTiles(
+        8, pixels // 8, block_n, block_k, group_m, warps, stages, persistent=True, descriptors=descriptors
+    )
     for pixels, block_n, block_k, group_m, warps, stages in _PRODUCTS
     for descriptors in (True, False)
 )
 _MATRIX_TILES: Final = tuple(replace(tiles, block_h=1, block_w=8 * tiles.block_w) for tiles in _CONVOLUTION_TILES)
 # rows, steps, block_c, num_warps
 _GROUP_NORM_TILES: Final = tuple(
-    GroupNormTiles(*row)
+    tables.GroupNormTiles(*row)
     for row in itertools.product((8, 16, 32), (8, 16, 32), (64, 128, 256), (4, 8))
     if row[0] * row[2] <= 4096
 )

@@ -11,16 +11,9 @@ from storyadapter.cli.interrupts import exit_code_of, interrupts_kept
 from storyadapter.cli.libraries import own_warnings
 from storyadapter.cli.printing import print_result, tell
 from storyadapter.cli.status import Status
+from storyadapter.method import events
 from storyadapter.method.constants import TEXT_TOKENS
 from storyadapter.method.errors import StoryAdapterError
-from storyadapter.method.events import (
-    Event,
-    IterationFinished,
-    IterationStarted,
-    MicroBatchHalved,
-    PromptTruncated,
-    RunStarted,
-)
 
 _WORDS_SHOWN: Final = 300  # letters of what is cut off
 
@@ -54,7 +47,7 @@ class Reporter:
     def bytes_read(self, done: int, total: int) -> None:
         """Weight files are being hashed."""
 
-    def event(self, event: Event, **fields: Any) -> None:
+    def event(self, event: events.Event, **fields: Any) -> None:
         """The run went on; `fields` are for programs."""
 
     def failed(self, error: StoryAdapterError) -> None:
@@ -150,19 +143,19 @@ class LineReporter(Reporter):
         if done == total:
             self.note("weights_read", f"hashed {total / 2**20:,.0f} MiB of weights, once")
 
-    def event(self, event: Event, **fields: Any) -> None:
+    def event(self, event: events.Event, **fields: Any) -> None:
         match event:
-            case PromptTruncated():
+            case events.PromptTruncated():
                 self.note("warning", truncation_in_words(event))
-            case RunStarted(frames, iterations, first, _):
+            case events.RunStarted(frames, iterations, first, _):
                 self._frames, self._iterations, self._total = frames, iterations, iterations - first
                 self._started = time.perf_counter()
-            case IterationStarted(_, scale, _):
+            case events.IterationStarted(_, scale, _):
                 self._end_status()
                 self._scale, self._iteration_started = scale, time.perf_counter()
-            case MicroBatchHalved():
+            case events.MicroBatchHalved():
                 self.note("warning", halving_in_words(event))
-            case IterationFinished(iteration, decoded_again=again):
+            case events.IterationFinished(iteration, decoded_again=again):
                 self._done += 1
                 if again:
                     self.note("warning", decoded_again_in_words(iteration, again))
@@ -181,7 +174,7 @@ class LineReporter(Reporter):
             self._status = None
 
 
-def truncation_in_words(event: PromptTruncated) -> str:
+def truncation_in_words(event: events.PromptTruncated) -> str:
     where = "" if event.frame is None else f"frame {event.frame}: "
     words = event.words
     if len(words) > _WORDS_SHOWN:
@@ -189,7 +182,7 @@ def truncation_in_words(event: PromptTruncated) -> str:
     return f'{where}the {"negative " * event.negative}prompt is over {TEXT_TOKENS} tokens; cut off: "{words}"'
 
 
-def halving_in_words(event: MicroBatchHalved) -> str:
+def halving_in_words(event: events.MicroBatchHalved) -> str:
     which = count(len(event.frames), "frame")
     return f"iteration {event.iteration}: out of memory with {which} at once; going on with {event.max_frames}"
 

@@ -23,15 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from storyadapter.method.constants import (
-    CHECKPOINT_SCHEDULER,
-    DDIM_CONFIG,
-    ETA,
-    PREDICTION_TYPES,
-    SAMPLERS,
-    TRAIN_STEPS,
-    TRAINED_STEPS,
-)
+from storyadapter.method import constants
 from storyadapter.method.errors import Field, InputError
 from storyadapter.method.noise_schedule import DEFAULTS, noise_schedule
 from storyadapter.method.plan import SamplerSettings, last_calls
@@ -156,18 +148,18 @@ def build_sampler(
     Raises:
         InputError: an unknown name, a combination that doesn't exist, or a number of steps that can't be had.
     """
-    if name == CHECKPOINT_SCHEDULER:
+    if name == constants.CHECKPOINT_SCHEDULER:
         if not configuration:
             found = (Field("scheduler"), f" {name}: the model comes without a scheduler configuration")
-            raise InputError(*found, expected=f"one of {', '.join(SAMPLERS)}")
+            raise InputError(*found, expected=f"one of {', '.join(constants.SAMPLERS)}")
         settings = json.loads(configuration)
         class_name, called = str(settings.get("_class_name")), f"the checkpoint's {settings.get('_class_name')}"
-    elif name in SAMPLERS:
-        settings, class_name, called = dict(DDIM_CONFIG), SAMPLERS[name], name
+    elif name in constants.SAMPLERS:
+        settings, class_name, called = dict(constants.DDIM_CONFIG), constants.SAMPLERS[name], name
     else:
-        raise InputError(f"no scheduler is called {name!r}", expected=f"one of {', '.join(SAMPLERS)}")
+        raise InputError(f"no scheduler is called {name!r}", expected=f"one of {', '.join(constants.SAMPLERS)}")
     known = DEFAULTS.get(class_name, settings)
-    chooses = class_name in TRAINED_STEPS
+    chooses = class_name in constants.TRAINED_STEPS
     if karras and "use_karras_sigmas" not in known:
         raise InputError(f"Karras steps are not defined for {called}", expected="one of euler, dpmpp_2m with them")
     if karras and timesteps:
@@ -183,13 +175,13 @@ def build_sampler(
     if karras:
         settings["use_karras_sigmas"] = True
     settings["rescale_betas_zero_snr"] = zero_terminal_snr
-    if zero_terminal_snr and name != CHECKPOINT_SCHEDULER:
+    if zero_terminal_snr and name != constants.CHECKPOINT_SCHEDULER:
         settings["timestep_spacing"] = "trailing"
     if timestep_spacing is not None:
         settings["timestep_spacing"] = timestep_spacing
     config = {key: value for key, value in settings.items() if key in known}
     config["_class_name"] = class_name
-    return table_from_scheduler(config, steps, timesteps, ETA if eta is None else eta, strength)
+    return table_from_scheduler(config, steps, timesteps, constants.ETA if eta is None else eta, strength)
 
 
 @lru_cache(maxsize=16)
@@ -202,7 +194,7 @@ def table_from_scheduler(
     config: Mapping[str, Any],
     steps: int,
     timesteps: Sequence[int] = (),
-    eta: float = ETA,
+    eta: float = constants.ETA,
     strength: float = 1.0,
 ) -> SamplerTable:
     """The table of a diffusers scheduler, such as a checkpoint's own.
@@ -222,7 +214,7 @@ def table_from_scheduler(
     name = str(config.get("_class_name"))
     if name not in DEFAULTS:
         raise InputError(f"scheduler {name} is not supported", expected=f"one of {', '.join(DEFAULTS)}")
-    most = config.get("num_train_timesteps", TRAIN_STEPS)  # Euler would do more at one time step
+    most = config.get("num_train_timesteps", constants.TRAIN_STEPS)  # Euler would do more at one time step
     if isinstance(most, int) and most > 1 and not 1 <= steps <= most:
         raise InputError(f"{steps} denoising steps", expected=f"a whole number from 1 to {most}")
     _refuse_unsupported(name, config)
@@ -272,9 +264,9 @@ def _refuse_unsupported(name: str, config: Mapping[str, Any]) -> None:
     # DDIM clips unless told not to; the others have no such setting or leave it off.
     if config.get("clip_sample", name == "DDIMScheduler"):
         raise InputError(f"{name} with clip_sample=True is not linear", expected="clip_sample=False")
-    if (prediction := config.get("prediction_type", "epsilon")) not in PREDICTION_TYPES:
+    if (prediction := config.get("prediction_type", "epsilon")) not in constants.PREDICTION_TYPES:
         raise InputError(
-            f"{name} with prediction_type={prediction!r}", expected=f"one of {', '.join(PREDICTION_TYPES)}"
+            f"{name} with prediction_type={prediction!r}", expected=f"one of {', '.join(constants.PREDICTION_TYPES)}"
         )
     if name != "DPMSolverMultistepScheduler":
         return
