@@ -1,6 +1,7 @@
 """`storyadapter-trt bench frontier`: what cheaper ways to draw cost in consistency and fidelity."""
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 
 from storyadapter.bench import options
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     options.check_frames(args)
     if any(MODES[name].lora for name in names) and not args.lora.is_file():
         raise InputError(f"--lora {args.lora}: no such file; expected the demo model's LCM-LoRA")
-    from storyadapter.bench.frontier_report import as_data, chart, markdown
+    from storyadapter.bench.frontier_report import chart, markdown
     from storyadapter.bench.frontier_run import draw_only, measure_frontier
 
     if args.only_draw:
@@ -75,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         draw_only(args, names)
         return 0
     found = measure_frontier(args, [EXACT, *(name for name in names if name != EXACT)])
-    give_report(args.out, markdown(found), as_data(found))
+    give_report(args.out, markdown(found), {"kind": "frontier", "version": 1, **asdict(found)})
     if args.out:
         path = report_file(args.out, "png")
         with writing(path):

@@ -1,9 +1,8 @@
 """The page, the data and the chart of `bench frontier`."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from math import log10
-from typing import Any, Final
+from typing import Final
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -11,16 +10,10 @@ from storyadapter.bench.frontier_run import BALANCED_COST, KEPT, Frontier, Measu
 from storyadapter.bench.quality_run import LOSS_AT_MOST
 from storyadapter.bench.report import opening, table
 
-KIND: Final = "frontier"
 _HEADER: Final = (
     *("mode", "UNet rows per frame", "cost", "s/frame", "consistency", "against exact"),
     *("fidelity", "against exact", "PSNR to exact, dB"),
 )
-
-
-def as_data(found: Frontier) -> dict[str, Any]:
-    """The report as JSON data."""
-    return {"kind": KIND, "version": 1, **asdict(found)}
 
 
 def markdown(found: Frontier) -> str:

@@ -1,6 +1,7 @@
 """`storyadapter-trt bench parity`: a backend's pictures against those of eager in fp32, from the same references."""
 
 import argparse
+from dataclasses import asdict
 
 from storyadapter.bench import options
 from storyadapter.bench.report import check_out, give_report
@@ -33,9 +34,10 @@ def run(args: argparse.Namespace) -> int:
     them, or if a wrong λ is no further than that."""
     options.check_least(args, frames=1, steps=1, iterations=1, max_frames=1)
     options.check_frames(args)
-    from storyadapter.bench.parity_run import as_data, compare, markdown
+    from storyadapter.bench.parity_run import compare, markdown
 
     check_out(args.out)
     found = compare(args)
-    give_report(args.out, markdown(found), as_data(found))
+    data = {"kind": "parity", "version": 1, "passed": not found.problems, **asdict(found)}
+    give_report(args.out, markdown(found), data)
     return 1 if found.problems else 0

@@ -10,8 +10,8 @@ import dataclasses
 import gc
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 from PIL import Image
@@ -154,11 +154,6 @@ def problems_of(iterations: Sequence[Iteration], control: Sequence[float]) -> li
     if passes(control):
         found.append(f"half the λ passes too ({in_words(control)}): the comparison sees nothing")
     return found
-
-
-def as_data(found: ParityReport) -> dict[str, Any]:
-    """The report as JSON data."""
-    return {"kind": "parity", "version": 1, "passed": not found.problems, **asdict(found)}
 
 
 def markdown(found: ParityReport) -> str:

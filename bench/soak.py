@@ -1,6 +1,7 @@
 """`storyadapter-trt bench soak`: many stories in one process, and a run that is killed and resumed."""
 
 import argparse
+from dataclasses import asdict
 
 from storyadapter.bench import options
 from storyadapter.bench.report import check_out, give_report
@@ -74,13 +75,14 @@ def run(args: argparse.Namespace) -> int:
             option = "--kills" if args.kills else "--worker-kills"
             raise InputError(f"{option} with random weights, which no other process can read; leave one of them out")
     check_out(args.out)
-    from storyadapter.bench.soak_run import as_data, markdown, soak, with_kills
+    from storyadapter.bench.soak_run import markdown, soak, with_kills
 
     found = soak(args, _STORIES if args.stories is None and args.minutes is None else args.stories)
     kills = (0 if args.synthetic_weights else _KILLS) if args.kills is None else args.kills
     if kills or args.worker_kills:
         found = with_kills(found, args, kills)
-    give_report(args.out, markdown(found), as_data(found))
+    data = {"kind": "soak", "version": 2, "passed": not found.problems, **asdict(found)}
+    give_report(args.out, markdown(found), data)
     return 1 if found.problems else 0
 
 

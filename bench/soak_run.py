@@ -15,7 +15,7 @@ from itertools import count, islice
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
-from typing import Any, Final
+from typing import Final
 
 import psutil
 import torch
@@ -194,11 +194,6 @@ def memory_kept(device: torch.device) -> int:
         return psutil.Process().memory_info().rss
     torch.cuda.empty_cache()
     return torch.cuda.memory_reserved(device)
-
-
-def as_data(found: SoakReport) -> dict[str, Any]:
-    """The report as JSON data."""
-    return {"kind": "soak", "version": 2, "passed": not found.problems, **asdict(found)}
 
 
 def markdown(found: SoakReport) -> str:

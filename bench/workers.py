@@ -1,6 +1,7 @@
 """`storyadapter-trt bench workers`: one story on one device and on several."""
 
 import argparse
+from dataclasses import asdict
 
 from storyadapter.bench.options import add_count, add_engine_options, add_report_options, check_least
 from storyadapter.bench.report import check_out, give_report
@@ -46,8 +47,8 @@ def run(args: argparse.Namespace) -> int:
         if workers < 1:
             raise InputError(f"--workers is {workers}; expected 1 or more")
     check_out(args.out)
-    from storyadapter.bench.workers_run import as_data, markdown, measure
+    from storyadapter.bench.workers_run import markdown, measure
 
     found = measure(args)
-    give_report(args.out, markdown(found), as_data(found))
+    give_report(args.out, markdown(found), {"kind": "workers", "version": 2, **asdict(found)})
     return 0

@@ -4,11 +4,11 @@ import argparse
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Final
+from typing import Final
 
 import httpx
 from PIL import Image
@@ -32,7 +32,6 @@ from storyadapter.runtime.pipeline import Pipeline, StoryPipeline
 from storyadapter.runtime.psnr import psnr_of_each
 from storyadapter.serve.limits import Limits
 
-KIND: Final = "workers"
 _SERVED_SCALES: Final = 1  # iterations after the text-only one of a story that is sent to the server
 _WARM_UP_STEPS: Final = 2
 
@@ -189,11 +188,6 @@ def measure(args: argparse.Namespace) -> WorkersReport:
         is_full_size=args.synthetic_weights == "sdxl",
         drawn=drawn,
     )
-
-
-def as_data(found: WorkersReport) -> dict[str, Any]:
-    """The report as JSON data."""
-    return {"kind": KIND, "version": 2, **asdict(found)}
 
 
 def markdown(found: WorkersReport) -> str:
