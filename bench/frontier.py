@@ -30,9 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="its LCM-LoRA, for the modes that need it (default: the shipped one)",
     )
     parser.add_argument(
-        "--modes",
-        metavar="NAME;NAME;…",
-        help=f"some of: {'; '.join(MODES)} (default: all; {EXACT} always)",
+        "--modes", metavar="NAME;NAME;…", help=f"some of: {'; '.join(MODES)} (default: all; {EXACT} always)"
     )
     options.add_count(parser, "--stories", 12, "held-out stories to choose by, 2 or more", "N")
     options.add_count(parser, "--others", 20, "other held-out stories, to confirm by, 2 or more", "N")

@@ -7,12 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from storyadapter.bench.kernels.baselines import (
-    convolution_baselines,
-    gate,
-    geglu_fp8_baselines,
-    linear_baselines,
-)
+from storyadapter.bench.kernels.baselines import convolution_baselines, gate, geglu_fp8_baselines, linear_baselines
 from storyadapter.bench.kernels.case import KernelCase, MatrixCase, normal
 from storyadapter.kernels.geglu import interleave_geglu
 from storyadapter.kernels.launching import processors

@@ -18,11 +18,7 @@ from storyadapter.checkpoint.ip_adapter import (
 )
 from storyadapter.checkpoint.loras import Lora, fuse_lora, lora_file, open_lora
 from storyadapter.checkpoint.outline import Outline, empty_network
-from storyadapter.checkpoint.parts import (
-    base_parts,
-    check_widths,
-    image_encoder_part,
-)
+from storyadapter.checkpoint.parts import base_parts, check_widths, image_encoder_part
 from storyadapter.checkpoint.paths import CheckpointPaths, LoraSpec, below, find, give
 from storyadapter.checkpoint.reference_vae import reference_vae_part
 from storyadapter.checkpoint.sampling import read_sampling

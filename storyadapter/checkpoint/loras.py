@@ -158,11 +158,7 @@ def _sum(weight: "Tensor", difference: "Tensor", scale: float) -> "Tensor":
 
 
 def _check_layer(
-    path: Path,
-    names: Mapping[str, str],
-    headers: "Mapping[str, Tensor]",
-    shapes: Mapping[str, list[int]],
-    module: str,
+    path: Path, names: Mapping[str, str], headers: "Mapping[str, Tensor]", shapes: Mapping[str, list[int]], module: str
 ) -> None:
     """Raises CheckpointError unless the parts for one layer are complete and of its shape."""
     for part, others in (("down", ("up",)), ("up", ("down",)), ("mid", ("down", "up")), ("alpha", ("down", "up"))):
@@ -178,8 +174,7 @@ def _check_layer(
             raise CheckpointError(f"{path}: {name} holds whole numbers", expected="fp32, fp16 or bf16")
         if not _fits(part, shape, target, names, headers):
             raise CheckpointError(
-                f"{path} doesn't fit this model: {name} is {shape} for a layer of {target}",
-                expected="a LoRA for SDXL",
+                f"{path} doesn't fit this model: {name} is {shape} for a layer of {target}", expected="a LoRA for SDXL"
             )
 
 

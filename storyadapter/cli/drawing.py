@@ -232,12 +232,7 @@ def with_scales(args: argparse.Namespace, session: Session, ranges: ShapeRanges,
 
 
 def _open_pipeline(
-    args: argparse.Namespace,
-    ranges: ShapeRanges,
-    frames: int,
-    session: Session,
-    reporter: Reporter,
-    clock: StartClock,
+    args: argparse.Namespace, ranges: ShapeRanges, frames: int, session: Session, reporter: Reporter, clock: StartClock
 ) -> Pipeline:
     """The networks for the plan's batches; the build command that is told asks for `--max-frames`."""
     stage = "opening"

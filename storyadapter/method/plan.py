@@ -117,9 +117,7 @@ class RunPlan:
         metavar="LOW:HIGH",
     )
     reference_scale: float = setting(
-        "λ of a user's reference pictures in the iteration from text alone",
-        constants.FIRST_SCALE,
-        metavar="λ",
+        "λ of a user's reference pictures in the iteration from text alone", constants.FIRST_SCALE, metavar="λ"
     )
     keep_references: bool = setting(
         "keep reference pictures in every later iteration, beside the frames of the one before", False

@@ -123,9 +123,7 @@ class Edit:
         return edit
 
     def identity(
-        self,
-        references: Sequence[Sequence[str]] | None = None,
-        control: Sequence[Sequence[str | None]] | None = None,
+        self, references: Sequence[Sequence[str]] | None = None, control: Sequence[Sequence[str | None]] | None = None
     ) -> dict[str, Any]:
         """Of the run that it becomes.
 

@@ -154,9 +154,7 @@ def make_app(stories: Stories, keys: Keys, defaults: Mapping[str, Any]) -> FastA
 
     @app.post("/v1/stories", status_code=202)
     async def accept_story(
-        asked: StoryRequest,
-        request: Request,
-        idempotency_key: Annotated[str | None, Header(max_length=255)] = None,
+        asked: StoryRequest, request: Request, idempotency_key: Annotated[str | None, Header(max_length=255)] = None
     ) -> JSONResponse:
         """A story waits to be drawn. Sent again with the same Idempotency-Key, it is the same story."""
         owner, digest = request.state.owner, asked.digest()
