@@ -109,7 +109,17 @@ class Pipeline(ABC):
         plan = self.decided(plan or RunPlan())
         pictures = self.check(story, plan, style, references=references, resume=resume)
         controls = read_controls(story, plan) if controls is None else controls
-        return self._events(story, plan, style, pictures, resume, store, cancel, controls)
+
+        def events() -> Generator[Event, None, None]:
+            self.use_device()
+            source = self.source(story, plan, style, pictures, resume, store, controls)
+            with closing(drive(self.workers(), [source])) as driven:
+                for _, event in driven:
+                    if cancel is not None and cancel.is_set():
+                        raise CancelledError
+                    yield event
+
+        return events()
 
     def check(
         self,
@@ -220,25 +230,6 @@ class Pipeline(ABC):
     @abstractmethod
     def close(self) -> None:
         """Let go of what doesn't end with this process."""
-
-    def _events(
-        self,
-        story: Story,
-        plan: RunPlan,
-        style: str | None,
-        pictures: FramePictures,
-        resume: FinishedIteration | None,
-        store: FrameStore | None,
-        cancel: threading.Event | None,
-        controls: Controls,
-    ) -> Generator[Event, None, None]:
-        self.use_device()
-        source = self.source(story, plan, style, pictures, resume, store, controls)
-        with closing(drive(self.workers(), [source])) as driven:
-            for _, event in driven:
-                if cancel is not None and cancel.is_set():
-                    raise CancelledError
-                yield event
 
 
 class StoryPipeline(Pipeline):
