@@ -104,10 +104,5 @@ def _program(words: Sequence[Any], environment: dict[str, str]) -> None:
         raise RunError(f"{words[0]} failed: {done.stderr.strip()}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code, see `cli.main.run_program`."""
-    return run_program(build_parser(), argv)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(build_parser()))

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from storyadapter.bench import options
 from storyadapter.bench.report import check_out, give_report
 from storyadapter.cli.options import add_checkpoint_options
+from storyadapter.cli.values import each
 from storyadapter.method.errors import InputError
 from storyadapter.model.contract import check_pixels
 
@@ -42,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_count(parser, "--max-frames", 3, "frames of a micro-batch at the most", "F")
     parser.add_argument(
         "--sizes",
-        type=_sizes,
+        type=lambda text: sorted(each(text, int, "is not a list of pixels such as 768,1024")),
         metavar="PIXELS,…",
         help="heights and widths to choose from, ascending (default: half, three quarters and all of the model's own, "
         "or that and the next larger for a tiny one)",
@@ -84,10 +85,3 @@ def run(args: argparse.Namespace) -> int:
     data = {"kind": "soak", "version": 2, "passed": not found.problems, **asdict(found)}
     give_report(args.out, markdown(found), data)
     return 1 if found.problems else 0
-
-
-def _sizes(text: str) -> list[int]:
-    try:
-        return sorted(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of pixels such as 768,1024") from None

@@ -3,7 +3,6 @@
 import argparse
 import importlib.util
 import sys
-from collections.abc import Sequence
 
 from storyadapter.cli.main import Parser, run_program
 from storyadapter.kernels.tiles import TABLES
@@ -41,10 +40,5 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code, see `cli.main.run_program`."""
-    return run_program(build_parser(), argv)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(build_parser()))

@@ -132,10 +132,5 @@ def _page(environment: dict[str, str], model: str, pixels: int, found: list[dict
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command; returns its exit code."""
-    return run_program(build_parser(), argv)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(build_parser()))

@@ -290,7 +290,7 @@ def _add_engines(commands: Commands) -> None:
         options.add_store_option(action)
 
 
-def run_program(parser: Parser, argv: Sequence[str] | None) -> int:
+def run_program(parser: Parser, argv: Sequence[str] | None = None) -> int:
     """Run the command that was typed.
 
     Args:

@@ -2,10 +2,13 @@
 
 import argparse
 import re
-from typing import Final
+from collections.abc import Callable
+from typing import Final, TypeVar
 
 from storyadapter.engine.backends import AUTO
 from storyadapter.model.contract import Range
+
+Number = TypeVar("Number", int, float)
 
 
 def pixel_range(text: str) -> Range:
@@ -43,30 +46,29 @@ def frames_or_auto(text: str) -> int | None:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of frames such as 8, or {AUTO}") from None
 
 
+def each(text: str, kind: Callable[[str], Number], refusal: str) -> tuple[Number, ...]:
+    """A list of numbers with commas between them; `refusal`: what is said of another text."""
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} {refusal}") from None
+
+
 def scales_list(text: str) -> tuple[float, ...]:
     """ "0.3,0.4,0.5"."""
-    try:
-        return tuple(float(part) for part in text.split(",")) if text.strip() else ()
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 0.3,0.4,0.5") from None
+    return each(text, float, "is not a list of numbers such as 0.3,0.4,0.5") if text.strip() else ()
 
 
 def numbers(text: str) -> tuple[float, ...]:
     """ "5" or "7,5,5"; of two "7.0,5.0", as "7,5" may be meant as one."""
     if re.fullmatch(r"[^,]*|-?\d+,\d+", text):
         return (decimal(text),)
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number such as 5, or a list such as 7,5,5") from None
+    return each(text, float, "is not a number such as 5, or a list such as 7,5,5")
 
 
 def whole_numbers(text: str) -> tuple[int, ...]:
     """ "50" or "999,749,499,249"."""
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number such as 50, nor a list such as 9,5,5") from None
+    return each(text, int, "is no whole number such as 50, nor a list such as 9,5,5")
 
 
 def shares(text: str) -> tuple[float, float]:

@@ -20,6 +20,7 @@ from storyadapter.bench.kernels.cases import LayerNormCase  # noqa: E402
 from storyadapter.bench.kernels.run import Measured  # noqa: E402
 from storyadapter.bench.kernels.search import SEARCHES, TILES_FILE, Found, Search, compile_all, markdown, store  # noqa: E402  # noqa: E402
 from storyadapter.bench.timing import Timing  # noqa: E402
+from storyadapter.cli.main import run_program  # noqa: E402
 from storyadapter.kernels import tiles as tile_tables  # noqa: E402
 from storyadapter.kernels.tiles import GEGLU, GROUP_NORM, LAYER_NORM, TABLES, GegluTiles, LayerNormTiles, Tiles  # noqa: E402
 from storyadapter.method.errors import RunError, UnavailableError  # noqa: E402
@@ -28,9 +29,10 @@ ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 HELP = """
 import sys
-from storyadapter.bench.tune import main
+from storyadapter.bench.tune import build_parser
+from storyadapter.cli.main import run_program
 try:
-    main(["--help"])
+    run_program(build_parser(), ["--help"])
 finally:
     assert not {"torch", "triton"} & set(sys.modules), "help must not import what the command runs"
 """
@@ -94,7 +96,7 @@ def test_help_is_told_without_pytorch() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_no_gpu_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert tune.main(["geglu", "--write"]) == 2
+    assert run_program(tune.build_parser(), ["geglu", "--write"]) == 2
     told = capsys.readouterr()
     assert (
         told.err == "storyadapter-trt: error: no CUDA device here; expected the GPU that the tiles are for\n"
