@@ -15,11 +15,6 @@ _LARGE: Final = 64 << 20  # bytes of a file that is worth a thread of its own
 OnBytes = Callable[[int, int], None]  # bytes read, bytes to be read
 
 
-def hash_bytes(data: bytes) -> str:
-    """The BLAKE3 of some bytes, in 64 hexadecimal digits."""
-    return blake3(data).hexdigest()
-
-
 def hash_files(paths: Collection[Path], on_bytes: OnBytes | None = None) -> Iterator[tuple[Path, str]]:
     """The BLAKE3 of each file, in 64 hexadecimal digits, as soon as it is known.
 

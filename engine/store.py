@@ -18,11 +18,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
+from blake3 import blake3
 from filelock import FileLock, Timeout
 
 import storyadapter
 from storyadapter.checkpoint.remembered import user_cache
-from storyadapter.engine.hashes import OnBytes, hash_bytes, hash_files
+from storyadapter.engine.hashes import OnBytes, hash_files
 from storyadapter.engine.identity import STORE_VERSION, EngineIdentity, engine_key
 from storyadapter.engine.uses import MANIFEST_NAME, Use, held_alone, read_uses
 from storyadapter.method.errors import EngineMismatchError, Field, InputError, RunError
@@ -116,7 +117,8 @@ class EngineStore:
         warnings = [f"{path} is no usable engine: {why}" for path, why in broken.items() if path not in outdated]
         if outdated:
             found = f"{_count(len(outdated), 'outdated engine')} (store version below {STORE_VERSION})"
-            warnings.append(f"{found}: {renewal(*outdated)}")
+            removal = shlex.join(["rm", "-r", *map(str, outdated)])
+            warnings.append(f"{found}: build again what is still wanted; to remove what is outdated: {removal}")
         engines.sort(key=lambda engine: (engine.created, engine.key), reverse=True)
         return engines, warnings
 
@@ -276,12 +278,6 @@ def _outdated(broken: Mapping[Path, BrokenEngineError]) -> list[Path]:
     return [folder for folder, why in broken.items() if isinstance(why, OutdatedEngineError)]
 
 
-def renewal(*folders: Path) -> str:
-    """What to type for engines that this version of the program can't open."""
-    removal = shlex.join(["rm", "-r", *map(str, folders)])
-    return f"build again what is still wanted; to remove what is outdated: {removal}"
-
-
 def _finish(
     folder: Path, identity: EngineIdentity, ranges: ShapeRanges, details: Mapping[str, Any], seconds: float
 ) -> None:
@@ -312,7 +308,7 @@ def _finish(
 def manifest_hash(manifest: Mapping[str, Any]) -> str:
     """Of what else it says."""
     others = {name: value for name, value in manifest.items() if name != "manifest_hash"}
-    return hash_bytes(json.dumps(others, sort_keys=True).encode())
+    return blake3(json.dumps(others, sort_keys=True).encode()).hexdigest()
 
 
 def _read_engine(folder: Path) -> StoredEngine:

@@ -15,12 +15,13 @@ from torch import nn
 from storyadapter.export import OPSET, onnx_name
 from storyadapter.export.grca_node import attach_function, grca_node
 from storyadapter.export.quantized_nodes import as_nodes
-from storyadapter.export.verify import export_tolerance, verify_export, write_as_fp32
+from storyadapter.export.verify import TOLERANCE, verify_export, write_as_fp32
 from storyadapter.model.contract import Dim, NetworkSpec, Range, size_of, split_dim
 from storyadapter.model.dynamic_shapes import dynamic_shapes
 from storyadapter.model.examples import example_inputs, example_letters, run_examples
-from storyadapter.model.numerics import Precision
+from storyadapter.model.numerics import QUANTIZED_TOLERANCE, Precision
 from storyadapter.model.unet import GlobalReferenceCrossAttention
+from storyadapter.quantization.layers import Fp8Layer
 
 # Latents that every file is exported for besides its own: a full-size UNet at full size takes a CPU half an hour.
 _COMPARED_LATENTS = Range(8, 16)
@@ -46,11 +47,18 @@ def export_compared(
         EngineBuildError: the file doesn't compute what eager computes.
     """
     module = module.cpu()  # random weights may have been made on a GPU; files are the same from anywhere
-    wide = {name: _with_small_latents(value) if name in ("h", "w") else value for name, value in letters.items()}
+    wide = dict(letters)
+    for name in wide.keys() & {"h", "w"}:
+        low, high = (
+            min(wide[name].minimum, _COMPARED_LATENTS.minimum),
+            max(wide[name].maximum, _COMPARED_LATENTS.maximum),
+        )
+        wide[name] = Range(low, high)
     on_stage("exporting to ONNX")
     path = export_network(spec, module, wide, precision, folder)
     on_stage("comparing with eager")
-    twin, most = precision == "bf16", export_tolerance(module, precision)
+    quantized = any(isinstance(part, Fp8Layer) for part in module.modules())
+    twin, most = precision == "bf16", QUANTIZED_TOLERANCE if quantized else TOLERANCE[precision]
     compared_in: Precision = "fp32" if twin else precision
     examples = run_examples(spec, module.float() if twin else module, wide, compared_in)
     for weight in (*module.parameters(), *module.buffers()):
@@ -64,10 +72,6 @@ def export_compared(
         error = verify_export(path, examples, compared_in, most)
     _pin(path, spec, letters)
     return path, error
-
-
-def _with_small_latents(value: Range) -> Range:
-    return Range(min(value.minimum, _COMPARED_LATENTS.minimum), max(value.maximum, _COMPARED_LATENTS.maximum))
 
 
 def _pin(path: Path, spec: NetworkSpec, letters: Mapping[str, Range]) -> None:

@@ -15,11 +15,10 @@ import onnxruntime
 import torch
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
 from onnx.external_data_helper import uses_external_data
-from torch import Tensor, nn
+from torch import Tensor
 
 from storyadapter.model.examples import Example, compare_with_eager
-from storyadapter.model.numerics import QUANTIZED_TOLERANCE, Precision
-from storyadapter.quantization.layers import Fp8Layer
+from storyadapter.model.numerics import Precision
 
 # ‖ONNX Runtime − eager‖ / ‖eager‖; two orders of summation in half precision differ by a few 1e-3. A bf16 file is run
 # as its fp32 twin, and what differs then is the constants that the exporter folded in bf16.
@@ -34,12 +33,6 @@ def open_session(path: Path) -> onnxruntime.InferenceSession:
     # it would make operators for integers of what is quantized to e4m3, which they don't take
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
-def export_tolerance(module: nn.Module, precision: Precision) -> float:
-    """The largest error of a network's file."""
-    quantized = any(isinstance(part, Fp8Layer) for part in module.modules())
-    return QUANTIZED_TOLERANCE if quantized else TOLERANCE[precision]
 
 
 def verify_export(path: Path, examples: Sequence[Example], precision: Precision, tolerance: float) -> float:

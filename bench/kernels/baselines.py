@@ -112,11 +112,6 @@ def convolution_baselines() -> list[Baseline]:
     return [Baseline("F.conv2d + residual in half precision", convolution)]
 
 
-def linear_baselines() -> list[Baseline]:
-    """cuBLAS in half precision."""
-    return [Baseline("F.linear in half precision", functional.linear)]
-
-
 def geglu_fp8_baselines() -> list[Baseline]:
     """As for `geglu_baselines`, whose fused kernel is measured beside; 16 times the result, as the case has it."""
     compiled_gate = torch.compile(gate, dynamic=False)

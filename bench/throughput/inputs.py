@@ -36,14 +36,6 @@ def prompts(count: int) -> list[str]:
     return [f"a {' and a '.join(random.sample(_WORDS, 4))}, frame {index}" for index in range(count)]
 
 
-def image_embeddings(networks: Networks, count: int) -> Tensor:
-    """[count, width], drawn instead of encoded: an image encoder of random weights hardly tells pictures apart, and a
-    comparison in which all references are the same would not miss one."""
-    generator = torch.Generator().manual_seed(SEED)
-    drawn = torch.randn(count, networks.geometry.image_embedding_width, generator=generator)
-    return drawn.to(networks.device, networks.dtype("denoiser"))
-
-
 @dataclass(frozen=True, eq=False)
 class CaseInputs:
     """Inputs of one case, in the precision of the networks and on their device."""
@@ -60,7 +52,11 @@ def make_inputs(
     networks: Networks, tokenizers: Tokenizers, cases: Sequence[Case], prediction_type: str
 ) -> dict[str, CaseInputs]:
     """The inputs of every case by its name."""
-    embeddings = image_embeddings(networks, max(case.references for case in cases))
+    # drawn instead of encoded: an image encoder of random weights hardly tells pictures apart, and a comparison in
+    # which all references are the same would not miss one
+    shape = (max(case.references for case in cases), networks.geometry.image_embedding_width)
+    embeddings = torch.randn(shape, generator=torch.Generator().manual_seed(SEED))
+    embeddings = embeddings.to(networks.device, networks.dtype("denoiser"))
     made = {}
     for case in cases:
         texts = TextGroup((constants.NEGATIVE_PROMPT, *prompts(case.frames)), case.height, case.width)

@@ -3,7 +3,7 @@ what others offer for the same work: diffusers' own IP-Adapter with all N pictur
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Final
 
@@ -21,14 +21,14 @@ from storyadapter.bench.throughput.published import (
     published_steps,
     text_rows,
 )
-from storyadapter.bench.throughput.workbench import Workbench, without_graphs
+from storyadapter.bench.throughput.workbench import Workbench
 from storyadapter.checkpoint import IPAdapterWeights
 from storyadapter.checkpoint.ip_adapter import cross_attentions
 from storyadapter.checkpoint.outline import Outline
 from storyadapter.method.errors import UnavailableError
 from storyadapter.method.sampler import SamplerTable
 from storyadapter.model.grca import grca
-from storyadapter.model.networks import Networks
+from storyadapter.model.networks import Networks, run_directly
 from storyadapter.model.numerics import NumberFormat
 from storyadapter.runtime.denoising import denoise
 
@@ -95,7 +95,8 @@ def _fused(workbench: Workbench) -> Steps:
 
 
 def _compiled(workbench: Workbench) -> Steps:
-    return functools.partial(contract_steps, without_graphs(workbench.networks("inductor")))
+    networks = replace(workbench.networks("inductor"), run_step=run_directly)  # not replayed
+    return functools.partial(contract_steps, networks)
 
 
 def _graphs(workbench: Workbench) -> Steps:

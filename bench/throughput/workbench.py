@@ -17,7 +17,7 @@ from storyadapter.method.errors import EngineBuildError
 from storyadapter.model.contract import ShapeRanges
 from storyadapter.model.grca import GrcaFunction, grca
 from storyadapter.model.modules import VaeDecoder, iterate_modules
-from storyadapter.model.networks import TORCH_DTYPES, Network, Networks, run_directly
+from storyadapter.model.networks import TORCH_DTYPES, Network, Networks
 from storyadapter.model.numerics import Numerics, Precision
 from storyadapter.model.unet import GlobalReferenceCrossAttention
 
@@ -94,11 +94,6 @@ class Workbench:
         gc.collect()
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def without_graphs(networks: Networks) -> Networks:
-    """The same networks, whose steps are run and not replayed."""
-    return dataclasses.replace(networks, run_step=run_directly)
 
 
 def with_eager_vae(networks: Networks, model: BenchmarkModel, precision: Precision) -> Networks:

@@ -192,7 +192,7 @@ class RunPlan:
         if not 0 <= low < high <= 1:
             expected = "two shares of the steps from 0 to 1, the lower one first"
             raise InputError(Field("guidance_interval"), f" is {low:g}:{high:g}", expected=expected)
-        if self.has_interval and not self.guided:
+        if self.guidance_interval != (0, 1) and not self.guided:
             reason = " with a UNet that embeds the guidance" if self.embeds_guidance else " without guidance above 1"
             raise InputError(Field("guidance_interval"), reason, advice="there are no unconditional rows: leave it out")
         if self.max_frames is not None and self.max_frames < 1:
@@ -218,11 +218,6 @@ class RunPlan:
     def guided(self) -> bool:
         """Whether any iteration computes unconditional rows."""
         return any(map(self.is_guided_in, range(self.iterations)))
-
-    @property
-    def has_interval(self) -> bool:
-        """Whether some steps of guided iterations may be without guidance."""
-        return self.guidance_interval != (0, 1)
 
     def steps_in(self, iteration: int) -> int:
         return self.steps[iteration] if isinstance(self.steps, tuple) else self.steps

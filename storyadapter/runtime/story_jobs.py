@@ -41,10 +41,6 @@ class StoryJobs:
         """Pictures of a user's that one frame attends to at the most."""
         return max(len(frame.references) for frame in self.frames)
 
-    def pictures_in(self, iteration: int, frame: FinalFrame) -> tuple[str, ...]:
-        """Keys of a user's pictures that a frame attends to in an iteration."""
-        return frame.references if iteration == 0 or self.plan.keep_references else ()
-
     def of(self, iteration: int, before: Sequence[str]) -> list[FrameJob]:
         """One per frame.
 
@@ -65,7 +61,7 @@ class StoryJobs:
                 plan.sampler_in(iteration),
                 frame.seed,
                 plan.scale_of(iteration) if iteration else plan.reference_scale if frame.references else None,
-                (*before, *self.pictures_in(iteration, frame)),
+                (*before, *(frame.references if iteration == 0 or plan.keep_references else ())),
                 plan.guidance_interval if guided else (0.0, 1.0),
                 start,
                 tuple(
