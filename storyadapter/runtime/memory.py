@@ -39,7 +39,7 @@ RESERVE_SHARE: Final = 16
 RESERVE_AT_LEAST: Final = 512 << 20
 _DECODED_TOGETHER: Final = 2  # one frame fills a GPU, and smaller parts come to the host earlier
 _PROBED_FRAMES: Final = 3
-KNOWN_AT_MOST: Final = 64
+_KNOWN_AT_MOST: Final = 64
 
 
 @dataclass(frozen=True)
@@ -177,17 +177,15 @@ def unet_letters(networks: Networks, plan: RunPlan, frames: int, references: int
 
 
 class Batchings:
-    """How stories are split on one device: on a GPU by the memory that is free, measured once for each size of story,
-    so that a story that is drawn again is split as before."""
+    """How stories are split, chosen once for each size of story, so that one that is drawn again is split as before."""
 
-    def __init__(self, networks: Networks, states: StatePool) -> None:
-        self._networks = networks
-        self._states = states
+    def __init__(self, choose: Callable[[RunPlan, int, int], Batching]) -> None:
+        self._choose = choose
         self._known: dict[tuple[object, ...], Batching] = {}
 
     def is_known(self, plan: RunPlan, frames: int, negatives: int) -> bool:
-        """Whether `take` needs no measurement, which nothing else may go on beside."""
-        return self._networks.device.type != "cuda" or batching_key(plan, frames, negatives) in self._known
+        """Whether `take` needs to choose nothing."""
+        return self._key(plan, frames, negatives) in self._known
 
     def take(self, plan: RunPlan, frames: int, negatives: int) -> Batching:
         """How a story of so many frames and distinct negative prompts is split.
@@ -195,34 +193,38 @@ class Batchings:
         Raises:
             torch.OutOfMemoryError: a single frame doesn't fit.
         """
-        key = batching_key(plan, frames, negatives)
+        key = self._key(plan, frames, negatives)
         if key not in self._known:
             self._known[key] = self._choose(plan, frames, negatives)
-            if len(self._known) > KNOWN_AT_MOST:
+            if len(self._known) > _KNOWN_AT_MOST:
                 self._known.pop(next(iter(self._known)))
         return self._known[key]
 
-    def _choose(self, plan: RunPlan, frames: int, negatives: int) -> Batching:
-        networks = self._networks
-        allowed = networks.letters["F"] if networks.letters else Range(1, max(1, frames))
-        if networks.device.type != "cuda":
-            most = min(FRAMES_UNMEASURED, allowed.maximum) if networks.letters else FRAMES_UNMEASURED
-            return Batching(plan.max_frames or most, None, True)
-
-        def text(batches: int) -> int:
-            rows = frames + max(batches, negatives) * int(plan.guided)
-            geometry, dtype = networks.geometry, networks.dtype("denoiser")
-            size = (pixels // geometry.pixels_per_latent for pixels in plan.size)
-            return text_bytes(geometry, dtype, rows) + frames * control_bytes(geometry, dtype, *size)
-
-        release_memory(networks, self._states)
-        needs = measure_needs(networks, plan, plan.references(frames), allowed)
-        return share_memory(needs, allowed, frames=frames, max_frames=plan.max_frames, text=text)
+    @staticmethod
+    def _key(plan: RunPlan, frames: int, negatives: int) -> tuple[object, ...]:
+        return plan.size, plan.guided, bool(plan.scales), plan.max_frames, frames, negatives
 
 
-def batching_key(plan: RunPlan, frames: int, negatives: int) -> tuple[object, ...]:
-    """Of stories that are split alike equal."""
-    return plan.size, plan.guided, bool(plan.scales), plan.max_frames, frames, negatives
+def choose_batching(networks: Networks, states: StatePool, plan: RunPlan, frames: int, negatives: int) -> Batching:
+    """How a story is split on one device: on a GPU by the memory that is free, which is measured.
+
+    Raises:
+        torch.OutOfMemoryError: a single frame doesn't fit.
+    """
+    allowed = networks.letters["F"] if networks.letters else Range(1, max(1, frames))
+    if networks.device.type != "cuda":
+        most = min(FRAMES_UNMEASURED, allowed.maximum) if networks.letters else FRAMES_UNMEASURED
+        return Batching(plan.max_frames or most, None, True)
+
+    def text(batches: int) -> int:
+        rows = frames + max(batches, negatives) * int(plan.guided)
+        geometry, dtype = networks.geometry, networks.dtype("denoiser")
+        size = (pixels // geometry.pixels_per_latent for pixels in plan.size)
+        return text_bytes(geometry, dtype, rows) + frames * control_bytes(geometry, dtype, *size)
+
+    release_memory(networks, states)
+    needs = measure_needs(networks, plan, plan.references(frames), allowed)
+    return share_memory(needs, allowed, frames=frames, max_frames=plan.max_frames, text=text)
 
 
 def release_memory(networks: Networks, states: StatePool) -> None:

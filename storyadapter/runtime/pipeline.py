@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 
 import psutil
 import torch
@@ -28,7 +29,7 @@ from storyadapter.runtime.denoising import StatePool
 from storyadapter.runtime.drive import drive
 from storyadapter.runtime.frame_store import FrameStore
 from storyadapter.runtime.given_pictures import FramePictures, Pictures, pictures_of_frames
-from storyadapter.runtime.memory import Batching, Batchings, step_networks, unet_letters
+from storyadapter.runtime.memory import Batching, Batchings, choose_batching, step_networks, unet_letters
 from storyadapter.runtime.story_jobs import in_chunks, most_chunks
 from storyadapter.runtime.story_source import FinishedIteration, StorySource
 from storyadapter.runtime.worker import Worker
@@ -60,6 +61,7 @@ class Pipeline(ABC):
     model: str
     sampling: ModelSampling
     worker_count: int = 1
+    _batchings: Batchings
 
     @property
     def restarts(self) -> int:
@@ -204,20 +206,21 @@ class Pipeline(ABC):
     def use_device(self) -> None:
         """Make the GPU that the networks were opened on the calling thread's current one; each thread has its own."""
 
-    @abstractmethod
     def batching(self, plan: RunPlan, frames: int, negatives: int = 1) -> Batching:
         """How a story of so many frames and distinct negative prompts is split into batches.
 
         On a GPU this follows from the memory that is free, measured once per pipeline and size of story, so that a
-        story that is drawn again is split as before.
+        story that is drawn again is split as before; of several workers, that with the least room decides.
 
         Raises:
             torch.OutOfMemoryError: a single frame doesn't fit.
         """
+        return self._batchings.take(self.decided(plan), frames, negatives)
 
-    @abstractmethod
     def knows_batching(self, plan: RunPlan, frames: int, negatives: int = 1) -> bool:
         """Whether `batching` needs no measurement, which nothing else may go on beside."""
+        on_gpu = self.networks.device.type == "cuda"
+        return not on_gpu or self._batchings.is_known(self.decided(plan), frames, negatives)
 
     @abstractmethod
     def seconds_per_row(self, plan: RunPlan, frames: int, references: int) -> float:
@@ -261,7 +264,7 @@ class StoryPipeline(Pipeline):
         self.overlapped = overlapped
         self._gpu = torch.cuda.current_device() if networks.device.type == "cuda" else None
         self._states = StatePool(networks)
-        self._batchings = Batchings(networks, self._states)
+        self._batchings = Batchings(partial(choose_batching, networks, self._states))
 
     def use_device(self) -> None:
         if self._gpu is not None:
@@ -274,12 +277,6 @@ class StoryPipeline(Pipeline):
     def workers(self) -> Callable[[], Sequence[BatchWorker]]:
         worker = self.worker()
         return lambda: (worker,)
-
-    def batching(self, plan: RunPlan, frames: int, negatives: int = 1) -> Batching:
-        return self._batchings.take(self.decided(plan), frames, negatives)
-
-    def knows_batching(self, plan: RunPlan, frames: int, negatives: int = 1) -> bool:
-        return self._batchings.is_known(self.decided(plan), frames, negatives)
 
     def close(self) -> None:
         """Nothing to do."""

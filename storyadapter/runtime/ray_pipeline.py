@@ -19,7 +19,7 @@ from storyadapter.model.networks import Networks
 from storyadapter.runtime.batches import BatchWorker
 from storyadapter.runtime.conditioning import Tokenizers
 from storyadapter.runtime.decoding import POLL_SECONDS
-from storyadapter.runtime.memory import KNOWN_AT_MOST, Batching, batching_key
+from storyadapter.runtime.memory import Batching, Batchings
 from storyadapter.runtime.pipeline import Pipeline, StoryPipeline
 from storyadapter.runtime.ray_workers import Actor, RayWorker
 
@@ -59,7 +59,7 @@ class RayPipeline(Pipeline):
         self._waits_since: float | None = None  # since when there is no worker's process; infinity: it was told
         self._open_pipeline = open_pipeline
         self._asked = workers
-        self._known: dict[tuple[object, ...], Batching] = {}
+        self._batchings = Batchings(self._least)
         self._has_networks = False
         self._is_ours = not ray.is_initialized()
         if self._is_ours:
@@ -101,21 +101,6 @@ class RayPipeline(Pipeline):
     def workers(self) -> Callable[[], Sequence[BatchWorker]]:
         return self._current
 
-    def batching(self, plan: RunPlan, frames: int, negatives: int = 1) -> Batching:
-        """That of the worker that has the least room: see `Pipeline.batching`."""
-        plan = self.decided(plan)
-        key = batching_key(plan, frames, negatives)
-        if key not in self._known:
-            found: list[Batching] = self._ask_all("batching", plan, frames, negatives)
-            if len(self._known) == KNOWN_AT_MOST:
-                self._known.pop(next(iter(self._known)))
-            self._known[key] = min(found, key=lambda batching: (batching.max_frames, batching.keep_text))
-        return self._known[key]
-
-    def knows_batching(self, plan: RunPlan, frames: int, negatives: int = 1) -> bool:
-        key = batching_key(self.decided(plan), frames, negatives)
-        return self.networks.device.type != "cuda" or key in self._known
-
     def seconds_per_row(self, plan: RunPlan, frames: int, references: int) -> float:
         seconds = self._ask_all("seconds_per_row", plan, frames, references)
         return 1 / sum(1 / each for each in seconds)
@@ -129,6 +114,11 @@ class RayPipeline(Pipeline):
             worker.stop()
         if self._is_ours:
             ray.shutdown()
+
+    def _least(self, plan: RunPlan, frames: int, negatives: int) -> Batching:
+        """The batching of the worker that has the least room."""
+        found: list[Batching] = self._ask_all("batching", plan, frames, negatives)
+        return min(found, key=lambda batching: (batching.max_frames, batching.keep_text))
 
     def _ask_all(self, method: str, *arguments: Any) -> list[Any]:
         """What all workers say that are there; RunError where none is."""
