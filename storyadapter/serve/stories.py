@@ -304,7 +304,8 @@ class Stories:
             case FrameFinished():
                 progress.frames += 1
                 metrics.frames.inc()
-                self._tell(name, "frame_finished", {"iteration": event.iteration, "frame": event.frame})
+                again = {"decoded_again": event.decoded_again}
+                self._tell(name, "frame_finished", {"iteration": event.iteration, "frame": event.frame, **again})
             case IterationStarted():
                 for frame in event.found:
                     progress.frames += 1
