@@ -105,7 +105,8 @@ class Edit:
         if not run.record.finished:
             raise InputError(f"{folder} holds a run that isn't finished", advice=("go on with it by ", Field("resume")))
         edit = cls(run, run.story.edited(changes), tuple(sorted(changes)), follows)
-        other = edit.story != run.story or any("control" in values for values in changes.values())
+        other = edit.story != run.story  # of pictures that are keyed beside it, the same path may hold another
+        other |= "control" in run.record.identity and any("control" in values for values in changes.values())
         if not other and not (run.record.edits and set(run.record.edits[-1].frames) - set(edit.frames)):
             found = f"frame {', '.join(map(str, edit.frames))} would be drawn as it is"
             expected = (

@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import asdict
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -93,15 +94,17 @@ def make_app(stories: Stories, keys: Keys, defaults: Mapping[str, Any]) -> FastA
             raise Problem(404, "there is no such story", field="story")
         return story
 
-    async def checked(owner: str, story: Story, plan: RunPlan, preset: str | None) -> None:
-        """Raises InputError, Problem: it can't be drawn; whoever waits meanwhile may have come first."""
-        named = ids_in(story.to_dict())
-        for name in sorted(named):
+    def check_story(owner: str, story: Story, plan: RunPlan, preset: str | None = None) -> None:
+        """Raises InputError, Problem: it can't be drawn."""
+        for name, field in sorted(ids_in(story.to_dict()).items()):
             if not stories.uploads.holds(owner, name):
-                raise Problem(422, f"there is no upload {name}; expected an id of {UPLOADS}", field="references")
-        placed = stories.uploads.story(owner, story.to_dict())
+                raise Problem(422, f"there is no upload {name}; expected an id of {UPLOADS}", field=field)
+        check(stories.uploads.story(owner, story.to_dict()), plan, stories.pipeline, limits, preset)
+
+    async def checked(owner: str, story: Story, plan: RunPlan, preset: str | None) -> None:
+        """As `check_story`; whoever waits meanwhile may have come first."""
         async with reading:  # pictures of many pixels take memory
-            await asyncio.to_thread(check, placed, plan, stories.pipeline, limits, preset)
+            await asyncio.to_thread(check_story, owner, story, plan, preset)
 
     def has_room(owner: str, more: int = 1) -> None:
         if stories.error is not None:
@@ -207,12 +210,9 @@ def make_app(stories: Stories, keys: Keys, defaults: Mapping[str, Any]) -> FastA
         if story.state != "completed":
             raise Problem(409, f"the story is {story.state}; expected a completed one", field="story")
         has_room(request.state.owner)
-
-        def check_edited(edited: Story, plan: RunPlan) -> None:
-            check(edited, plan, stories.pipeline, limits)
-
         how: dict[str, Any] = {"follows": asked.follow, "priority": asked.priority}
-        return waiting(await stories.edit(story, asked.changes(), check_edited, **how))
+        async with reading:  # pictures of many pixels take memory
+            return waiting(await stories.edit(story, asked.changes(), partial(check_story, story.owner), **how))
 
     @app.get("/v1/stories/{name}/events")
     async def story_events(

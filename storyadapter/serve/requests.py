@@ -80,6 +80,10 @@ _References = Annotated[
     list[_Upload],
     pydantic.Field(default_factory=list, description="ids of uploads that it attends to", max_length=MAX_REFERENCES),
 ]
+_Control = Annotated[
+    _Upload | list[_Upload | None] | None,
+    pydantic.Field(description="the id of an upload for the ControlNet, or a list with one for each, null for none"),
+]
 
 
 class FrameRequest(BaseModel):
@@ -90,9 +94,7 @@ class FrameRequest(BaseModel):
     prompt: str
     negative: str | None = pydantic.Field(None, description="what it must not show")
     seed: int | None = None
-    control: _Upload | list[_Upload | None] | None = pydantic.Field(
-        None, description="the id of an upload for the ControlNet, or a list with one for each"
-    )
+    control: _Control = None
     references: _References
 
 
@@ -141,13 +143,14 @@ class StoryRequest(_Request):
 
 
 class FrameChange(BaseModel):
-    """What is new of a frame; the rest stays."""
+    """What is new of a frame; null takes away what is its own, and what isn't named stays."""
 
     model_config = ConfigDict(extra="forbid")
 
-    prompt: str | None = None
+    prompt: str = pydantic.Field(default_factory=str)
     negative: str | None = None
     seed: int | None = None
+    control: _Control = None
 
 
 class EditRequest(_Request):
@@ -165,7 +168,7 @@ class EditRequest(_Request):
 
     def changes(self) -> dict[int, dict[str, Any]]:
         """As `Story.edited` takes them."""
-        return {number: change.model_dump(exclude_none=True) for number, change in self.frames.items()}
+        return {number: change.model_dump(exclude_unset=True) for number, change in self.frames.items()}
 
 
 class ImagesRequest(_Request):

@@ -120,7 +120,7 @@ class Stories:
         """A new story that has the frames of a finished one, and those that change are drawn again.
 
         Args:
-            check: raises what is wrong with the new story; then nothing is written.
+            check: raises what is wrong with the new story, which names pictures by their ids; then nothing is written.
 
         Raises:
             InputError: see `Edit.of`; or another model drew the story.
@@ -131,7 +131,7 @@ class Stories:
         def begin() -> Story:
             edit = Edit.of(folder, changes, follows=follows)
             refuse_another(folder, edit.run.record.identity, json_values(identity_of(self.pipeline, of)))
-            check(self.uploads.story(of.owner, edit.story.to_dict()), of.settings)
+            check(edit.story, of.settings)
             edit.begin(edit.identity(), self.path(name))
             return edit.story
 

@@ -17,30 +17,30 @@ from storyadapter.serve.problems import Problem
 ID: Final = r"^[0-9a-f]{32}$"
 
 
-def ids_in(story: Mapping[str, Any]) -> set[str]:
-    """Of all uploads that a story has."""
-    found: list[str] = []
+def ids_in(story: Mapping[str, Any]) -> dict[str, str]:
+    """Of all uploads that a story has, each with what it is there: "references" or "control"."""
+    found: dict[str, str] = {}
 
-    def note(name: str) -> str:
-        found.append(name)
+    def note(name: str, key: str) -> str:
+        found[name] = key
         return name
 
     _placed(story, note)
-    return set(found)
+    return found
 
 
-def _placed(story: Mapping[str, Any], place: Callable[[str], str]) -> dict[str, Any]:
+def _placed(story: Mapping[str, Any], place: Callable[[str, str], str]) -> dict[str, Any]:
     """A story as JSON values, with other words for its pictures."""
 
-    def of(named: Any) -> Any:
+    def of(named: Any, key: str) -> Any:
         if isinstance(named, list):
-            return [of(one) for one in named]
-        return named and place(named)
+            return [of(one, key) for one in named]
+        return named and place(named, key)
 
     def within(value: Any) -> Any:
         if not isinstance(value, Mapping):
             return value
-        return {**value, **{key: of(value[key]) for key in ("references", "control") if key in value}}
+        return {**value, **{key: of(value[key], key) for key in ("references", "control") if key in value}}
 
     characters = {name: within(who) for name, who in story["characters"].items()}
     return {**story, "prompts": [within(frame) for frame in story["prompts"]], "characters": characters}
@@ -74,7 +74,7 @@ class Uploads:
     def story(self, owner: str, story: Mapping[str, Any]) -> Story:
         """A story that has a key's pictures by their ids, with their files. Raises InputError: see `Story`."""
         folder = self.folder(owner)
-        return TypeAdapter(Story).validate_python(_placed(story, lambda name: str(folder / name)))
+        return TypeAdapter(Story).validate_python(_placed(story, lambda name, _: str(folder / name)))
 
     def holds(self, owner: str, name: str) -> bool:
         """Whether the key has such a picture."""

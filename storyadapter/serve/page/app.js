@@ -72,6 +72,8 @@ function editButton(number, prompt) {
     $("edit-title").textContent = `Frame ${number + 1}`;
     $("edit-prompt").value = prompt;
     $("edit-seed").value = "";
+    $("edit-control").value = "";
+    $("edit-guide").hidden = !shown.settings.controls;
     $("edit").hidden = false;
     $("edit-prompt").focus();
   });
@@ -194,6 +196,11 @@ $("again").addEventListener("click", () => {
 $("edit").addEventListener("submit", attempt(async () => {
   const change = { prompt: $("edit-prompt").value };
   if ($("edit-seed").value) change.seed = Number($("edit-seed").value);
+  if ($("edit-control").files.length) {
+    const sent = await Promise.all([...$("edit-control").files].map((file) => call("/v1/uploads", "POST", file)));
+    change.control = sent.map((picture) => picture.id);
+    while (change.control.length < shown.settings.controls.length) change.control.push(null);
+  }
   const asked = { frames: { [edited]: change }, follow: $("edit-follow").checked };
   await show((await call(`/v1/stories/${shown.id}/edits`, "POST", asked)).id, true);
 }));

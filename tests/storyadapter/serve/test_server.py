@@ -245,6 +245,7 @@ def test_the_page_is_used_by_keyboard_and_told_to_screen_readers(address: str, t
         page.tab_to("#frames button")
         page.press("Enter")
         assert page.value("document.querySelector('#edit-title').textContent") == "Frame 1"
+        assert page.value("document.querySelector('#edit-guide').hidden")  # there is no ControlNet
         page.value("document.querySelector('#edit-prompt').value = 'a fox runs'")
         page.tab_to("#edit > button")
         page.press("Enter")

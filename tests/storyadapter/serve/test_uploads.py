@@ -16,7 +16,9 @@ from storyadapter.__main__ import main
 from storyadapter.bench.served import served
 from storyadapter.serve.app import make_app
 from storyadapter.serve.gate import Gate, Keys
+from storyadapter.serve.uploads import Uploads
 from tests.control_models import poses, write_controlnet
+from tests.oracle.comparison import errors_of_frames
 from tests.storyadapter.checkpoint.spoil import tiny_paths
 from tests.storyadapter.serve.serving import DEFAULTS, LIMITS, stories_of
 from tests.storyadapter.serve.test_server import ASKED, SETTINGS, drawn, events, picture
@@ -137,6 +139,36 @@ def test_a_picture_that_was_sent_guides_a_frame_by_a_controlnet_as_it_does_for_r
         refused = client.post("/v1/stories", json=two)
         assert (refused.status_code, refused.json()["field"]) == (422, "controlnet")
 
+        # an edit that swaps one picture and takes away the other, beside stories that have it so from the first
+        plain = finished(client, client.post("/v1/stories", json=asked | {"prompts": ["a fox", "an owl", "a wolf"]}))
+        change = {"frames": {"0": {"control": sent_maps[1]}, "1": {"control": None}}}
+        edited = finished(client, client.post(f"/v1/stories/{story}/edits", json=change))
+        assert same(edited, story) == [False, False, True]
+        found, swapped_so, plain_so = (
+            [Image.open(BytesIO(data)) for data in frames(name, 0)] for name in (edited, other, plain)
+        )
+        assert max(errors_of_frames(found[:2], [swapped_so[0], plain_so[1]])) < 0.05
+        assert min(errors_of_frames(found[:2], [plain_so[0], swapped_so[1]])) > 5
+
+        def refused_edit(control: object, of: str = story) -> tuple[int, str | None, str]:
+            change = {"frames": {"0": {"control": control}}}
+            problem = client.post(f"/v1/stories/{of}/edits", json=change).json()
+            return problem["status"], problem.get("field"), problem["detail"]
+
+        anothers = Uploads(tmp_path / "uploads", 1).add("bo", png()).id
+        for name in ("0" * 32, anothers):
+            detail = f"there is no upload {name}; expected an id of /v1/uploads"
+            assert refused_edit(name) == (422, "control", detail)
+        assert refused_edit(str(maps / "0.png"))[0] == 422
+        expected = "frame 0 has 2 control pictures; expected 1: one for each controlnet, null for none"
+        assert refused_edit([sent_maps[1], None]) == (422, "controlnet", expected)
+        for name, control in ((story, sent_maps[0]), (plain, None)):
+            assert refused_edit(control, name)[2].startswith("frame 0 would be drawn as it is; expected ")
+        client.delete(f"/v1/uploads/{sent_maps[0]}")
+        change = {"frames": {"1": {"seed": 8}}}
+        gone = client.post(f"/v1/stories/{story}/edits", json=change).json()
+        assert gone["detail"] == f"there is no upload {sent_maps[0]}; expected an id of /v1/uploads"
+
 
 @pytest.mark.parametrize(
     ("data", "kind", "status", "detail"),
@@ -185,6 +217,10 @@ def test_frames_of_a_finished_story_are_drawn_again(client: httpx.Client) -> Non
     for old, new in zip(before, [frames(second, iteration) for iteration in range(2)], strict=True):
         assert [one == two for one, two in zip(old, new, strict=True)] == [True, False, True]
     assert [frames(first, iteration) for iteration in range(2)] == before
+    asked = {"frames": {"1": {"seed": None}}}  # the story's, with the words of the edit
+    again = finished(client, client.post(f"/v1/stories/{second}/edits", json=asked))
+    record = client.get(f"/v1/stories/{again}/story.json").json()
+    assert record["identity"]["story"]["prompts"][1] == "a wolf runs"
     all_of_them = {"frames": {"1": {"prompt": "a wolf runs", "seed": 8}}, "follow": True}
     third = finished(client, client.post(f"/v1/stories/{first}/edits", json=all_of_them))
     assert [one == two for one, two in zip(frames(third, 1), before[1], strict=True)] == [False] * 3
@@ -203,6 +239,9 @@ def test_what_cannot_be_edited_is_told(client: httpx.Client) -> None:
     assert status == 422 and "would be drawn as it is" in detail
     assert refused({"frames": {}})[:2] == (422, "frames")
     assert refused({"frames": {"0": {"prompt": " "}}})[0] == 422
+    assert refused({"frames": {"0": {"prompt": None}}})[:2] == (422, "frames.0.prompt")
+    picture = {"frames": {"0": {"control": sent(client, png())}}}
+    assert refused(picture)[2].startswith("the story has control pictures, and there is no ControlNet; expected ")
     assert refused({"frames": {"0": {"prompt": "x"}}}, "none")[0] == 404
     waiting = [client.post("/v1/stories", json=ASKED).json()["id"] for _ in range(3)][-1]
     client.delete(f"/v1/stories/{waiting}")
