@@ -1,5 +1,6 @@
 """ControlNets in the denoising loop: each frame's pictures, and what they add to the UNet in each call."""
 
+import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -99,6 +100,15 @@ def embed_control(networks: Networks, index: int, picture: ControlPicture) -> Te
 def control_bytes(geometry: Geometry, dtype: torch.dtype, height: int, width: int) -> int:
     """What the conditions of one frame take, h and w latents: 10 MB each for SDXL in half precision."""
     return sum(control.residuals[0].channels for control in geometry.controls) * height * width * dtype.itemsize
+
+
+def control_state_bytes(geometry: Geometry, dtype: torch.dtype, rows: int, height: int, width: int) -> int:
+    """What a `ControlState` keeps for so many rows, h and w latents: their conditions, and the zeros for calls without
+    a ControlNet, 54 MB a row for SDXL in half precision; 0 for a model without ControlNets."""
+    letters = {"B": rows, "h": height, "w": width}
+    zeros = [tensor.shape for control in geometry.controls[:1] for tensor in residual_specs(control)]
+    count = sum(math.prod(size_of(dim, letters) for dim in shape) for shape in zeros)
+    return rows * control_bytes(geometry, dtype, height, width) + count * dtype.itemsize
 
 
 class ControlState:

@@ -12,7 +12,8 @@ within what the engine takes and at most `plan.FRAMES_AT_MOST`; then the story i
   takes over `decode`, whose place it takes, and what the hungriest of the networks takes that run between
   micro-batches: little, unless their weights come from the host for each call.
 - `per_frame` is what each frame adds to a UNet call (the activations of two rows, the keys and values of its prompt),
-  and two more copies of those keys and values on their way.
+  two more copies of those keys and values on their way, and of a model with ControlNets what their pictures became
+  and the zeros that stand for residuals in steps without any.
 
 What is left then keeps the text of the whole story, or else it is projected again for each micro-batch, which costs a
 few thousandths of the time; and two frames are decoded at once if there is still room for that.
@@ -31,7 +32,7 @@ from storyadapter.method.plan import FRAMES_AT_MOST, FRAMES_UNMEASURED, RunPlan,
 from storyadapter.model.contract import Range, control_embedding_name, control_projection_name, controlnet_name
 from storyadapter.model.networks import Networks, idle_inputs
 from storyadapter.runtime.conditioning import text_bytes
-from storyadapter.runtime.control import control_bytes
+from storyadapter.runtime.control import control_bytes, control_state_bytes
 from storyadapter.runtime.denoising import StatePool
 from storyadapter.runtime.streams import decoding_stream
 
@@ -146,8 +147,8 @@ def measure_needs(networks: Networks, plan: RunPlan, references: int, allowed: R
         networks.dtype("denoiser"),
         unet_letters(networks, plan, 1, references),
     )
-    condition = control_bytes(geometry, dtype, letters["h"], letters["w"])
-    control = (letters["B"] + 1) * condition  # in each of its rows, and kept
+    size = letters["h"], letters["w"]
+    control = control_state_bytes(geometry, dtype, letters["B"], *size) + control_bytes(geometry, dtype, *size)  # kept
     return MemoryNeeds(
         free,
         fixed=max(0, one - per_frame) + max(0, encode - decode) + between,

@@ -1,12 +1,30 @@
 """What follows from measured needs of memory."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from storyadapter import RunPlan, api
+from storyadapter.bench.synthetic import SDXL
+from storyadapter.checkpoint import Checkpoint
 from storyadapter.method.plan import FRAMES_AT_MOST, split_evenly
-from storyadapter.model.contract import Range
-from storyadapter.runtime.memory import RESERVE_AT_LEAST, RESERVE_SHARE, MemoryNeeds, frames_that_fit, share_memory
+from storyadapter.model.contract import Range, controlnet_name
+from storyadapter.model.networks import idle_inputs
+from storyadapter.runtime.control import ControlState, control_state_bytes
+from storyadapter.runtime.memory import (
+    RESERVE_AT_LEAST,
+    RESERVE_SHARE,
+    MemoryNeeds,
+    frames_that_fit,
+    share_memory,
+    unet_letters,
+)
+from tests.control_models import write_controlnet
+from tests.storyadapter.checkpoint.spoil import tiny_paths
 
 GB = 1 << 30
 MB = 1 << 20
@@ -84,3 +102,30 @@ def test_whatever_is_chosen_fits(
     used += max(free // RESERVE_SHARE, RESERVE_AT_LEAST)
     least = batching.max_frames == batching.decode_frames == 1 and not batching.keep_text
     assert used <= free or least
+
+
+def test_what_controlnets_keep_for_a_batch_is_what_is_counted(tiny_model_dir: Path, tmp_path: Path) -> None:
+    nets = [write_controlnet(tiny_model_dir, tmp_path / str(seed), seed) for seed in range(2)]
+    model = Checkpoint.open(tiny_paths(tiny_model_dir, controlnets=nets))
+    networks = api.open_checkpoint(model, backend="eager").networks
+    letters = unet_letters(networks, RunPlan(height=64, width=96), 3, 1)
+    whole = idle_inputs(networks, "denoiser", letters)
+    text = [
+        {name: value for name, value in idle_inputs(networks, controlnet_name(index), letters).items() if "kv" in name}
+        for index in range(2)
+    ]
+    state = ControlState(networks, (True, True), True, 5, text, (whole, whole))
+    given = {tensor.data_ptr() for group in (whole, *text) for tensor in group.values()}
+    found = sum(tensor.nbytes for tensor in state.tensors if tensor.data_ptr() not in given)
+    geometry = networks.geometry
+    # the times' embeddings, the scales of this call, and those of 5 calls
+    small = sum(6 * (4 * control.time_embedding + 4 + 5 * 4) for control in geometry.controls)
+    assert found == control_state_bytes(geometry, torch.float32, 6, 8, 12) + small
+    assert control_state_bytes(replace(geometry, controls=()), torch.float32, 6, 8, 12) == 0
+
+
+def test_what_a_controlnet_keeps_for_a_row_at_full_size() -> None:
+    geometry = replace(SDXL.geometry, controls=(SDXL.control_geometry,))
+    zeros = 3 * 320 * 128**2 + (320 + 2 * 640) * 64**2 + (640 + 3 * 1280) * 32**2
+    assert control_state_bytes(geometry, torch.float16, 1, 128, 128) == 2 * (zeros + 320 * 128**2)
+    assert 53e6 < 2 * zeros < 54e6
