@@ -16,14 +16,25 @@ BACKENDS: Final[dict[str, Backend]] = {backend.name: backend for backend in (EAG
 AUTO: Final = "auto"
 
 
-def find_backend(name: str, device: "torch.device | None" = None) -> Backend:
+def find_backend(
+    name: str, device: "torch.device | None" = None, *, precision: str = AUTO, vae_precision: str = AUTO
+) -> Backend:
     """The backend of this name; for "auto" the default of this machine, or of one of its devices.
+
+    Args:
+        precision, vae_precision: as of `storyadapter.open`; "auto" takes a backend that has them.
 
     Raises:
         UnavailableError: no backend has this name.
     """
     if name == AUTO:
-        serving = [backend for backend in BACKENDS.values() if device is None or backend.runs_on(device)]
+        serving = [
+            backend
+            for backend in BACKENDS.values()
+            if (device is None or backend.runs_on(device))
+            and precision in (AUTO, *backend.precisions, *backend.number_formats)
+            and vae_precision in (AUTO, *backend.vae_precisions)
+        ]
         return max(serving, key=lambda backend: backend.rank())
     if name not in BACKENDS:
         raise UnavailableError(f"unknown backend {name!r}", expected=f"one of {', '.join(BACKENDS)}")

@@ -73,8 +73,8 @@ def open(  # as of a file: what it gives is ready for use
     Args:
         base_model: a diffusers SDXL folder, a hub name in the local cache, or one .safetensors file.
         image_encoder, ip_adapter: those that go with it; all three are given or none.
-        backend: "auto" (the fastest that serves here) or a name, see `storyadapter-trt doctor`. All but "eager" need an
-            engine in the store, which `storyadapter-trt build` makes.
+        backend: "auto" (the fastest here that has the precisions named) or a name, see `storyadapter-trt doctor`. All
+            but "eager" need an engine in the store, which `storyadapter-trt build` makes.
         precision: "auto" (fp16 on a GPU, fp32 on a CPU), "fp32", "fp16", "bf16", or "fp8" for a denoiser with 8-bit
             products, whose scales `storyadapter-trt build` finds.
         vae_precision: of the VAE alone; "auto" is fp32 where the checkpoint asks for it, else as `precision`.
@@ -98,10 +98,10 @@ def open(  # as of a file: what it gives is ready for use
             the command that builds it.
     """
     asked = None if device is None else checked_device(device)
-    chosen = find_backend(backend, asked)
     for field, name, more in (("precision", precision, NUMBER_FORMATS), ("vae_precision", vae_precision, ())):
         if name not in (AUTO, *PRECISIONS, *more):
             raise InputError(Field(field), f" is {name}", expected=f"one of {', '.join((AUTO, *PRECISIONS, *more))}")
+    chosen = find_backend(backend, asked, precision=precision, vae_precision=vae_precision)
     main = cast(Precision, precision) if precision in PRECISIONS else chosen.default_precision(asked)
     of_vae = None if vae_precision == AUTO else cast(Precision, vae_precision)
     quantization = Quantization(cast(NumberFormat, precision)) if precision in NUMBER_FORMATS else None
@@ -169,7 +169,8 @@ def open_checkpoint(
     asked = None if device is None else checked_device(device)
     if asked is not None and asked.index is not None:
         torch.cuda.set_device(asked)
-    chosen = find_backend(backend, asked)
+    named = {"precision": numerics.name, "vae_precision": numerics["vae_decoder"]} if numerics else {}
+    chosen = find_backend(backend, asked, **named)
     networks = open_networks(
         checkpoint,
         backend=chosen.name,

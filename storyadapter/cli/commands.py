@@ -133,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
         model = model_choice(args)
         reporter.stage("", OPENING)
         if not (args.workers or args.ray):
-            find_backend(args.backend).wake()
+            find_backend(args.backend, precision=args.precision, vae_precision=args.vae_precision).wake()
         from storyadapter.cli.drawing import draw
 
         clock.mark("imports")

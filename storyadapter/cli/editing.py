@@ -50,7 +50,7 @@ def edit(args: argparse.Namespace) -> int:
         model = recorded_model(args, run.record.sessions[-1].details if run.record.sessions else {})
         reporter.stage("", OPENING)
         if not (args.workers or args.ray):
-            find_backend(args.backend).wake()
+            find_backend(args.backend, precision=args.precision, vae_precision=args.vae_precision).wake()
         from storyadapter.cli.drawing import draw
 
         clock.mark("imports")

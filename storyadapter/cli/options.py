@@ -131,7 +131,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--backend",
         default=AUTO,
         choices=(AUTO, *BACKENDS),
-        help="what runs the networks (default: auto, the fastest that serves on this machine; see doctor)",
+        help="what runs the networks (default: auto, the fastest here that has the precisions typed; see doctor)",
     )
     engine.add_argument(
         "--device",
@@ -330,9 +330,9 @@ class Session:
         return f"{self.backend.name} {self.numerics}"
 
 
-def choose_engine(backend: str, precision: str) -> tuple[Backend, Precision]:
+def choose_engine(backend: str, precision: str, vae_precision: str = AUTO) -> tuple[Backend, Precision]:
     """What was typed; for `auto`, and beside quantized products, what serves best on this machine."""
-    found = find_backend(backend)
+    found = find_backend(backend, precision=precision, vae_precision=vae_precision)
     typed_ = precision in PRECISIONS
     return found, cast(Precision, precision) if typed_ else found.default_precision()
 
@@ -344,7 +344,7 @@ def open_session(args: argparse.Namespace, model: ModelChoice) -> Session:
         UnavailableError: see `Backend.check`.
         CheckpointError: see `Checkpoint.open`.
     """
-    backend, precision = choose_engine(args.backend, args.precision)
+    backend, precision = choose_engine(args.backend, args.precision, args.vae_precision)
     asked: Precision | None = None if args.vae_precision == AUTO else args.vae_precision
     quantization = None
     if args.precision in NUMBER_FORMATS:

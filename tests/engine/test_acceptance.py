@@ -115,6 +115,9 @@ def test_auto_takes_what_was_accepted_on_this_machine_alone(on_a_machine_of: dic
     assert usual.name != "tensorrt"
     path = accept(FACTS, PASSED)
     assert find_backend(AUTO).name == "tensorrt"
+    assert {find_backend(AUTO, precision=name).name for name in ("fp16", "bf16", "fp8")} == {"tensorrt"}
+    assert find_backend(AUTO, precision="fp32") is usual  # which TensorRT doesn't have
+    assert find_backend("tensorrt", precision="fp32").name == "tensorrt"
     on_a_machine_of["driver"] = "590.1"
     assert find_backend(AUTO) is usual
     on_a_machine_of |= FACTS

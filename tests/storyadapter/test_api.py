@@ -88,6 +88,8 @@ def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_default_backend_of_a_device() -> None:
     assert find_backend(AUTO, torch.device("cpu")).name in ("onnxruntime", "eager")
+    assert find_backend(AUTO, torch.device("cpu"), precision="bf16").name == "eager"
+    assert find_backend(AUTO, torch.device("cpu"), vae_precision="bf16").name == "eager"
     assert find_backend("eager").default_precision(torch.device("cpu")) == "fp32"
 
 

@@ -125,3 +125,19 @@ def test_a_record_of_another_driver_is_told(type_in: Type, machine) -> None:
     told = "accepted   tensorrt: NO, though elsewhere: driver is 580.95 here, 570.1 there; type: "
     assert f"{told}storyadapter-trt doctor --accept tensorrt" in lines
     assert "default    --backend tensorrt" not in lines
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here TensorRT may run")
+def test_auto_takes_another_for_a_precision_that_the_accepted_has_not(
+    type_in: Type, machine, quick_run: list[str]
+) -> None:
+    accept(FACTS, [Outcome(PASSES, True, "fine", 1.0)])
+    machine([PASSES])
+    words = [*quick_run, "--backend", "auto", "--engine-dir", "engines"]
+    for precision in ("fp16", "bf16"):
+        assert "error: backend tensorrt " in type_in(*words, "--precision", precision).err  # it takes a GPU
+    done = type_in(*words, "--precision", "fp32")
+    assert done.code == 2 and "build it: storyadapter-trt build " in done.err
+    assert " --backend onnxruntime --precision fp32 " in done.err
+    done = type_in(*words, "--backend", "tensorrt", "--precision", "fp32")
+    assert done.code == 2 and "error: backend tensorrt " in done.err
