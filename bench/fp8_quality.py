@@ -133,7 +133,7 @@ def judge(args: argparse.Namespace) -> Fp8Quality:
     own = measured(expected)
     before = args.iterations - 1
     references = {place: FinishedIteration(before, drawn[before]) for place, drawn in expected.items()}
-    fp8, how = exact.calibrated(told)
+    fp8, how = exact.calibrated(args.precision, told)
     assert fp8.scales is not None
     modes = []
     for name, changed in {fp8.numerics.name: lambda scales: scales, **CONTROLS}.items():

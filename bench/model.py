@@ -83,14 +83,14 @@ class BenchmarkModel:
         numerics = self.checkpoint.geometry.numerics(self.engine.precision, self.engine.vae)
         if self.scales is None:
             return numerics
-        quantization = Quantization(cast(NumberFormat, self.scales.recipe.number_format), self.scales.key)
+        quantization = Quantization(self.scales.recipe.number_format, self.scales.key)
         return replace(numerics, quantization=quantization)
 
     def quantized(self, scales: Scales) -> Self:
         """The same, its denoiser quantized by these scales."""
         return replace(self, checkpoint=self.checkpoint.rewritten(scales.apply), scales=scales)
 
-    def calibrated(self, tell: Tell) -> tuple[Self, str]:
+    def calibrated(self, number_format: NumberFormat, tell: Tell) -> tuple[Self, str]:
         """The same quantized by its own scales: those of the store, or else found now; and how they were had.
 
         Raises:
@@ -105,7 +105,7 @@ class BenchmarkModel:
                 fraction = done
 
         key, engine_dir = model_weights(self.checkpoint).key, self.engine.engine_dir
-        find = partial(find_or_make_scales, self.checkpoint, key, engine_dir, on_fraction=on_fraction)
+        find = partial(find_or_make_scales, self.checkpoint, key, number_format, engine_dir, on_fraction=on_fraction)
         scales, seconds = measure_run(find, self.device)
         how = f"calibrated in {seconds:.0f} s" if fraction else "from the engine store"
         return self.quantized(scales), f"of {len(scales.inputs)} layers, {how}"

@@ -3,7 +3,7 @@
 import argparse
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -13,7 +13,7 @@ from storyadapter.demo.shipped import MODEL
 from storyadapter.demo.vocabulary import FRAMES_AT_MOST
 from storyadapter.engine.backends import AUTO, BACKENDS
 from storyadapter.method.errors import InputError
-from storyadapter.model.numerics import NUMBER_FORMATS, PRECISIONS, Precision
+from storyadapter.model.numerics import PRECISIONS, NumberFormat, Precision
 
 
 def add_engine_options(
@@ -22,14 +22,14 @@ def add_engine_options(
     backend: str = "",
     default: str = AUTO,
     precision: str = "of all networks",
-    number_formats: bool = False,
+    number_formats: Sequence[NumberFormat] = (),
 ) -> None:
     """Precision, engine store and, with a help for it, backend.
 
     Args:
         backend, precision: what they are for, in the help; without the first, the benchmark runs several backends.
         default: backend.
-        number_formats: whether a denoiser with quantized products can be asked for.
+        number_formats: of quantized products that can be asked for.
     """
     if backend:
         auto = "auto, as run" if default == AUTO else default
@@ -39,7 +39,7 @@ def add_engine_options(
     parser.add_argument(
         "--precision",
         default=AUTO,
-        choices=(AUTO, *PRECISIONS, *(NUMBER_FORMATS if number_formats else ())),
+        choices=(AUTO, *PRECISIONS, *number_formats),
         help=f"{precision} (default: auto, fp16 on a GPU, fp32 on a CPU)",
     )
     parser.add_argument("--engine-dir", type=Path, metavar="D", help="engine store (default: in the user's cache)")

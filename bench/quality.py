@@ -48,8 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "that draws all stories at once (default: %(default)s)",
     )
     text = "of the pipeline; its engine is built first where the store has none"
-    precision = "of the pipeline; fp8: as auto, and beside it the same stories in fp8 and with wrong scales"
-    options.add_engine_options(parser, backend=text, default="eager", precision=precision, number_formats=True)
+    precision = "of the pipeline; fp8, int8: as auto, and beside it the same stories so and with wrong scales"
+    options.add_engine_options(
+        parser, backend=text, default="eager", precision=precision, number_formats=NUMBER_FORMATS
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="write quality.json and a sheet per story here")
 
 
@@ -100,7 +102,7 @@ def _run_study(args: argparse.Namespace) -> int:
 
 
 def _run_fp8(args: argparse.Namespace) -> int:
-    """Exit code 1 if fp8 isn't as good as what it stands beside, or wrong scales aren't found out."""
+    """Exit code 1 if the quantized denoiser isn't as good as the exact one, or wrong scales aren't found out."""
     from storyadapter.bench import fp8_quality
 
     found = fp8_quality.judge(args)

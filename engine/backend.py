@@ -221,7 +221,7 @@ class Backend(ABC):
                 expected = (Field(field), f" {' or '.join(served)}")
                 raise UnavailableError(f"{refused}it can't run{what} in {asked}", expected=expected, field=field)
         if numerics.quantization and numerics.name not in self.number_formats:
-            expected = (Field("precision"), f" {' or '.join(self.precisions)}")
+            expected = (Field("precision"), f" {' or '.join((*self.precisions, *self.number_formats))}")
             raise UnavailableError(f"{refused}it can't run in {numerics.name}", expected=expected, field="precision")
 
     def options(self, given: Mapping[str, Any]) -> Any:

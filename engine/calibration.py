@@ -17,8 +17,9 @@ from storyadapter.method.errors import InputError
 from storyadapter.method.events import StepFinished
 from storyadapter.method.plan import RunPlan
 from storyadapter.method.story import Story
+from storyadapter.model.numerics import NumberFormat
 from storyadapter.quantization.calibration import calibrate
-from storyadapter.quantization.recipe import FP8
+from storyadapter.quantization.recipe import RECIPES, Recipe
 from storyadapter.quantization.scales import Scales
 from storyadapter.runtime.pipeline import StoryPipeline
 
@@ -45,22 +46,23 @@ def calibration_stories() -> Iterator[Story]:
         yield Story.from_prompts([f"{who} {what}" for what in _WHAT])
 
 
-def find_scales(engine_dir: Path | None, model: str) -> Scales | None:
+def find_scales(engine_dir: Path | None, model: str, number_format: NumberFormat) -> Scales | None:
     """The scales of a model by the key of its weights; None if the store has none of this version's recipe.
 
     Raises:
         InputError: the store has some that can't be used.
     """
-    folder = _folder(engine_dir, model)
+    folder = _folder(engine_dir, model, number_format)
     if not folder.is_dir():
         return None
     scales = Scales.load(folder, model)
-    return scales if scales.recipe == FP8 else None
+    return scales if scales.recipe == RECIPES[number_format] else None
 
 
 def find_or_make_scales(
     checkpoint: Checkpoint,
     model: str,
+    number_format: NumberFormat,
     engine_dir: Path | None = None,
     *,
     steps: int = _STEPS,
@@ -79,16 +81,17 @@ def find_or_make_scales(
         InputError: the store can't be read or written, or the model's activations aren't finite.
     """
     with suppress(InputError):  # what can't be used is found again
-        if (found := find_scales(engine_dir, model)) is not None:
+        if (found := find_scales(engine_dir, model, number_format)) is not None:
             return found
-    scales = Scales(FP8, model, _measure(checkpoint, default_device(), steps, on_fraction))
-    _keep(scales, _folder(engine_dir, model))
+    recipe = RECIPES[number_format]
+    scales = Scales(recipe, model, *_measure(checkpoint, recipe, default_device(), steps, on_fraction))
+    _keep(scales, _folder(engine_dir, model, number_format))
     return scales
 
 
 def _measure(
-    checkpoint: Checkpoint, device: torch.device, steps: int, on_fraction: Callable[[float], None]
-) -> dict[str, float]:
+    checkpoint: Checkpoint, recipe: Recipe, device: torch.device, steps: int, on_fraction: Callable[[float], None]
+) -> tuple[dict[str, float], dict[str, tuple[float, ...]]]:
     # pictures are read by CLIP alone: the VAE's fast precision will do
     numerics = checkpoint.geometry.numerics(*(("fp16", "bf16") if device.type == "cuda" else ("fp32", None)))
     networks = open_eager(checkpoint, numerics, device, lambda network: None)
@@ -106,11 +109,11 @@ def _measure(
                 if isinstance(event, StepFinished):
                     on_fraction(min(next(done) / calls, 1.0))
 
-    return calibrate(denoiser.module, FP8, draw)
+    return calibrate(denoiser.module, recipe, draw)
 
 
-def _folder(engine_dir: Path | None, model: str) -> Path:
-    return EngineStore(engine_dir).root / f".scales-{model}"  # hidden: it isn't an engine
+def _folder(engine_dir: Path | None, model: str, number_format: NumberFormat) -> Path:
+    return EngineStore(engine_dir).root / f".scales-{number_format}-{model}"  # hidden: it isn't an engine
 
 
 def _keep(scales: Scales, folder: Path) -> None:

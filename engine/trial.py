@@ -87,7 +87,7 @@ class Trial:
         checkpoint = Checkpoint.open(self.paths)
         if self.number_format is None:
             return checkpoint, checkpoint.geometry.numerics(self.precision)
-        scales = find_or_make_scales(checkpoint, model_weights(checkpoint).key, self.folder)
+        scales = find_or_make_scales(checkpoint, model_weights(checkpoint).key, self.number_format, self.folder)
         quantization = Quantization(self.number_format, scales.key)
         return checkpoint.rewritten(scales.apply), checkpoint.geometry.numerics(self.precision, None, quantization)
 

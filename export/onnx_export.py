@@ -21,7 +21,7 @@ from storyadapter.model.dynamic_shapes import dynamic_shapes
 from storyadapter.model.examples import example_inputs, example_letters, run_examples
 from storyadapter.model.numerics import QUANTIZED_TOLERANCE, Precision
 from storyadapter.model.unet import GlobalReferenceCrossAttention
-from storyadapter.quantization.layers import Fp8Layer
+from storyadapter.quantization.layers import QuantizedLayer
 
 # Latents that every file is exported for besides its own: a full-size UNet at full size takes a CPU half an hour.
 _COMPARED_LATENTS = Range(8, 16)
@@ -57,7 +57,7 @@ def export_compared(
     on_stage("exporting to ONNX")
     path = export_network(spec, module, wide, precision, folder)
     on_stage("comparing with eager")
-    quantized = any(isinstance(part, Fp8Layer) for part in module.modules())
+    quantized = any(isinstance(part, QuantizedLayer) for part in module.modules())
     twin, most = precision == "bf16", QUANTIZED_TOLERANCE if quantized else TOLERANCE[precision]
     compared_in: Precision = "fp32" if twin else precision
     examples = run_examples(spec, module.float() if twin else module, wide, compared_in)

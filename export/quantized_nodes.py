@@ -1,6 +1,6 @@
 """Quantized layers in ONNX: a QuantizeLinear and a DequantizeLinear before a product of dequantized operands.
 
-A runtime that multiplies e4m3 numbers takes the pattern for one product of them; any other computes what eager's
+A runtime that multiplies such numbers takes the pattern for one product of them; any other computes what eager's
 emulation does. Scales, and what is quantized by them, are in fp32: in half precision those of small activations would
 lose digits, and ONNX Runtime takes no scale of another type than the values'.
 """
@@ -10,10 +10,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.onnx.ops import symbolic
 
-from storyadapter.quantization.layers import E4M3, Fp8Layer
+from storyadapter.quantization.layers import QuantizedLayer
 
 
 class QuantizedNodes(nn.Module):
@@ -21,29 +20,26 @@ class QuantizedNodes(nn.Module):
 
     zero: Tensor
 
-    def __init__(self, layer: Fp8Layer) -> None:
+    def __init__(self, layer: QuantizedLayer) -> None:
         super().__init__()
         self.layer = layer
-        self.register_buffer("zero", torch.zeros((), dtype=E4M3, device=layer.weight.device))
+        self.register_buffer("zero", torch.zeros((), dtype=layer.weight.dtype, device=layer.weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
         """As the layer's."""
         layer, scale = self.layer, self.layer.input_scale.reshape(())
-        taken = symbolic("QuantizeLinear", (x.float(), scale, self.zero), dtype=E4M3, shape=x.shape)
-        rounded = symbolic("DequantizeLinear", (taken, scale, self.zero), dtype=torch.float32, shape=x.shape).to(
-            x.dtype
-        )
+        smoothed, form = (layer.smoothed(x), scale, self.zero), self.zero.dtype
+        taken = symbolic("QuantizeLinear", smoothed, dtype=form, shape=x.shape)
+        rounded = symbolic("DequantizeLinear", (taken, scale, self.zero), dtype=torch.float32, shape=x.shape)
         rows, shape = (layer.weight, layer.weight_scale), layer.weight.shape
-        weight = symbolic("DequantizeLinear", rows, {"axis": 0}, dtype=torch.float32, shape=shape).to(x.dtype)
-        if layer.stride is None:
-            return functional.linear(rounded, weight, layer.bias)
-        return functional.conv2d(rounded, weight, layer.bias, layer.stride, padding=1)
+        weight = symbolic("DequantizeLinear", rows, {"axis": 0}, dtype=torch.float32, shape=shape)
+        return layer.product(rounded.to(x.dtype), weight.to(x.dtype))
 
 
 @contextmanager
 def as_nodes(module: nn.Module) -> Iterator[None]:
     """Inside, a network's quantized layers are exported as nodes."""
-    layers = {name: part for name, part in module.named_modules() if isinstance(part, Fp8Layer)}
+    layers = {name: part for name, part in module.named_modules() if isinstance(part, QuantizedLayer)}
 
     def put(name: str, part: nn.Module) -> None:
         parent, _, child = name.rpartition(".")

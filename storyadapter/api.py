@@ -75,8 +75,8 @@ def open(  # as of a file: what it gives is ready for use
         image_encoder, ip_adapter: those that go with it; all three are given or none.
         backend: "auto" (the fastest here that has the precisions named) or a name, see `storyadapter-trt doctor`. All
             but "eager" need an engine in the store, which `storyadapter-trt build` makes.
-        precision: "auto" (fp16 on a GPU, fp32 on a CPU), "fp32", "fp16", "bf16", or "fp8" for a denoiser with 8-bit
-            products, whose scales `storyadapter-trt build` finds.
+        precision: "auto" (fp16 on a GPU, fp32 on a CPU), "fp32", "fp16", "bf16", or "fp8" or "int8" for a denoiser with
+            8-bit products, whose scales `storyadapter-trt build` finds.
         vae_precision: of the VAE alone; "auto" is fp32 where the checkpoint asks for it, else as `precision`.
         device: "cpu", "cuda" or "cuda:1"; by default the current GPU if there is one. Another GPU becomes the current
             one of the calling thread, and of those that draw.
@@ -122,7 +122,7 @@ def open(  # as of a file: what it gives is ready for use
     checkpoint = Checkpoint.open(paths)
     numerics = checkpoint.geometry.numerics(main, of_vae, quantization)
     if quantization:
-        if (scales := find_scales(engine_dir, model_weights(checkpoint).key)) is None:
+        if (scales := find_scales(engine_dir, model_weights(checkpoint).key, quantization.number_format)) is None:
             advice = f"build it: storyadapter-trt build --precision {precision}"
             raise EngineMismatchError(f"no scales of {checkpoint.label} in the engine store", advice=advice)
         checkpoint, numerics = checkpoint.rewritten(scales.apply), numerics.with_scales(scales.key)

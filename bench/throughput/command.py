@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser,
         precision="of all networks but the VAE; fp8: as auto, and beside it, as the last rung and the last way of a "
         "story, with the denoiser's products over 8-bit operands; scales are found first where the store has none",
-        number_formats=True,
+        number_formats=("fp8",),
     )
     parser.add_argument(
         "--gpu-price",

@@ -7,7 +7,7 @@ from storyadapter.engine.inductor import SOURCES
 from storyadapter.engine.sources import sources_digest
 from storyadapter.engine.uses import ERRORS
 from storyadapter.method.errors import Field, InputError, UnavailableError
-from storyadapter.model.numerics import NUMBER_FORMATS, Numerics
+from storyadapter.model.numerics import Numerics
 
 if TYPE_CHECKING:
     from storyadapter.checkpoint import Checkpoint
@@ -23,7 +23,7 @@ class Inductor(Backend):
     name = "inductor"
     purpose = "compiled by PyTorch with the fused kernels: the default with a CUDA GPU"
     holds_weights = False
-    number_formats = NUMBER_FORMATS
+    number_formats = ("fp8",)
 
     def rank(self) -> int:
         return 3 if default_device().type == "cuda" else 0

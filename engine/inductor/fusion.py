@@ -23,7 +23,7 @@ from storyadapter.engine.inductor.vae_fusion import fuse_vae
 from storyadapter.model.controlnet import ControlNet, TextCrossAttention, TextInputs, text_attention
 from storyadapter.model.modules import VaeDecoder
 from storyadapter.model.unet import CrossAttentionInputs, Denoiser, GlobalReferenceCrossAttention, Upsample
-from storyadapter.quantization.layers import Fp8Layer
+from storyadapter.quantization.layers import QuantizedLayer
 
 AttentionInputs = CrossAttentionInputs | TextInputs
 
@@ -76,7 +76,7 @@ class GegluFeedForward(nn.Module):
     def __init__(self, feed_forward: FeedForward, operators: Operators) -> None:
         super().__init__()
         first = feed_forward.net[0].proj
-        self.geglu = Fp8Geglu(first, operators) if isinstance(first, Fp8Layer) else Geglu(first, operators)
+        self.geglu = Fp8Geglu(first, operators) if isinstance(first, QuantizedLayer) else Geglu(first, operators)
         self.to_out = product((feed_forward.net[2],), operators)
 
     def forward(self, rows: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ class Transformer(nn.Module):
     def __init__(self, model: Transformer2DModel, operators: Operators) -> None:
         """Raises ValueError: some of its linear layers are quantized, others aren't."""
         super().__init__()
-        layers = {name: part for name, part in model.named_modules() if isinstance(part, nn.Linear | Fp8Layer)}
+        layers = {name: part for name, part in model.named_modules() if isinstance(part, nn.Linear | QuantizedLayer)}
         plain = [name for name, part in layers.items() if isinstance(part, nn.Linear)]
         if 0 < len(plain) < len(layers):
             raise ValueError(
@@ -169,7 +169,7 @@ Sampler = Upsample | Downsample2D
 
 
 def _fused(name: str, part: nn.Module, operators: Operators) -> nn.Module | None:
-    quantized = any(isinstance(layer, Fp8Layer) for layer in part.modules())
+    quantized = any(isinstance(layer, QuantizedLayer) for layer in part.modules())
     if isinstance(part, ResnetBlock2D):
         return ResnetBlock(part, operators) if quantized else None
     if isinstance(part, Sampler):

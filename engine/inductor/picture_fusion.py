@@ -10,13 +10,13 @@ from torch.nn import functional
 from storyadapter.engine.inductor.operators import Operators
 from storyadapter.engine.inductor.products import Fp8Product
 from storyadapter.model.unet import Upsample
-from storyadapter.quantization.layers import Fp8Layer
+from storyadapter.quantization.layers import QuantizedLayer
 
 
 class Fp8Convolution(Fp8Product):
     """A 3×3 convolution over e4m3 pictures."""
 
-    def __init__(self, layer: Fp8Layer, operators: Operators) -> None:
+    def __init__(self, layer: QuantizedLayer, operators: Operators) -> None:
         assert layer.stride is not None
         super().__init__(layer)
         self.convolution, self.stride = operators.convolution_fp8, layer.stride[0]
@@ -56,7 +56,7 @@ class ResnetBlock(nn.Module):
             )
         self.norm1, self.norm2, self.group_norm = block.norm1, block.norm2, operators.group_norm
         self.conv1, self.conv2 = (
-            Fp8Convolution(layer, operators) if isinstance(layer, Fp8Layer) else Convolution(layer)
+            Fp8Convolution(layer, operators) if isinstance(layer, QuantizedLayer) else Convolution(layer)
             for layer in (block.conv1, block.conv2)
         )
         self.time_emb_proj, self.conv_shortcut = block.time_emb_proj, block.conv_shortcut

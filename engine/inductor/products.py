@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from storyadapter.engine.inductor.operators import Operators
-from storyadapter.quantization.layers import E4M3, LARGEST, Fp8Layer, to_e4m3
+from storyadapter.quantization.layers import E4M3, LARGEST, QuantizedLayer, to_e4m3
 
-Layer = nn.Linear | Fp8Layer
+Layer = nn.Linear | QuantizedLayer
 
 
 class Fp8Product(nn.Module):
@@ -31,7 +31,7 @@ class Fp8Product(nn.Module):
     shift: Tensor
     factor: Tensor
 
-    def __init__(self, *layers: Fp8Layer) -> None:
+    def __init__(self, *layers: QuantizedLayer) -> None:
         """Raises ValueError: the scales of what they read differ."""
         super().__init__()
         first = layers[0]
@@ -53,7 +53,7 @@ class Fp8Product(nn.Module):
 class Fp8Linear(Fp8Product):
     """Linear layers that read the same input, as one over e4m3 rows."""
 
-    def __init__(self, *layers: Fp8Layer, operators: Operators) -> None:
+    def __init__(self, *layers: QuantizedLayer, operators: Operators) -> None:
         super().__init__(*layers)
         self.linear = operators.linear_fp8
 
@@ -85,7 +85,7 @@ class Linear(nn.Module):
 
 def product(layers: Sequence[Layer], operators: Operators) -> Linear | Fp8Linear:
     """One product of layers that read the same input, all of which are quantized, or none."""
-    quantized = [layer for layer in layers if isinstance(layer, Fp8Layer)]
+    quantized = [layer for layer in layers if isinstance(layer, QuantizedLayer)]
     if quantized:
         return Fp8Linear(*quantized, operators=operators)
     return Linear(*(layer for layer in layers if isinstance(layer, nn.Linear)))
@@ -111,7 +111,7 @@ class Geglu(nn.Module):
 class Fp8Geglu(Fp8Product):
     """The same over e4m3 rows; its result is e4m3, too."""
 
-    def __init__(self, layer: Fp8Layer, operators: Operators) -> None:
+    def __init__(self, layer: QuantizedLayer, operators: Operators) -> None:
         super().__init__(layer)
         # e4m3 is moved as bytes
         weight, shift = operators.arrange_geglu(self.weight.detach().view(torch.uint8), self.shift)

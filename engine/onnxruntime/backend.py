@@ -20,7 +20,7 @@ class OnnxRuntime(Backend):
     extra = "onnxruntime"
     precisions = ("fp32", "fp16")
     vae_precisions = ("fp32", "fp16")
-    number_formats = NUMBER_FORMATS  # what a GPU multiplies in e4m3 is computed in the precision beside it
+    number_formats = NUMBER_FORMATS  # what a GPU multiplies in 8 bits is computed in the precision beside it
 
     def rank(self) -> int:
         return 2 if self.why_unavailable() is None else 0

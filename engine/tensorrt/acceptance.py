@@ -18,7 +18,7 @@ from storyadapter.engine.gpu import driver_version
 from storyadapter.engine.sources import sources_digest
 from storyadapter.engine.tensorrt import engine_name, layers_name, runtime_cache_name
 from storyadapter.engine.tensorrt.builder import embeds_kernel, timing_cache_name
-from storyadapter.engine.tensorrt.library import Library, choose_library, gpu_target, multiplies_fp8
+from storyadapter.engine.tensorrt.library import Library, choose_library, gpu_target, multiplies
 from storyadapter.engine.tensorrt.networks import TensorRTNetwork
 from storyadapter.engine.tensorrt.options import BuildOptions
 from storyadapter.engine.tensorrt.worker import Layer, parse_layers
@@ -26,6 +26,7 @@ from storyadapter.engine.trial import Trial, TrialError
 from storyadapter.export.grca_node import OP_TYPE
 from storyadapter.method.errors import UnavailableError
 from storyadapter.model.contract import Range, ShapeRanges
+from storyadapter.model.numerics import NUMBER_FORMATS, NumberFormat
 
 # what decides a picture between a plan and the GPU
 _SOURCES: Final = (
@@ -54,9 +55,9 @@ def facts() -> dict[str, str]:
 def plan(folder: Path) -> AcceptancePlan:
     """Every check that this machine's GPU and TensorRT can pass; see `Backend.acceptance_plan`."""
     library, targets = choose_library((), gpu_target())
-    if multiplies_fp8(targets[0]) and installed_version("nvidia-modelopt") is None:
+    if _formats(targets[0]) and installed_version("nvidia-modelopt") is None:
         raise UnavailableError(
-            "backend tensorrt can't be accepted here: nvidia-modelopt, which finds the scales of fp8, isn't installed",
+            "backend tensorrt can't be accepted here: nvidia-modelopt, which finds scales, isn't installed",
             advice="type: pip install 'storyadapter-trt[quantize]'",
         )
     paths = CheckpointPaths.given(None, None, None)
@@ -86,15 +87,19 @@ def plan_for(library: Library, target: str, tried: Trial, *, embeds: bool) -> Ac
     else:
         left_out.append(("plugin", f"{library} embeds no kernel for {target}"))
     checks.append(Check("pictures", "two iterations, compare with eager", trial.compare_pictures))
-    if multiplies_fp8(target):
+    formats = _formats(target)
+    for form in formats[:1]:
         checks += [
-            Check("fp8 build", "the same with e4m3 products", build, "fp8"),
-            Check("fp8 networks", "run each, compare with eager", trial.compare_networks, "fp8"),
-            Check("fp8 pictures", "two iterations, compare with eager", trial.compare_pictures, "fp8"),
+            Check(f"{form} build", f"the same with {form} products", build, form),
+            Check(f"{form} networks", "run each, compare with eager", trial.compare_networks, form),
+            Check(f"{form} pictures", "two iterations, compare with eager", trial.compare_pictures, form),
         ]
-    else:
-        left_out.append(("fp8", f"{target} doesn't multiply fp8 numbers"))
+    left_out += [(form, f"{target} doesn't multiply {form} numbers") for form in NUMBER_FORMATS if form not in formats]
     return AcceptancePlan(tried, checks, left_out)
+
+
+def _formats(target: str) -> list[NumberFormat]:
+    return [form for form in NUMBER_FORMATS if multiplies(form, target)]
 
 
 def build(tried: Trial) -> str:
@@ -102,11 +107,11 @@ def build(tried: Trial) -> str:
     said = trial.build(tried)
     reports: list[dict[str, Any]] = list(tried.engine().details["builds"].values())
     layers, fused, products = (
-        sum(report[name] for report in reports) for name in ("layers", "fused_attentions", "fp8_products")
+        sum(report[name] for report in reports) for name in ("layers", "fused_attentions", "quantized_products")
     )
     if tried.number_format and not products:
-        raise TrialError(f"{said}, but none of its {layers} layers is a product of e4m3 numbers")
-    return f"{said}, {layers} layers, of them {fused} attentions in one kernel, {products} products of e4m3 numbers"
+        raise TrialError(f"{said}, but none of its {layers} layers is a product of 8-bit operands")
+    return f"{said}, {layers} layers, of them {fused} attentions in one kernel, {products} products of 8-bit operands"
 
 
 def replay(tried: Trial) -> str:

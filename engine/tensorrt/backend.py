@@ -10,10 +10,11 @@ from storyadapter.engine.identity import EngineIdentity
 from storyadapter.engine.sources import export_recipe
 from storyadapter.engine.tensorrt import SOURCES
 from storyadapter.engine.tensorrt.library import (
+    MULTIPLIED_FROM,
     choose_library,
     describe_libraries,
     gpu_target,
-    multiplies_fp8,
+    multiplies,
     why_it_cant_run,
 )
 from storyadapter.engine.tensorrt.options import SETTINGS, BuildOptions
@@ -87,10 +88,13 @@ class TensorRT(Backend):
         self, checkpoint: "Checkpoint", numerics: Numerics, options: Any = None, on_bytes: ReportBytes | None = None
     ) -> EngineIdentity:
         found = super().identity(checkpoint, numerics, options, on_bytes)
-        if numerics.quantization and (older := [t for t in found.architecture.split("+") if not multiplies_fp8(t)]):
-            raise UnavailableError(
-                f"{older[0]} doesn't multiply {numerics.name} numbers", expected=(Field("target"), " sm89 or later")
-            )
+        if numerics.quantization:
+            form = numerics.quantization.number_format
+            if older := [target for target in found.architecture.split("+") if not multiplies(form, target)]:
+                raise UnavailableError(
+                    f"{older[0]} doesn't multiply {form} numbers",
+                    expected=(Field("target"), f" {MULTIPLIED_FROM[form]} or later"),
+                )
         return found
 
     def recipe(self, architecture: str) -> tuple[tuple[str, str], ...]:

@@ -6,15 +6,19 @@ RTX architectures at once, on any machine, and knows no plugins. A target is a c
 
 import importlib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Final
 
 from storyadapter.engine.backend import installed_version
 from storyadapter.method.errors import Field, InputError, UnavailableError
+from storyadapter.model.numerics import NumberFormat
 
 AUTO: Final = "auto"
 RTX_TARGETS: Final = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
+# for sm75, TensorRT-RTX multiplies int8 matrices, but leaves convolutions in fp16
+MULTIPLIED_FROM: Final[Mapping[NumberFormat, str]] = {"fp8": "sm89", "int8": "sm80"}
 OLDEST: Final = {"tensorrt": (10, 14), "tensorrt-rtx": (1, 7)}  # the first whose ONNX parser knows Attention
 
 
@@ -60,9 +64,9 @@ def gpu_target() -> str | None:
     return f"sm{major}{minor}"
 
 
-def multiplies_fp8(target: str) -> bool:
-    """Whether GPUs of a target multiply e4m3 numbers."""
-    return int(target[2:]) >= 89
+def multiplies(number_format: NumberFormat, target: str) -> bool:
+    """Whether GPUs of a target multiply such numbers."""
+    return int(target[2:]) >= int(MULTIPLIED_FROM[number_format][2:])
 
 
 def parse_targets(text: str) -> tuple[str, ...]:

@@ -25,6 +25,7 @@ _LAYER: Final = re.compile(
 )
 _DATATYPE: Final = re.compile(r"Datatype: (\w+)")
 _PRODUCTS: Final = ("gemm", "correlation")
+_OPERANDS: Final = {"FP8", "Int8"}  # data types of quantized operands
 _NODE: Final = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 _FUSED: Final = re.compile(r"mha")  # _gemm_mha_v2 in TensorRT-RTX, fmha_… in TensorRT
 
@@ -39,9 +40,9 @@ class Layer:
     inputs: tuple[str, ...] = ()
 
     @property
-    def is_fp8_product(self) -> bool:
-        """Whether this is a matrix product or a convolution of e4m3 numbers."""
-        return self.type in _PRODUCTS and "FP8" in self.inputs
+    def is_quantized_product(self) -> bool:
+        """Whether this is a matrix product or a convolution of 8-bit operands."""
+        return self.type in _PRODUCTS and not _OPERANDS.isdisjoint(self.inputs)
 
     @property
     def is_fused_attention(self) -> bool:
@@ -108,7 +109,7 @@ class BuildReport:
     fused_attentions: int  # those layers that are an attention in one kernel
     longest_step_seconds: float  # the longest time without a word from the builder
     warnings: int = 0
-    fp8_products: int = 0  # those layers that are a product of e4m3 numbers
+    quantized_products: int = 0  # those layers that are a product of 8-bit operands
 
 
 class Refusal(EngineBuildError):
@@ -162,7 +163,7 @@ def build(request: NetworkRequest, tell: Callable[..., None]) -> BuildReport:
             engine_bytes=engine.nbytes,
             layers=len(built),
             fused_attentions=sum(layer.is_fused_attention for layer in built),
-            fp8_products=sum(layer.is_fp8_product for layer in built),
+            quantized_products=sum(layer.is_quantized_product for layer in built),
             longest_step_seconds=round(monitor.longest_silence, 3),
             warnings=logger.warnings,
         )

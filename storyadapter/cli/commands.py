@@ -27,6 +27,7 @@ from storyadapter.method import constants
 from storyadapter.method.errors import InputError, Text, spelled
 from storyadapter.method.presets import check_preset
 from storyadapter.model.contract import ShapeRanges
+from storyadapter.model.numerics import NumberFormat
 from storyadapter.output.run_record import stored_identity
 
 if TYPE_CHECKING:
@@ -52,8 +53,8 @@ def build(args: argparse.Namespace) -> int:
         session = open_session(args, model_choice(args))
         options = backend_options(args, session.backend)
         ranges = shape_ranges(args, session.checkpoint.geometry.default_pixels)
-        if session.numerics.quantization:
-            session = _calibrated(args, session, reporter)
+        if quantization := session.numerics.quantization:
+            session = _calibrated(args, session, quantization.number_format, reporter)
         if session.backend.builds:
             _build(args, session, ranges, options, reporter)
         else:
@@ -90,7 +91,7 @@ def _build(args: argparse.Namespace, session: Session, ranges: ShapeRanges, opti
     reporter.result("built", text, folder=str(engine.folder), bytes=engine.bytes, new=engine.is_new)
 
 
-def _calibrated(args: argparse.Namespace, session: Session, reporter: Reporter) -> Session:
+def _calibrated(args: argparse.Namespace, session: Session, number_format: NumberFormat, reporter: Reporter) -> Session:
     """The session with its model's scales, which are found first where the store has none."""
     from storyadapter.engine.calibration import find_or_make_scales
     from storyadapter.engine.identity import model_weights
@@ -105,7 +106,7 @@ def _calibrated(args: argparse.Namespace, session: Session, reporter: Reporter) 
         reporter.fraction("denoiser", done)
 
     key = model_weights(session.checkpoint, reporter.bytes_read).key
-    scales = find_or_make_scales(session.checkpoint, key, args.engine_dir, on_fraction=on_fraction)
+    scales = find_or_make_scales(session.checkpoint, key, number_format, args.engine_dir, on_fraction=on_fraction)
     if drawn:
         text = f"{count(len(scales.inputs), 'layer')} calibrated in {duration(time.perf_counter() - started)}"
         reporter.stage("denoiser", text)

@@ -223,9 +223,9 @@ def with_scales(args: argparse.Namespace, session: Session, ranges: ShapeRanges,
     Raises:
         EngineMismatchError: the store has none.
     """
-    if not session.numerics.quantization:
+    if not (quantization := session.numerics.quantization):
         return session
-    if (scales := find_scales(args.engine_dir, model)) is not None:
+    if (scales := find_scales(args.engine_dir, model, quantization.number_format)) is not None:
         return session.quantized(scales)
     command = build_command(args, session.backend.name, session.numerics, ranges)
     raise EngineMismatchError(f"no scales of {session.model.label} in the engine store; build it: {command}")

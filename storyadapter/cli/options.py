@@ -143,8 +143,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--precision",
         default=AUTO,
         choices=(AUTO, *PRECISIONS, *NUMBER_FORMATS),
-        help="of weights and activations (default: auto, fp16 on a GPU, fp32 on a CPU); fp8: the denoiser's products "
-        "over 8-bit operands, whose scales build finds by drawing stories with the model (needs nvidia-modelopt once)",
+        help="of weights and activations (default: auto, fp16 on a GPU, fp32 on a CPU); fp8, int8: the denoiser's "
+        "products over 8-bit operands, whose scales build finds by drawing stories (needs nvidia-modelopt once)",
     )
     engine.add_argument(
         "--vae-precision",

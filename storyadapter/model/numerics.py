@@ -9,8 +9,8 @@ from storyadapter.method.errors import Field, Text
 Precision = Literal["fp32", "fp16", "bf16"]
 PRECISIONS: Final[tuple[Precision, ...]] = ("fp32", "fp16", "bf16")
 # of the operands of quantized products, beside which everything else has one of the precisions
-NumberFormat = Literal["fp8"]
-NUMBER_FORMATS: Final[tuple[NumberFormat, ...]] = ("fp8",)
+NumberFormat = Literal["fp8", "int8"]
+NUMBER_FORMATS: Final[tuple[NumberFormat, ...]] = ("fp8", "int8")
 # Of a quantized denoiser against its emulation, ‖difference‖ / ‖emulation‖ at the most: where sums differ in their last
 # digits, operands are rounded to other neighbours, and over all layers that grows to what the rounding itself is off
 # from fp16. Measured: 0.025 and 0.032 of SDXL with random weights, 0.109 and 0.109 of a tiny model with such. Each

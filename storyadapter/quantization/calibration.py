@@ -1,18 +1,23 @@
 """Calibration by nvidia-modelopt: the largest magnitude of every layer's input while a model draws."""
 
+import io
+import sys
 import warnings
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from typing import Any
 
 from torch import nn
 
 from storyadapter.method.errors import InputError, UnavailableError
-from storyadapter.quantization.layers import LARGEST
+from storyadapter.quantization.layers import OPERANDS
 from storyadapter.quantization.recipe import Recipe
 
 
-def calibrate(denoiser: nn.Module, recipe: Recipe, draw: Callable[[], Any]) -> dict[str, float]:
-    """The scale of the input of every layer that a recipe names.
+def calibrate(
+    denoiser: nn.Module, recipe: Recipe, draw: Callable[[], Any]
+) -> tuple[dict[str, float], dict[str, tuple[float, ...]]]:
+    """The scale of the input of every layer that a recipe names, and the smoothing factors of its linear layers.
 
     Args:
         denoiser: as the checkpoint gave it; of no other use afterwards, as its layers keep what measures them.
@@ -33,17 +38,25 @@ def calibrate(denoiser: nn.Module, recipe: Recipe, draw: Callable[[], Any]) -> d
         ) from error
     names = list(recipe.layers(denoiser))
     rules: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
-    rules += [
-        {"quantizer_name": f"{name}.input_quantizer", "cfg": {"num_bits": (4, 3), "axis": None}} for name in names
-    ]
-    with warnings.catch_warnings():
+    bits = {"fp8": (4, 3), "int8": 8}[recipe.number_format]
+    rules += [{"quantizer_name": f"{name}.input_quantizer", "cfg": {"num_bits": bits, "axis": None}} for name in names]
+    algorithm = {"method": "smoothquant", "alpha": recipe.smoothing} if recipe.smoothing else recipe.statistic
+    out = sys.stdout
+
+    def loop(_: nn.Module) -> None:
+        with redirect_stdout(out):
+            draw()
+
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):  # modelopt prints
         warnings.simplefilter("ignore")
-        modelopt.quantize(denoiser, {"quant_cfg": rules, "algorithm": recipe.statistic}, lambda _: draw())
-    scales = {}
+        modelopt.quantize(denoiser, {"quant_cfg": rules, "algorithm": algorithm}, loop)
+    scales, smoothing = {}, {}
     for name in names:
         quantizer: Any = denoiser.get_submodule(f"{name}.input_quantizer")
         largest = quantizer.amax
         if largest is None:
             raise InputError(f"{name} was never called in calibration", advice="draw with all parts of the model")
-        scales[name] = float(largest) / LARGEST
-    return scales
+        scales[name] = float(largest) / OPERANDS[recipe.number_format].largest
+        if (factors := quantizer.pre_quant_scale) is not None:
+            smoothing[name] = tuple(factors.flatten().tolist())
+    return scales, smoothing

@@ -1,10 +1,13 @@
 """Which layers of a denoiser are quantized, as data."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from typing import Any, Final
 
 from torch import nn
+
+from storyadapter.model.numerics import NumberFormat
 
 _UNIT: Final = 16  # of channels in and out that kernels take
 
@@ -14,13 +17,16 @@ class Recipe:
     """The number format, and the layers that stay in half precision.
 
     Attributes:
-        number_format: "fp8": e4m3, weights with a scale per output channel, activations with one per tensor.
+        number_format: of weights, with a scale per output channel, and activations, with one per tensor.
         statistic: of a layer's inputs over all of calibration, on which its scale rests: "max", the largest magnitude.
+        smoothing: SmoothQuant's α, how much of what is hard to round moves from a linear layer's activations to its
+            weight; 0 for none.
         kept: patterns of the names of layers that aren't quantized.
     """
 
-    number_format: str = "fp8"
+    number_format: NumberFormat = "fp8"
     statistic: str = "max"
+    smoothing: float = 0.0
     kept: tuple[str, ...] = ()
 
     def layers(self, denoiser: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
@@ -34,7 +40,7 @@ class Recipe:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data; `Recipe.from_dict` reads it back."""
-        return {"number_format": self.number_format, "statistic": self.statistic, "kept": list(self.kept)}
+        return {**asdict(self), "kept": list(self.kept)}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Recipe":
@@ -52,9 +58,11 @@ def _fits(part: nn.Linear | nn.Conv2d) -> bool:
 
 
 # Source of what is kept: NVIDIA's FP8 recipe for SDXL (modelopt's diffusers example, MLPerf Inference).
-FP8: Final = Recipe(
-    kept=(
-        *("conv_in", "conv_out", "time_embedding.*", "*.time_emb_proj", "*.conv_shortcut"),
-        *("up_blocks.2.resnets.2.conv1", "up_blocks.2.resnets.2.conv2"),
-    )
+_KEPT: Final = (
+    *("conv_in", "conv_out", "time_embedding.*", "*.time_emb_proj", "*.conv_shortcut"),
+    *("up_blocks.2.resnets.2.conv1", "up_blocks.2.resnets.2.conv2"),
 )
+FP8: Final = Recipe(kept=_KEPT)
+# α: NVIDIA's for SDXL
+INT8: Final = Recipe("int8", smoothing=0.8, kept=_KEPT)
+RECIPES: Final[Mapping[NumberFormat, Recipe]] = {recipe.number_format: recipe for recipe in (FP8, INT8)}

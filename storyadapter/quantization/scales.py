@@ -3,8 +3,9 @@
 import hashlib
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Final
@@ -15,12 +16,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from storyadapter.method.errors import InputError
-from storyadapter.quantization.layers import Fp8Layer
+from storyadapter.quantization.layers import QuantizedLayer
 from storyadapter.quantization.recipe import Recipe
 
 RECIPE_NAME: Final = "recipe.json"
 SCALES_NAME: Final = "scales.safetensors"
+_SMOOTHING: Final = ".smoothing"  # behind a layer's name
 _KEY_DIGITS: Final = 32
+_AGAIN: Final = "calibrate this model again"
 
 
 @dataclass(frozen=True)
@@ -31,31 +34,39 @@ class Scales:
         recipe: how the model is quantized.
         model: the key of its weights, LoRAs included.
         inputs: the scale of the input of every layer that the recipe names.
+        smoothing: of each of its linear layers, if it smooths: what the input's channels are multiplied by, [K].
 
     Raises:
-        InputError: a scale that isn't a finite number over 0; names the layer.
+        InputError: a scale or factor that isn't a finite number over 0; names the layer.
     """
 
     recipe: Recipe
     model: str
     inputs: Mapping[str, float]
+    smoothing: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, scale in self.inputs.items():
-            if not (math.isfinite(scale) and scale > 0):
-                raise InputError(f"the scale of {name} is {scale:g}", expected="a finite number over 0")
+        scales = (("scale", name, scale) for name, scale in self.inputs.items())
+        factors = (("smoothing factor", name, factor) for name, own in self.smoothing.items() for factor in own)
+        for what, name, value in (*scales, *factors):
+            if not (math.isfinite(value) and value > 0):
+                raise InputError(f"the {what} of {name} is {value:g}", expected="a finite number over 0")
 
     @cached_property
     def key(self) -> str:
         """32 hexadecimal digits; equal for equal recipes, models and scales."""
-        data = [self.recipe.as_dict(), self.model, {name: scale.hex() for name, scale in self.inputs.items()}]
+        smoothing = {name: array("d", own).tobytes().hex() for name, own in self.smoothing.items()}
+        scales = {name: scale.hex() for name, scale in self.inputs.items()}
+        data = [self.recipe.as_dict(), self.model, scales, smoothing]
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:_KEY_DIGITS]
 
     def save(self, folder: Path) -> None:
         """Write both files into an existing folder. Raises OSError: it can't be written."""
         described = {"model": self.model, "key": self.key, **self.recipe.as_dict()}
         (folder / RECIPE_NAME).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-        tensors = {name: torch.tensor([scale], dtype=torch.float64) for name, scale in sorted(self.inputs.items())}
+        lists: dict[str, Sequence[float]] = {name: (scale,) for name, scale in self.inputs.items()}
+        lists |= {name + _SMOOTHING: factors for name, factors in self.smoothing.items()}
+        tensors = {name: torch.tensor(values, dtype=torch.float64) for name, values in sorted(lists.items())}
         save_file(tensors, folder / SCALES_NAME)
 
     @classmethod
@@ -70,33 +81,41 @@ class Scales:
             theirs, key = described.pop("model"), described.pop("key")
             recipe = Recipe.from_dict(described)
             tensors = load_file(folder / SCALES_NAME)
+            factors = {name: tensors.pop(name) for name in list(tensors) if name.endswith(_SMOOTHING)}
             inputs = {name: float(value.item()) for name, value in tensors.items()}
+            smoothing = {
+                name.removesuffix(_SMOOTHING): tuple(own.double().flatten().tolist()) for name, own in factors.items()
+            }
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
             raise InputError(f"the scales in {folder} can't be read: {' '.join(str(error).split())}") from error
         if theirs != model:
             raise InputError(f"the scales in {folder} are of model {str(theirs)[:8]}", expected=f"model {model[:8]}")
-        scales = cls(recipe, model, inputs)
+        scales = cls(recipe, model, inputs, smoothing)
         if scales.key != key:
             raise InputError(f"the scales in {folder} are damaged", advice="build again")
         return scales
 
     def apply(self, denoiser: nn.Module) -> None:
-        """Put `Fp8Layer`s in place of a denoiser's layers, one after the other: memory for one at a time is enough.
+        """Put `QuantizedLayer`s in place of a denoiser's layers, one by one: memory for one at a time is enough.
 
         Raises:
-            InputError: a layer without a scale, or a scale without a layer; names the first.
+            InputError: a layer without a scale, or a scale without a layer, or not as many smoothing factors as a layer
+                has input channels; names the first.
         """
         layers = self.recipe.layers(denoiser)
-        for names, missing in (
-            (layers, "layer {} has no scale"),
-            (self.inputs, "there is a scale of {}, but no layer"),
-        ):
-            for name in names:
-                if name not in (self.inputs if names is layers else layers):
-                    raise InputError(missing.format(name), advice="calibrate this model again")
+        for name, layer in layers.items():
+            if name not in self.inputs:
+                raise InputError(f"layer {name} has no scale", advice=_AGAIN)
+            width = layer.in_features if self.recipe.smoothing and isinstance(layer, nn.Linear) else 0
+            if (factors := len(self.smoothing.get(name, ()))) != width:
+                raise InputError(f"layer {name} has {factors} smoothing factors", expected=str(width), advice=_AGAIN)
+        for name in (*self.inputs, *self.smoothing):
+            if name not in layers:
+                raise InputError(f"there is a scale of {name}, but no layer", advice=_AGAIN)
         del layers
         for name in self.inputs:
             parent, _, child = name.rpartition(".")
             holder = denoiser.get_submodule(parent)
-            layer = getattr(holder, child)
-            setattr(holder, child, Fp8Layer(layer, self.inputs[name]))
+            smoothing = self.smoothing.get(name, ())
+            made = QuantizedLayer(getattr(holder, child), self.recipe.number_format, self.inputs[name], smoothing)
+            setattr(holder, child, made)

@@ -38,7 +38,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def scales(checkpoint: Checkpoint, store: Path) -> Scales:
-    return calibration.find_or_make_scales(checkpoint, model_weights(checkpoint).key, store, steps=2)
+    return calibration.find_or_make_scales(checkpoint, model_weights(checkpoint).key, "fp8", store, steps=2)
 
 
 def opened(checkpoint: Checkpoint, scales: Scales | None, store: Path, backend: str) -> Networks:

@@ -30,7 +30,7 @@ from storyadapter.method.story import Story
 from storyadapter.model.numerics import Numerics
 from storyadapter.output.frame_files import read_picture
 from storyadapter.output.run_folder import RunFolder
-from storyadapter.quantization.recipe import FP8
+from storyadapter.quantization.recipe import INT8
 from storyadapter.quantization.scales import RECIPE_NAME, SCALES_NAME, Scales
 from storyadapter.serve.queue import StoryQueue
 
@@ -277,7 +277,7 @@ def test_weights_that_changed_under_the_system_are_not_recorded_as_what_they_wer
 
 
 def test_damaged_scales_are_told(tmp_path: Path) -> None:
-    right = Scales(FP8, "model", {"conv": 0.25, "to_q": 0.5})
+    right = Scales(INT8, "model", {"conv": 0.25, "to_q": 0.5}, {"to_q": (1.0, 0.125)})
     right.save(tmp_path)
     for name in (RECIPE_NAME, SCALES_NAME):
         for _ in range(5 * PLACES):

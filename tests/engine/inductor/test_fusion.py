@@ -23,7 +23,7 @@ from storyadapter.model.grca import grca
 from storyadapter.model.modules import iterate_modules
 from storyadapter.model.numerics import Numerics
 from storyadapter.model.unet import Denoiser, split_unet
-from storyadapter.quantization.layers import Fp8Layer
+from storyadapter.quantization.layers import QuantizedLayer
 from storyadapter.quantization.recipe import FP8, Recipe
 from storyadapter.quantization.scales import Scales
 
@@ -120,7 +120,7 @@ def test_what_cannot_be_fused_in_fp8_is_told(checkpoint: Checkpoint, denoiser: D
     Scales(some, "model", kept).apply(denoiser)
     with pytest.raises(ValueError, match="attn1.to_v isn't quantized as others are; expected all of a transformer's"):
         fuse_denoiser(denoiser, PLAIN)
-    layers = [Fp8Layer(torch.nn.Linear(16, 16), scale) for scale in (1.0, 2.0)]
+    layers = [QuantizedLayer(torch.nn.Linear(16, 16), "fp8", scale) for scale in (1.0, 2.0)]
     with pytest.raises(ValueError, match="^layers that read the same input have the scales 1, 2; expected one$"):
         Fp8Product(*layers)
 

@@ -16,14 +16,14 @@ from storyadapter.engine.tensorrt.networks import profile_for, read_profiles
 from storyadapter.engine.tensorrt.worker import Layer, parse_layers
 from storyadapter.engine.trial import Trial, TrialError
 from storyadapter.method.errors import UnavailableError
-from storyadapter.model.numerics import Precision
+from storyadapter.model.numerics import NUMBER_FORMATS, Precision
 from tests.engine.tensorrt.building import OPTIONS, RANGES, Built
 
 pytest.importorskip("tensorrt_rtx")
 
 FULL, RTX = Library("tensorrt", "10.14.1.48"), Library("tensorrt-rtx", "1.7.1.116")
 ANYWHERE = ("build", "load", "networks", "shapes", "graphs", "streams", "scratch")
-FP8 = ("fp8 build", "fp8 networks", "fp8 pictures")
+FP8, INT8 = (tuple(f"{form} {what}" for what in ("build", "networks", "pictures")) for form in NUMBER_FORMATS)
 
 
 @pytest.fixture
@@ -37,9 +37,9 @@ def trial(built: Callable[[Precision], Built]) -> Trial:
     ("library", "target", "embeds", "more", "left_out"),
     [
         (RTX, "sm89", False, ("runtime cache", "pictures", *FP8), ("plugin",)),
-        (RTX, "sm86", False, ("runtime cache", "pictures"), ("plugin", "fp8")),
+        (RTX, "sm86", False, ("runtime cache", "pictures", *INT8), ("plugin", "fp8")),
         (FULL, "sm90", True, ("timing cache", "plugin", "pictures", *FP8), ()),
-        (FULL, "sm75", False, ("timing cache", "pictures"), ("plugin", "fp8")),
+        (FULL, "sm75", False, ("timing cache", "pictures"), ("plugin", "fp8", "int8")),
     ],
 )
 def test_a_machine_is_asked_for_all_that_it_can(
@@ -48,7 +48,7 @@ def test_a_machine_is_asked_for_all_that_it_can(
     plan = plan_for(library, target, trial, embeds=embeds)
     assert tuple(check.name for check in plan.checks) == (*ANYWHERE, *more)
     assert tuple(name for name, _ in plan.left_out) == left_out
-    assert {check.name for check in plan.checks if check.number_format} == set(FP8) & {*more}
+    assert {check.name for check in plan.checks if check.number_format} == {*FP8, *INT8} & {*more}
     for check in plan.checks:  # they are sent to processes of their own, and told in a table
         assert check.run.__qualname__ == check.run.__name__ and len(check.what) <= 38 and len(check.name) <= 13
 

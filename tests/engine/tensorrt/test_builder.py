@@ -32,7 +32,7 @@ from storyadapter.export.verify import TOLERANCE
 from storyadapter.method.errors import EngineBuildError, InputError
 from storyadapter.model.contract import NetworkSpec, ShapeRanges, TensorSpec, network_specs, size_of
 from storyadapter.model.modules import VaeDecoder
-from storyadapter.model.numerics import Numerics, Precision
+from storyadapter.model.numerics import NumberFormat, Numerics, Precision
 from tests.engine.tensorrt.building import (
     LETTERS,
     OPTIONS,
@@ -210,13 +210,16 @@ def test_a_full_size_layer_block_is_built_with_every_attention_fused(
     assert report.engine_bytes == Path(request.engine).stat().st_size > channels * channels * 16
 
 
-def test_products_of_e4m3_numbers_are_built_as_such(rtx: Library, tmp_path: Path) -> None:
-    spec, letters, module = quantized.SPEC, quantized.LETTERS, quantized.Products(torch.float16).eval()
+@pytest.mark.parametrize(("form", "targets"), [("fp8", TARGETS), ("int8", ("sm80", "sm86")), ("int8", TARGETS)])
+def test_quantized_products_are_built_as_such(
+    form: NumberFormat, targets: tuple[str, ...], rtx: Library, tmp_path: Path
+) -> None:
+    spec, letters, module = quantized.SPEC, quantized.LETTERS, quantized.Products(torch.float16, form).eval()
     path, _ = export_compared(spec, module, letters, "fp16", tmp_path)
-    request = build_request(spec, path, tmp_path, letters, "fp16", rtx, TARGETS, BuildOptions())
+    request = build_request(spec, path, tmp_path, letters, "fp16", rtx, targets, BuildOptions())
     report = run_worker("products", request, lambda fraction: None)
-    products = [layer for layer in parse_layers(Path(request.layers).read_text()) if layer.is_fp8_product]
-    assert report.fp8_products == len(products) == 3
+    products = [layer for layer in parse_layers(Path(request.layers).read_text()) if layer.is_quantized_product]
+    assert report.quantized_products == len(products) == 3
     assert {layer.type for layer in products} == {"gemm", "correlation"}
 
 

@@ -2,6 +2,8 @@
 
 import pytest
 
+from storyadapter.checkpoint import Checkpoint
+from storyadapter.engine.backends import find_backend
 from storyadapter.engine.tensorrt.library import (
     Library,
     choose_library,
@@ -9,7 +11,9 @@ from storyadapter.engine.tensorrt.library import (
     installed_libraries,
     parse_targets,
 )
+from storyadapter.engine.tensorrt.options import BuildOptions
 from storyadapter.method.errors import InputError, UnavailableError
+from storyadapter.model.numerics import NumberFormat, Numerics, Quantization
 from tests.refusals import raises_typed
 
 FULL = Library("tensorrt", "10.14.1.48")
@@ -70,6 +74,27 @@ def test_why_none_serves_is_one_line(
     with raises_typed(UnavailableError, match=told) as caught:
         choose_library(targets, present, libraries)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("form", "target", "told"),
+    [
+        ("fp8", "sm86", "sm86 doesn't multiply fp8 numbers; expected --target sm89 or later"),
+        ("int8", "sm75", "sm75 doesn't multiply int8 numbers; expected --target sm80 or later"),
+        ("fp8", "sm89", ""),
+        ("int8", "sm80", ""),
+    ],
+)
+def test_a_target_without_a_number_format_is_told(
+    form: NumberFormat, target: str, told: str, checkpoint: Checkpoint
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    numerics, options = Numerics.of("fp16", Quantization(form)), BuildOptions(targets=(target, "sm120"))
+    if not told:
+        assert find_backend("tensorrt").identity(checkpoint, numerics, options).numerics == numerics
+        return
+    with raises_typed(UnavailableError, match=f"^{told}$"):
+        find_backend("tensorrt").identity(checkpoint, numerics, options)
 
 
 def test_the_installed_one_is_found_and_can_be_loaded() -> None:

@@ -1,4 +1,4 @@
-"""A model in fp8: build finds its scales, run draws with them, and what can't be is told."""
+"""A quantized model: build finds its scales, run draws with them, and what can't be is told."""
 
 import json
 import re
@@ -17,8 +17,8 @@ from storyadapter.engine.calibration import calibration_stories, find_or_make_sc
 from storyadapter.engine.identity import model_weights
 from storyadapter.engine.opening import open_networks
 from storyadapter.method.errors import EngineMismatchError, InputError, UnavailableError
-from storyadapter.model.numerics import Numerics, Quantization
-from storyadapter.quantization.recipe import FP8
+from storyadapter.model.numerics import NUMBER_FORMATS, NumberFormat, Numerics, Quantization
+from storyadapter.quantization.recipe import RECIPES
 from tests.storyadapter.cli.running import Type
 
 pytest.importorskip("modelopt", reason="needs nvidia-modelopt")
@@ -37,29 +37,30 @@ def _pixels(folder: str) -> np.ndarray:
         return np.asarray(image.convert("RGB"), dtype=np.int16)
 
 
-def _fp8(words: list[str]) -> list[str]:
-    return [*words, "--precision", "fp8", "--engine-dir", "engines"]
+def _in(form: NumberFormat, words: list[str]) -> list[str]:
+    return [*words, "--precision", form, "--engine-dir", "engines"]
 
 
+@pytest.mark.parametrize("form", NUMBER_FORMATS)
 def test_build_calibrates_and_run_draws(
-    type_in: Type, quick_run: list[str], tiny_model: list[str], few_stories: None
+    type_in: Type, quick_run: list[str], tiny_model: list[str], few_stories: None, form: NumberFormat
 ) -> None:
-    missing = type_in(*_fp8(quick_run))
+    missing = type_in(*_in(form, quick_run))
     assert missing.code == 2
     assert "no scales of " in missing.err and "in the engine store; build it: storyadapter-trt build" in missing.err
-    assert "--precision fp8" in missing.err and "Traceback" not in missing.err
+    assert f"--precision {form}" in missing.err and "Traceback" not in missing.err
 
-    build = _fp8(["build", *tiny_model, "--backend", "eager", "--json-log"])
+    build = _in(form, ["build", *tiny_model, "--backend", "eager", "--json-log"])
     built = type_in(*build)
     assert built.code == 0 and " layers calibrated in " in built.out
     again = type_in(*build)
     assert again.code == 0 and "calibrated" not in again.out
 
-    assert type_in(*_fp8(quick_run), "--out", "fp8").code == 0
+    assert type_in(*_in(form, quick_run), "--out", "quantized").code == 0
     assert type_in(*quick_run, "--out", "exact").code == 0
-    identity = json.loads(Path("fp8/story.json").read_text(encoding="utf-8"))["identity"]
-    assert identity["precision"] == "fp8" and len(identity["scales"]) == 32
-    difference = np.abs(_pixels("fp8") - _pixels("exact")).mean()
+    identity = json.loads(Path("quantized/story.json").read_text(encoding="utf-8"))["identity"]
+    assert identity["precision"] == form and len(identity["scales"]) == 32
+    difference = np.abs(_pixels("quantized") - _pixels("exact")).mean()
     assert 0 < difference < 20  # of 255: near, and not the same
 
 
@@ -85,10 +86,17 @@ def test_a_device_without_fp8_is_told(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_it_is_told_in_one_line_before_anything_is_read(type_in: Type, quick_run: list[str]) -> None:
-    done = type_in(*_fp8(quick_run), "--backend", "inductor")
+    done = type_in(*_in("fp8", quick_run), "--backend", "inductor")
     assert done.code == 2 and len(done.err.strip().splitlines()) == 1
     told = "it can't run in fp8 on cpu; expected a CUDA GPU of compute capability 8.9 or later"
     assert told in done.err and "type another --precision, or backend eager" in done.err
+
+
+def test_a_backend_without_a_number_format_is_told(type_in: Type, quick_run: list[str]) -> None:
+    done = type_in(*_in("int8", quick_run), "--backend", "inductor")
+    assert done.code == 2 and len(done.err.strip().splitlines()) == 1
+    told = "backend inductor can't serve here: it can't run in int8; expected --precision fp32 or fp16 or bf16 or fp8"
+    assert told in done.err
 
 
 def test_the_server_and_the_api_ask_for_scales_too(
@@ -99,7 +107,7 @@ def test_the_server_and_the_api_ask_for_scales_too(
     with pytest.raises(EngineMismatchError, match=told):
         storyadapter.open(*parts, backend="eager", precision="fp8", engine_dir=tmp_path)
     pytest.importorskip("fastapi", reason="needs the extra serve")
-    done = type_in(*_fp8(["serve", *tiny_model, "--backend", "eager", "--data", "data"]))
+    done = type_in(*_in("fp8", ["serve", *tiny_model, "--backend", "eager", "--data", "data"]))
     assert done.code == 2 and re.search(told, done.err)
 
 
@@ -117,17 +125,21 @@ def test_code_is_keyed_apart_from_scales_and_what_holds_weights_is_not(checkpoin
 
 
 @torch.no_grad()
-def test_scales_are_those_of_their_model(checkpoint: Checkpoint, few_stories: None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", NUMBER_FORMATS)
+def test_scales_are_those_of_their_model_and_format(
+    checkpoint: Checkpoint, few_stories: None, tmp_path: Path, form: NumberFormat
+) -> None:
     key, told = model_weights(checkpoint).key, []
-    assert find_scales(tmp_path, key) is None
-    made = find_or_make_scales(checkpoint, key, tmp_path, on_fraction=told.append)
-    assert find_scales(tmp_path, key) == made and made.recipe == FP8 and made.model == key
+    assert find_scales(tmp_path, key, form) is None
+    made = find_or_make_scales(checkpoint, key, form, tmp_path, on_fraction=told.append)
+    assert find_scales(tmp_path, key, form) == made and made.recipe == RECIPES[form] and made.model == key
+    assert [find_scales(tmp_path, key, other) for other in NUMBER_FORMATS if other != form] == [None]
     assert told == sorted(told) and told[-1] == 1.0
-    find_or_make_scales(checkpoint, key, tmp_path, on_fraction=told.clear)  # nothing is drawn again
+    find_or_make_scales(checkpoint, key, form, tmp_path, on_fraction=told.clear)  # nothing is drawn again
     assert told
-    (tmp_path / f".scales-{'0' * 32}").symlink_to(tmp_path / f".scales-{key}")
+    (tmp_path / f".scales-{form}-{'0' * 32}").symlink_to(tmp_path / f".scales-{form}-{key}")
     with pytest.raises(InputError, match="are of model"):
-        find_scales(tmp_path, "0" * 32)
+        find_scales(tmp_path, "0" * 32, form)
 
 
 def test_stories_have_64_different_prompts() -> None:
