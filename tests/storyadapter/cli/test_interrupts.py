@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,15 @@ import pytest
 from storyadapter.cli.interrupts import INTERRUPTED, Terminated, exit_code_of, interrupts_kept, sigterm_as_interrupt
 
 
+@pytest.fixture
+def _usual_ctrl_c() -> Iterator[None]:
+    """A shell that starts something in the background lets it ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_usual_ctrl_c")
 @pytest.mark.parametrize(("number", "stop"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
 def test_an_error_that_a_library_makes_of_an_interrupt_is_that_interrupt(number: int, stop: type) -> None:
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)

@@ -4,6 +4,9 @@ import re
 import shlex
 from pathlib import Path
 
+from PIL import Image
+
+from storyadapter.runtime.psnr import psnr_of_each
 from tests.storyadapter.cli.running import Type, files
 
 LONG = " ".join(["a red fox runs in the snow"] * 12)
@@ -25,8 +28,9 @@ def test_all_of_a_prompt_is_drawn(type_in: Type, quick_run: list[str]) -> None:
     assert done.code == 0 and "cut off" in done.err
     done = type_in(*words, "--iterations", "0", "--prompt-chunks", "auto")
     assert done.code == 0 and "cut off" not in done.err
-    drawn = [[Path(out, f"frames/{n:03d}.png").read_bytes() for n in range(3)] for out in ("out", "cut")]
-    assert [mine == cut for mine, cut in zip(*drawn, strict=True)] == [False, True, True]
+    # batches of other sizes round otherwise
+    drawn = [[Image.open(Path(out, f"frames/{n:03d}.png")) for n in range(3)] for out in ("out", "cut")]
+    assert [psnr > 60 for psnr in psnr_of_each(*drawn)] == [False, True, True]
 
 
 def test_more_chunks_than_an_engine_has_are_refused(
