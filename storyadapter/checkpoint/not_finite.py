@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Final
 
 from storyadapter.checkpoint.tensor_files import read_tensors
 from storyadapter.method.errors import Field, Text
-from storyadapter.model.contract import controlnet_name
 from storyadapter.model.numerics import DTYPE_NAMES, Precision, finer_precision
 
 if TYPE_CHECKING:
@@ -13,14 +12,6 @@ if TYPE_CHECKING:
 
     from storyadapter.checkpoint.checkpoint import Checkpoint
 
-# whose weights each network of the contract has, where that is a part of another name
-_PARTS: Final = {
-    "text_projection": "unet",
-    "denoiser": "unet",
-    "reference_projection": "ip_adapter",
-    "vae_decoder": "vae",
-    "reference_decoder": "reference_vae",
-}
 _WITH_LORAS: Final = ("unet", "text_encoder", "text_encoder_2")
 
 
@@ -33,9 +24,10 @@ def explain_not_finite(checkpoint: "Checkpoint", network: str, precision: Precis
     """
     import torch
 
-    part = _PARTS.get(network, network)
-    if network.startswith("control"):  # each has three networks
-        part = controlnet_name(int(network.rpartition("_")[2]))
+    from storyadapter.model.modules import model_parts
+
+    parts = {name: part for part, names in model_parts(checkpoint.geometry).items() for name in names}
+    part = (parts | {"reference_projection": "ip_adapter"})[network]
     dtype = getattr(torch, DTYPE_NAMES[precision])
     loras = checkpoint.loras if part in _WITH_LORAS else ()
     for lora in loras:
