@@ -8,14 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-import torch
-
 from storyadapter.checkpoint import CheckpointPaths
 from storyadapter.engine import trial
 from storyadapter.engine.acceptance import AcceptancePlan, Check
 from storyadapter.engine.backend import installed_version
-from storyadapter.engine.gpu import driver_version
-from storyadapter.engine.sources import sources_digest
 from storyadapter.engine.tensorrt import engine_name, layers_name, runtime_cache_name
 from storyadapter.engine.tensorrt.builder import embeds_kernel, timing_cache_name
 from storyadapter.engine.tensorrt.library import Library, choose_library, gpu_target, multiplies
@@ -28,28 +24,8 @@ from storyadapter.method.errors import UnavailableError
 from storyadapter.model.contract import Range, ShapeRanges
 from storyadapter.model.numerics import NUMBER_FORMATS, NumberFormat
 
-# what decides a picture between a plan and the GPU
-_SOURCES: Final = (
-    *("storyadapter.engine.tensorrt", "storyadapter.engine.trial", "storyadapter.engine.graphs"),
-    *("storyadapter.export", "storyadapter.kernels", "storyadapter.quantization"),
-    *("storyadapter.model", "storyadapter.runtime"),
-)
 _RANGES: Final = ShapeRanges(4, 16, Range(64, 128), Range(64, 128))
 _RESOLUTION: Final = (128, 128)  # that of the story whose pictures are compared: a profile of its own
-
-
-def facts() -> dict[str, str]:
-    """What an acceptance on this machine depends on. Raises UnavailableError: no TensorRT here runs on its GPU."""
-    library, (target,) = choose_library((), gpu_target())
-    return {
-        "backend": "tensorrt",
-        "GPU": torch.cuda.get_device_name(),
-        "architecture": target,
-        "driver": driver_version(),
-        "TensorRT": str(library),
-        "PyTorch": torch.__version__,
-        "sources": sources_digest(_SOURCES),
-    }
 
 
 def plan(folder: Path) -> AcceptancePlan:

@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from storyadapter.engine.acceptance import Acceptance, AcceptancePlan, find_acceptance
 from storyadapter.engine.backend import Backend, EngineRequest, OpenRequest, ReportBytes
 from storyadapter.engine.identity import EngineIdentity
-from storyadapter.engine.sources import export_recipe
+from storyadapter.engine.sources import export_recipe, sources_digest
 from storyadapter.engine.tensorrt import SOURCES
 from storyadapter.engine.tensorrt.library import (
     MULTIPLIED_FROM,
@@ -26,6 +26,14 @@ if TYPE_CHECKING:
 
     from storyadapter.checkpoint import Checkpoint
     from storyadapter.model.networks import Networks
+
+
+# what decides a picture between a plan and the GPU
+_ACCEPTED_SOURCES: Final = (
+    *("storyadapter.engine.tensorrt", "storyadapter.engine.trial", "storyadapter.engine.graphs"),
+    *("storyadapter.export", "storyadapter.kernels", "storyadapter.quantization"),
+    *("storyadapter.model", "storyadapter.runtime"),
+)
 
 
 class TensorRT(Backend):
@@ -48,9 +56,21 @@ class TensorRT(Backend):
     def acceptance(self) -> Acceptance | None:
         if self.why_unavailable() or self.why_it_cant_run():
             return None
-        from storyadapter.engine.tensorrt.acceptance import facts
+        import torch
 
-        return find_acceptance(facts())
+        from storyadapter.engine.gpu import driver_version
+
+        library, (target,) = choose_library((), gpu_target())
+        facts = {
+            "backend": self.name,
+            "GPU": torch.cuda.get_device_name(),
+            "architecture": target,
+            "driver": driver_version(),
+            "TensorRT": str(library),
+            "PyTorch": torch.__version__,
+            "sources": sources_digest(_ACCEPTED_SOURCES),
+        }
+        return find_acceptance(facts)
 
     def acceptance_plan(self, folder: Path) -> AcceptancePlan:
         if why := self.why_it_cant_run() or self.why_unavailable(to_build=True):
