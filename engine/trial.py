@@ -33,13 +33,11 @@ from storyadapter.model.examples import Example, compare_with_eager, example_inp
 from storyadapter.model.grca import grca
 from storyadapter.model.modules import iterate_modules
 from storyadapter.model.networks import Networks
-from storyadapter.model.numerics import QUANTIZED_TOLERANCE, NumberFormat, Numerics, Precision, Quantization
+from storyadapter.model.numerics import NumberFormat, Numerics, Precision, Quantization
 from storyadapter.runtime.pipeline import StoryPipeline
 from storyadapter.runtime.psnr import in_words, passes, psnr_of_each
 from storyadapter.runtime.story_source import FinishedIteration
 
-# ‖backend − eager‖ / ‖eager‖ of a network: sums are taken in another order
-TOLERANCE: Final[Mapping[Precision, float]] = {"fp32": 5e-3, "fp16": 2e-2, "bf16": 6e-2}
 _FP32: Final = Numerics("fp32")
 _SCALE: Final = 0.5  # λ of the iteration with references
 # dB that a quantized engine's pictures may be further from fp32's than those of eager's emulation: both round, and
@@ -141,7 +139,7 @@ def compare_networks(trial: Trial) -> str:
     for name, module in iterate_modules(checkpoint, networks.numerics, grca, device=networks.device):
         precision, letters = networks.numerics[name], trial.ranges.letters(checkpoint.geometry.pixels_per_latent)
         examples = run_examples(networks[name].spec, module, letters, precision)
-        errors[name] = compare_with_eager(name, networks[name], examples, precision, _tolerance(networks, name))
+        errors[name] = compare_with_eager(name, networks[name], examples, precision, networks.numerics.tolerance(name))
     worst = max(errors, key=errors.__getitem__)
     return f"relative error {errors[worst]:.1e} at the most ({worst}), {errors['denoiser']:.1e} of the denoiser"
 
@@ -156,7 +154,7 @@ def compare_shapes(trial: Trial) -> str:
         inputs = _on(networks, example_inputs(denoiser.spec, letters, precision, index))
         with torch.inference_mode():
             example = Example(inputs, {"noise": module(*inputs.values())})
-        limit = _tolerance(networks, "denoiser")
+        limit = networks.numerics.tolerance("denoiser")
         worst = max(worst, compare_with_eager(f"denoiser at {letters}", denoiser, [example], precision, limit))
     return f"{len(shapes)} shapes twice, relative error {worst:.1e} at the most"
 
@@ -296,8 +294,3 @@ def _copied(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _wait(networks: Networks) -> None:
     if networks.device.type == "cuda":
         torch.cuda.synchronize(networks.device)
-
-
-def _tolerance(networks: Networks, name: str) -> float:
-    quantized = networks.numerics.quantization is not None and name == "denoiser"
-    return QUANTIZED_TOLERANCE if quantized else TOLERANCE[networks.numerics[name]]

@@ -3,10 +3,7 @@
 On a machine without a GPU the same code compiles for the CPU, with PyTorch's own operators in the kernels' places.
 """
 
-from collections.abc import Mapping
 from typing import Final
-
-from storyadapter.model.numerics import QUANTIZED_TOLERANCE, Numerics, Precision
 
 # What shapes the compiled code.
 SOURCES: Final = (
@@ -22,16 +19,6 @@ SOURCES: Final = (
     "storyadapter.model",
     "storyadapter.quantization",
 )
-
-
-# ‖compiled − eager‖ / ‖eager‖. Sums are taken in another order, and on a GPU fp32 convolutions use TF32 in both.
-TOLERANCE: Final[Mapping[Precision, float]] = {"fp32": 5e-3, "fp16": 2e-2, "bf16": 6e-2}
-
-
-def tolerance(numerics: Numerics, network: str) -> float:
-    """The largest error of a compiled network."""
-    quantized = numerics.quantization is not None and network == "denoiser"
-    return QUANTIZED_TOLERANCE if quantized else TOLERANCE[numerics[network]]
 
 
 def package_name(network: str) -> str:

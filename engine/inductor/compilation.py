@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from storyadapter.engine.inductor import constants_name, package_name, tolerance
+from storyadapter.engine.inductor import constants_name, package_name
 from storyadapter.engine.inductor.fusion import prepare
 from storyadapter.engine.inductor.launch_analysis import analysed_once
 from storyadapter.engine.inductor.networks import InductorNetwork
@@ -132,7 +132,7 @@ def build_network(
             f"{spec.name}: the code holds the values of {', '.join(unread)}; expected code that reads all weights"
         )
     del program, inputs, arguments
-    error = compare_with_eager(spec.name, network, examples, precision, tolerance(numerics, spec.name))
+    error = compare_with_eager(spec.name, network, examples, precision, numerics.tolerance(spec.name))
     return BuiltNetwork(error, sum(value.nbytes for value in network.weights.values()))
 
 

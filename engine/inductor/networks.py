@@ -14,7 +14,7 @@ from storyadapter.checkpoint import Checkpoint
 from storyadapter.engine.backend import ReportStage
 from storyadapter.engine.graphs import GraphStepRunner
 from storyadapter.engine.identity import model_weights
-from storyadapter.engine.inductor import constants_name, package_name, tolerance
+from storyadapter.engine.inductor import constants_name, package_name
 from storyadapter.engine.inductor.shapes import compiled_ranges, cut, doubled
 from storyadapter.engine.inductor.weights import read_weights
 from storyadapter.engine.store import StoredEngine
@@ -175,7 +175,7 @@ def open_inductor(
             weights = {key: value.cpu().pin_memory() for key, value in weights.items()}
         networks[name] = InductorNetwork(spec, engine.folder, precision, device, letters, weights, offloaded=offloaded)
         if examples:
-            errors[name] = compare_with_eager(name, networks[name], examples, precision, tolerance(numerics, name))
+            errors[name] = compare_with_eager(name, networks[name], examples, precision, numerics.tolerance(name))
         del weights, examples
         on_stage("", "loading weights")
     if on_gpu:

@@ -16,6 +16,8 @@ NUMBER_FORMATS: Final[tuple[NumberFormat, ...]] = ("fp8", "int8")
 # from fp16. Measured: 0.025 and 0.032 of SDXL with random weights, 0.109 and 0.109 of a tiny model with such. Each
 # block alone is held to less by tests; what computes something else is off by about 1.
 QUANTIZED_TOLERANCE: Final = 0.25
+# Of any other network against eager: sums are taken in another order, and on a GPU fp32 convolutions use TF32 in both.
+_TOLERANCE: Final[Mapping[Precision, float]] = {"fp32": 5e-3, "fp16": 2e-2, "bf16": 6e-2}
 # as PyTorch names them
 DTYPE_NAMES: Final[dict[Precision, str]] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
@@ -61,6 +63,11 @@ class Numerics:
     def name(self) -> str:
         """ "fp16", or the number format of a quantized denoiser: "fp8"."""
         return self.quantization.number_format if self.quantization else self.precision
+
+    def tolerance(self, network: str) -> float:
+        """‖difference‖ / ‖eager‖ at the most, of a network on a backend that was built for this arithmetic."""
+        quantized = self.quantization is not None and network == "denoiser"
+        return QUANTIZED_TOLERANCE if quantized else _TOLERANCE[self[network]]
 
     def with_scales(self, key: str) -> Self:
         """The same with the key of a quantized denoiser's scales; "" for any."""
