@@ -219,7 +219,7 @@ class _Drawing:
         model = self._model(lora=False)
         own, settings = model.checkpoint.geometry.default_pixels, MODES[name].plan_settings(self._args.iterations)
         settings |= {"height": own, "width": own, "max_frames": self._args.max_frames, "seed": seed}
-        return RunPlan(prediction_type=model.prediction_type, **settings)
+        return RunPlan(prediction_type=model.prediction_type, prompt_chunks="1", **settings)
 
     def _path(self, name: str, chosen_by: bool) -> Path | None:
         words = name.replace(",", "").split()

@@ -32,10 +32,11 @@ from storyadapter.runtime.pipeline import StoryPipeline
 Tell = Callable[[str], None]
 
 
-def usual_ranges(geometry: Geometry, max_frames: int, frames: int) -> ShapeRanges:
-    """Those of `build --max-frames F`, so that its engine serves, unless the story has more frames than it expects."""
+def usual_ranges(geometry: Geometry, max_frames: int, frames: int, chunks: int = 1) -> ShapeRanges:
+    """Those of `build --max-frames F`, so that its engine serves, unless the story has more frames than it expects, or
+    longer prompts: of so many chunks."""
     own = Range(geometry.default_pixels, geometry.default_pixels)
-    return ShapeRanges(max_frames, max(MAX_REFERENCES, frames), own, own)
+    return ShapeRanges(max_frames, max(MAX_REFERENCES, frames), own, own, chunks)
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,10 @@ class BenchmarkModel:
         return self.quantized(scales), f"of {len(scales.inputs)} layers, {how}"
 
     def plan(self, *, iterations: int, height: int = 0, width: int = 0, **settings: Any) -> RunPlan:
-        """A story's settings: the published λ, and the model's own size where none is given."""
+        """A story's settings: the published λ, the model's own size where none is given, and prompts of one chunk, as
+        the published program reads them, for which `usual_ranges` are."""
         own, scales = self.checkpoint.geometry.default_pixels, constants.reference_scales(iterations)
+        settings = {"prompt_chunks": "1", **settings}
         settings |= {"height": height or own, "width": width or own, "prediction_type": self.prediction_type}
         return RunPlan(scales=scales, **settings)
 

@@ -132,9 +132,10 @@ def demo_model(args: argparse.Namespace, *loras: LoraSpec) -> BenchmarkModel:
     return BenchmarkModel.from_files(ModelChoice(paths, str(args.model)), EngineChoice.typed(args), default_device())
 
 
-def open_model(model: BenchmarkModel, args: argparse.Namespace) -> StoryPipeline:
-    """A model opened for the stories of the options; its engine is built first where the store has none."""
-    ranges = usual_ranges(model.checkpoint.geometry, args.max_frames, args.frames)
+def open_model(model: BenchmarkModel, args: argparse.Namespace, chunks: int = 1) -> StoryPipeline:
+    """A model opened for the stories of the options, with prompts of so many chunks; its engine is built first where
+    the store has none."""
+    ranges = usual_ranges(model.checkpoint.geometry, args.max_frames, args.frames, chunks)
     return model.pipeline(model.open(ranges, lambda line: print(line, flush=True)).networks)
 
 

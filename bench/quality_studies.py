@@ -74,11 +74,18 @@ class Studio:
     model: BenchmarkModel
     pipeline: StoryPipeline
     args: argparse.Namespace
+    before: str = ""  # stands before every prompt of the study of long ones
 
     @classmethod
     def open(cls, args: argparse.Namespace) -> Studio:
-        model = demo_model(args)
-        return cls(held_out_stories(args.stories, args.frames), model, open_model(model, args), args)
+        """Its engine is built for the prompts that its study draws."""
+        model, stories, before, chunks = demo_model(args), held_out_stories(args.stories, args.frames), "", 1
+        if args.study == "long-prompts":
+            tokenizers = model.tokenizers()
+            while tokenizers.chunks(before) < 2:
+                before += constants.STYLES["realistic"][0]
+            chunks = max(tokenizers.chunks(before + prompt) for story in stories for prompt in story.prompts)
+        return cls(stories, model, open_model(model, args, chunks), args, before)
 
     def each(self, arm: str) -> Iterable[tuple[int, int]]:
         """Story and repeat of each drawing of an arm."""
@@ -215,10 +222,6 @@ def study_edit(studio: Studio) -> Study:
 
 def study_long_prompts(studio: Studio) -> Study:
     """Is what stands behind the 75th token of a prompt drawn, if prompts are read in chunks?"""
-    tokenizers = studio.pipeline.tokenizers
-    before = constants.STYLES["realistic"][0]
-    while tokenizers.chunks(before) < 2:
-        before += constants.STYLES["realistic"][0]
 
     def drawn(arm: str, before: str, chunks: str) -> np.ndarray:
         found = []
@@ -229,8 +232,8 @@ def study_long_prompts(studio: Studio) -> Study:
         return studio.labels(found)[:, :, 0]
 
     arms = {
-        "cut at token 75": drawn("cut", before, "1"),
-        "in chunks": drawn("in chunks", before, "auto"),
+        "cut at token 75": drawn("cut", studio.before, "1"),
+        "in chunks": drawn("in chunks", studio.before, "auto"),
         "the short prompt": drawn("short", "", "1"),
     }
     truth = np.stack([story.truth for story in studio.stories])[:, None]

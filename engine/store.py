@@ -148,7 +148,7 @@ class EngineStore:
 
         Raises:
             EngineMismatchError: there is none; the text says in which fields the closest one differs, and ends with
-                `build_command`.
+                `build_command`. It is about the field "max_prompt_chunks" where one would serve shorter prompts.
             InputError: the store can't be read.
         """
         engines, warnings = self.scan()
@@ -161,7 +161,10 @@ class EngineStore:
             misfits = {e.key: e.identity.differences(identity) + [*filter(None, [uncovered[e.key]])] for e in engines}
             closest = min(engines, key=lambda e: (e.identity.backend != identity.backend, len(misfits[e.key])))
             found += f" fits; the closest, {closest}, differs: {'; '.join(misfits[closest.key])}"
-        raise EngineMismatchError("; ".join([found, *warnings, f"build it: {build_command}"]))
+        shorter = replace(ranges, max_prompt_chunks=1)
+        serves_shorter = any(e.identity.serves(identity) and e.ranges.uncovered(shorter) is None for e in engines)
+        field = "max_prompt_chunks" if serves_shorter else None
+        raise EngineMismatchError("; ".join([found, *warnings]), advice=f"build it: {build_command}", field=field)
 
     def get(self, identity: EngineIdentity, ranges: ShapeRanges) -> StoredEngine | None:
         """The engine of exactly this identity and these ranges, if it is finished and whole."""

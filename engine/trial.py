@@ -242,7 +242,8 @@ def compare_pictures(trial: Trial) -> str:
 
 def _story(trial: Trial, checkpoint: Checkpoint) -> tuple[Story, RunPlan]:
     pixels, most = checkpoint.geometry.default_pixels, trial.ranges.max_frames
-    plan = RunPlan(height=pixels, width=pixels, scales=(_SCALE,), steps=trial.steps, seed=0, max_frames=most)
+    settings: dict[str, Any] = {"steps": trial.steps, "max_frames": most, "prompt_chunks": "1"}
+    plan = RunPlan(height=pixels, width=pixels, scales=(_SCALE,), seed=0, **settings)
     story = Story(tuple(held_out_stories(1, trial.frames)[0].prompts), style="none")
     return story, plan.for_model(checkpoint.sampling)
 

@@ -101,7 +101,8 @@ def _build_as_told(tiny_model_dir: Path, folder: Path) -> None:
     run = [
         *("run", "--base-model", str(tiny_model_dir), "--image-encoder", str(tiny_model_dir / "image_encoder")),
         *("--ip-adapter", str(tiny_model_dir / "ip-adapter.safetensors"), "--backend", "onnxruntime"),
-        *("--precision", "fp32", "--max-frames", "3", "--prompt", "a fox", "--out", str(folder / "no-such-folder")),
+        *("--precision", "fp32", "--max-frames", "3", "--prompt", "a fox", "--style", "none"),
+        *("--out", str(folder / "no-such-folder")),
         *("--engine-dir", str(folder)),
     ]
     with redirect_stderr(StringIO()) as told:

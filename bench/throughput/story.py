@@ -74,7 +74,7 @@ def plan_of(case: StoryCase, prediction_type: str) -> RunPlan:
     """The settings of a case."""
     sizes: dict[str, Any] = {name: getattr(case, name) for name in ("height", "width", "steps", "max_frames")}
     scales = constants.reference_scales(case.iterations)
-    return RunPlan(seed=SEED, scales=scales, prediction_type=prediction_type, **sizes)
+    return RunPlan(seed=SEED, scales=scales, prediction_type=prediction_type, prompt_chunks="1", **sizes)
 
 
 def overlapped(networks: Networks, tokenizers: Tokenizers, *, overlap: bool | None = None) -> Draw:

@@ -130,6 +130,8 @@ def run(args: argparse.Namespace) -> int:
         style = check_style(args.style or story.style or DEFAULT_STYLE)
         stored = stored_identity(args.out)
         seed, recorded = _seed(args, stored), _recorded_scales(stored) if args.resume else ()
+        if args.prompt_chunks is None:  # a run is gone on with as it was begun, also before the default was another
+            args.prompt_chunks = _recorded(stored, "prompt_chunks")
         check_reference_vae(args, run_plan(args, _ANY_SIZE, seed, recorded))
         model = model_choice(args)
         reporter.stage("", OPENING)
@@ -171,9 +173,14 @@ def _words_it_does_not_know(story: "Story") -> Iterator[str]:
         yield f"the demo model doesn't know {named}; {KINDS[kind]} it knows: {known}. Others need an SDXL checkpoint"
 
 
-def _recorded_scales(stored: Mapping[str, Any] | None) -> tuple[float, ...]:
+def _recorded(stored: Mapping[str, Any] | None, setting: str) -> Any:
+    """A setting of the run which `--out` already holds; None if there is none."""
     plan = stored.get("plan") if stored else None
-    scales = plan.get("scales") if isinstance(plan, dict) else None
+    return plan.get(setting) if isinstance(plan, dict) else None
+
+
+def _recorded_scales(stored: Mapping[str, Any] | None) -> tuple[float, ...]:
+    scales = _recorded(stored, "scales")
     return tuple(scales) if isinstance(scales, list) else ()
 
 
@@ -181,6 +188,5 @@ def _seed(args: argparse.Namespace, stored: Mapping[str, Any] | None) -> int:
     """The seed asked for, that of the run which `--out` already holds, or a fresh one."""
     if args.seed is not None:
         return args.seed
-    plan = stored.get("plan") if stored else None
-    seed = plan.get("seed") if isinstance(plan, dict) else None
+    seed = _recorded(stored, "seed")
     return seed if isinstance(seed, int) else secrets.randbelow(2**32)

@@ -2,7 +2,7 @@
 
 import argparse
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,14 +19,15 @@ from storyadapter.cli.start_clock import StartClock
 from storyadapter.engine.backend import ReportStage
 from storyadapter.engine.calibration import find_scales
 from storyadapter.engine.identity import ModelWeights, model_weights
+from storyadapter.method.constants import CHUNK_TOKENS
 from storyadapter.method.control_pictures import control_identity, control_paths, read_controls
-from storyadapter.method.errors import EngineMismatchError, RunError, spelled
+from storyadapter.method.errors import EngineMismatchError, Field, RunError, spelled
 from storyadapter.method.events import FrameFinished, RunFinished, RunStarted, StepFinished
 from storyadapter.method.memory_errors import is_out_of_memory
 from storyadapter.method.plan import FRAMES_UNMEASURED, RunPlan, split_evenly
 from storyadapter.method.sampler import sampler_of
 from storyadapter.method.sampling_notices import sampling_notices
-from storyadapter.method.story import Story
+from storyadapter.method.story import FinalFrame, Story
 from storyadapter.model.contract import Range, ShapeRanges
 from storyadapter.output.animation import check_form
 from storyadapter.output.edits import Edit
@@ -73,13 +74,12 @@ def draw(
     controls = read_controls(story, plan, lambda notice: reporter.note("warning", spelled(notice, option)))
     lettering = Lettering(args.font)
     check_form(args.animation)
-    frames, final = len(story.frames), story.final_frames(plan, style)
+    frames = len(story.frames)
+    final = in_chunks(story.final_frames(plan, style), plan, Tokenizers(*session.checkpoint.load_tokenizers()))
     pictures = pictures_of_frames(story)
-    attended, chunks = plan.references(frames, max(map(len, pictures))), 1
-    if plan.prompt_chunks != "1":
-        chunks = most_chunks(in_chunks(final, plan, Tokenizers(*session.checkpoint.load_tokenizers())))
+    attended = plan.references(frames, max(map(len, pictures)))
     height, width = (Range(pixels, pixels) for pixels in plan.size)
-    ranges = ShapeRanges(plan.max_frames or FRAMES_UNMEASURED, attended, height, width, chunks)
+    ranges = ShapeRanges(plan.max_frames or FRAMES_UNMEASURED, attended, height, width, most_chunks(final))
     scales = [plan.scale_of(iteration) for iteration in range(plan.iterations)]
     weights = model_weights(session.checkpoint, reporter.bytes_read)
     session = with_scales(args, session, ranges, weights.key)
@@ -92,6 +92,7 @@ def draw(
         RunFolder.check(args.out, identity, frames=frames, scales=scales, resume=args.resume, edited=edited)
     with (
         _told_when_out_of_memory(plan),
+        _told_when_texts_are_too_long(final, may_cut=not edited),
         closing(_open_pipeline(args, ranges, frames, session, reporter, clock)) as pipeline,
     ):
         batching = pipeline.batching(plan, frames, len(story.negative_prompts(plan)))
@@ -289,6 +290,19 @@ def open_pipeline(
         if args.max_frames is not None or together == 1:
             raise
     return opened(1)  # how many it takes is the engine's own; what is told now is what else differs
+
+
+@contextmanager
+def _told_when_texts_are_too_long(frames: Sequence[FinalFrame], *, may_cut: bool) -> Iterator[None]:
+    try:
+        yield
+    except EngineMismatchError as error:
+        if error.field != "max_prompt_chunks":
+            raise
+        longest = max(range(len(frames)), key=lambda number: frames[number].chunks)
+        fill = f"the texts of frame {longest} fill {frames[longest].chunks} chunks of {CHUNK_TOKENS} tokens"
+        cut = ("type ", Field("prompt_chunks"), " 1 to cut texts at the end of the first one, or ") if may_cut else ""
+        raise EngineMismatchError(f"{fill}; ", *error.args, advice=(cut, error.advice), field=error.field) from error
 
 
 @contextmanager

@@ -61,7 +61,7 @@ def add_language_option(parser: argparse._ActionsContainer) -> None:
 
 def add_method_options(parser: argparse.ArgumentParser) -> None:
     """What decides the pictures besides story, model and size."""
-    look = parser.add_argument_group("method (defaults are the published values)")
+    look = parser.add_argument_group("method (defaults are the published values, but that of --prompt-chunks)")
     look.add_argument(
         "--style", metavar="STYLE", help="comic, film, realistic or none (default: the story's, or comic)"
     )
@@ -242,7 +242,7 @@ def add_size_options(parser: argparse.ArgumentParser, *, as_range: bool) -> None
             type=int,
             default=1,
             metavar="M",
-            help="chunks of 75 tokens of the longest prompt, for run --prompt-chunks auto (default: %(default)s)",
+            help="chunks of 75 tokens of the longest prompt (default: %(default)s)",
         )
 
 

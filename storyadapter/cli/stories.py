@@ -29,18 +29,18 @@ def check(args: argparse.Namespace) -> int:
     from storyadapter.checkpoint import Checkpoint
     from storyadapter.runtime.conditioning import Tokenizers
     from storyadapter.runtime.given_pictures import pictures_of_frames
-    from storyadapter.runtime.story_jobs import in_chunks, truncated
+    from storyadapter.runtime.story_jobs import in_chunks, most_chunks, truncated
 
     tokenizers = Tokenizers(*Checkpoint.open(model.paths).load_tokenizers())
     final, pictures = story.final_frames(plan, style), pictures_of_frames(story)
     lines = [f"{count(len(final), 'frame')}, style {style}, tokens of {model.label}"]
-    chunks = [None if plan.prompt_chunks == "1" else frame.chunks for frame in in_chunks(final, plan, tokenizers)]
-    frames = zip(final, story.frames, story.characters_found(), pictures, chunks, strict=True)
-    for number, (frame, given, found, of_frame, whole) in enumerate(frames):
+    final = in_chunks(final, plan, tokenizers)
+    cut = plan.prompt_chunks == "1"
+    frames = zip(final, story.frames, story.characters_found(), pictures, strict=True)
+    for number, (frame, given, found, of_frame) in enumerate(frames):
         tokens = tokenizers.count(frame.prompt)
-        about = [
-            f"{tokens} of {TEXT_TOKENS} tokens" if whole is None else f"{tokens} tokens in {count(whole, 'chunk')}"
-        ]
+        read = f" of {TEXT_TOKENS} tokens" if cut else f" tokens in {count(frame.chunks, 'chunk')}"
+        about = [f"{tokens}{read}"]
         about += [f"characters {', '.join(found)}"] if found else []
         about += [] if given.seed is None else [f"seed {given.seed}"]
         about += [f"control {', '.join(path or 'none' for path in given.control)}"] if given.control else []
@@ -49,6 +49,8 @@ def check(args: argparse.Namespace) -> int:
         if given.negative is not None and plan.guided:
             lines.append(f"  negative prompt: {given.negative or 'none'}")
     notices += [*story_notices(story), *map(truncation_in_words, truncated(final, plan, tokenizers))]
+    if (chunks := most_chunks(final)) > 1:
+        lines.append(f"texts of {chunks} chunks need an engine of build --max-prompt-chunks {chunks}, or backend eager")
     lines += [f"warning: {spelled(notice, option)}" for notice in notices]
     steps = " or ".join(dict.fromkeys(count(plan.steps_in(number), "step") for number in range(plan.iterations)))
     lines.append(

@@ -52,10 +52,10 @@ class SamplerSettings:
 class RunPlan:
     """Every setting that decides the pictures of a story, besides the story and the model; options are made from it.
 
-    Needs nothing: by default it is the published method, at the model's own size (`height` and `width` None), with a
-    seed that is drawn once. The seed is that of every frame of every iteration. `max_frames` is None for as many as fit
-    on a GPU, elsewhere 8. What else is None is what the model says of itself: `for_model` fills it in. Where
-    `timesteps` are given, `steps` is their number.
+    Needs nothing: by default it is the published method, but for prompts that are longer than it reads, at the model's
+    own size (`height` and `width` None), with a seed that is drawn once. The seed is that of every frame of every
+    iteration. `max_frames` is None for as many as fit on a GPU, elsewhere 8. What else is None is what the model says
+    of itself: `for_model` fills it in. Where `timesteps` are given, `steps` is their number.
 
     >>> RunPlan(seed=7, steps=20, scales=(0.3, 0.5)).iterations
     3
@@ -137,9 +137,9 @@ class RunPlan:
         "what no frame shall show; a frame of a story file may have its own", constants.NEGATIVE_PROMPT, metavar="T"
     )
     prompt_chunks: str = setting(
-        f"how a prompt beyond {constants.CHUNK_TOKENS} tokens is read: 1 cuts it there, as published; auto reads all "
-        "of it, in chunks",
-        "1",
+        f"how a prompt beyond {constants.CHUNK_TOKENS} tokens is read: auto reads all of it, in chunks of as many; 1 "
+        "cuts it there, as published",
+        "auto",
         choices=("auto", "1"),
     )
     max_frames: int | None = setting("frames drawn together in one micro-batch, at most", None)

@@ -30,7 +30,7 @@ from storyadapter.runtime.drive import drive
 from storyadapter.runtime.frame_store import FrameStore
 from storyadapter.runtime.given_pictures import FramePictures, Pictures, pictures_of_frames
 from storyadapter.runtime.memory import Batching, Batchings, choose_batching, step_networks, unet_letters
-from storyadapter.runtime.story_jobs import in_chunks, most_chunks
+from storyadapter.runtime.story_jobs import CUT, in_chunks, most_chunks
 from storyadapter.runtime.story_source import FinishedIteration, StorySource
 from storyadapter.runtime.worker import Worker
 
@@ -344,7 +344,8 @@ def check_request(networks: Networks, plan: RunPlan, *, frames: int, pictures: i
             if asked not in built:
                 named = (f"{what} (", Field(name), ")") if what else (Field(name),)
                 served = f"this engine was built for {built.minimum} to {built.maximum}"
-                raise InputError(*named, f": {asked} asked for", advice=served)
+                cut = ("; ", CUT) if name == "max_prompt_chunks" else ""
+                raise InputError(*named, f": {asked} asked for", advice=(served, cut))
     if len(plan.controls) != (count := len(networks.geometry.controls)):
         found = f"there are settings for {len(plan.controls)} ControlNets"
         raise InputError(found, expected=f"{count}, as many as the model has", field="controlnet")

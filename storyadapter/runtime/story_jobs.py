@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 from storyadapter.method import constants
 from storyadapter.method.control_pictures import Controls
-from storyadapter.method.errors import InputError
+from storyadapter.method.errors import Field, InputError, Text
 from storyadapter.method.events import PromptTruncated
 from storyadapter.method.plan import RunPlan
 from storyadapter.method.story import FinalFrame
@@ -15,6 +15,7 @@ from storyadapter.model.numerics import Numerics
 from storyadapter.runtime.conditioning import Tokenizers
 from storyadapter.runtime.jobs import Control, FrameJob, TextGroup
 
+CUT: Final[Text] = (Field("prompt_chunks"), " 1 cuts texts at the end of the first")
 TextPlace: TypeAlias = tuple[TextGroup, int]  # a group, and the index of a text in it
 
 
@@ -122,7 +123,8 @@ def in_chunks(frames: Sequence[FinalFrame], plan: RunPlan, tokenizers: Tokenizer
             known[text] = tokenizers.chunks(text)
             if known[text] > constants.MAX_PROMPT_CHUNKS:
                 found = f"frame {number}: a text of {tokenizers.count(text):,} tokens fills {known[text]} chunks"
-                raise InputError(found, expected=f"at most {constants.MAX_PROMPT_CHUNKS}", field="prompts")
+                most = f"at most {constants.MAX_PROMPT_CHUNKS}"
+                raise InputError(found, expected=most, advice=CUT, field="prompts")
         return known[text]
 
     return [

@@ -185,6 +185,7 @@ class ImagesRequest(_Request):
     steps: int | None = None
     guidance: float | None = None
     negative_prompt: str | None = None
+    prompt_chunks: Literal["auto", "1"] | None = None
 
     def stories(self, defaults: Mapping[str, Any]) -> list[tuple[Story, RunPlan]]:
         """One of a single frame for each picture; `defaults`: of the server. Raises InputError."""
@@ -193,8 +194,8 @@ class ImagesRequest(_Request):
         if self.size and self.size != "auto":
             asked["width"], asked["height"] = map(int, self.size.split("x"))
         seed = secrets.randbelow(2**32) if self.seed is None else self.seed
-        more = {name: getattr(self, name) for name in ("preset", "steps", "guidance", "negative_prompt")}
-        more = {name: value for name, value in more.items() if value is not None}
+        settings = ("preset", "steps", "guidance", "negative_prompt", "prompt_chunks")
+        more = {name: value for name in settings if (value := getattr(self, name)) is not None}
         return [
             (story, _plan({**asked, **more, "scales": (), "seed": seed + number}, defaults)) for number in range(self.n)
         ]

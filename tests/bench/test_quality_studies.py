@@ -10,6 +10,7 @@ from PIL import Image
 from storyadapter.bench import quality
 from storyadapter.bench.frame_memory import FrameMemory
 from storyadapter.bench.quality_studies import STUDIES, Estimate, Studio, Study
+from storyadapter.engine.store import EngineStore
 from storyadapter.method.errors import InputError
 from storyadapter.method.events import FrameFinished
 
@@ -40,8 +41,11 @@ def test_pictures_that_are_not_kept_count_in_the_first_iteration_alike(tiny: Pat
     assert all(0 <= estimate.mean <= 1 for found in (first, last) for estimate in found.values())
 
 
-def test_a_long_prompt_that_is_cut_draws_the_same_whatever_stands_at_its_end(tiny: Path) -> None:
-    study = STUDIES["long-prompts"](Studio.open(small(tiny, "long-prompts")))
+def test_long_prompts_are_drawn_by_an_engine_that_is_built_for_their_chunks(tiny: Path, tmp_path: Path) -> None:
+    engine = ("--backend", "onnxruntime", "--engine-dir", str(tmp_path))
+    study = STUDIES["long-prompts"](Studio.open(small(tiny, "long-prompts", *engine)))
+    (built,), _ = EngineStore(tmp_path).scan()
+    assert built.ranges.max_prompt_chunks > 1
     assert study.facts["species by chance"] == pytest.approx(1 / 6)
     assert set(study.measures["species as prompted"]) == {"cut at token 75", "in chunks", "the short prompt"}
 

@@ -315,9 +315,9 @@ def test_a_story_file(type_in: Type, quick_run: list[str]) -> None:
     assert record()["identity"]["story"]["title"] == "A tale"
 
 
-def test_a_long_prompt_is_a_warning(type_in: Type, quick_run: list[str]) -> None:
+def test_a_long_prompt_that_is_cut_is_a_warning(type_in: Type, quick_run: list[str]) -> None:
     long = " ".join(["fox"] * 75)
-    words = [*quick_run, "--iterations", "0"]
+    words = [*quick_run, "--iterations", "0", "--prompt-chunks", "1"]
     done = type_in(*words, "--prompt", f"{long} owl wolf")
     assert done.code == 0
     assert 'warning: frame 3: the prompt is over 77 tokens; cut off: "' in done.err

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -30,6 +31,10 @@ def test_words_of_all_kinds_are_drawn(type_in: Type, quick_run: list[str], tmp_p
     Path("tale.csv").write_text("\n".join(rows), encoding="utf-8")
     place = quick_run.index("--prompt")
     words = [*quick_run[:place], *quick_run[place + 4 :], "--iterations", "0", "--steps", "1", "--guidance", "2"]
+    done = type_in(*words, "--story", "tale.csv")
+    assert done.code == 2 and not Path("out").exists()
+    assert re.search(r"frame 3: a text of [\d,]+ tokens fills \d+ chunks; expected at most 16; --prompt-ch", done.err)
+    words += ["--prompt-chunks", "1"]
     done = type_in(*words, "--story", "tale.csv", "--animation", "webp")
     assert done.code == 0, done.err
     assert len(done.err) < 5000
@@ -60,7 +65,9 @@ def test_what_a_story_will_be_is_told(type_in: Type, tiny_model: list[str]) -> N
         "style: none\ncharacters: {Ada: a girl, Bob: a boy}\nprompts:\n- Ada sees ada\n"
         "- {prompt: '(snow:1.2)', seed: 5, negative: fog}\n- " + "word " * 90
     )
-    done = type_in("story", "check", "tale.yaml", *tiny_model, "--iterations", "1", "--steps", "3")
+    done = type_in(
+        *("story", "check", "tale.yaml", *tiny_model, "--iterations", "1", "--steps", "3", "--prompt-chunks", "1")
+    )
     assert (done.code, done.err) == (0, "")
     lines = done.out.splitlines()
     assert lines[0] == f"3 frames, style none, tokens of {tiny_model[1]}"

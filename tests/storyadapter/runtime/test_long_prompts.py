@@ -26,7 +26,7 @@ from tests.storyadapter.runtime.test_pipeline import open_tiny
 TIGHT = 0.05
 LONG = " ".join(f"a red fox number {n} runs in the snow" for n in range(6))
 PROMPTS = (f"{LONG}, then it sleeps under the sea", "a small owl")
-PLAN = RunPlan(height=64, width=64, seed=3, steps=3, scales=(0.4,), negative_prompt="blurry", prompt_chunks="auto")
+PLAN = RunPlan(height=64, width=64, seed=3, steps=3, scales=(0.4,), negative_prompt="blurry")
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +162,8 @@ def test_more_than_an_engine_has(pipeline: StoryPipeline) -> None:
     with pytest.raises(InputError) as caught:
         small.run(Story(PROMPTS), PLAN)
     assert str(caught.value) == (
-        "the longest prompt's chunks (max_prompt_chunks): 3 asked for; this engine was built for 1 to 1"
+        "the longest prompt's chunks (max_prompt_chunks): 3 asked for; this engine was built for 1 to 1; "
+        "prompt_chunks 1 cuts texts at the end of the first"
     )
     with pytest.raises(InputError, match=r"frame 0: a text of [\d,]+ tokens fills \d+ chunks; expected at most 16"):
         pipeline.run(Story(("fox " * 8402,)), PLAN)

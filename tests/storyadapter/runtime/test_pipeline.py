@@ -38,7 +38,7 @@ PROMPTS = (
     "a small owl sleeps in a tree at night",
     "the fox and the owl share soup by the fire",
 )
-PLAN = RunPlan(height=64, width=64, seed=3, steps=4, scales=(0.3, 0.5))
+PLAN = RunPlan(height=64, width=64, seed=3, steps=4, scales=(0.3, 0.5), prompt_chunks="1")
 ORACLE = dict(scales=(0.3, 0.5), steps=4, seed=3, height=64, width=64, style="comic")
 
 

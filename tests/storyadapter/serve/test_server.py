@@ -414,3 +414,9 @@ async def test_what_a_killed_server_had_drawn_and_not_told_is_told_by_the_next(
         assert places == {(iteration, frame) for iteration in range(2) for frame in range(2)}
         assert {one for one in whole if one[0] == "iteration_finished"} <= stories.queue.told(name)
         assert [event.kind for event in stories.queue.events(name)].count("completed") == 1
+
+
+def test_openai_clients_may_have_prompts_cut() -> None:
+    ((_, cut),) = ImagesRequest(prompt="a fox", prompt_chunks="1").stories(DEFAULTS)
+    ((_, whole),) = ImagesRequest(prompt="a fox").stories(DEFAULTS)
+    assert (cut.prompt_chunks, whole.prompt_chunks) == ("1", "auto")
