@@ -238,7 +238,8 @@ def convolution_fp8_triton(
         raise _CONVOLUTION.refusal("x", f"of shape {list(x.shape)}", "even h and w with stride 2")
     _check(_CONVOLUTION, x, weight, scale, shift, residual, _SIDE * _SIDE)
     images, height, width, columns = x.shape[0], x.shape[1] // stride, x.shape[2] // stride, weight.shape[0]
-    if shift.shape != weight.shape[:1] and shift.shape != (images, columns):
+    # dimensions first: sizes of unlike shapes would be compared one by one, and B ≠ N become a rule of what is compiled
+    if shift.shape != ((columns,) if shift.dim() == 1 else (images, columns)):
         raise _CONVOLUTION.refusal("shift", f"of shape {list(shift.shape)}", f"[{columns}] or [{images}, {columns}]")
     out = shift.new_empty((images, height, width, columns))
     if residual is not None and (residual.shape != out.shape or not residual.is_contiguous()):
