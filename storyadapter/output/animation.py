@@ -1,7 +1,8 @@
 """A story as one moving picture, of a size that can be sent on."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Final, Literal, TypeAlias
@@ -51,27 +52,31 @@ def check_form(form: Form) -> None:
         raise UnavailableError(Field("animation"), f" {form}: Pillow was built without it", expected="gif")
 
 
-def animation(form: Form, extent: Extent, read: Callable[[int], Image.Image]) -> bytes:
+def animation(form: Form, extent: Extent, read: Callable[[int], Image.Image], workers: Executor) -> bytes:
     """An endless animation, 800 ms per frame.
 
     In a GIF, every frame has a palette of its own. Equal frames in a row are stored once, with their times added.
 
     Args:
         read: a frame by its number, RGB.
+        workers: threads that read frames and make them small.
     """
-    small = (scaled(read(frame), extent.size) for frame in extent.frames)
-    first, *rest = small if form == "webp" else _indexed(small)
+
+    def prepared(frame: int) -> Image.Image:
+        small = scaled(read(frame), extent.size)
+        return small if form == "webp" else _indexed(small)
+
+    first, *rest = workers.map(prepared, extent.frames)
     options = {"quality": 85} if form == "webp" else {"optimize": False}
     file = BytesIO()
     first.save(file, form.upper(), save_all=True, append_images=rest, duration=FRAME_MILLISECONDS, loop=0, **options)
     return file.getvalue()
 
 
-def _indexed(frames: Iterator[Image.Image] | Sequence[Image.Image]) -> Iterator[Image.Image]:
-    for frame in frames:
-        # Two passes: Pillow dithers only towards a palette it is given. Of every k-th pixel either way: to choose the
-        # colours takes six times as long as all else.
-        every = math.ceil(max(frame.size) / _PALETTE_SIDE)
-        sample = frame.resize((-(-frame.width // every), -(-frame.height // every)), Image.Resampling.NEAREST)
-        palette = sample.quantize(256, Image.Quantize.MEDIANCUT)
-        yield frame.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG)
+def _indexed(frame: Image.Image) -> Image.Image:
+    # Two passes: Pillow dithers only towards a palette it is given. Of every k-th pixel either way: to choose the
+    # colours takes six times as long as all else.
+    every = math.ceil(max(frame.size) / _PALETTE_SIDE)
+    sample = frame.resize((-(-frame.width // every), -(-frame.height // every)), Image.Resampling.NEAREST)
+    palette = sample.quantize(256, Image.Quantize.MEDIANCUT)
+    return frame.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG)

@@ -100,7 +100,7 @@ class RunFolder:
         self._text = text
         self._strips = ThumbnailStrips(path / THUMBNAILS_NAME, record.frames, len(record.scales))
         self._staying = StayingFrames(path, record, self._strips)
-        self._workers = ThreadPoolExecutor(_WORKERS, "png")
+        self._workers = ThreadPoolExecutor(_WORKERS, "pictures")
         # of iterations that aren't finished, by iteration and frame: what the contact sheet shows, and the file's hash
         self._written: dict[tuple[int, int], tuple[Image.Image, str]] = {}
 
@@ -306,7 +306,7 @@ class RunFolder:
         lettering = lettering or Lettering()
         moving = self.path / f"story.{form}"
         shown = extent(moving.name, read_picture(paths[0]).size, len(paths))
-        write_atomically(moving, animation(form, shown, lambda frame: read_picture(paths[frame])))
+        write_atomically(moving, animation(form, shown, lambda frame: read_picture(paths[frame]), self._workers))
         make_folder(folder)
         for frame, path in enumerate(paths):
             write_atomically(folder / f"{numbered(frame, self._record.frames)}.png", path.read_bytes())

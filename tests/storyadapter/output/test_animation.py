@@ -1,3 +1,4 @@
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 
 import pytest
@@ -8,7 +9,8 @@ from storyadapter.output.animation import FRAMES_AT_MOST, PIXELS_AT_MOST, Form, 
 
 def drawn(pictures: list[Image.Image], form: Form = "gif") -> Image.Image:
     shown = extent(f"story.{form}", pictures[0].size, len(pictures))
-    return Image.open(BytesIO(animation(form, shown, lambda frame: pictures[frame])))
+    with ThreadPoolExecutor(2) as workers:
+        return Image.open(BytesIO(animation(form, shown, lambda frame: pictures[frame], workers)))
 
 
 def shaded(color: str, size: tuple[int, int] = (256, 192)) -> Image.Image:
