@@ -2,6 +2,8 @@
 # bench frontier by several processes at once, as one alone hardly fills a GPU with the demo model. What is drawn stays in
 # FOLDER/work: the same command goes on where it was stopped.
 set -euo pipefail
+# each process waits for the GPU, or for one thread of Python: more threads of each only hinder the others
+export OMP_NUM_THREADS=1
 if [ $# -lt 2 ]; then
     echo "usage: ${0##*/} FOLDER PROCESSES [OPTION of bench frontier ...]" >&2
     exit 2

@@ -371,14 +371,13 @@ def run_plan(args: argparse.Namespace, default_pixels: int, seed: int, recorded:
     Raises:
         InputError: a value that can't be served.
     """
-    asked = constants.ITERATIONS if args.iterations is None else args.iterations
-    if args.scales is None and asked < 0:
-        raise InputError(f"--iterations is {asked}", expected="0 (text only) or more")
-    scales = constants.reference_scales(asked)
-    if recorded and args.iterations is not None and asked > len(recorded):
-        scales = (*recorded, *recorded[-1:] * (asked - len(recorded)))
-    instead = {"height": default_pixels, "width": default_pixels, "scales": scales}
+    instead = {"height": default_pixels, "width": default_pixels}
     typed = {name: value for name in PLAN_HELP if (value := getattr(args, name)) is not None}
+    if (asked := args.iterations) is not None and args.scales is None:
+        if asked < 0:
+            raise InputError(f"--iterations is {asked}", expected="0 (text only) or more")
+        more = asked - len(recorded) if recorded else 0
+        typed["scales"] = (*recorded, *recorded[-1:] * more) if more > 0 else constants.reference_scales(asked)
     settings: dict[str, Any] = {**instead, **with_preset(args.preset, typed), "seed": seed}
     return RunPlan(**settings, controls=control_settings(args))
 

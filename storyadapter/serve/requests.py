@@ -130,12 +130,12 @@ class StoryRequest(_Request):
         """`defaults`: of the server. Raises InputError."""
         given = self.settings.model_dump(exclude_none=True)
         iterations, scales = given.pop("iterations", None), given.get("scales")
-        if scales is None:
-            given["scales"] = constants.reference_scales(constants.ITERATIONS if iterations is None else iterations)
-        elif iterations not in (None, len(scales)):
+        if scales is None and iterations is not None:
+            given["scales"] = constants.reference_scales(iterations)
+        elif scales is not None and iterations not in (None, len(scales)):
             found = f"iterations: {iterations} beside {len(scales)} scales"
             raise InputError(found, expected="one of them", field="settings.iterations")
-        return _plan(given | {"scales": tuple(given["scales"])}, defaults)
+        return _plan(given | ({"scales": tuple(given["scales"])} if "scales" in given else {}), defaults)
 
     def digest(self) -> str:
         """Of equal requests equal."""

@@ -19,7 +19,9 @@ from storyadapter.cli.json_log import schema
 from storyadapter.cli.options import model_choice, open_session, run_plan
 from storyadapter.cli.reporting import Reporter
 from storyadapter.cli.start_clock import StartClock
+from storyadapter.method.constants import reference_scales
 from storyadapter.method.events import Event, FrameFinished
+from storyadapter.method.presets import PRESETS
 from storyadapter.method.story import Story
 from tests.storyadapter.cli.running import Type, files, pictures
 
@@ -69,6 +71,22 @@ def test_a_preset_is_recorded_as_what_it_stands_for(type_in: Type, quick_run: li
     done = type_in(*quick, "--preset", "lcm", "--out", "other")
     assert done.code == 2
     assert "--preset lcm is for a UNet that takes the guidance as an embedding" in done.err
+
+
+@pytest.mark.parametrize(
+    ("words", "recorded", "scales"),
+    [
+        ([], (), reference_scales()),
+        (["--preset", "balanced"], (), PRESETS["balanced"].settings["scales"]),
+        (["--preset", "balanced", "--iterations", "2"], (), reference_scales(2)),
+        (["--preset", "balanced", "--scales", "0.1"], (), (0.1,)),
+        (["--preset", "balanced", "--iterations", "3"], (0.1, 0.2), (0.1, 0.2, 0.2)),
+    ],
+)
+def test_iterations_are_a_presets_unless_they_are_typed(
+    words: list[str], recorded: tuple[float, ...], scales: tuple[float, ...]
+) -> None:
+    assert run_plan(build_parser().parse_args(["run", "--prompt", "a", *words]), 64, 7, recorded).scales == scales
 
 
 def test_what_the_model_says_otherwise_is_told(type_in: Type, quick_run: list[str]) -> None:

@@ -42,10 +42,10 @@ def test_what_is_typed_beside_it_wins(name: str, given: dict, timestep: list[int
 
 
 def test_guidance_that_is_typed_decides_whether_an_interval_has_a_meaning() -> None:
-    assert plan("balanced", scales=()).unet_rows(1) == 13
-    assert plan("balanced", guidance=(7.0, 0.0), scales=(0.3,)).unet_rows(1) == 13 + 8
-    assert plan("balanced", scales=(), guidance=0.0).unet_rows(1) == 8
-    assert plan("balanced", scales=(0.3,), guidance=[1.0, 0.5]).unet_rows(1) == 16
+    assert plan("balanced", scales=()).unet_rows(1) == 10
+    assert plan("balanced", guidance=(7.0, 0.0), scales=(0.3,)).unet_rows(1) == 10 + 6
+    assert plan("balanced", scales=(), guidance=0.0).unet_rows(1) == 6
+    assert plan("balanced", scales=(0.3,), guidance=[1.0, 0.5]).unet_rows(1) == 12
 
 
 def test_a_preset_that_cannot_fit_the_unet_says_so() -> None:

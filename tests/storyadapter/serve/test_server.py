@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 from zipfile import ZipFile
 
 import httpx
@@ -23,7 +24,9 @@ from PIL import Image
 from storyadapter import RunPlan, Story, StoryPipeline
 from storyadapter.__main__ import main
 from storyadapter.bench.serve_run import Server
+from storyadapter.method import constants
 from storyadapter.method.events import FrameFinished
+from storyadapter.method.presets import PRESETS
 from storyadapter.serve.app import make_app
 from storyadapter.serve.gate import Gate, Keys
 from storyadapter.serve.limits import Limits
@@ -318,6 +321,21 @@ def test_presets_are_settings_and_what_is_said_beside_them_wins() -> None:
     assert (usual.scheduler, usual.steps, usual.guidance) == ("lcm", 3, 1.0)
     ((_, picture),) = ImagesRequest(prompt="a fox", preset="turbo").stories(defaults)
     assert (picture.scheduler, picture.steps) == ("euler_a", 4)
+    ((_, picture),) = ImagesRequest(prompt="a fox", preset="balanced").stories(defaults)
+    assert picture.iterations == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "scales"),
+    [
+        ({}, constants.reference_scales()),
+        ({"preset": "balanced"}, PRESETS["balanced"].settings["scales"]),
+        ({"preset": "balanced", "iterations": 2}, constants.reference_scales(2)),
+        ({"preset": "balanced", "scales": [0.25]}, (0.25,)),
+    ],
+)
+def test_iterations_are_a_presets_unless_they_are_said(settings: dict[str, Any], scales: tuple[float, ...]) -> None:
+    assert StoryRequest(prompts=["a fox"], settings=settings).plan(DEFAULTS).scales == scales
 
 
 def test_a_wrong_limit_is_named_as_it_was_typed(capsys: pytest.CaptureFixture[str]) -> None:
