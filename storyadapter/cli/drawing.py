@@ -95,7 +95,7 @@ def draw(
         _told_when_texts_are_too_long(final, may_cut=not edited),
         closing(_open_pipeline(args, ranges, frames, session, reporter, clock)) as pipeline,
     ):
-        batching = pipeline.batching(plan, frames, len(story.negative_prompts(plan)))
+        batching = pipeline.batching(plan, frames, len(story.negative_prompts(plan)), most_chunks(final))
         clock.mark("measuring memory")
         loading = time.perf_counter() - started
         details = {

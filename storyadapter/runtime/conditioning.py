@@ -142,8 +142,9 @@ def _projected(
     return [TextRow({channels: value[:, row] for channels, value in kv.items()}, added[row]) for row in rows]
 
 
-def text_bytes(geometry: Geometry, dtype: torch.dtype, prompts: int) -> int:
-    """What the projected keys and values of so many prompts take, of a chunk each: 26 MB for SDXL in half precision."""
+def text_bytes(geometry: Geometry, dtype: torch.dtype, chunks: int) -> int:
+    """What the projected keys and values of prompts take that have so many chunks together: 26 MB each for SDXL in half
+    precision."""
     widths = (*geometry.widths, *(width for control in geometry.controls for width in control.widths))
     channels = sum(width.layers * width.channels for width in widths)
-    return prompts * 2 * constants.TEXT_TOKENS * channels * dtype.itemsize
+    return chunks * 2 * constants.TEXT_TOKENS * channels * dtype.itemsize

@@ -18,6 +18,7 @@ from storyadapter.runtime.frame_store import FrameStore
 from storyadapter.runtime.given_pictures import Pictures
 from storyadapter.runtime.pipeline import Pipeline
 from storyadapter.runtime.scheduler import Scheduler
+from storyadapter.runtime.story_jobs import in_chunks, most_chunks
 from storyadapter.runtime.story_source import StorySource
 
 
@@ -160,10 +161,10 @@ class LocalExecutor:
         decided = pipeline.decided(plan or RunPlan())
         frames, negatives = len(story.frames), len(story.negative_prompts(decided))
         pictures = pipeline.check(story, decided, style, references=references)
-        story.final_prompts(style)
+        chunks = most_chunks(in_chunks(story.final_frames(decided, style), decided, pipeline.tokenizers))
         submitted = SubmittedStory(
             lambda: pipeline.source(story, decided, style, pictures, store=store),
-            lambda: pipeline.knows_batching(decided, frames, negatives),
+            lambda: pipeline.knows_batching(decided, frames, negatives, chunks),
             share,
         )
         with self._changed:

@@ -98,8 +98,8 @@ def share_memory(
     return Batching(chosen, together, keep_text, needs)
 
 
-def measure_needs(networks: Networks, plan: RunPlan, references: int, allowed: Range) -> MemoryNeeds:
-    """Measure on a GPU, by calls with one frame and with a few.
+def measure_needs(networks: Networks, plan: RunPlan, references: int, allowed: Range, chunks: int = 1) -> MemoryNeeds:
+    """Measure on a GPU, by calls with one frame and with a few; `chunks`: of the longest text.
 
     Raises:
         torch.OutOfMemoryError: a single frame doesn't fit.
@@ -107,7 +107,7 @@ def measure_needs(networks: Networks, plan: RunPlan, references: int, allowed: R
     device = networks.device
 
     def call(network: str, frames: int = 1) -> None:
-        letters = unet_letters(networks, plan, frames, references) | {"F": frames, "N": references + 1}
+        letters = unet_letters(networks, plan, frames, references, chunks) | {"F": frames, "N": references + 1}
         networks[network](idle_inputs(networks, network, letters))
 
     def peak(network: str, frames: int = 1) -> int:
@@ -152,7 +152,7 @@ def measure_needs(networks: Networks, plan: RunPlan, references: int, allowed: R
     return MemoryNeeds(
         free,
         fixed=max(0, one - per_frame) + max(0, encode - decode) + between,
-        per_frame=per_frame + 2 * text_bytes(geometry, dtype, 1) + control,
+        per_frame=per_frame + 2 * text_bytes(geometry, dtype, chunks) + control,
         decode=decode,
         seconds_per_row=seconds / unet_letters(networks, plan, probed, references)["B"],
     )
@@ -163,15 +163,15 @@ def step_networks(networks: Networks) -> list[str]:
     return [*map(controlnet_name, range(len(networks.geometry.controls))), "denoiser"]
 
 
-def unet_letters(networks: Networks, plan: RunPlan, frames: int, references: int) -> dict[str, int]:
-    """The size of every letter of a UNet call with so many frames and references."""
+def unet_letters(networks: Networks, plan: RunPlan, frames: int, references: int, chunks: int = 1) -> dict[str, int]:
+    """The size of every letter of a UNet call with so many frames and references, and texts of so many chunks."""
     height, width = (pixels // networks.geometry.pixels_per_latent for pixels in plan.size)
     return {
         "B": frames * (2 if plan.guided else 1),
         "P": frames + int(plan.guided),
         "G": 2,
         "R": constants.TOKENS_PER_IMAGE * references,
-        "M": 1,
+        "M": chunks,
         "h": height,
         "w": width,
     }
@@ -180,33 +180,35 @@ def unet_letters(networks: Networks, plan: RunPlan, frames: int, references: int
 class Batchings:
     """How stories are split, chosen once for each size of story, so that one that is drawn again is split as before."""
 
-    def __init__(self, choose: Callable[[RunPlan, int, int], Batching]) -> None:
+    def __init__(self, choose: Callable[[RunPlan, int, int, int], Batching]) -> None:
         self._choose = choose
         self._known: dict[tuple[object, ...], Batching] = {}
 
-    def is_known(self, plan: RunPlan, frames: int, negatives: int) -> bool:
+    def is_known(self, plan: RunPlan, frames: int, negatives: int, chunks: int) -> bool:
         """Whether `take` needs to choose nothing."""
-        return self._key(plan, frames, negatives) in self._known
+        return self._key(plan, frames, negatives, chunks) in self._known
 
-    def take(self, plan: RunPlan, frames: int, negatives: int) -> Batching:
-        """How a story of so many frames and distinct negative prompts is split.
+    def take(self, plan: RunPlan, frames: int, negatives: int, chunks: int) -> Batching:
+        """How a story of so many frames and distinct negative prompts, of at most so many chunks, is split.
 
         Raises:
             torch.OutOfMemoryError: a single frame doesn't fit.
         """
-        key = self._key(plan, frames, negatives)
+        key = self._key(plan, frames, negatives, chunks)
         if key not in self._known:
-            self._known[key] = self._choose(plan, frames, negatives)
+            self._known[key] = self._choose(plan, frames, negatives, chunks)
             if len(self._known) > _KNOWN_AT_MOST:
                 self._known.pop(next(iter(self._known)))
         return self._known[key]
 
     @staticmethod
-    def _key(plan: RunPlan, frames: int, negatives: int) -> tuple[object, ...]:
-        return plan.size, plan.guided, bool(plan.scales), plan.max_frames, frames, negatives
+    def _key(plan: RunPlan, frames: int, negatives: int, chunks: int) -> tuple[object, ...]:
+        return plan.size, plan.guided, bool(plan.scales), plan.max_frames, frames, negatives, chunks
 
 
-def choose_batching(networks: Networks, states: StatePool, plan: RunPlan, frames: int, negatives: int) -> Batching:
+def choose_batching(
+    networks: Networks, states: StatePool, plan: RunPlan, frames: int, negatives: int, chunks: int
+) -> Batching:
     """How a story is split on one device: on a GPU by the memory that is free, which is measured.
 
     Raises:
@@ -221,10 +223,10 @@ def choose_batching(networks: Networks, states: StatePool, plan: RunPlan, frames
         rows = frames + max(batches, negatives) * int(plan.guided)
         geometry, dtype = networks.geometry, networks.dtype("denoiser")
         size = (pixels // geometry.pixels_per_latent for pixels in plan.size)
-        return text_bytes(geometry, dtype, rows) + frames * control_bytes(geometry, dtype, *size)
+        return text_bytes(geometry, dtype, rows * chunks) + frames * control_bytes(geometry, dtype, *size)
 
     release_memory(networks, states)
-    needs = measure_needs(networks, plan, plan.references(frames), allowed)
+    needs = measure_needs(networks, plan, plan.references(frames), allowed, chunks)
     return share_memory(needs, allowed, frames=frames, max_frames=plan.max_frames, text=text)
 
 

@@ -190,7 +190,7 @@ class Pipeline(ABC):
             model=self.model,
             numerics=self.networks.numerics,
             tokenizers=self.tokenizers,
-            batching=self.batching(plan, len(story.frames), len(story.negative_prompts(plan))),
+            batching=self.batching(plan, len(frames), len(story.negative_prompts(plan)), most_chunks(frames)),
             texts_at_once=min(TEXTS_AT_ONCE, letters["P"].maximum) if letters else TEXTS_AT_ONCE,
             workers=self.worker_count,
             pictures={picture.key: picture.picture for of_frame in pictures for picture in of_frame},
@@ -206,8 +206,8 @@ class Pipeline(ABC):
     def use_device(self) -> None:
         """Make the GPU that the networks were opened on the calling thread's current one; each thread has its own."""
 
-    def batching(self, plan: RunPlan, frames: int, negatives: int = 1) -> Batching:
-        """How a story of so many frames and distinct negative prompts is split into batches.
+    def batching(self, plan: RunPlan, frames: int, negatives: int = 1, chunks: int = 1) -> Batching:
+        """How a story of so many frames and distinct negative prompts, of so many chunks at most, is split.
 
         On a GPU this follows from the memory that is free, measured once per pipeline and size of story, so that a
         story that is drawn again is split as before; of several workers, that with the least room decides.
@@ -215,12 +215,12 @@ class Pipeline(ABC):
         Raises:
             torch.OutOfMemoryError: a single frame doesn't fit.
         """
-        return self._batchings.take(self.decided(plan), frames, negatives)
+        return self._batchings.take(self.decided(plan), frames, negatives, chunks)
 
-    def knows_batching(self, plan: RunPlan, frames: int, negatives: int = 1) -> bool:
+    def knows_batching(self, plan: RunPlan, frames: int, negatives: int = 1, chunks: int = 1) -> bool:
         """Whether `batching` needs no measurement, which nothing else may go on beside."""
         on_gpu = self.networks.device.type == "cuda"
-        return not on_gpu or self._batchings.is_known(self.decided(plan), frames, negatives)
+        return not on_gpu or self._batchings.is_known(self.decided(plan), frames, negatives, chunks)
 
     @abstractmethod
     def seconds_per_row(self, plan: RunPlan, frames: int, references: int) -> float:

@@ -115,9 +115,9 @@ class RayPipeline(Pipeline):
         if self._is_ours:
             ray.shutdown()
 
-    def _least(self, plan: RunPlan, frames: int, negatives: int) -> Batching:
+    def _least(self, plan: RunPlan, frames: int, negatives: int, chunks: int) -> Batching:
         """The batching of the worker that has the least room."""
-        found: list[Batching] = self._ask_all("batching", plan, frames, negatives)
+        found: list[Batching] = self._ask_all("batching", plan, frames, negatives, chunks)
         return min(found, key=lambda batching: (batching.max_frames, batching.keep_text))
 
     def _ask_all(self, method: str, *arguments: Any) -> list[Any]:

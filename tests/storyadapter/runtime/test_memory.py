@@ -14,10 +14,13 @@ from storyadapter.checkpoint import Checkpoint
 from storyadapter.method.plan import FRAMES_AT_MOST, split_evenly
 from storyadapter.model.contract import Range, controlnet_name
 from storyadapter.model.networks import idle_inputs
+from storyadapter.runtime.conditioning import text_bytes
 from storyadapter.runtime.control import ControlState, control_state_bytes
 from storyadapter.runtime.memory import (
     RESERVE_AT_LEAST,
     RESERVE_SHARE,
+    Batching,
+    Batchings,
     MemoryNeeds,
     frames_that_fit,
     share_memory,
@@ -102,6 +105,24 @@ def test_whatever_is_chosen_fits(
     used += max(free // RESERVE_SHARE, RESERVE_AT_LEAST)
     least = batching.max_frames == batching.decode_frames == 1 and not batching.keep_text
     assert used <= free or least
+
+
+def test_text_is_counted_by_its_chunks(tiny_model_dir: Path) -> None:
+    networks = api.open_checkpoint(Checkpoint.open(tiny_paths(tiny_model_dir)), backend="eager").networks
+    letters = unet_letters(networks, RunPlan(height=64, width=64), 3, 1, chunks=2)
+    inputs = idle_inputs(networks, "denoiser", letters)
+    taken = sum(value.nbytes for name, value in inputs.items() if name.startswith("text_kv"))
+    assert taken == text_bytes(networks.geometry, torch.float32, letters["P"] * 2)
+    asked: list[tuple[int, ...]] = []
+
+    def choose(plan: RunPlan, *sizes: int) -> Batching:
+        asked.append(sizes)
+        return Batching(1, None, True)
+
+    known = Batchings(choose)
+    for chunks in (1, 3, 1):
+        known.take(RunPlan(height=64, width=64), 5, 1, chunks)
+    assert asked == [(5, 1, 1), (5, 1, 3)]
 
 
 def test_what_controlnets_keep_for_a_batch_is_what_is_counted(tiny_model_dir: Path, tmp_path: Path) -> None:
