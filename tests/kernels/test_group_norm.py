@@ -21,7 +21,7 @@ from tests.kernels.mlp_compilation import AbsentDriver, captured_graph  # noqa: 
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, Any]:
     """Everything that the interpreter computed, in one process."""
-    return interpret("tests.kernels.fp8_interpreted")
+    return interpret("tests.kernels.fp8_interpreted", "group_norm", "layer_norm")
 
 
 @pytest.mark.parametrize("silu", [False, True])

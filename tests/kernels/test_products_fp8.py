@@ -39,7 +39,7 @@ from tests.kernels.mlp_compilation import AbsentDriver, captured_graph, register
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, Any]:
     """Everything that the interpreter computed, in one process."""
-    return interpret("tests.kernels.fp8_interpreted")["products"]
+    return interpret("tests.kernels.fp8_interpreted", "products")["products"]
 
 
 @pytest.mark.parametrize("case", [*CONVOLUTIONS, "linear"])
