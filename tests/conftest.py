@@ -1,4 +1,10 @@
-"""Fixtures shared by all tests."""
+"""Fixtures shared by all tests.
+
+What takes seconds to import is imported where it is used: `pytest -n` reads this file in a process that runs no test,
+and starts the others only then.
+"""
+
+from __future__ import annotations
 
 import os
 import shlex
@@ -7,24 +13,23 @@ import sys
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
 from filelock import FileLock
-from safetensors.torch import load_file, save_file
 
-from storyadapter.__main__ import main
-from storyadapter.checkpoint import Checkpoint
-from storyadapter.checkpoint.paths import CheckpointPaths
-from storyadapter.demo.shipped import MODEL
-from storyadapter.demo.training.networks import TINY, write_random_model
-from tests.oracle.published_method import encode_picture, load_published_model, published_frame
+if TYPE_CHECKING:
+    from storyadapter.checkpoint import Checkpoint
 
-WITHOUT_ONNX = os.environ | {"PYTHONPATH": str(Path(__file__).parent / "without_onnx")}
+FOLDER = Path(__file__).parent
+WITHOUT_ONNX = os.environ | {"PYTHONPATH": str(FOLDER / "without_onnx")}
 
 
-def pytest_configure() -> None:
-    """One thread: on tensors as small as here, two that compete with other work are many times slower."""
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """On tensors as small as here, two threads that compete with other work are many times slower."""
+    import torch
+
     torch.set_num_threads(1)
 
 
@@ -34,6 +39,8 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     Read only: every test of the session shares it.
     """
+    from storyadapter.demo.training.networks import TINY, write_random_model
+
     folder = tmp_path_factory.mktemp("tiny-model")
     write_random_model(folder, seed=0, config=TINY)
     tell_pictures_apart(folder)
@@ -43,11 +50,12 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def checkpoint(tiny_model_dir: Path) -> Checkpoint:
     """The tiny model, opened."""
+    from storyadapter.checkpoint import Checkpoint
+
     paths = {"image_encoder": tiny_model_dir / "image_encoder", "ip_adapter": tiny_model_dir / "ip-adapter.safetensors"}
     return Checkpoint.open(base_model=tiny_model_dir, **paths)
 
 
-@torch.no_grad()
 def tell_pictures_apart(folder: Path) -> None:
     """Makes the adapter's tokens depend on the picture, as a trained CLIP's do.
 
@@ -55,13 +63,19 @@ def tell_pictures_apart(folder: Path) -> None:
     or wrong reference. Here the image projection weighs what tells the embeddings of some frames apart a third as
     much as what they have in common; more would make each iteration multiply the rounding errors of the last.
     """
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from tests.oracle.published_method import encode_picture, load_published_model, published_frame
+
     path = folder / "ip-adapter.safetensors"
     model = load_published_model(folder, folder / "image_encoder", path)
     drawing = dict(steps=2, seed=0, height=64, width=64, guidance=5.0, negative_prompt="")
     frames = [
         published_frame(model, word, [], 0.0, **drawing) for word in ("sun", "a fox", "night", "two owls", "", "sea")
     ]
-    embeddings = torch.cat([encode_picture(model, frame) for frame in frames])
+    with torch.no_grad():
+        embeddings = torch.cat([encode_picture(model, frame) for frame in frames])
     common = embeddings.mean(0)
     adapter = load_file(path)
     spread = (embeddings - common).square().mean().sqrt()
@@ -74,6 +88,10 @@ def tell_pictures_apart(folder: Path) -> None:
 @pytest.fixture(scope="session")
 def demo_checkpoint() -> Checkpoint:
     """The demo model that the project ships."""
+    from storyadapter.checkpoint import Checkpoint
+    from storyadapter.checkpoint.paths import CheckpointPaths
+    from storyadapter.demo.shipped import MODEL
+
     return Checkpoint.open(CheckpointPaths(MODEL, MODEL / "image_encoder", MODEL / "ip-adapter.safetensors"))
 
 
@@ -98,6 +116,8 @@ def tiny_engine_dir(tiny_model_dir: Path, session_folder: Path) -> Path:
 
 
 def _build_as_told(tiny_model_dir: Path, folder: Path) -> None:
+    from storyadapter.__main__ import main
+
     run = [
         *("run", "--base-model", str(tiny_model_dir), "--image-encoder", str(tiny_model_dir / "image_encoder")),
         *("--ip-adapter", str(tiny_model_dir / "ip-adapter.safetensors"), "--backend", "onnxruntime"),
