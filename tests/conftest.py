@@ -21,8 +21,33 @@ from filelock import FileLock
 if TYPE_CHECKING:
     from storyadapter.checkpoint import Checkpoint
 
+# What takes longest begins first, so that no process works alone at the end. Two files that need the same engine lie
+# apart, or one would wait while the other builds it. In seconds; all others take less than 30.
+LONGEST = (
+    "test_fresh_environment.py",  # 200
+    "storyadapter/runtime/test_ray_workers.py",  # 130
+    "test_readme_commands.py",  # 70
+    "engine/inductor/test_inductor.py",  # 120, of which 105 build the tiny model's engine
+    "engine/tensorrt/test_builder.py",  # 150
+    "storyadapter/cli/test_stopping.py",  # 60
+    "engine/test_trial.py",  # 65, of which 35 build the tiny model's engine
+    "kernels/test_aot.py",  # 50
+    "engine/inductor/test_builder.py",  # 45
+    "engine/tensorrt/test_controlnets.py",  # 45
+    "export/test_quantized_nodes.py",  # 40
+    "bench/kernels/test_command.py",  # 35
+    "export/test_control.py",  # 35
+    "export/test_export.py",  # 30
+    "export/test_reference_vae.py",  # 30
+)
 FOLDER = Path(__file__).parent
 WITHOUT_ONNX = os.environ | {"PYTHONPATH": str(FOLDER / "without_onnx")}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {FOLDER / name: place for place, name in enumerate(LONGEST)}
+    assert all(path.is_file() for path in places)
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,6 +1,7 @@
 """A Ray cluster of several machines, which come and go.
 
-It has a Ray session of its own, after that of `test_ray_workers`, which has to be the first to import Ray.
+It has a Ray session of its own, in another process than `test_ray_workers` or after it, which has to be the first to
+import Ray.
 """
 
 from dataclasses import replace
@@ -21,6 +22,8 @@ def give_up(message: str) -> None:
 def test_a_machine_that_joins_draws_and_one_that_goes_away_loses_nothing(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv(api._RAY_BEYOND_LOOPBACK, "0")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     import ray
     from ray.cluster_utils import Cluster
 
