@@ -20,6 +20,7 @@ from filelock import FileLock
 
 if TYPE_CHECKING:
     from storyadapter.checkpoint import Checkpoint
+    from storyadapter.engine.store import StoredEngine
 
 # What takes longest begins first, so that no process works alone at the end. Two files that need the same engine lie
 # apart, or one would wait while the other builds it. In seconds; all others take less than 30.
@@ -155,6 +156,20 @@ def _build_as_told(tiny_model_dir: Path, folder: Path) -> None:
     program, *build = shlex.split(told.getvalue().partition("build it: ")[2])
     assert program == "storyadapter-trt"
     assert main([*build, "--quiet"]) == 0
+
+
+@pytest.fixture(scope="session")
+def free_engine(checkpoint: Checkpoint, session_folder: Path) -> StoredEngine:
+    """An onnxruntime engine of the tiny model whose letters are free but for the width: fp32, 64 to 96 high, 64 wide,
+    4 frames at once, 6 references, 3 chunks of a prompt. Built once for all processes; read only."""
+    from storyadapter.engine.backends import BACKENDS
+    from storyadapter.engine.opening import build_engine
+    from storyadapter.model.contract import Range, ShapeRanges
+
+    folder, ranges = session_folder / "free-engines", ShapeRanges(4, 6, Range(64, 96), Range(64, 64), 3)
+    identity = BACKENDS["onnxruntime"].identity(checkpoint, checkpoint.geometry.numerics("fp32"))
+    with FileLock(f"{folder}.lock"):
+        return build_engine(checkpoint, identity, ranges, engine_dir=folder)
 
 
 @pytest.fixture(scope="session")

@@ -10,50 +10,33 @@ from onnx import TensorProto
 from torch import nn
 
 from storyadapter.checkpoint import Checkpoint
+from storyadapter.engine.store import EngineStore, StoredEngine
 from storyadapter.export import OPSET
 from storyadapter.export.onnx_export import export_compared
 from storyadapter.export.verify import open_session, verify_export, write_as_fp32
 from storyadapter.method.errors import EngineBuildError
 from storyadapter.model.contract import NetworkSpec, Range, ShapeRanges, TensorSpec, network_specs, size_of
 from storyadapter.model.examples import Example
-from storyadapter.model.grca import grca
-from storyadapter.model.modules import iterate_modules
-from storyadapter.model.numerics import Numerics
 
-RANGES = ShapeRanges(4, 6, Range(64, 96), Range(64, 64))
-LETTERS = RANGES.letters()
+LETTERS = ShapeRanges(4, 6, Range(64, 96), Range(64, 64)).letters()
 LINEAR = NetworkSpec("linear", (TensorSpec("x", ("B", 8)),), (TensorSpec("y", ("B", 8)),))
 
 
-@pytest.fixture(scope="module")
-def exported(demo_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
-    """Every network of the demo model in fp32, for any height and one width; and its error against eager.
-
-    The builds of `tests/engine/tensorrt` compare those in fp16 and bf16.
-    """
-    folder, errors = tmp_path_factory.mktemp("onnx"), {}
-    for name, module in iterate_modules(demo_checkpoint, Numerics("fp32"), grca):
-        spec = network_specs(demo_checkpoint.geometry)[name]
-        path, errors[name] = export_compared(spec, module, LETTERS, "fp32", folder)
-        assert path.name == f"{name}.onnx"
-        assert not any(weight.numel() for weight in module.parameters())
-    return folder, errors
-
-
-def test_every_network_computes_what_eager_computes(exported: tuple[Path, dict[str, float]]) -> None:
-    _, errors = exported
+def test_every_network_computes_what_eager_computes(free_engine: StoredEngine) -> None:
+    errors = free_engine.details["relative_error_against_eager"]
     assert len(errors) == 7
     assert all(0 < error < 1e-5 for error in errors.values())
 
 
+@pytest.mark.parametrize("fixed", [{"w": 8}, {"h": 8, "w": 8, "M": 1}], ids=["one width", "one size and one chunk"])
 def test_files_carry_the_contracts_letters_and_the_stated_opset(
-    exported: tuple[Path, dict[str, float]], demo_checkpoint: Checkpoint
+    fixed: dict[str, int], free_engine: StoredEngine, tiny_engine_dir: Path, checkpoint: Checkpoint
 ) -> None:
-    folder, errors = exported
-    fixed = {"w": 8, "M": 1}  # letters of one value
-    for name in errors:
-        spec = network_specs(demo_checkpoint.geometry)[name]
-        model = onnx.load(str(folder / f"{name}.onnx"), load_external_data=False)
+    """Letters that an engine has for one value are numbers in its files."""
+    ((tiny,), _) = EngineStore(tiny_engine_dir).scan()
+    engine = tiny if "M" in fixed else free_engine
+    for name, spec in network_specs(checkpoint.geometry).items():
+        model = onnx.load(str(engine.folder / f"{name}.onnx"), load_external_data=False)
         assert {entry.domain: entry.version for entry in model.opset_import}[""] == OPSET
         for values, tensors in ((model.graph.input, spec.inputs), (model.graph.output, spec.outputs)):
             for value, tensor in zip(values, tensors, strict=True):
@@ -62,8 +45,8 @@ def test_files_carry_the_contracts_letters_and_the_stated_opset(
                 assert (value.name, dims) == (tensor.name, wanted)
 
 
-def test_the_operator_is_one_node_with_its_meaning_in_the_file(exported: tuple[Path, dict[str, float]]) -> None:
-    model = onnx.load(str(exported[0] / "denoiser.onnx"), load_external_data=False)
+def test_the_operator_is_one_node_with_its_meaning_in_the_file(free_engine: StoredEngine) -> None:
+    model = onnx.load(str(free_engine.folder / "denoiser.onnx"), load_external_data=False)
     nodes = [node for node in model.graph.node if node.domain == "storyadapter"]
     assert len(nodes) == 7
     for node in nodes:
@@ -84,7 +67,9 @@ class Linear(nn.Module):
 
 
 def test_a_file_that_computes_something_else_is_refused(tmp_path: Path) -> None:
-    path, _ = export_compared(LINEAR, Linear(), LETTERS, "fp32", tmp_path)
+    module = Linear()
+    path, _ = export_compared(LINEAR, module, LETTERS, "fp32", tmp_path)
+    assert not any(weight.numel() for weight in module.parameters())
     torch.manual_seed(0)
     x = torch.randn(2, 8)
     right = Linear()(x).detach()

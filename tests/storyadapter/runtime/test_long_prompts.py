@@ -15,6 +15,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from storyadapter import Checkpoint, InputError, RunPlan, Story, StoryPipeline
 from storyadapter.engine.opening import open_networks
+from storyadapter.engine.store import StoredEngine
 from storyadapter.method.events import FrameFinished, PromptTruncated
 from storyadapter.model.contract import Range, ShapeRanges
 from storyadapter.runtime.conditioning import Tokenizers
@@ -174,16 +175,10 @@ def test_more_than_an_engine_has(pipeline: StoryPipeline) -> None:
 
 
 def test_an_engine_for_longer_prompts_draws_what_eager_draws(
-    pipeline: StoryPipeline, checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory
+    pipeline: StoryPipeline, checkpoint: Checkpoint, free_engine: StoredEngine
 ) -> None:
-    from storyadapter.engine.backends import BACKENDS
-    from storyadapter.engine.opening import build_engine
-
-    ranges = ShapeRanges(1, 4, Range(64, 64), Range(64, 64), 3)
-    numerics, backend = checkpoint.geometry.numerics("fp32"), BACKENDS["onnxruntime"]
-    folder = tmp_path_factory.mktemp("engines")
-    build_engine(checkpoint, backend.identity(checkpoint, numerics), ranges, engine_dir=folder)
-    networks = open_networks(checkpoint, backend="onnxruntime", numerics=numerics, ranges=ranges, engine_dir=folder)
+    asked = {"numerics": free_engine.identity.numerics, "ranges": ShapeRanges(1, 4, Range(64, 64), Range(64, 64), 3)}
+    networks = open_networks(checkpoint, backend="onnxruntime", engine_dir=free_engine.folder.parent, **asked)
     built = StoryPipeline(networks, checkpoint.load_tokenizers())
     for mine, expected in zip(draw(built), draw(pipeline), strict=True):
         assert max(errors_of_frames(mine, expected)) < TIGHT
