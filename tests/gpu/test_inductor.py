@@ -91,7 +91,7 @@ def test_a_fresh_process_compiles_nothing(tiny_model_dir: Path, tiny_inductor_di
         *("--image-encoder", str(tiny_model_dir / "image_encoder")),
         *("--ip-adapter", str(tiny_model_dir / "ip-adapter.safetensors"), "--backend", "inductor"),
         *("--precision", "fp32", "--steps", "2", "--iterations", "1", "--prompt", "a fox", "an owl"),
-        *("--engine-dir", str(tiny_inductor_dir), "--out", str(tmp_path / "out")),
+        *("--style", "none", "--engine-dir", str(tiny_inductor_dir), "--out", str(tmp_path / "out")),
     ]
     compiled = tmp_path / "compiled"
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(compiled)}

@@ -77,7 +77,7 @@ def test_a_fresh_process_runs_what_another_built(tiny_model_dir: Path, tiny_indu
         *("--image-encoder", str(tiny_model_dir / "image_encoder")),
         *("--ip-adapter", str(tiny_model_dir / "ip-adapter.safetensors"), "--backend", "inductor"),
         *("--precision", "fp32", "--steps", "2", "--iterations", "1", "--prompt", "a fox", "an owl", "a hill"),
-        *("--engine-dir", str(tiny_inductor_dir), "--out", str(tmp_path / "out")),
+        *("--style", "none", "--engine-dir", str(tiny_inductor_dir), "--out", str(tmp_path / "out")),
     ]
     # 3 frames where the engine takes 2 at once: without --max-frames as many as it takes
     done = subprocess.run(run, capture_output=True, text=True, check=False, env=WITHOUT_ONNX)
