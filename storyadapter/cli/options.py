@@ -71,7 +71,7 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="K",
         help="iterations after the text-only one, with λ from 0.3 to 0.5; of a run that is gone on with, what it lacks "
-        f"repeats its last λ (default: {constants.ITERATIONS})",
+        f"repeats its last λ (default: {constants.ITERATIONS}, or a preset's)",
     )
     count.add_argument("--scales", type=scales_list, metavar="λ,λ,…", help=PLAN_HELP["scales"])
     add_plan_options(look)
@@ -249,7 +249,7 @@ def add_size_options(parser: argparse.ArgumentParser, *, as_range: bool) -> None
 def add_preset_option(group: "argparse._ArgumentGroup", wins: str) -> None:
     """--preset; `wins`: what is stronger, for the help."""
     words = "; ".join(f"{name}: {preset.purpose}" for name, preset in PRESETS.items())
-    text = f"scheduler, time steps, steps and guidance by one word; {wins}. {words}"
+    text = f"scheduler, time steps, steps, guidance and iterations by one word; {wins}. {words}"
     group.add_argument("--preset", choices=tuple(PRESETS), help=text.replace("%", "%%"))
 
 
