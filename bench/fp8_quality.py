@@ -1,8 +1,8 @@
-"""A quantized denoiser beside the exact one, on held-out stories: by the rule for modes that draw other pictures.
+"""A quantized model beside the exact one, on held-out stories: by the rule for modes that draw other pictures.
 
-Consistency and fidelity of the last iteration are compared story by story, by `is_as_good`. Beside it stand denoisers
-with scales that are deliberately wrong, of which those named in `MUST_FAIL` must be found out: else the measure sees
-nothing.
+Its denoiser is quantized, its VAE's decoder, or both. Consistency and fidelity of the last iteration are compared story
+by story, by `is_as_good`. Beside it stand models with scales that are deliberately wrong, of which those named in
+`MUST_FAIL` must be found out: else the measure sees nothing.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from storyadapter.bench.quality_run import (
 )
 from storyadapter.bench.report import table
 from storyadapter.demo.held_out import held_out_stories
+from storyadapter.model.numerics import NUMBER_FORMATS, VAE_NUMBER_FORMATS, NumberFormat
 from storyadapter.quantization.scales import Scales
 from storyadapter.runtime.pipeline import FinishedIteration
 from storyadapter.runtime.psnr import psnr_of_each
@@ -51,6 +52,9 @@ CONTROLS: Final[Mapping[str, Callable[[Scales], Scales]]] = {
     "scales x 4": multiplied(4.0),
 }
 MUST_FAIL: Final = ("scales / 4", "scales shuffled")
+# Of a VAE alone. A judge of traits isn't misled by what shuffled scales do to a decoder, whose layers' are much alike.
+VAE_CONTROLS: Final[Mapping[str, Callable[[Scales], Scales]]] = {"scales / 16": multiplied(1 / 16), **CONTROLS}
+VAE_MUST_FAIL: Final = ("scales / 16",)
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ class Ratios:
 
 @dataclass(frozen=True)
 class Compared:
-    """A denoiser beside the exact one, at the last iteration."""
+    """A model beside the exact one, at the last iteration."""
 
     name: str
     consistency: Estimate
@@ -93,18 +97,19 @@ class Fp8Quality:
     exact: tuple[Estimate, Estimate]  # consistency and fidelity of the last iteration
     modes: tuple[Compared, ...]  # fp8, then the controls
     scales: str  # how they were had
+    must_fail: tuple[str, ...] = MUST_FAIL  # those controls
 
     def holds(self) -> bool:
-        """Whether fp8 is as good as the exact denoiser, and the controls that must fail do."""
+        """Whether fp8 is as good as the exact model, and the controls that must fail do."""
         fp8, *controls = self.modes
-        return fp8.holds and not any(mode.holds for mode in controls if mode.name in MUST_FAIL)
+        return fp8.holds and not any(mode.holds for mode in controls if mode.name in self.must_fail)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return {**asdict(self), "holds": {mode.name: mode.holds for mode in self.modes}}
 
     def table(self) -> str:
-        """Markdown: a row for each denoiser."""
+        """Markdown: a row for each model."""
         rows: list[list[Any]] = [["exact", *self.exact, *["-"] * 5]]
         for mode in self.modes:
             less = (mode.consistency_less_exact, mode.fidelity_less_exact)
@@ -112,9 +117,15 @@ class Fp8Quality:
             rows.append(
                 [mode.name, mode.consistency, mode.fidelity, *less, verdict, mode.given_references, mode.free_running]
             )
-        header = ["denoiser", "consistency", "fidelity", "less exact", "less exact", f"rule ({-LOSS_AT_MOST:g})"]
+        header = ["model", "consistency", "fidelity", "less exact", "less exact", f"rule ({-LOSS_AT_MOST:g})"]
         header += ["PSNR given references, median / worst dB", "PSNR free-running"]
         return "\n".join(table(header, rows))
+
+
+def asked_formats(args: argparse.Namespace) -> dict[str, NumberFormat]:
+    """The number formats that were typed, by network."""
+    typed = {"denoiser": (args.precision, NUMBER_FORMATS), "vae_decoder": (args.vae_precision, VAE_NUMBER_FORMATS)}
+    return {network: value for network, (value, formats) in typed.items() if value in formats}
 
 
 def judge(args: argparse.Namespace) -> Fp8Quality:
@@ -133,24 +144,27 @@ def judge(args: argparse.Namespace) -> Fp8Quality:
     own = measured(expected)
     before = args.iterations - 1
     references = {place: FinishedIteration(before, drawn[before]) for place, drawn in expected.items()}
-    fp8, how = exact.calibrated(args.precision, told)
-    assert fp8.scales is not None
+    formats = asked_formats(args)
+    fp8, how = exact.calibrated(formats, told)
+    controls, must_fail = (CONTROLS, MUST_FAIL) if "denoiser" in formats else (VAE_CONTROLS, VAE_MUST_FAIL)
+    own_name = ", ".join(form if network == "denoiser" else f"VAE {form}" for network, form in formats.items())
     modes = []
-    for name, changed in {fp8.numerics.name: lambda scales: scales, **CONTROLS}.items():
+    for name, changed in {own_name: lambda scales: scales, **controls}.items():
         told(name)
-        drawer = Drawer.of(exact.quantized(changed(fp8.scales)), stories, args)
+        wrong = {network: changed(scales) for network, scales in fp8.scales.items()}
+        drawer = Drawer.of(exact.quantized(wrong), stories, args)
         free, given = drawer.draw(), drawer.draw(references)
         ratios = (_ratios(given, expected), _ratios(free, expected))
         modes.append(compare(name, measured(free), own, *ratios))
         told(str(modes[-1]))
-    return Fp8Quality((bootstrap(own[0]), bootstrap(own[1])), tuple(modes), how)
+    return Fp8Quality((bootstrap(own[0]), bootstrap(own[1])), tuple(modes), how, must_fail)
 
 
 Measured = tuple[np.ndarray, np.ndarray]  # consistency and fidelity, float [stories]
 
 
 def compare(name: str, found: Measured, exact: Measured, given_references: Ratios, free_running: Ratios) -> Compared:
-    """What was measured of a denoiser beside the exact one, story by story."""
+    """What was measured of a model beside the exact one, story by story."""
     (consistent, faithful), (own_consistent, own_faithful) = found, exact
     return Compared(
         name,

@@ -1,8 +1,8 @@
 """What is benchmarked: a model, its precision, its device, and networks of it on any backend."""
 
 import argparse
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Self, cast
 
@@ -56,7 +56,7 @@ class BenchmarkModel:
     prediction_type: str  # what its UNet predicts
     engine: EngineChoice  # what runs it
     device: torch.device  # where everything runs
-    scales: Scales | None = None  # by which its denoiser is quantized
+    scales: Mapping[str, Scales] = field(default_factory=dict)  # by which its networks are quantized
 
     @classmethod
     def typed(
@@ -81,18 +81,17 @@ class BenchmarkModel:
 
     @property
     def numerics(self) -> Numerics:
-        numerics = self.checkpoint.geometry.numerics(self.engine.precision, self.engine.vae)
-        if self.scales is None:
-            return numerics
-        quantization = Quantization(self.scales.recipe.number_format, self.scales.key)
-        return replace(numerics, quantization=quantization)
+        own = {name: Quantization(scales.recipe.number_format, scales.key) for name, scales in self.scales.items()}
+        of_vae = own.get("vae_decoder", self.engine.vae)
+        return self.checkpoint.geometry.numerics(self.engine.precision, of_vae, own.get("denoiser"))
 
-    def quantized(self, scales: Scales) -> Self:
-        """The same, its denoiser quantized by these scales."""
-        return replace(self, checkpoint=self.checkpoint.rewritten(scales.apply), scales=scales)
+    def quantized(self, scales: Mapping[str, Scales]) -> Self:
+        """The same, these networks quantized by these scales."""
+        rewritten = self.checkpoint.rewritten({network: own.apply for network, own in scales.items()})
+        return replace(self, checkpoint=rewritten, scales=scales)
 
-    def calibrated(self, number_format: NumberFormat, tell: Tell) -> tuple[Self, str]:
-        """The same quantized by its own scales: those of the store, or else found now; and how they were had.
+    def calibrated(self, formats: Mapping[str, NumberFormat], tell: Tell) -> tuple[Self, str]:
+        """The same, networks quantized by their own scales: of the store, or else found now; and how they were had.
 
         Raises:
             UnavailableError: nvidia-modelopt isn't installed.
@@ -106,10 +105,11 @@ class BenchmarkModel:
                 fraction = done
 
         key, engine_dir = model_weights(self.checkpoint).key, self.engine.engine_dir
-        find = partial(find_or_make_scales, self.checkpoint, key, number_format, engine_dir, on_fraction=on_fraction)
+        asked = {network: Quantization(number_format) for network, number_format in formats.items()}
+        find = partial(find_or_make_scales, self.checkpoint, key, asked, engine_dir, on_fraction=on_fraction)
         scales, seconds = measure_run(find, self.device)
         how = f"calibrated in {seconds:.0f} s" if fraction else "from the engine store"
-        return self.quantized(scales), f"of {len(scales.inputs)} layers, {how}"
+        return self.quantized(scales), f"of {sum(len(own.inputs) for own in scales.values())} layers, {how}"
 
     def plan(self, *, iterations: int, height: int = 0, width: int = 0, **settings: Any) -> RunPlan:
         """A story's settings: the published λ, the model's own size where none is given, and prompts of one chunk, as

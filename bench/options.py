@@ -6,14 +6,15 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import Self, cast
 
-from storyadapter.cli.options import choose_engine, given_checkpoint_options
+from storyadapter.cli.options import given_checkpoint_options
+from storyadapter.cli.sessions import choose_engine
 from storyadapter.demo.shipped import MODEL
 from storyadapter.demo.vocabulary import FRAMES_AT_MOST
 from storyadapter.engine.backends import AUTO, BACKENDS
 from storyadapter.method.errors import InputError
-from storyadapter.model.numerics import PRECISIONS, NumberFormat, Precision
+from storyadapter.model.numerics import PRECISIONS, VAE_NUMBER_FORMATS, NumberFormat, Precision
 
 
 def add_engine_options(
@@ -23,13 +24,15 @@ def add_engine_options(
     default: str = AUTO,
     precision: str = "of all networks",
     number_formats: Sequence[NumberFormat] = (),
+    vae_precision: str = "",
 ) -> None:
-    """Precision, engine store and, with a help for it, backend.
+    """Precision, engine store and, with helps for them, backend and the VAE's precision.
 
     Args:
         backend, precision: what they are for, in the help; without the first, the benchmark runs several backends.
         default: backend.
         number_formats: of quantized products that can be asked for.
+        vae_precision: what that is for; without it, there is no option for it.
     """
     if backend:
         auto = "auto, as run" if default == AUTO else default
@@ -42,6 +45,9 @@ def add_engine_options(
         choices=(AUTO, *PRECISIONS, *number_formats),
         help=f"{precision} (default: auto, fp16 on a GPU, fp32 on a CPU)",
     )
+    if vae_precision:
+        served = (AUTO, *PRECISIONS, *VAE_NUMBER_FORMATS)
+        parser.add_argument("--vae-precision", default=AUTO, choices=served, help=f"{vae_precision} (default: auto)")
     parser.add_argument("--engine-dir", type=Path, metavar="D", help="engine store (default: in the user's cache)")
 
 
@@ -65,8 +71,10 @@ class EngineChoice:
     @classmethod
     def typed(cls, args: argparse.Namespace, backend: str | None = None) -> Self:
         """From the options; with `backend`, where there is no option for it."""
-        found, precision = choose_engine(backend or args.backend, args.precision)
-        return cls(found.name, precision, engine_dir=args.engine_dir)
+        asked = getattr(args, "vae_precision", AUTO)
+        found, precision = choose_engine(backend or args.backend, args.precision, asked)
+        vae = cast(Precision, asked) if asked in PRECISIONS else None
+        return cls(found.name, precision, vae, engine_dir=args.engine_dir)
 
     def with_fast_vae(self) -> Self:
         """The VAE in bf16, if all else is in half precision and the backend has it so."""

@@ -10,15 +10,16 @@ from storyadapter.engine.backends import AUTO, BACKENDS
 from storyadapter.method import constants
 from storyadapter.method.errors import InputError
 from storyadapter.method.plan import FRAMES_UNMEASURED
-from storyadapter.model.numerics import NUMBER_FORMATS
+from storyadapter.model.numerics import NUMBER_FORMATS, VAE_NUMBER_FORMATS
 
 STUDIES = ("references", "edit", "long-prompts")  # of `storyadapter.bench.quality_studies`
 HELP = "does the method keep its character, on held-out stories of the demo model"
 DESCRIPTION = """\
 Draws held-out stories with the demo model and reads the characters' traits off the pictures: on how many do the frames
 of a story agree, and do they still show what was prompted? Exit code 1 if consistency hasn't clearly risen from the
-first iteration to the last, or fidelity has clearly fallen; with --precision fp8, if its last iteration isn't as good
-as the exact one's (the lower bound of the difference, story by story, is under -0.02), or one with wrong scales is.
+first iteration to the last, or fidelity has clearly fallen; with --precision or --vae-precision fp8, if its last
+iteration isn't as good as the exact one's (the lower bound of the difference, story by story, is under -0.02), or one
+with wrong scales is.
 MODEL.md of the demo model has a command that took 28 minutes on 2 CPU cores.
 """
 
@@ -50,7 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "of the pipeline; its engine is built first where the store has none"
     precision = "of the pipeline; fp8, int8: as auto, and beside it the same stories so and with wrong scales"
     options.add_engine_options(
-        parser, backend=text, default="eager", precision=precision, number_formats=NUMBER_FORMATS
+        parser,
+        backend=text,
+        default="eager",
+        precision=precision,
+        number_formats=NUMBER_FORMATS,
+        vae_precision="of the VAE alone; fp8: as auto, and beside it so and with wrong scales",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="write quality.json and a sheet per story here")
 
@@ -61,12 +67,15 @@ def run(args: argparse.Namespace) -> int:
     options.check_demo_model(args)
     options.check_frames(args)
     other = args.backend == AUTO or BACKENDS[args.backend].builds or args.precision not in (AUTO, "fp32")
-    if args.sampler == "batched" and other:
+    if args.sampler == "batched" and (other or args.vae_precision not in (AUTO, "fp32")):
         raise InputError(
-            "--sampler batched is plain PyTorch in fp32; expected no other --backend or --precision with it"
+            "--sampler batched is plain PyTorch in fp32; expected no other --backend, --precision or --vae-precision"
         )
     if args.study != "method" and args.sampler != "pipeline":
         raise InputError(f"--sampler {args.sampler} with --study {args.study}; expected the pipeline, which run uses")
+    quantized = args.precision in NUMBER_FORMATS or args.vae_precision in VAE_NUMBER_FORMATS
+    if args.study != "method" and quantized:
+        raise InputError(f"fp8 or int8 with --study {args.study}; expected --study method, which judges them")
     if args.study == "references" and not find_spec("storyadapter.demo.training"):
         raise InputError(
             "--study references paints its pictures as the demo model's training does, which only a checkout has"
@@ -77,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.study != "method":
         return _run_study(args)
-    if args.precision in NUMBER_FORMATS:
+    if quantized:
         return _run_fp8(args)
     drawn, quality = judge(args)
     print(quality.table())
@@ -102,7 +111,7 @@ def _run_study(args: argparse.Namespace) -> int:
 
 
 def _run_fp8(args: argparse.Namespace) -> int:
-    """Exit code 1 if the quantized denoiser isn't as good as the exact one, or wrong scales aren't found out."""
+    """Exit code 1 if the quantized model isn't as good as the exact one, or wrong scales aren't found out."""
     from storyadapter.bench import fp8_quality
 
     found = fp8_quality.judge(args)

@@ -220,13 +220,13 @@ class SyntheticCheckpoint:
         self.controlnets = controlnets
         self.reference_vae = reference_vae
         self.loras: tuple[LoraSpec, ...] = ()
-        self.rewrite: Callable[[nn.Module], None] | None = None
+        self.rewrites: Mapping[str, Callable[[nn.Module], None]] = {}
         self.sampling = ModelSampling(prediction_type=PREDICTION_TYPE)
 
-    def rewritten(self, rewrite: Callable[[nn.Module], None]) -> "SyntheticCheckpoint":
-        """The same model, whose denoiser is rewritten when it is made; `rewrite` can be pickled."""
+    def rewritten(self, rewrites: Mapping[str, Callable[[nn.Module], None]]) -> "SyntheticCheckpoint":
+        """The same model, of which these networks are rewritten when they are made."""
         other = copy(self)
-        other.rewrite = rewrite
+        other.rewrites = rewrites
         return other
 
     @property

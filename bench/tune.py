@@ -22,6 +22,9 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--write", action="store_true", help="store the fastest tiles for this architecture in kernels/tiles.json"
     )
+    parser.add_argument(
+        "--widths", nargs="+", type=int, default=(), metavar="N", help="search these entries alone, such as 128 256"
+    )
     parser.set_defaults(run=run)
     return parser
 
@@ -36,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
         raise UnavailableError("triton is not installed; expected Triton 3.6 or later: pip install triton")
     from storyadapter.bench.kernels import search
 
-    search.tune(args.kernels, torch.device("cuda", 0), write=args.write)
+    search.tune(args.kernels, torch.device("cuda", 0), write=args.write, widths=args.widths)
     return 0
 
 

@@ -115,6 +115,7 @@ class Backend(ABC):
     precisions: ClassVar[tuple[Precision, ...]] = PRECISIONS  # those it can serve
     vae_precisions: ClassVar[tuple[Precision, ...]] = PRECISIONS  # the VAE's needn't be that of the other networks
     number_formats: ClassVar[tuple[NumberFormat, ...]] = ()  # of quantized products that it can serve
+    vae_number_formats: ClassVar[tuple[NumberFormat, ...]] = ()  # of those of the VAE's decoder
     settings: ClassVar[tuple[Setting, ...]] = ()  # of its builds
     accepted_first: ClassVar[bool] = False  # whether it is this machine's default only where it was accepted
 
@@ -213,16 +214,16 @@ class Backend(ABC):
         refused = f"backend {self.name} can't serve here: "
         if reason := self.why_unavailable(to_build=ranges is not None):
             raise UnavailableError(refused + reason)
-        for field, what, asked, served in (
-            ("precision", "", numerics.precision, self.precisions),
-            ("vae_precision", " the VAE", numerics["vae_decoder"], self.vae_precisions),
+        for field, what, network, precisions, formats in (
+            ("precision", "", "denoiser", self.precisions, self.number_formats),
+            ("vae_precision", " the VAE", "vae_decoder", self.vae_precisions, self.vae_number_formats),
         ):
-            if asked not in served:
+            asked, served = numerics[network], (*precisions,)
+            if network in numerics.quantizations and (form := numerics.named(network)) not in formats:
+                asked, served = form, (*precisions, *formats)
+            if asked not in precisions:
                 expected = (Field(field), f" {' or '.join(served)}")
                 raise UnavailableError(f"{refused}it can't run{what} in {asked}", expected=expected, field=field)
-        if numerics.quantization and numerics.name not in self.number_formats:
-            expected = (Field("precision"), f" {' or '.join((*self.precisions, *self.number_formats))}")
-            raise UnavailableError(f"{refused}it can't run in {numerics.name}", expected=expected, field="precision")
 
     def options(self, given: Mapping[str, Any]) -> Any:
         """How it is to build, from the values of its `settings` by name; has `named()`, those chosen, for the key.
@@ -250,7 +251,7 @@ class Backend(ABC):
         return EngineIdentity(
             backend=self.name,
             backend_version=version,
-            numerics=numerics if weights else numerics.with_scales(""),
+            numerics=numerics if weights else numerics.with_scales({}),
             architecture=architecture,
             contract=contract_digest(checkpoint.geometry),
             configuration="" if weights else configuration_digest(checkpoint.configuration),

@@ -33,7 +33,7 @@ def find_backend(
             for backend in BACKENDS.values()
             if (device is None or backend.runs_on(device))
             and precision in (AUTO, *backend.precisions, *backend.number_formats)
-            and vae_precision in (AUTO, *backend.vae_precisions)
+            and vae_precision in (AUTO, *backend.vae_precisions, *backend.vae_number_formats)
         ]
         return max(serving, key=lambda backend: backend.rank())
     if name not in BACKENDS:

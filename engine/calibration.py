@@ -1,11 +1,11 @@
-"""The scales of a quantized model: kept in the engine store, found by letting the model draw stories."""
+"""The scales of a model's quantized networks: kept in the engine store, found by letting the model draw stories."""
 
 import itertools
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 
@@ -17,9 +17,9 @@ from storyadapter.method.errors import InputError
 from storyadapter.method.events import StepFinished
 from storyadapter.method.plan import RunPlan
 from storyadapter.method.story import Story
-from storyadapter.model.numerics import NumberFormat
+from storyadapter.model.numerics import NumberFormat, Numerics, Quantization
 from storyadapter.quantization.calibration import calibrate
-from storyadapter.quantization.recipe import RECIPES, Recipe
+from storyadapter.quantization.recipe import Recipe, recipe_of
 from storyadapter.quantization.scales import Scales
 from storyadapter.runtime.pipeline import StoryPipeline
 
@@ -46,33 +46,44 @@ def calibration_stories() -> Iterator[Story]:
         yield Story.from_prompts([f"{who} {what}" for what in _WHAT])
 
 
-def find_scales(engine_dir: Path | None, model: str, number_format: NumberFormat) -> Scales | None:
-    """The scales of a model by the key of its weights; None if the store has none of this version's recipe.
+def find_scales(
+    engine_dir: Path | None, model: str, quantizations: Mapping[str, Quantization]
+) -> dict[str, Scales] | None:
+    """The scales of a model's networks by the key of its weights; None if the store lacks some of these recipes.
+
+    Args:
+        quantizations: of networks, by name, as `Numerics.quantizations` gives them.
 
     Raises:
         InputError: the store has some that can't be used.
     """
-    folder = _folder(engine_dir, model, number_format)
-    if not folder.is_dir():
-        return None
-    scales = Scales.load(folder, model)
-    return scales if scales.recipe == RECIPES[number_format] else None
+    found = {}
+    for network, quantization in quantizations.items():
+        folder = _folder(engine_dir, model, network, quantization.number_format)
+        if not folder.is_dir():
+            return None
+        scales = Scales.load(folder, model)
+        if scales.recipe != recipe_of(network, quantization.number_format):
+            return None
+        found[network] = scales
+    return found
 
 
 def find_or_make_scales(
     checkpoint: Checkpoint,
     model: str,
-    number_format: NumberFormat,
+    quantizations: Mapping[str, Quantization],
     engine_dir: Path | None = None,
     *,
     steps: int = _STEPS,
     on_fraction: Callable[[float], None] = lambda fraction: None,
-) -> Scales:
-    """The scales of a model from the store, or else by calibration, which draws its own stories in half precision (on a
-    CPU in fp32), and then keeps them there.
+) -> dict[str, Scales]:
+    """The scales of a model's networks from the store, or else by calibration, which draws its own stories in half
+    precision (on a CPU in fp32), once for all networks that lack some, and then keeps them there.
 
     Args:
         model: the key of the checkpoint's weights.
+        quantizations: of networks, by name, as `Numerics.quantizations` gives them.
         steps: denoising steps of each frame.
         on_fraction: told how much of the drawing is done.
 
@@ -80,27 +91,44 @@ def find_or_make_scales(
         UnavailableError: nvidia-modelopt isn't installed.
         InputError: the store can't be read or written, or the model's activations aren't finite.
     """
-    with suppress(InputError):  # what can't be used is found again
-        if (found := find_scales(engine_dir, model, number_format)) is not None:
-            return found
-    recipe = RECIPES[number_format]
-    scales = Scales(recipe, model, *_measure(checkpoint, recipe, default_device(), steps, on_fraction))
-    _keep(scales, _folder(engine_dir, model, number_format))
-    return scales
+    found: dict[str, Scales] = {}
+    for network, quantization in quantizations.items():
+        with suppress(InputError):  # what can't be used is found again
+            found |= find_scales(engine_dir, model, {network: quantization}) or {}
+    recipes = {name: recipe_of(name, q.number_format) for name, q in quantizations.items() if name not in found}
+    if recipes:
+        for network, measured in _measure(checkpoint, recipes, default_device(), steps, on_fraction).items():
+            found[network] = Scales(recipes[network], model, *measured)
+            _keep(found[network], _folder(engine_dir, model, network, recipes[network].number_format))
+    return found
+
+
+def quantized(checkpoint: Checkpoint, numerics: Numerics, scales: Mapping[str, Scales]) -> tuple[Checkpoint, Numerics]:
+    """A model whose networks are quantized by these scales when they are loaded, and its numerics with their keys."""
+    rewritten = checkpoint.rewritten({network: own.apply for network, own in scales.items()})
+    return rewritten, numerics.with_scales({network: own.key for network, own in scales.items()})
+
+
+_Measured = tuple[dict[str, float], dict[str, tuple[float, ...]]]  # as `calibrate` gives it
 
 
 def _measure(
-    checkpoint: Checkpoint, recipe: Recipe, device: torch.device, steps: int, on_fraction: Callable[[float], None]
-) -> tuple[dict[str, float], dict[str, tuple[float, ...]]]:
-    # pictures are read by CLIP alone: the VAE's fast precision will do
+    checkpoint: Checkpoint,
+    recipes: Mapping[str, Recipe],
+    device: torch.device,
+    steps: int,
+    on_fraction: Callable[[float], None],
+) -> dict[str, _Measured]:
+    """What one drawing of the stories shows of each of these networks."""
+    # in the VAE's fast precision, in which its products are quantized as well; CLIP alone reads the pictures
     numerics = checkpoint.geometry.numerics(*(("fp16", "bf16") if device.type == "cuda" else ("fp32", None)))
     networks = open_eager(checkpoint, numerics, device, lambda network: None)
-    denoiser, pixels = networks["denoiser"], checkpoint.geometry.default_pixels
-    assert isinstance(denoiser, EagerNetwork)
+    pixels = checkpoint.geometry.default_pixels
     plan = RunPlan(height=pixels, width=pixels, scales=(_SCALE,), steps=steps, seed=0, max_frames=_FRAMES)
     plan = plan.for_model(checkpoint.sampling)
     stories = tuple(calibration_stories())
     calls = len(stories) * plan.iterations * steps
+    measured: dict[str, _Measured] = {}
 
     def draw() -> None:
         pipeline, done = StoryPipeline(networks, checkpoint.load_tokenizers()), itertools.count(1)
@@ -109,11 +137,26 @@ def _measure(
                 if isinstance(event, StepFinished):
                     on_fraction(min(next(done) / calls, 1.0))
 
-    return calibrate(denoiser.module, recipe, draw)
+    def measuring(network: str, inner: Callable[[], Any]) -> Callable[[], Any]:
+        """What `inner` draws, with this network's layers watched."""
+        own = networks[network]
+        assert isinstance(own, EagerNetwork)
+
+        def watched() -> None:
+            measured[network] = calibrate(own.module, recipes[network], inner)
+
+        return watched
+
+    work: Callable[[], Any] = draw
+    for network in recipes:
+        work = measuring(network, work)
+    work()
+    return measured
 
 
-def _folder(engine_dir: Path | None, model: str, number_format: NumberFormat) -> Path:
-    return EngineStore(engine_dir).root / f".scales-{number_format}-{model}"  # hidden: it isn't an engine
+def _folder(engine_dir: Path | None, model: str, network: str, number_format: NumberFormat) -> Path:
+    of = "" if network == "denoiser" else f"{network}-"  # as before others were quantized
+    return EngineStore(engine_dir).root / f".scales-{of}{number_format}-{model}"  # hidden: it isn't an engine
 
 
 def _keep(scales: Scales, folder: Path) -> None:

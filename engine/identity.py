@@ -130,9 +130,11 @@ class EngineIdentity:
         if same_backend:
             simple.append(("backend version", self.backend_version, asked.backend_version))
         simple.append(("precision", self.numerics.name, asked.numerics.name))
-        for network in sorted(dict(self.numerics.exceptions).keys() | dict(asked.numerics.exceptions).keys()):
+        own, others = self.numerics, asked.numerics
+        quantized = (own.quantizations.keys() | others.quantizations.keys()) - {"denoiser"}
+        for network in sorted(quantized | dict(own.exceptions).keys() | dict(others.exceptions).keys()):
             words = "VAE precision" if network == "vae_decoder" else f"{network} precision"
-            simple.append((words, self.numerics[network], asked.numerics[network]))
+            simple.append((words, own.named(network), others.named(network)))
         if asked.architecture not in self.architecture.split("+"):
             simple.append(("architecture", self.architecture, asked.architecture))
         found = [

@@ -157,13 +157,13 @@ def _load_fp32(checkpoint: Checkpoint, weights: ModelWeights, device: torch.devi
 
     if model_weights(checkpoint) != weights:
         raise CheckpointError(f"a file of {checkpoint.label} was changed while it was in use")
-    return open_fp32(checkpoint, device, name)
+    return open_fp32(checkpoint.rewritten({}), device, name)
 
 
 def _check_quantized(checkpoint: Checkpoint, numerics: Numerics) -> None:
-    """Raises ValueError: numerics say that the denoiser is quantized, and this checkpoint doesn't quantize it."""
-    if numerics.quantization and checkpoint.rewrite is None:
-        raise ValueError(f"the checkpoint's denoiser isn't quantized; expected scales applied to it for {numerics}")
+    """Raises ValueError: numerics say that a network is quantized, and this checkpoint doesn't quantize it."""
+    for network in numerics.quantizations.keys() - checkpoint.rewrites.keys():
+        raise ValueError(f"the checkpoint's {network} isn't quantized; expected scales applied to it for {numerics}")
 
 
 @contextmanager

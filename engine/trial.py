@@ -19,7 +19,7 @@ from torch import Tensor
 from storyadapter.checkpoint import Checkpoint, CheckpointPaths
 from storyadapter.demo.held_out import held_out_stories
 from storyadapter.engine.backends import find_backend
-from storyadapter.engine.calibration import find_or_make_scales
+from storyadapter.engine.calibration import find_or_make_scales, quantized
 from storyadapter.engine.identity import model_weights
 from storyadapter.engine.opening import build_engine, open_networks
 from storyadapter.engine.store import EngineStore, StoredEngine
@@ -85,9 +85,9 @@ class Trial:
         checkpoint = Checkpoint.open(self.paths)
         if self.number_format is None:
             return checkpoint, checkpoint.geometry.numerics(self.precision)
-        scales = find_or_make_scales(checkpoint, model_weights(checkpoint).key, self.number_format, self.folder)
-        quantization = Quantization(self.number_format, scales.key)
-        return checkpoint.rewritten(scales.apply), checkpoint.geometry.numerics(self.precision, None, quantization)
+        numerics = checkpoint.geometry.numerics(self.precision, None, Quantization(self.number_format))
+        key, asked = model_weights(checkpoint).key, numerics.quantizations
+        return quantized(checkpoint, numerics, find_or_make_scales(checkpoint, key, asked, self.folder))
 
     def engine(self) -> StoredEngine:
         """The engine that was built. Raises TrialError: there is none."""

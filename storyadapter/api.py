@@ -4,7 +4,6 @@ import os
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -14,7 +13,7 @@ import torch
 from storyadapter.checkpoint import Checkpoint, CheckpointPaths, LoraSpec
 from storyadapter.engine.backend import ReportBytes, ReportStage, checked_device
 from storyadapter.engine.backends import AUTO, find_backend
-from storyadapter.engine.calibration import find_scales
+from storyadapter.engine.calibration import find_scales, quantized
 from storyadapter.engine.identity import model_weights
 from storyadapter.engine.opening import open_networks
 from storyadapter.method.control_pictures import Controls, control_identity, control_paths, read_controls
@@ -22,7 +21,16 @@ from storyadapter.method.errors import EngineMismatchError, Field, InputError, U
 from storyadapter.method.events import Event, RunFinished
 from storyadapter.method.plan import RunPlan
 from storyadapter.model.contract import Range, ShapeRanges
-from storyadapter.model.numerics import NUMBER_FORMATS, PRECISIONS, NumberFormat, Numerics, Precision, Quantization
+from storyadapter.model.numerics import (
+    NUMBER_FORMATS,
+    PRECISIONS,
+    VAE_NUMBER_FORMATS,
+    NumberFormat,
+    Numerics,
+    Precision,
+    Quantization,
+    vae_arithmetic,
+)
 from storyadapter.output.edits import Edit
 from storyadapter.output.frame_files import frame_text
 from storyadapter.output.run_folder import RunFolder
@@ -77,7 +85,8 @@ def open(  # as of a file: what it gives is ready for use
             but "eager" need an engine in the store, which `storyadapter-trt build` makes.
         precision: "auto" (fp16 on a GPU, fp32 on a CPU), "fp32", "fp16", "bf16", or "fp8" or "int8" for a denoiser with
             8-bit products, whose scales `storyadapter-trt build` finds.
-        vae_precision: of the VAE alone; "auto" is fp32 where the checkpoint asks for it, else as `precision`.
+        vae_precision: of the VAE alone; "auto" is fp32 where the checkpoint asks for it, else as `precision`; "fp8" is
+            for its convolutions over 8-bit operands, all else in bf16, with scales as of a denoiser.
         device: "cpu", "cuda" or "cuda:1"; by default the current GPU if there is one. Another GPU becomes the current
             one of the calling thread, and of those that draw.
         loras: "style.safetensors:0.8", or `LoraSpec`; fused in this order.
@@ -98,12 +107,13 @@ def open(  # as of a file: what it gives is ready for use
             the command that builds it.
     """
     asked = None if device is None else checked_device(device)
-    for field, name, more in (("precision", precision, NUMBER_FORMATS), ("vae_precision", vae_precision, ())):
+    asked_for = (("precision", precision, NUMBER_FORMATS), ("vae_precision", vae_precision, VAE_NUMBER_FORMATS))
+    for field, name, more in asked_for:
         if name not in (AUTO, *PRECISIONS, *more):
             raise InputError(Field(field), f" is {name}", expected=f"one of {', '.join((AUTO, *PRECISIONS, *more))}")
     chosen = find_backend(backend, asked, precision=precision, vae_precision=vae_precision)
     main = cast(Precision, precision) if precision in PRECISIONS else chosen.default_precision(asked)
-    of_vae = None if vae_precision == AUTO else cast(Precision, vae_precision)
+    of_vae = vae_arithmetic(vae_precision)
     quantization = Quantization(cast(NumberFormat, precision)) if precision in NUMBER_FORMATS else None
     chosen.check(Numerics.of(main, quantization, vae_decoder=of_vae))
     specs = tuple(lora if isinstance(lora, LoraSpec) else LoraSpec.parse(lora) for lora in loras)
@@ -121,11 +131,13 @@ def open(  # as of a file: what it gives is ready for use
     )
     checkpoint = Checkpoint.open(paths)
     numerics = checkpoint.geometry.numerics(main, of_vae, quantization)
-    if quantization:
-        if (scales := find_scales(engine_dir, model_weights(checkpoint).key, quantization.number_format)) is None:
-            advice = f"build it: storyadapter-trt build --precision {precision}"
+    if numerics.quantizations:
+        if (scales := find_scales(engine_dir, model_weights(checkpoint).key, numerics.quantizations)) is None:
+            of_network = {"denoiser": f" --precision {precision}", "vae_decoder": f" --vae-precision {vae_precision}"}
+            options = "".join(words for name, words in of_network.items() if name in numerics.quantizations)
+            advice = f"build it: storyadapter-trt build{options}"
             raise EngineMismatchError(f"no scales of {checkpoint.label} in the engine store", advice=advice)
-        checkpoint, numerics = checkpoint.rewritten(scales.apply), numerics.with_scales(scales.key)
+        checkpoint, numerics = quantized(checkpoint, numerics, scales)
     own = checkpoint.geometry.default_pixels
     tall, wide = (Range(pixels or own, pixels or own) for pixels in (height, width))
     return open_checkpoint(
@@ -169,7 +181,7 @@ def open_checkpoint(
     asked = None if device is None else checked_device(device)
     if asked is not None and asked.index is not None:
         torch.cuda.set_device(asked)
-    named = {"precision": numerics.name, "vae_precision": numerics["vae_decoder"]} if numerics else {}
+    named = {"precision": numerics.name, "vae_precision": numerics.named("vae_decoder")} if numerics else {}
     chosen = find_backend(backend, asked, **named)
     networks = open_networks(
         checkpoint,
@@ -222,8 +234,8 @@ def edit(
     before, numerics = changed.run.record.identity, pipeline.networks.numerics
     drew = before.get("numerics", (before.get("precision"), before.get("vae_precision")))
     if before.get("model") != pipeline.model or drew not in (
-        json_values(asdict(numerics)),
-        (numerics.name, numerics["vae_decoder"]),
+        json_values(numerics.as_values()),
+        (numerics.name, numerics.named("vae_decoder")),
     ):
         raise InputError(f"{folder} was drawn by another model, or in another precision", expected="the same")
     plan = pipeline.decided(changed.run.plan)

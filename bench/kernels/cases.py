@@ -272,6 +272,11 @@ GROUP_NORM_CASES: Final = tuple(
     GroupNormCase(16, *shape) for shape in ((128, 320), (128, 960), (64, 640), (64, 1280), (32, 1280), (32, 2560))
 )
 # SDXL's VAE, one frame of 1024x1024
+VAE_CONVOLUTION_FP8_CASES: Final = tuple(
+    ConvolutionFp8Case(1, *shape)
+    for shape in ((1024, 128, 128), (1024, 256, 128), (1024, 256, 256), (512, 256, 256), (512, 512, 256))
+    + ((512, 512, 512), (256, 512, 512), (128, 512, 512))
+)
 VAE_NORM_CASES: Final = tuple(
     GroupNormCase(1, *shape) for shape in ((1024, 128), (1024, 256), (512, 256), (512, 512), (256, 512), (128, 512))
 )
@@ -290,6 +295,7 @@ ALL_CASES: Final[tuple[KernelCase, ...]] = (
     *GEGLU_CASES,
     *LAYER_NORM_CASES,
     *CONVOLUTION_FP8_CASES,
+    *VAE_CONVOLUTION_FP8_CASES,
     *LINEAR_FP8_CASES,
     *GEGLU_FP8_CASES,
     *GROUP_NORM_CASES,

@@ -11,7 +11,7 @@ import os
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from importlib import resources
@@ -31,7 +31,7 @@ from storyadapter.kernels.grca.aot import compile_kernel
 from storyadapter.kernels.launching import capability
 from storyadapter.kernels.tiles import GrcaTiles, Tiles, TileTable
 from storyadapter.method.constants import TEXT_TOKENS
-from storyadapter.method.errors import RunError
+from storyadapter.method.errors import InputError, RunError
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,9 @@ SEARCHES: Final = (
     Search(tables.GRCA_EMBEDDED, _GRCA_CASES, _grca_tiles(caps=(None, 128, 168))),
     Search(tables.GEGLU, cases.GEGLU_CASES, _GEGLU_TILES),
     Search(tables.LAYER_NORM, cases.LAYER_NORM_CASES, _LAYER_NORM_TILES),
-    Search(tables.CONVOLUTION_FP8, cases.CONVOLUTION_FP8_CASES, _CONVOLUTION_TILES),
+    Search(
+        tables.CONVOLUTION_FP8, (*cases.CONVOLUTION_FP8_CASES, *cases.VAE_CONVOLUTION_FP8_CASES), _CONVOLUTION_TILES
+    ),
     Search(tables.LINEAR_FP8, cases.LINEAR_FP8_CASES, _MATRIX_TILES),
     Search(tables.GEGLU_FP8, cases.GEGLU_FP8_CASES, _MATRIX_TILES),
     Search(tables.GROUP_NORM, (*cases.GROUP_NORM_CASES, *cases.VAE_NORM_CASES), _GROUP_NORM_TILES),
@@ -184,16 +186,30 @@ def compile_one(job: tuple[TileTable[Any], KernelCase, Tiles]) -> str | None:
     return None
 
 
-def tune(kernels: Sequence[str], device: torch.device, *, write: bool) -> None:
+def tune(kernels: Sequence[str], device: torch.device, *, write: bool, widths: Collection[int] = ()) -> None:
     """Finds the fastest tiles for tables by name, prints the report, and stores them if asked.
 
+    Args:
+        widths: whose entries are searched alone; all if there are none.
+
     Raises:
+        InputError: no case has one of these widths.
         RunError: nothing can be stored; the report was printed.
     """
-    found = [item for wanted in SEARCHES if wanted.table.kernel in kernels for item in search(wanted, device)]
+    searches = [narrowed(wanted, widths) for wanted in SEARCHES if wanted.table.kernel in kernels]
+    known = {case.as_data()[wanted.table.letter] for wanted in searches for case in wanted.cases}
+    if unknown := set(widths) - known:
+        raise InputError(f"no case of {', '.join(kernels)} has the width {min(unknown)}")
+    found = [item for wanted in searches for item in search(wanted, device)]
     print(markdown(describe(device), found))
     if write:
         store(TILES_FILE, capability(device), found)
+
+
+def narrowed(wanted: Search, widths: Collection[int]) -> Search:
+    """The same for entries of these widths alone; for all if there are none."""
+    own = tuple(case for case in wanted.cases if not widths or case.as_data()[wanted.table.letter] in widths)
+    return replace(wanted, cases=own)
 
 
 def search(wanted: Search, device: torch.device) -> list[Found]:

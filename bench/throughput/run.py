@@ -75,7 +75,7 @@ def measure(args: argparse.Namespace) -> int:
     environment, quantized = describe(device, args.commit), None
     if number_format:
         find_backend("inductor").check(Numerics.of(model.engine.precision, Quantization(number_format)))
-        quantized, environment["scales"] = model.calibrated(number_format, progress.tell)
+        quantized, environment["scales"] = model.calibrated({"denoiser": number_format}, progress.tell)
     # for all cases, so that an engine built for some of them serves a later run of the others
     workbench = Workbench(model, ranges(all_cases, all_stories), progress, quantized)
     if args.device_memory is not None:

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from storyadapter.engine.backend import Backend, OpenRequest, default_device, installed_version
-from storyadapter.model.numerics import NUMBER_FORMATS
+from storyadapter.model.numerics import NUMBER_FORMATS, VAE_NUMBER_FORMATS
 
 if TYPE_CHECKING:
     import torch
@@ -18,6 +18,7 @@ class Eager(Backend):
     holds_weights = False
     any_device = True
     number_formats = NUMBER_FORMATS  # emulated
+    vae_number_formats = VAE_NUMBER_FORMATS
 
     def rank(self) -> int:
         return 1

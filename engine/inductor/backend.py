@@ -24,6 +24,7 @@ class Inductor(Backend):
     purpose = "compiled by PyTorch with the fused kernels: the default with a CUDA GPU"
     holds_weights = False
     number_formats = ("fp8",)
+    vae_number_formats = ("fp8",)
 
     def rank(self) -> int:
         return 3 if default_device().type == "cuda" else 0
@@ -39,12 +40,14 @@ class Inductor(Backend):
 
     def check(self, numerics: Numerics, ranges: "ShapeRanges | None" = None) -> None:
         super().check(numerics, ranges)
-        if numerics.quantization and (found := _why_no_fp8()):
+        if numerics.quantizations and (found := _why_no_fp8()):
+            network = next(iter(numerics.quantizations))
+            field, what = ("precision", "") if network == "denoiser" else ("vae_precision", " the VAE")
             raise UnavailableError(
-                f"backend {self.name} can't serve here: it can't run in {numerics.name} on {found}",
+                f"backend {self.name} can't serve here: it can't run{what} in {numerics.named(network)} on {found}",
                 expected=f"a CUDA GPU of compute capability {'.'.join(map(str, _FP8_FROM))} or later",
-                advice=("type another ", Field("precision"), ", or backend eager, which emulates it"),
-                field="precision",
+                advice=("type another ", Field(field), ", or backend eager, which emulates it"),
+                field=field,
             )
         if ranges is None:
             return

@@ -148,7 +148,7 @@ def open_inductor(
     that is free, only those of the steps stay there and the others come from the host for each call.
 
     Args:
-        numerics: those of the engine, with the scales that the checkpoint's denoiser has.
+        numerics: those of the engine, with the scales that the checkpoint's networks have.
 
     Raises:
         EngineBuildError: a network computes something else than eager with these weights; nothing is noted.
@@ -163,7 +163,7 @@ def open_inductor(
     errors: dict[str, float] = {}
     on_stage("", "loading weights")
     loaded: Iterator[tuple[str, dict[str, Tensor], Sequence[Example]]]
-    if compared and checkpoint.rewrite is None and isinstance(checkpoint, Checkpoint):  # a benchmark's has no files
+    if compared and not checkpoint.rewrites and isinstance(checkpoint, Checkpoint):  # a benchmark's has no files
         loaded = ((name, weights, ()) for name, weights in read_weights(checkpoint, numerics, device))
     else:
         loaded = _with_examples(checkpoint, numerics, letters, device, compared)

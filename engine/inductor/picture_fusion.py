@@ -4,6 +4,7 @@ from typing import Any
 
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -76,9 +77,9 @@ class ResnetBlock(nn.Module):
 
 
 class Fp8Sampler(nn.Module):
-    """Stands where diffusers' blocks call an `Upsample` or a `Downsample2D` whose convolution is quantized."""
+    """Stands where diffusers' blocks call one of these samplers, whose convolution is quantized."""
 
-    def __init__(self, sampler: Upsample | Downsample2D, operators: Operators) -> None:
+    def __init__(self, sampler: Upsample | Upsample2D | Downsample2D, operators: Operators) -> None:
         super().__init__()
         self.convolution = Fp8Convolution(sampler.conv, operators)
 

@@ -1,7 +1,8 @@
 """The VAE's decoder rewritten for speed: pictures lie channels-last from the latents to the last convolution.
 
 Every group norm and the SiLU behind it are one operator, and so are a convolution's bias and a block's residual for the
-compiler. The attention over all pixels has one head as wide as the picture's channels (512), wider than any fused
+compiler. Of a quantized decoder that operator writes e4m3, and the convolutions add bias and residual before their one
+rounding. The attention over all pixels has one head as wide as the picture's channels (512), wider than any fused
 attention takes at a matrix product's rate, so it is two plain products and a softmax, for a quarter of the queries at a
 time, which bounds the memory of its scores.
 """
@@ -11,12 +12,14 @@ from typing import Final
 import torch
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.nn import functional
 
 from storyadapter.engine.inductor.operators import Operators
-from storyadapter.engine.inductor.picture_fusion import ResnetBlock
+from storyadapter.engine.inductor.picture_fusion import Fp8Sampler, ResnetBlock
 from storyadapter.model.modules import VaeDecoder
+from storyadapter.quantization.layers import QuantizedLayer
 
 CHANNEL_UNIT: Final = 16  # of the group norm's operator
 _PARTS: Final = 4  # of the queries
@@ -83,6 +86,8 @@ def fuse_vae(vae: VaeDecoder, operators: Operators) -> None:
             decoder.get_submodule(parent).register_module(child, ResnetBlock(part, operators))
         elif isinstance(part, Attention) and _fits(part.group_norm):
             decoder.get_submodule(parent).register_module(child, PictureAttention(part, operators))
+        elif isinstance(part, Upsample2D) and isinstance(part.conv, QuantizedLayer):
+            decoder.get_submodule(parent).register_module(child, Fp8Sampler(part, operators))
     if _fits(decoder.conv_norm_out):
         decoder.conv_norm_out = NormAndSilu(decoder.conv_norm_out, operators)
         decoder.conv_act = nn.Identity()

@@ -33,7 +33,7 @@ def read_weights(
     `iterate_modules`, on `device`, to the bit.
 
     Args:
-        checkpoint: whose denoiser isn't rewritten.
+        checkpoint: no network of which is rewritten.
 
     Raises:
         CheckpointError: a file isn't what was checked.
@@ -100,7 +100,7 @@ _ADAPTER: Final = ("projection_weight", "projection_bias", "norm_weight", "norm_
 class _Parts:
     """A checkpoint whose parts have given tensors; see `storyadapter.model.modules.ModelParts`."""
 
-    rewrite = None
+    rewrites: Mapping[str, Any] = {}
 
     def __init__(self, checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> None:
         self.geometry = checkpoint.geometry

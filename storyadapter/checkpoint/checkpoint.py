@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +48,7 @@ class Checkpoint:
         configuration: of every network, the settings that its code depends on, as plain data.
         sampling: what the files say of how the model is sampled.
         notices: what was assumed where files say nothing, and where they contradict each other; one line each.
-        rewrite: rewrites the denoiser in place when it is loaded; None to leave it as the files have it.
+        rewrites: by network, what rewrites it in place when it is loaded; others are left as the files have them.
     """
 
     paths: CheckpointPaths
@@ -63,7 +63,7 @@ class Checkpoint:
     _config_folder: Path
     _opened_loras: tuple[Lora, ...]
     _tokenizers: tuple[TextTokenizer, ...]
-    rewrite: "Callable[[nn.Module], None] | None" = None
+    rewrites: "Mapping[str, Callable[[nn.Module], None]]" = field(default_factory=dict)
 
     @classmethod
     def open(
@@ -176,11 +176,12 @@ class Checkpoint:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled as its paths: another process opens the same files."""
-        return _reopened, (self.paths, self.rewrite)
+        return _reopened, (self.paths, self.rewrites)
 
-    def rewritten(self, rewrite: "Callable[[nn.Module], None]") -> "Checkpoint":
-        """The same files, whose denoiser is rewritten when it is loaded; `rewrite` can be pickled."""
-        return replace(self, rewrite=rewrite)
+    def rewritten(self, rewrites: "Mapping[str, Callable[[nn.Module], None]]") -> "Checkpoint":
+        """The same files, of which these networks, and no others, are rewritten when they are loaded; can be pickled
+        if `rewrites` can."""
+        return replace(self, rewrites=rewrites)
 
     @property
     def label(self) -> str:
@@ -235,8 +236,8 @@ class Checkpoint:
         return first, second
 
 
-def _reopened(paths: CheckpointPaths, rewrite: "Callable[[nn.Module], None] | None") -> Checkpoint:
-    return replace(Checkpoint.open(paths), rewrite=rewrite)
+def _reopened(paths: CheckpointPaths, rewrites: "Mapping[str, Callable[[nn.Module], None]]") -> Checkpoint:
+    return replace(Checkpoint.open(paths), rewrites=rewrites)
 
 
 def _geometry(unet_config: Path, outlines: Mapping[str, Outline], layers: tuple[CrossAttention, ...]) -> Geometry:

@@ -8,17 +8,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from storyadapter.cli.control_options import with_controls
 from storyadapter.cli.devices import only_device
-from storyadapter.cli.options import (
-    Session,
-    backend_options,
-    model_choice,
-    open_session,
-    option,
-    run_plan,
-    shape_ranges,
-)
+from storyadapter.cli.options import backend_options, model_choice, option, run_plan, shape_ranges
 from storyadapter.cli.reference_vae import check_reference_vae
 from storyadapter.cli.reporting import Reporter, count, duration, reporting
+from storyadapter.cli.sessions import Session, open_session
 from storyadapter.cli.start_clock import StartClock
 from storyadapter.demo.shipped import STORY
 from storyadapter.demo.vocabulary import KINDS, examples, unknown_words
@@ -27,7 +20,6 @@ from storyadapter.method import constants
 from storyadapter.method.errors import InputError, Text, spelled
 from storyadapter.method.presets import check_preset
 from storyadapter.model.contract import ShapeRanges
-from storyadapter.model.numerics import NumberFormat
 from storyadapter.output.run_record import stored_identity
 
 if TYPE_CHECKING:
@@ -53,8 +45,8 @@ def build(args: argparse.Namespace) -> int:
         session = open_session(args, model_choice(args))
         options = backend_options(args, session.backend)
         ranges = shape_ranges(args, session.checkpoint.geometry.default_pixels)
-        if quantization := session.numerics.quantization:
-            session = _calibrated(args, session, quantization.number_format, reporter)
+        if session.numerics.quantizations:
+            session = _calibrated(args, session, reporter)
         if session.backend.builds:
             _build(args, session, ranges, options, reporter)
         else:
@@ -91,25 +83,27 @@ def _build(args: argparse.Namespace, session: Session, ranges: ShapeRanges, opti
     reporter.result("built", text, folder=str(engine.folder), bytes=engine.bytes, new=engine.is_new)
 
 
-def _calibrated(args: argparse.Namespace, session: Session, number_format: NumberFormat, reporter: Reporter) -> Session:
+def _calibrated(args: argparse.Namespace, session: Session, reporter: Reporter) -> Session:
     """The session with its model's scales, which are found first where the store has none."""
     from storyadapter.engine.calibration import find_or_make_scales
     from storyadapter.engine.identity import model_weights
 
-    started, drawn = time.perf_counter(), 0.0
+    quantizations = session.numerics.quantizations
+    started, drawn, first = time.perf_counter(), 0.0, next(iter(quantizations))
 
     def on_fraction(done: float) -> None:
         nonlocal drawn
         if not drawn:
-            reporter.stage("denoiser", "drawing stories of its own, which show the range of its numbers")
+            reporter.stage(first, "drawing stories of its own, which show the range of its numbers")
         drawn = done
-        reporter.fraction("denoiser", done)
+        reporter.fraction(first, done)
 
     key = model_weights(session.checkpoint, reporter.bytes_read).key
-    scales = find_or_make_scales(session.checkpoint, key, number_format, args.engine_dir, on_fraction=on_fraction)
+    scales = find_or_make_scales(session.checkpoint, key, quantizations, args.engine_dir, on_fraction=on_fraction)
     if drawn:
-        text = f"{count(len(scales.inputs), 'layer')} calibrated in {duration(time.perf_counter() - started)}"
-        reporter.stage("denoiser", text)
+        layers = sum(len(own.inputs) for own in scales.values())
+        text = f"{count(layers, 'layer')} calibrated in {duration(time.perf_counter() - started)}"
+        reporter.stage(first, text)
     return session.quantized(scales)
 
 

@@ -12,9 +12,10 @@ import torch
 
 from storyadapter import api
 from storyadapter.cli.machine import versions
-from storyadapter.cli.options import Session, build_command, option
+from storyadapter.cli.options import build_command, option
 from storyadapter.cli.recorded import recorded_files
 from storyadapter.cli.reporting import Reporter, count, duration
+from storyadapter.cli.sessions import Session
 from storyadapter.cli.start_clock import StartClock
 from storyadapter.engine.backend import ReportStage
 from storyadapter.engine.calibration import find_scales
@@ -40,6 +41,8 @@ from storyadapter.runtime.given_pictures import FramePictures, picture_keys, pic
 from storyadapter.runtime.memory import MemoryNeeds
 from storyadapter.runtime.pipeline import Pipeline
 from storyadapter.runtime.story_jobs import in_chunks, most_chunks
+
+_SCALES = {"denoiser": "scales", "vae_decoder": "vae_scales"}  # under which names records have their keys
 
 
 def draw(
@@ -209,8 +212,8 @@ def _identity(
         "style": style,
         "plan": {name: value for name, value in plan.as_dict().items() if name != "max_frames"},
         "precision": session.numerics.name,
-        "vae_precision": session.numerics["vae_decoder"],
-        **({"scales": session.numerics.quantization.scales} if session.numerics.quantization else {}),
+        "vae_precision": session.numerics.named("vae_decoder"),
+        **{_SCALES[network]: own.scales for network, own in session.numerics.quantizations.items()},
         "weights": {f"{weight.component}/{weight.name}": weight.blake3 for weight in model.files},
         "loras": [{"name": lora.name, "blake3": lora.blake3, "scale": lora.scale} for lora in model.loras],
         "model": model.key,
@@ -224,9 +227,9 @@ def with_scales(args: argparse.Namespace, session: Session, ranges: ShapeRanges,
     Raises:
         EngineMismatchError: the store has none.
     """
-    if not (quantization := session.numerics.quantization):
+    if not (quantizations := session.numerics.quantizations):
         return session
-    if (scales := find_scales(args.engine_dir, model, quantization.number_format)) is not None:
+    if (scales := find_scales(args.engine_dir, model, quantizations)) is not None:
         return session.quantized(scales)
     command = build_command(args, session.backend.name, session.numerics, ranges)
     raise EngineMismatchError(f"no scales of {session.model.label} in the engine store; build it: {command}")

@@ -7,9 +7,9 @@ from typing import Any
 
 from storyadapter.cli.commands import OPENING
 from storyadapter.cli.devices import only_device
-from storyadapter.cli.options import open_session
 from storyadapter.cli.recorded import recorded_model
 from storyadapter.cli.reporting import reporting
+from storyadapter.cli.sessions import open_session
 from storyadapter.cli.start_clock import StartClock
 from storyadapter.engine.backends import AUTO, find_backend
 from storyadapter.method.errors import InputError

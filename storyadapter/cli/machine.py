@@ -157,7 +157,9 @@ def engine_table(store: EngineStore) -> list[str]:
     found = False
     for engine in sorted(engines, key=lambda engine: engine.last_used, reverse=True):
         identity, ranges = engine.identity, engine.ranges
-        numerics = "/".join((identity.numerics.name, *(own for _, own in identity.numerics.exceptions)))
+        own = identity.numerics
+        others = dict(own.exceptions).keys() | (own.quantizations.keys() - {"denoiser"})
+        numerics = "/".join((own.name, *map(own.named, sorted(others))))
         shapes = f"{ranges.max_frames} of {ranges.width}x{ranges.height}, {ranges.max_references}"
         days = int((time.time() - engine.last_used) / _DAY)
         used = f"{days} d" if days else "today"

@@ -2,25 +2,22 @@
 
 import argparse
 import shlex
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
-from storyadapter.checkpoint import Checkpoint, CheckpointPaths, ControlNetSpec, LoraSpec
+from storyadapter.checkpoint import CheckpointPaths, ControlNetSpec, LoraSpec
 from storyadapter.cli.control_options import control_settings
 from storyadapter.cli.devices import device_name
 from storyadapter.cli.values import PLAN_VALUES, decimal, frames_or_auto, pixel_range, positive, scales_list
 from storyadapter.engine.backend import Backend
-from storyadapter.engine.backends import AUTO, BACKENDS, find_backend
+from storyadapter.engine.backends import AUTO, BACKENDS
 from storyadapter.method import constants
 from storyadapter.method.errors import InputError, StoryAdapterError, spelled
 from storyadapter.method.plan import FRAMES_UNMEASURED, RunPlan
 from storyadapter.method.presets import PRESETS, with_preset
 from storyadapter.model.contract import Range, ShapeRanges
-from storyadapter.model.numerics import NUMBER_FORMATS, PRECISIONS, NumberFormat, Numerics, Precision, Quantization
-
-if TYPE_CHECKING:
-    from storyadapter.quantization.scales import Scales
+from storyadapter.model.numerics import NUMBER_FORMATS, PRECISIONS, VAE_NUMBER_FORMATS, Numerics
 
 MAX_REFERENCES = 100
 STORY_HELP = (
@@ -149,10 +146,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     engine.add_argument(
         "--vae-precision",
         default=AUTO,
-        choices=(AUTO, *PRECISIONS),
+        choices=(AUTO, *PRECISIONS, *VAE_NUMBER_FORMATS),
         help="of the VAE alone: fp32 is the safest and takes several times as long to decode on a GPU; bf16 is fast "
         "and rounds the most; fp16 is fast too, with activations divided by 16 where the VAE's configuration says "
-        "force_upcast, as SDXL's own overflow in it (default: auto, fp32 if it says so, else as --precision)",
+        "force_upcast, as SDXL's own overflow in it; fp8: bf16, its convolutions over 8-bit operands, whose scales "
+        "build finds as for --precision fp8 (default: auto, fp32 if it says so, else as --precision)",
     )
     engine.add_argument(
         "--max-frames",
@@ -310,50 +308,6 @@ def model_choice(args: argparse.Namespace) -> ModelChoice:
     return ModelChoice(paths, "the demo model" if args.base_model is None else str(args.base_model))
 
 
-@dataclass(frozen=True)
-class Session:
-    """An opened model and where it is to run."""
-
-    model: ModelChoice
-    checkpoint: Checkpoint
-    backend: Backend
-    numerics: Numerics
-
-    def quantized(self, scales: "Scales") -> "Session":
-        """The same with the denoiser quantized by its model's scales."""
-        numerics = self.numerics.with_scales(scales.key)
-        return replace(self, checkpoint=self.checkpoint.rewritten(scales.apply), numerics=numerics)
-
-    @property
-    def how(self) -> str:
-        """Backend and numerics, for a message."""
-        return f"{self.backend.name} {self.numerics}"
-
-
-def choose_engine(backend: str, precision: str, vae_precision: str = AUTO) -> tuple[Backend, Precision]:
-    """What was typed; for `auto`, and beside quantized products, what serves best on this machine."""
-    found = find_backend(backend, precision=precision, vae_precision=vae_precision)
-    typed_ = precision in PRECISIONS
-    return found, cast(Precision, precision) if typed_ else found.default_precision()
-
-
-def open_session(args: argparse.Namespace, model: ModelChoice) -> Session:
-    """Check the backend and open the model's files; reads no weights.
-
-    Raises:
-        UnavailableError: see `Backend.check`.
-        CheckpointError: see `Checkpoint.open`.
-    """
-    backend, precision = choose_engine(args.backend, args.precision, args.vae_precision)
-    asked: Precision | None = None if args.vae_precision == AUTO else args.vae_precision
-    quantization = None
-    if args.precision in NUMBER_FORMATS:
-        quantization = Quantization(cast(NumberFormat, args.precision))
-    backend.check(Numerics.of(precision, quantization, vae_decoder=asked))
-    checkpoint = Checkpoint.open(model.paths)
-    return Session(model, checkpoint, backend, checkpoint.geometry.numerics(precision, asked, quantization))
-
-
 def shape_ranges(args: argparse.Namespace, default_pixels: int) -> ShapeRanges:
     """What `build` was asked to build for."""
     own = Range(default_pixels, default_pixels)
@@ -389,7 +343,7 @@ def build_command(args: argparse.Namespace, backend: str, numerics: Numerics, ra
         for value in values:
             words += [option, value]
     words += ["--device", args.device] if args.device else []
-    words += ["--backend", backend, "--precision", numerics.name, "--vae-precision", numerics["vae_decoder"]]
+    words += ["--backend", backend, "--precision", numerics.name, "--vae-precision", numerics.named("vae_decoder")]
     words += ["--height", str(ranges.height).replace("..", ":"), "--width", str(ranges.width).replace("..", ":")]
     words += ["--max-frames", ranges.max_frames, "--max-references", max(MAX_REFERENCES, ranges.max_references)]
     if ranges.max_prompt_chunks > 1:

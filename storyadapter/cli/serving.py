@@ -8,8 +8,9 @@ from pathlib import Path
 from storyadapter.cli.commands import OPENING
 from storyadapter.cli.devices import only_device
 from storyadapter.cli.drawing import open_pipeline, with_scales
-from storyadapter.cli.options import model_choice, open_session, shape_ranges
+from storyadapter.cli.options import model_choice, shape_ranges
 from storyadapter.cli.reporting import reporting
+from storyadapter.cli.sessions import open_session
 from storyadapter.engine.identity import model_weights
 from storyadapter.method.errors import Field, InputError, UnavailableError
 from storyadapter.method.presets import check_preset

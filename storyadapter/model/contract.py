@@ -15,7 +15,7 @@ from typing import Any, Final, Literal
 from storyadapter.method import constants
 from storyadapter.method.errors import Field, InputError
 from storyadapter.method.plan import check_pixels
-from storyadapter.model.numerics import DTYPE_NAMES, Numerics, Precision, Quantization
+from storyadapter.model.numerics import DTYPE_NAMES, Arithmetic, Numerics, Precision, Quantization
 
 _TEXT: Final = f"{constants.TEXT_TOKENS}*M"  # T
 CONTRACT_VERSION: Final = 2
@@ -82,7 +82,7 @@ class Geometry:
         return self.sample_size * self.pixels_per_latent
 
     def numerics(
-        self, precision: Precision, vae: Precision | None = None, quantization: Quantization | None = None
+        self, precision: Precision, vae: Arithmetic | None = None, quantization: Quantization | None = None
     ) -> Numerics:
         """Everything in one precision but the VAE, where it has one of its own: `vae`, or what its model asks for."""
         return Numerics.of(precision, quantization, vae_decoder=vae or ("fp32" if self.vae_in_fp32 else None))

@@ -4,7 +4,7 @@ Each module's `forward` takes the contract's inputs in order and gives the contr
 them, the exporters export them, and nothing else knows how a network is computed.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import torch
@@ -48,8 +48,8 @@ class ModelParts(Protocol):
     def geometry(self) -> Geometry: ...
 
     @property
-    def rewrite(self) -> Callable[[nn.Module], None] | None:
-        """Rewrites the denoiser in place when it is loaded: quantizes it, say. None to leave it."""
+    def rewrites(self) -> Mapping[str, Callable[[nn.Module], None]]:
+        """By network, what rewrites it in place when it is loaded: quantizes it, say."""
         ...
 
     def load(self, part: str, dtype: torch.dtype, device: torch.device | None = None) -> Any:
@@ -169,10 +169,10 @@ def iterate_modules(
         if not any(map(wanted, names)):
             continue
         modules = _modules_of(checkpoint, part, TORCH_DTYPES[numerics[names[-1]]], grca, device)
-        if "denoiser" in modules and checkpoint.rewrite is not None and wanted("denoiser"):
-            checkpoint.rewrite(modules["denoiser"])
         for name in tuple(modules):  # taken out one by one: what a suspended generator names would stay in memory
             if wanted(name):
+                if name in checkpoint.rewrites:
+                    checkpoint.rewrites[name](modules[name])
                 yield name, modules.pop(name).eval()
             else:
                 del modules[name]

@@ -15,14 +15,14 @@ from storyadapter.quantization.recipe import Recipe
 
 
 def calibrate(
-    denoiser: nn.Module, recipe: Recipe, draw: Callable[[], Any]
+    network: nn.Module, recipe: Recipe, draw: Callable[[], Any]
 ) -> tuple[dict[str, float], dict[str, tuple[float, ...]]]:
     """The scale of the input of every layer that a recipe names, and the smoothing factors of its linear layers.
 
     Args:
-        denoiser: as the checkpoint gave it; of no other use afterwards, as its layers keep what measures them.
-        draw: calls this denoiser with all that it has to expect: every time step, with references and without, λ from
-            least to largest, conditional and unconditional rows.
+        network: as the checkpoint gave it; of no other use afterwards, as its layers keep what measures them.
+        draw: calls this network with all that it has to expect: a denoiser with every time step, with references and
+            without, λ from least to largest, conditional and unconditional rows.
 
     Raises:
         UnavailableError: nvidia-modelopt isn't installed.
@@ -36,7 +36,7 @@ def calibrate(
             expected="nvidia-modelopt, which calibrates",
             advice="type: pip install 'storyadapter-trt[quantize]'",
         ) from error
-    names = list(recipe.layers(denoiser))
+    names = list(recipe.layers(network))
     rules: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
     bits = {"fp8": (4, 3), "int8": 8}[recipe.number_format]
     rules += [{"quantizer_name": f"{name}.input_quantizer", "cfg": {"num_bits": bits, "axis": None}} for name in names]
@@ -49,10 +49,10 @@ def calibrate(
 
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()):  # modelopt prints
         warnings.simplefilter("ignore")
-        modelopt.quantize(denoiser, {"quant_cfg": rules, "algorithm": algorithm}, loop)
+        modelopt.quantize(network, {"quant_cfg": rules, "algorithm": algorithm}, loop)
     scales, smoothing = {}, {}
     for name in names:
-        quantizer: Any = denoiser.get_submodule(f"{name}.input_quantizer")
+        quantizer: Any = network.get_submodule(f"{name}.input_quantizer")
         largest = quantizer.amax
         if largest is None:
             raise InputError(f"{name} was never called in calibration", advice="draw with all parts of the model")

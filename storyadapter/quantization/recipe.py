@@ -1,4 +1,4 @@
-"""Which layers of a denoiser are quantized, as data."""
+"""Which layers of a network are quantized, as data."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -29,9 +29,9 @@ class Recipe:
     smoothing: float = 0.0
     kept: tuple[str, ...] = ()
 
-    def layers(self, denoiser: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
+    def layers(self, network: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
         """The layers to be quantized, by name: linear layers and 3×3 convolutions whose widths kernels take."""
-        parts = ((name, part) for name, part in denoiser.named_modules() if isinstance(part, nn.Linear | nn.Conv2d))
+        parts = ((name, part) for name, part in network.named_modules() if isinstance(part, nn.Linear | nn.Conv2d))
         return {
             name: part
             for name, part in parts
@@ -66,3 +66,12 @@ FP8: Final = Recipe(kept=_KEPT)
 # α: NVIDIA's for SDXL; the demo model would be better off without (docs/backends.md)
 INT8: Final = Recipe("int8", smoothing=0.8, kept=_KEPT)
 RECIPES: Final[Mapping[NumberFormat, Recipe]] = {recipe.number_format: recipe for recipe in (FP8, INT8)}
+# Of the VAE's decoder the residual blocks' and upsamplers' convolutions, which take most of its time. What is kept are
+# its ends, by which every pixel goes, and the attention over all pixels.
+VAE_FP8: Final = Recipe(kept=("post_quant_conv", "decoder.conv_in", "decoder.conv_out", "*.attentions.*"))
+_OF_NETWORKS: Final = {"denoiser": RECIPES, "vae_decoder": {VAE_FP8.number_format: VAE_FP8}}
+
+
+def recipe_of(network: str, number_format: NumberFormat) -> Recipe:
+    """How a network of the contract is quantized. Raises KeyError: it isn't, to this format."""
+    return _OF_NETWORKS[network][number_format]

@@ -1,4 +1,4 @@
-"""Scales of a model's activations as data: `recipe.json` and `scales.safetensors` in a folder of their own."""
+"""Scales of a network's activations as data: `recipe.json` and `scales.safetensors` in a folder of their own."""
 
 import hashlib
 import json
@@ -28,10 +28,10 @@ _AGAIN: Final = "calibrate this model again"
 
 @dataclass(frozen=True)
 class Scales:
-    """What calibration found for one model.
+    """What calibration found for one network of one model.
 
     Attributes:
-        recipe: how the model is quantized.
+        recipe: how the network is quantized.
         model: the key of its weights, LoRAs included.
         inputs: the scale of the input of every layer that the recipe names.
         smoothing: of each of its linear layers, if it smooths: what the input's channels are multiplied by, [K].
@@ -95,14 +95,14 @@ class Scales:
             raise InputError(f"the scales in {folder} are damaged", advice="build again")
         return scales
 
-    def apply(self, denoiser: nn.Module) -> None:
-        """Put `QuantizedLayer`s in place of a denoiser's layers, one by one: memory for one at a time is enough.
+    def apply(self, network: nn.Module) -> None:
+        """Put `QuantizedLayer`s in place of a network's layers, one by one: memory for one at a time is enough.
 
         Raises:
             InputError: a layer without a scale, or a scale without a layer, or not as many smoothing factors as a layer
                 has input channels; names the first.
         """
-        layers = self.recipe.layers(denoiser)
+        layers = self.recipe.layers(network)
         for name, layer in layers.items():
             if name not in self.inputs:
                 raise InputError(f"layer {name} has no scale", advice=_AGAIN)
@@ -115,7 +115,7 @@ class Scales:
         del layers
         for name in self.inputs:
             parent, _, child = name.rpartition(".")
-            holder = denoiser.get_submodule(parent)
+            holder = network.get_submodule(parent)
             smoothing = self.smoothing.get(name, ())
             made = QuantizedLayer(getattr(holder, child), self.recipe.number_format, self.inputs[name], smoothing)
             setattr(holder, child, made)

@@ -68,7 +68,7 @@ class FrameJob:
     @cached_property
     def key(self) -> str:
         """SHA-256 of all of it, in 64 hexadecimal digits: equal jobs make equal pictures."""
-        values = asdict(self)
+        values = {**asdict(self), "numerics": self.numerics.as_values()}
         if not self.control:  # as before there were any
             del values["control"]
         if self.decoder == "vae_decoder":  # as before there was another

@@ -1,6 +1,5 @@
 """The run folder of an accepted story."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ def identity_of(pipeline: Pipeline, queued: QueuedStory) -> dict[str, Any]:
         "plan": queued.settings.as_dict(),
         "model": pipeline.model,
         "backend": pipeline.networks.backend,
-        "numerics": asdict(pipeline.networks.numerics),
+        "numerics": pipeline.networks.numerics.as_values(),
     }
 
 

@@ -1,4 +1,4 @@
-"""A denoiser beside the exact one: the rule, and scales that are deliberately wrong."""
+"""A quantized model beside the exact one: the rule, and scales that are deliberately wrong."""
 
 import argparse
 import json
@@ -12,6 +12,7 @@ from storyadapter.bench.fp8_quality import Fp8Quality, Ratios, compare, multipli
 from storyadapter.bench.quality_run import Estimate
 from storyadapter.demo.shipped import MODEL
 from storyadapter.engine import calibration
+from storyadapter.method.errors import InputError
 from storyadapter.quantization.recipe import FP8
 from storyadapter.quantization.scales import Scales
 
@@ -51,23 +52,44 @@ def test_controls_must_be_found_out() -> None:
     assert "| fp8 | 0.500 [0.500, 0.500] |" in spoilt.table() and "| holds | 40.0 / 30.0 |" in spoilt.table()
 
 
+@pytest.mark.parametrize(
+    ("quantized", "name"),
+    [
+        (["--precision", "fp8"], "fp8"),
+        (["--vae-precision", "fp8"], "VAE fp8"),
+        (["--precision", "fp8", "--vae-precision", "fp8"], "fp8, VAE fp8"),
+    ],
+)
 def test_from_the_options_to_the_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    quantized: list[str],
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     pytest.importorskip("modelopt", reason="needs nvidia-modelopt")
     story = next(calibration.calibration_stories())
     monkeypatch.setattr(calibration, "calibration_stories", lambda: iter([story]))
     monkeypatch.setitem(calibration.find_or_make_scales.__kwdefaults__, "steps", 1)
-    monkeypatch.setattr(fp8_quality, "CONTROLS", {"scales / 16": multiplied(1 / 16)})
-    monkeypatch.setattr(fp8_quality, "MUST_FAIL", ("scales / 16",))
+    for of in ("", "VAE_"):
+        monkeypatch.setattr(fp8_quality, f"{of}CONTROLS", {"scales / 16": multiplied(1 / 16)})
+        monkeypatch.setattr(fp8_quality, f"{of}MUST_FAIL", ("scales / 16",))
     parser = argparse.ArgumentParser()
     quality.add_arguments(parser)
     words = ["--model", str(MODEL), "--stories", "2", "--frames", "2", "--seeds", "1", "--iterations", "1"]
-    words += ["--steps", "2", "--precision", "fp8", "--engine-dir", str(tmp_path / "engines"), "--out", str(tmp_path)]
+    words += [*quantized, "--steps", "2", "--engine-dir", str(tmp_path / "engines"), "--out", str(tmp_path)]
     quality.run(parser.parse_args(words))
     assert "calibrated in" in capsys.readouterr().out
     found = json.loads((tmp_path / "quality.json").read_text(encoding="utf-8"))
     good, bad = found["modes"]
-    assert found["holds"].keys() == {"fp8", "scales / 16"}
+    assert found["holds"].keys() == {name, "scales / 16"}
     assert 20 < good["given_references"]["median"] < 99  # near, and not the same
     assert bad["given_references"]["median"] < good["given_references"]["median"] - 5
+
+
+@pytest.mark.parametrize("option", ["--precision", "--vae-precision"])
+def test_studies_judge_no_quantized_model(option: str) -> None:
+    parser = argparse.ArgumentParser()
+    quality.add_arguments(parser)
+    with pytest.raises(InputError, match="^fp8 or int8 with --study edit; expected --study method, which judges them$"):
+        quality.run(parser.parse_args(["--study", "edit", option, "fp8"]))

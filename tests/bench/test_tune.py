@@ -16,14 +16,23 @@ pytest.importorskip("triton", reason="needs Triton")
 
 from storyadapter.bench import tune  # noqa: E402
 from storyadapter.bench.kernels import search  # noqa: E402
-from storyadapter.bench.kernels.cases import LayerNormCase  # noqa: E402
+from storyadapter.bench.kernels.cases import VAE_CONVOLUTION_FP8_CASES, LayerNormCase  # noqa: E402
 from storyadapter.bench.kernels.run import Measured  # noqa: E402
 from storyadapter.bench.kernels.search import SEARCHES, TILES_FILE, Found, Search, compile_all, markdown, store  # noqa: E402  # noqa: E402
 from storyadapter.bench.timing import Timing  # noqa: E402
 from storyadapter.cli.main import run_program  # noqa: E402
 from storyadapter.kernels import tiles as tile_tables  # noqa: E402
-from storyadapter.kernels.tiles import GEGLU, GROUP_NORM, LAYER_NORM, TABLES, GegluTiles, LayerNormTiles, Tiles  # noqa: E402
-from storyadapter.method.errors import RunError, UnavailableError  # noqa: E402
+from storyadapter.kernels.tiles import (  # noqa: E402
+    CONVOLUTION_FP8,
+    GEGLU,
+    GROUP_NORM,
+    LAYER_NORM,
+    TABLES,
+    GegluTiles,
+    LayerNormTiles,
+    Tiles,
+)
+from storyadapter.method.errors import InputError, RunError, UnavailableError  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -183,6 +192,15 @@ def test_a_wrong_candidate_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     (found,) = search.search(Search(LAYER_NORM, (_Halved(16, 32), _Halved(32, 32)), (wrong, right)), CPU)
     assert [item.refusal for item in found.measured[wrong]] == ["error 5.00e-01 against fp32; expected at most 6e-04"]
     assert found.key == "16-bit/C=32" and found.winner == right and len(found.measured[right]) == 2
+
+
+def test_some_widths_alone_are_searched() -> None:
+    (wanted,) = (each for each in SEARCHES if each.table == CONVOLUTION_FP8)
+    of_vae = search.narrowed(wanted, (128, 256, 512))
+    assert of_vae.cases == VAE_CONVOLUTION_FP8_CASES and of_vae.candidates == wanted.candidates
+    assert search.narrowed(wanted, ()) == wanted
+    with pytest.raises(InputError, match="^no case of convolution_fp8 has the width 7$"):
+        search.tune(["convolution_fp8"], CPU, write=False, widths=(128, 7))
 
 
 def test_the_least_geometric_mean_of_medians_wins() -> None:

@@ -51,6 +51,9 @@ CONVOLUTIONS = [
     (2, 64, 64, 640, 640, 2),
     (3, 33, 17, 320, 640, 1),
     (2, 34, 18, 320, 320, 2),
+    (1, 128, 128, 512, 512, 1),  # of a VAE
+    (1, 256, 256, 512, 256, 1),
+    (1, 512, 512, 128, 128, 1),
     (2, 5, 7, 32, 48, 1),
     (1, 1, 1, 16, 16, 1),
 ]
@@ -70,6 +73,14 @@ def test_convolution(case: tuple[int, ...]) -> None:
     x, weight, scale, shift, _ = arguments
     plain = convolution_fp8_triton(x, weight, scale, shift[0].contiguous(), None, stride)
     assert error(plain, convolution_reference(x, weight, scale, shift[0], None, stride)) < PRODUCT_TOLERANCE
+
+
+def test_a_convolution_that_writes_bfloat16() -> None:
+    x, weight, scale, shift, residual = convolution_inputs(1, 64, 48, 256, 128, 1, "cuda")
+    shift, residual = shift[0].bfloat16(), residual.bfloat16()
+    out = convolution_fp8_triton(x, weight, scale, shift, residual, 1)
+    expected = convolution_reference(x, weight, scale, shift, residual, 1)
+    assert out.dtype == torch.bfloat16 and error(out, expected) < 8 * PRODUCT_TOLERANCE  # three bits fewer than fp16
 
 
 @pytest.mark.parametrize("persistent", [False, True])

@@ -18,7 +18,7 @@ from storyadapter.engine.uses import ERRORS
 from storyadapter.method.events import FrameFinished
 from storyadapter.model.contract import Range, ShapeRanges
 from storyadapter.model.networks import Networks
-from storyadapter.model.numerics import Quantization
+from storyadapter.model.numerics import Numerics, Quantization
 from storyadapter.quantization.scales import Scales
 
 pytestmark = pytest.mark.skipif(
@@ -38,13 +38,14 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def scales(checkpoint: Checkpoint, store: Path) -> Scales:
-    return calibration.find_or_make_scales(checkpoint, model_weights(checkpoint).key, "fp8", store, steps=2)
+    asked = {"denoiser": Quantization("fp8")}
+    return calibration.find_or_make_scales(checkpoint, model_weights(checkpoint).key, asked, store, steps=2)["denoiser"]
 
 
 def opened(checkpoint: Checkpoint, scales: Scales | None, store: Path, backend: str) -> Networks:
     """The model in fp16, or in fp8 by these scales; an engine is built first where there is none."""
     numerics = checkpoint.geometry.numerics("fp16", quantization=scales and Quantization("fp8", scales.key))
-    model = checkpoint if scales is None else checkpoint.rewritten(scales.apply)
+    model = checkpoint if scales is None else checkpoint.rewritten({"denoiser": scales.apply})
     if find_backend(backend).builds:
         build_engine(model, find_backend(backend).identity(model, numerics), RANGES, engine_dir=store)
     return open_networks(model, backend=backend, numerics=numerics, ranges=RANGES, engine_dir=store)
@@ -79,3 +80,33 @@ def test_the_engine_draws_as_the_emulation_does(checkpoint: Checkpoint, scales: 
     spoilt = pictures(other, checkpoint)
     assert decibels(spoilt, exact) < decibels(drawn, exact) - 5
     assert decibels(spoilt, pictures(opened(checkpoint, clipped, store, "eager"), checkpoint)) > 30
+
+
+def test_the_vae_decodes_as_its_emulation_does(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    key, asked = model_weights(checkpoint).key, {"vae_decoder": Quantization("fp8")}
+    scales = calibration.find_or_make_scales(checkpoint, key, asked, tmp_path, steps=2)
+    plain = checkpoint.geometry.numerics("fp16", Quantization("fp8"))
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).cuda()
+
+    def decoded(backend: str, own: dict[str, Scales]) -> torch.Tensor:
+        model, numerics = calibration.quantized(checkpoint, plain, own)
+        if find_backend(backend).builds:
+            build_engine(model, find_backend(backend).identity(model, numerics), RANGES, engine_dir=tmp_path)
+        networks = open_networks(model, backend=backend, numerics=numerics, ranges=RANGES, engine_dir=tmp_path)
+        if backend == "inductor":
+            weights = networks["vae_decoder"].weights.values()
+            own_layers = len(own["vae_decoder"].inputs)
+            assert sum(value.dtype == torch.float8_e4m3fn for value in weights) == own_layers > 4
+        return networks["vae_decoder"]({"latents": latents.bfloat16()})["image"].float()
+
+    def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+        return float((found - expected).norm() / expected.norm())
+
+    exact = open_networks(checkpoint, numerics=Numerics("fp32"))["vae_decoder"]({"latents": latents})["image"]
+    emulated = decoded("eager", scales)
+    assert error(decoded("inductor", scales), emulated) < 0.1 and 1e-3 < error(emulated, exact) < 0.2
+    own = scales["vae_decoder"]
+    wrong = replace(own, inputs={name: scale / 64 for name, scale in own.inputs.items()})
+    clipped = decoded("inductor", {"vae_decoder": wrong})  # by the same code
+    ((_,), _) = EngineStore(tmp_path).scan()
+    assert error(clipped, exact) > 2 * error(emulated, exact)

@@ -72,6 +72,11 @@ def _products() -> dict[str, object]:
             error(whole, convolution_reference(x, weight, scale, shift, residual, stride)),
             error(plain, convolution_reference(x, weight, scale, shift[0], None, stride)),
         )
+    x, weight, scale, shift, residual = convolution_inputs(*CONVOLUTIONS["odd"])
+    bfloat16 = shift[0].bfloat16(), residual.bfloat16()
+    out = convolution_fp8_triton(x, weight, scale, *bfloat16, 1)
+    assert out.dtype == torch.bfloat16
+    found["bfloat16"] = error(out, convolution_reference(x, weight, scale, *bfloat16, 1))
     x, weight, scale, shift, residual = linear_inputs(37, 48, 64)
     found["linear"] = error(
         linear_fp8_triton(x, weight, scale, shift, residual), linear_reference(x, weight, scale, shift, residual)
@@ -107,6 +112,10 @@ def _group_norm() -> dict[str, object]:
         for silu in (False, True):
             out = group_norm_triton(x, weight, bias, 32, 1e-5, silu, None, False)
             found[f"{dtype} {silu}"] = error(out, group_norm_reference(x, weight, bias, 32, 1e-5, silu))
+    half = tuple(tensor.bfloat16() for tensor in (x, weight, bias))
+    of_half = group_norm_triton(*half, 32, 1e-5, True, torch.tensor([64.0]), False)
+    assert of_half.dtype == torch.float8_e4m3fn
+    found["e4m3 of bfloat16"] = error(of_half.double() / 64, group_norm_reference(*half, 32, 1e-5, True))
     tokens = group_norm_triton(x, weight, bias, 32, 1e-5, True, torch.tensor([64.0]), True)
     assert tokens.dtype == torch.float8_e4m3fn and tokens.shape == (70, 96)
     expected = group_norm_reference(x, weight, bias, 32, 1e-5, True).view(70, 96)

@@ -42,6 +42,10 @@ def test_results_in_e4m3_saturate(interpreted: dict[str, Any], kernel: str) -> N
     assert interpreted[kernel]["saturated"] == 448
 
 
+def test_e4m3_is_written_of_bfloat16(interpreted: dict[str, Any]) -> None:
+    assert interpreted["group_norm"]["e4m3 of bfloat16"] < 4 * E4M3_TOLERANCE
+
+
 @pytest.mark.parametrize(
     ("index", "change", "text"),
     [

@@ -47,6 +47,10 @@ def test_parity(interpreted: dict[str, Any], case: str) -> None:
     assert interpreted[case] < PRODUCT_TOLERANCE
 
 
+def test_what_is_added_and_written_may_be_bfloat16(interpreted: dict[str, Any]) -> None:
+    assert interpreted["bfloat16"] < 8 * PRODUCT_TOLERANCE  # three bits fewer than fp16
+
+
 def test_a_gated_product_is_rounded_to_e4m3_and_saturates(interpreted: dict[str, Any]) -> None:
     assert interpreted["geglu"] < 4 * E4M3_TOLERANCE  # cut off instead of rounded
     assert interpreted["saturated"] == 448
@@ -153,12 +157,14 @@ def test_compilers_see_that_the_output_alone_is_written(descriptors: bool, monke
     assert set(nodes[0].kwargs["tma_descriptor_metadata"]) == ({"x", "weight"} if descriptors else set())
 
 
-def _compiled(tiles: ProductTiles, capability: int, side: int, channels: int, columns: int, gated: bool) -> Any:
+def _compiled(
+    tiles: ProductTiles, capability: int, side: int, channels: int, columns: int, gated: bool, half: str = "fp16"
+) -> Any:
     constants = {"C": channels, "N": columns, "SIDE": side, "STRIDE": 1, "SHIFTS": side == 3, "GATED": gated}
     constants |= {"RESIDUAL": side == 3, **tiles.constants()}
     pixels = [1, tiles.block_h, tiles.block_w] if side == 3 else [tiles.block_w]
-    kinds = {"out": "*fp8e4nv" if gated else "*fp16", "scale": "*fp32", "factor": "*fp32"}
-    kinds |= dict.fromkeys(("shift", "residual"), "*fp16") | dict.fromkeys(("images", "height", "width"), "i32")
+    kinds = {"out": "*fp8e4nv" if gated else f"*{half}", "scale": "*fp32", "factor": "*fp32"}
+    kinds |= dict.fromkeys(("shift", "residual"), f"*{half}") | dict.fromkeys(("images", "height", "width"), "i32")
     for name, block in (("x", [*pixels, tiles.block_k]), ("weight", [tiles.block_n, tiles.block_k])):
         kinds[name] = f"tensordesc<fp8e4nv{block}>" if tiles.descriptors else "*fp8e4nv"
     index = product_fp8_kernel.arg_names.index
@@ -174,14 +180,16 @@ def _compiled(tiles: ProductTiles, capability: int, side: int, channels: int, co
 
 @pytest.mark.parametrize("capability", [89, 90, 120])
 def test_stored_tiles_compile_and_spill_next_to_nothing(capability: int) -> None:
-    for table, side, channels, columns, gated in (
-        (CONVOLUTION_FP8, 3, 320, 320, False),
-        (CONVOLUTION_FP8, 3, 1280, 1280, False),
-        (LINEAR_FP8, 1, 1280, 1280, False),
-        (GEGLU_FP8, 1, 1280, 10240, True),
+    for table, side, channels, columns, gated, half in (
+        (CONVOLUTION_FP8, 3, 320, 320, False, "fp16"),
+        (CONVOLUTION_FP8, 3, 1280, 1280, False, "fp16"),
+        (CONVOLUTION_FP8, 3, 128, 128, False, "bf16"),
+        (CONVOLUTION_FP8, 3, 512, 256, False, "bf16"),
+        (LINEAR_FP8, 1, 1280, 1280, False, "fp16"),
+        (GEGLU_FP8, 1, 1280, 10240, True, "fp16"),
     ):
         tiles, _ = table.choose(capability, 1, columns if side == 3 else channels)
-        compiled = _compiled(tiles, capability, side, channels, columns, gated)
+        compiled = _compiled(tiles, capability, side, channels, columns, gated, half)
         assert compiled.metadata.shared <= SHARED_MEMORY_LIMIT[capability]
         # a thread's part of the scales, shifts and residuals of a large tile is as large as its sums: behind the loop
         # over the depth, some 40 registers of them may go to memory and back

@@ -63,7 +63,7 @@ def test_no_model_is_the_demo_model() -> None:
     [
         ({"backend": "quantum"}, "unknown backend 'quantum'; expected one of eager"),
         ({"precision": "fp4"}, "precision is fp4; expected one of auto, fp32, fp16, bf16, fp8, int8"),
-        ({"vae_precision": "fp8"}, "vae_precision is fp8; expected one of auto, fp32, fp16, bf16"),
+        ({"vae_precision": "int8"}, "vae_precision is int8; expected one of auto, fp32, fp16, bf16, fp8"),
         ({"vae_precision": "int4"}, "vae_precision is int4; expected one of auto"),
         ({"device": "gpu"}, 'device is \'gpu\'; expected "cpu", "cuda" or "cuda:1"'),
         ({"loras": ("a:1e999",)}, "lora 'a:1e999': the scale 1e999 is too large"),

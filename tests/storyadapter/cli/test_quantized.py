@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +16,20 @@ from storyadapter.checkpoint import Checkpoint
 from storyadapter.engine import calibration
 from storyadapter.engine.backends import find_backend
 from storyadapter.engine.calibration import calibration_stories, find_or_make_scales, find_scales
-from storyadapter.engine.identity import model_weights
+from storyadapter.engine.identity import engine_key, model_weights
 from storyadapter.engine.opening import open_networks
 from storyadapter.method.errors import EngineMismatchError, InputError, UnavailableError
+from storyadapter.model.contract import Range, ShapeRanges
+from storyadapter.model.modules import VaeDecoder
 from storyadapter.model.numerics import NUMBER_FORMATS, NumberFormat, Numerics, Quantization
-from storyadapter.quantization.recipe import RECIPES
+from storyadapter.quantization.layers import QuantizedLayer
+from storyadapter.quantization.recipe import RECIPES, VAE_FP8
+from storyadapter.quantization.scales import Scales
 from tests.storyadapter.cli.running import Type
 
 pytest.importorskip("modelopt", reason="needs nvidia-modelopt")
+
+VAE = {"vae_decoder": Quantization("fp8")}
 
 
 @pytest.fixture
@@ -30,6 +38,10 @@ def few_stories(monkeypatch: pytest.MonkeyPatch) -> None:
     story = next(calibration_stories())
     monkeypatch.setattr(calibration, "calibration_stories", lambda: iter([story]))
     monkeypatch.setitem(find_or_make_scales.__kwdefaults__, "steps", 2)
+
+
+def _decoder(checkpoint: Checkpoint) -> VaeDecoder:
+    return VaeDecoder(checkpoint.load("vae", torch.float32)).eval()
 
 
 def _pixels(folder: str) -> np.ndarray:
@@ -84,6 +96,22 @@ def test_a_device_without_fp8_is_told(
         backend.check(numerics)
 
 
+def test_a_device_without_fp8_is_told_of_the_vae(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("storyadapter.engine.inductor.backend.default_device", lambda: torch.device("cpu"))
+    numerics = Numerics.of("fp16", vae_decoder=Quantization("fp8"))
+    with pytest.raises(UnavailableError, match="it can't run the VAE in fp8 on cpu; expected a CUDA GPU of") as raised:
+        find_backend("inductor").check(numerics)
+    assert raised.value.field == "vae_precision" and "type another vae_precision" in str(raised.value)
+
+
+def test_a_backend_without_a_quantized_vae_is_told(type_in: Type, quick_run: list[str]) -> None:
+    done = type_in(*quick_run, "--vae-precision", "fp8", "--backend", "onnxruntime")
+    assert done.code == 2 and len(done.err.strip().splitlines()) == 1
+    told = "backend onnxruntime can't serve here: it can't run the VAE in fp8; expected --vae-precision fp32 or fp16"
+    assert told in done.err
+    assert find_backend("auto", torch.device("cpu"), vae_precision="fp8").name in ("eager", "inductor")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_it_is_told_in_one_line_before_anything_is_read(type_in: Type, quick_run: list[str]) -> None:
     done = type_in(*_in("fp8", quick_run), "--backend", "inductor")
@@ -114,6 +142,8 @@ def test_the_server_and_the_api_ask_for_scales_too(
 def test_numerics_say_what_the_checkpoint_must_do(checkpoint: Checkpoint) -> None:
     with pytest.raises(ValueError, match="^the checkpoint's denoiser isn't quantized; expected scales applied to it"):
         open_networks(checkpoint, numerics=Numerics.of("fp32", Quantization("fp8")))
+    with pytest.raises(ValueError, match="^the checkpoint's vae_decoder isn't quantized; expected scales applied to"):
+        open_networks(checkpoint, numerics=Numerics.of("fp32", vae_decoder=Quantization("fp8")))
 
 
 def test_code_is_keyed_apart_from_scales_and_what_holds_weights_is_not(checkpoint: Checkpoint) -> None:
@@ -122,6 +152,15 @@ def test_code_is_keyed_apart_from_scales_and_what_holds_weights_is_not(checkpoin
         first, second = (find_backend(backend).identity(checkpoint, each) for each in numerics)
         assert (first == second) == apart
         assert first.numerics.name == "fp8" and first != find_backend(backend).identity(checkpoint, Numerics("fp32"))
+    of_vae = (Numerics.of("fp16", vae_decoder=Quantization("fp8", key)) for key in ("one", "other"))
+    first, second = (find_backend("inductor").identity(checkpoint, each) for each in of_vae)
+    plain = find_backend("inductor").identity(checkpoint, Numerics.of("fp16", vae_decoder="bf16"))
+    assert first == second != plain
+    assert plain.differences(first) == ["VAE precision is bf16 in the store, fp8 asked for"]
+    ranges = ShapeRanges(1, 1, Range(64, 64), Range(64, 64))
+    assert engine_key(first, ranges) != engine_key(plain, ranges)
+    holding = replace(plain, numerics=Numerics.of("fp16", vae_decoder=Quantization("fp8", "one")))
+    assert engine_key(holding, ranges) != engine_key(first, ranges)  # of an engine that holds them
 
 
 @torch.no_grad()
@@ -129,17 +168,77 @@ def test_code_is_keyed_apart_from_scales_and_what_holds_weights_is_not(checkpoin
 def test_scales_are_those_of_their_model_and_format(
     checkpoint: Checkpoint, few_stories: None, tmp_path: Path, form: NumberFormat
 ) -> None:
-    key, told = model_weights(checkpoint).key, []
-    assert find_scales(tmp_path, key, form) is None
-    made = find_or_make_scales(checkpoint, key, form, tmp_path, on_fraction=told.append)
-    assert find_scales(tmp_path, key, form) == made and made.recipe == RECIPES[form] and made.model == key
-    assert [find_scales(tmp_path, key, other) for other in NUMBER_FORMATS if other != form] == [None]
+    key, told, asked = model_weights(checkpoint).key, [], {"denoiser": Quantization(form)}
+    assert find_scales(tmp_path, key, asked) is None
+    made = find_or_make_scales(checkpoint, key, asked, tmp_path, on_fraction=told.append)
+    own = made["denoiser"]
+    assert find_scales(tmp_path, key, asked) == made and own.recipe == RECIPES[form] and own.model == key
+    others = [{"denoiser": Quantization(other)} for other in NUMBER_FORMATS if other != form]
+    assert [find_scales(tmp_path, key, other) for other in (*others, asked | VAE)] == [None, None]
     assert told == sorted(told) and told[-1] == 1.0
-    find_or_make_scales(checkpoint, key, form, tmp_path, on_fraction=told.clear)  # nothing is drawn again
+    find_or_make_scales(checkpoint, key, asked, tmp_path, on_fraction=told.clear)  # nothing is drawn again
     assert told
     (tmp_path / f".scales-{form}-{'0' * 32}").symlink_to(tmp_path / f".scales-{form}-{key}")
     with pytest.raises(InputError, match="are of model"):
-        find_scales(tmp_path, "0" * 32, form)
+        find_scales(tmp_path, "0" * 32, asked)
+
+
+@torch.no_grad()
+def test_one_drawing_calibrates_the_denoiser_and_the_vae(
+    checkpoint: Checkpoint, few_stories: None, tmp_path: Path
+) -> None:
+    key, told = model_weights(checkpoint).key, []
+    alone = find_or_make_scales(checkpoint, key, VAE, tmp_path / "alone")["vae_decoder"]
+    assert alone.recipe == VAE_FP8 and alone.inputs.keys() == VAE_FP8.layers(_decoder(checkpoint)).keys() != set()
+    both = {"denoiser": Quantization("fp8"), **VAE}
+    made = find_or_make_scales(checkpoint, key, both, tmp_path / "both", on_fraction=told.append)
+    assert made["vae_decoder"].inputs == alone.inputs and made["denoiser"].recipe == RECIPES["fp8"]
+    assert told.count(1.0) == 1 and find_scales(tmp_path / "both", key, both) == made
+    assert find_scales(tmp_path / "alone", key, both) is None
+    # what the store has is taken from there, and only the other is found
+    shutil.copytree(tmp_path / "alone", tmp_path / "some")
+    assert find_or_make_scales(checkpoint, key, both, tmp_path / "some") == made
+
+
+def test_build_calibrates_the_vae_and_run_decodes_with_its_scales(
+    type_in: Type, quick_run: list[str], tiny_model: list[str], few_stories: None
+) -> None:
+    own = ["--vae-precision", "fp8", "--engine-dir", "engines"]
+    missing = type_in(*quick_run, *own)
+    assert missing.code == 2 and len(missing.err.strip().splitlines()) == 1
+    assert "no scales of " in missing.err and "--vae-precision fp8" in missing.err
+
+    build = ["build", *tiny_model, "--backend", "eager", "--json-log", *own]
+    built = type_in(*build)
+    assert built.code == 0 and " layers calibrated in " in built.out
+    again = type_in(*build)
+    assert again.code == 0 and "calibrated" not in again.out
+
+    assert type_in(*quick_run, *own, "--out", "quantized").code == 0
+    assert type_in(*quick_run, "--vae-precision", "bf16", "--out", "exact").code == 0
+    identity = json.loads(Path("quantized/story.json").read_text(encoding="utf-8"))["identity"]
+    assert (identity["precision"], identity["vae_precision"]) == ("fp32", "fp8") and len(identity["vae_scales"]) == 32
+    assert "scales" not in identity
+    difference = np.abs(_pixels("quantized") - _pixels("exact")).mean()
+    assert 0 < difference < 20  # of 255: near, and not the same
+
+    edited = type_in("edit", "quantized", "--frame", "0", "--seed", "5", "--engine-dir", "engines", "--out", "other")
+    assert edited.code == 0  # decoded in the run's own arithmetic
+    after = json.loads(Path("other/story.json").read_text(encoding="utf-8"))["identity"]
+    assert after["vae_scales"] == identity["vae_scales"]
+
+
+@torch.no_grad()
+def test_a_frame_that_is_decoded_again_is_decoded_in_plain_fp32(checkpoint: Checkpoint) -> None:
+    inputs = dict.fromkeys(VAE_FP8.layers(_decoder(checkpoint)), 1.0)
+    scales = {"vae_decoder": Scales(VAE_FP8, "model", inputs)}
+    model, numerics = calibration.quantized(checkpoint, Numerics.of("fp32", vae_decoder=VAE["vae_decoder"]), scales)
+    networks = open_networks(model, numerics=numerics)
+    count = [
+        sum(isinstance(part, QuantizedLayer) for part in each["vae_decoder"].module.modules())
+        for each in (networks, networks.load_fp32("vae_decoder"))
+    ]
+    assert count == [len(inputs), 0] and networks["vae_decoder"].precision == "bf16"
 
 
 def test_stories_have_64_different_prompts() -> None:

@@ -16,8 +16,9 @@ import storyadapter.cli
 from storyadapter.__main__ import build_parser
 from storyadapter.cli.drawing import draw
 from storyadapter.cli.json_log import schema
-from storyadapter.cli.options import model_choice, open_session, run_plan
+from storyadapter.cli.options import model_choice, run_plan
 from storyadapter.cli.reporting import Reporter
+from storyadapter.cli.sessions import open_session
 from storyadapter.cli.start_clock import StartClock
 from storyadapter.method.constants import reference_scales
 from storyadapter.method.events import Event, FrameFinished
