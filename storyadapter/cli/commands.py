@@ -1,6 +1,7 @@
 """The commands `build` and `run`: every check that needs no PyTorch, then the work."""
 
 import argparse
+import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -11,7 +12,7 @@ from storyadapter.cli.devices import only_device
 from storyadapter.cli.options import backend_options, model_choice, option, run_plan, shape_ranges
 from storyadapter.cli.reference_vae import check_reference_vae
 from storyadapter.cli.reporting import Reporter, count, duration, reporting
-from storyadapter.cli.sessions import Session, open_session
+from storyadapter.cli.sessions import Session, calibrated_by, open_session
 from storyadapter.cli.start_clock import StartClock
 from storyadapter.demo.shipped import STORY
 from storyadapter.demo.vocabulary import KINDS, examples, unknown_words
@@ -20,6 +21,7 @@ from storyadapter.method import constants
 from storyadapter.method.errors import InputError, Text, spelled
 from storyadapter.method.presets import check_preset
 from storyadapter.model.contract import ShapeRanges
+from storyadapter.model.numerics import NUMBER_FORMATS, VAE_NUMBER_FORMATS
 from storyadapter.output.run_record import stored_identity
 
 if TYPE_CHECKING:
@@ -41,12 +43,13 @@ def build(args: argparse.Namespace) -> int:
     """
     shape_ranges(args, _ANY_SIZE)  # checks what was typed
     with reporting(args) as reporter, only_device(args.device):
+        story = _calibration_story(args, reporter)
         reporter.stage("", OPENING)
         session = open_session(args, model_choice(args))
         options = backend_options(args, session.backend)
         ranges = shape_ranges(args, session.checkpoint.geometry.default_pixels)
         if session.numerics.quantizations:
-            session = _calibrated(args, session, reporter)
+            session = _calibrated(args, session, story, reporter)
         if session.backend.builds:
             _build(args, session, ranges, options, reporter)
         else:
@@ -83,10 +86,37 @@ def _build(args: argparse.Namespace, session: Session, ranges: ShapeRanges, opti
     reporter.result("built", text, folder=str(engine.folder), bytes=engine.bytes, new=engine.is_new)
 
 
-def _calibrated(args: argparse.Namespace, session: Session, reporter: Reporter) -> Session:
-    """The session with its model's scales, which are found first where the store has none."""
-    from storyadapter.engine.calibration import find_or_make_scales
+def _calibration_story(args: argparse.Namespace, reporter: Reporter) -> "tuple[Story, str, str, str] | None":
+    """The story that calibrates, its style, what it is called, and where it lies; None for the built-in ones. Raises
+    InputError: it can't be read, or nothing is quantized."""
+    if args.calibration_story is None:
+        return None
+    if args.precision not in NUMBER_FORMATS and args.vae_precision not in VAE_NUMBER_FORMATS:
+        expected = f"--precision {' or '.join(NUMBER_FORMATS)}, or --vae-precision {' or '.join(VAE_NUMBER_FORMATS)}"
+        raise InputError("--calibration-story calibrates 8-bit products", expected=f"{expected} with it")
+    from storyadapter.method.story import Story
+    from storyadapter.method.story_files.reading import STANDARD_INPUT
+    from storyadapter.method.story_notices import story_notices
+    from storyadapter.method.story_parts import check_style
+
+    notices: list[Text] = []
+    story = Story.from_file(args.calibration_story, on_notice=notices.append)
+    for notice in (*notices, *story_notices(story)):
+        reporter.note("warning", spelled(notice, option))
+    path = "" if args.calibration_story == STANDARD_INPUT else os.path.abspath(args.calibration_story)
+    title = story.title or os.path.basename(path) or "standard input"
+    return story, check_style(story.style or DEFAULT_STYLE), title, path
+
+
+def _calibrated(
+    args: argparse.Namespace, session: Session, story: "tuple[Story, str, str, str] | None", reporter: Reporter
+) -> Session:
+    """The session with its model's scales, which are found first where the store has none by these stories; `run` takes
+    them from now on."""
+    from storyadapter.engine.calibration import GivenStory, choose_scales, find_or_make_scales
     from storyadapter.engine.identity import model_weights
+
+    given = GivenStory(*story) if story else None
 
     quantizations = session.numerics.quantizations
     started, drawn, first = time.perf_counter(), 0.0, next(iter(quantizations))
@@ -94,16 +124,21 @@ def _calibrated(args: argparse.Namespace, session: Session, reporter: Reporter) 
     def on_fraction(done: float) -> None:
         nonlocal drawn
         if not drawn:
-            reporter.stage(first, "drawing stories of its own, which show the range of its numbers")
+            what = f'"{given.title}"' if given else "stories of its own"
+            reporter.stage(first, f"drawing {what} to see the range of its numbers")
         drawn = done
         reporter.fraction(first, done)
 
     key = model_weights(session.checkpoint, reporter.bytes_read).key
-    scales = find_or_make_scales(session.checkpoint, key, quantizations, args.engine_dir, on_fraction=on_fraction)
+    scales = find_or_make_scales(
+        session.checkpoint, key, quantizations, args.engine_dir, given=given, on_fraction=on_fraction
+    )
     if drawn:
         layers = sum(len(own.inputs) for own in scales.values())
         text = f"{count(layers, 'layer')} calibrated in {duration(time.perf_counter() - started)}"
         reporter.stage(first, text)
+    choose_scales(args.engine_dir, scales)
+    reporter.note("calibrated", calibrated_by(scales))
     return session.quantized(scales)
 
 

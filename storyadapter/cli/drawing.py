@@ -15,7 +15,7 @@ from storyadapter.cli.machine import versions
 from storyadapter.cli.options import build_command, option
 from storyadapter.cli.recorded import recorded_files
 from storyadapter.cli.reporting import Reporter, count, duration
-from storyadapter.cli.sessions import Session
+from storyadapter.cli.sessions import Session, calibrated_by
 from storyadapter.cli.start_clock import StartClock
 from storyadapter.engine.backend import ReportStage
 from storyadapter.engine.calibration import find_scales
@@ -85,7 +85,7 @@ def draw(
     ranges = ShapeRanges(plan.max_frames or FRAMES_UNMEASURED, attended, height, width, most_chunks(final))
     scales = [plan.scale_of(iteration) for iteration in range(plan.iterations)]
     weights = model_weights(session.checkpoint, reporter.bytes_read)
-    session = with_scales(args, session, ranges, weights.key)
+    session = with_scales(args, session, ranges, weights.key, reporter)
     identity = _identity(story, style, plan, session, weights, pictures) | control_identity(controls)
     clock.mark("weights' hashes")
     if edit:
@@ -221,8 +221,11 @@ def _identity(
     }
 
 
-def with_scales(args: argparse.Namespace, session: Session, ranges: ShapeRanges, model: str) -> Session:
-    """The session with its model's scales, if it is quantized; `model`: the key of its weights.
+def with_scales(
+    args: argparse.Namespace, session: Session, ranges: ShapeRanges, model: str, reporter: Reporter
+) -> Session:
+    """The session with its model's scales, if it is quantized; `model`: the key of its weights. A build command that is
+    told after this calibrates by the same story.
 
     Raises:
         EngineMismatchError: the store has none.
@@ -230,6 +233,8 @@ def with_scales(args: argparse.Namespace, session: Session, ranges: ShapeRanges,
     if not (quantizations := session.numerics.quantizations):
         return session
     if (scales := find_scales(args.engine_dir, model, quantizations)) is not None:
+        reporter.note("calibrated", calibrated_by(scales))
+        args.calibration_story = next((own.story.path for own in scales.values() if own.story), None)
         return session.quantized(scales)
     command = build_command(args, session.backend.name, session.numerics, ranges)
     raise EngineMismatchError(f"no scales of {session.model.label} in the engine store; build it: {command}")

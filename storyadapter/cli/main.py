@@ -101,6 +101,7 @@ def _add_build(commands: Commands) -> None:
     add_reference_vae_option(parser)
     options.add_size_options(parser, as_range=True)
     options.add_backend_options(parser)
+    options.add_calibration_option(parser)
     output_options.add_output_options(parser)
     parser.set_defaults(run=_later("commands", "build"))
 

@@ -161,6 +161,18 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         f"the GPU's memory holds, for build and without a GPU {FRAMES_UNMEASURED})",
     )
     add_store_option(engine)
+    parser.set_defaults(calibration_story=None)  # of commands that calibrate nothing
+
+
+def add_calibration_option(parser: argparse.ArgumentParser) -> None:
+    """How `build` finds the scales of 8-bit products."""
+    group = parser.add_argument_group("8-bit products (--precision fp8 or int8, --vae-precision fp8)")
+    group.add_argument(
+        "--calibration-story",
+        metavar="FILE",
+        help="draw this story to find their scales: for a model that knows other words than the 64 built-in prompts. "
+        "run takes the scales by the story that was typed last, and says which (default: the built-in ones)",
+    )
 
 
 def add_worker_options(parser: argparse.ArgumentParser) -> None:
@@ -348,6 +360,8 @@ def build_command(args: argparse.Namespace, backend: str, numerics: Numerics, ra
     words += ["--max-frames", ranges.max_frames, "--max-references", max(MAX_REFERENCES, ranges.max_references)]
     if ranges.max_prompt_chunks > 1:
         words += ["--max-prompt-chunks", ranges.max_prompt_chunks]
+    if args.calibration_story:
+        words += ["--calibration-story", args.calibration_story]
     if args.engine_dir:
         words += ["--engine-dir", args.engine_dir]
     return shlex.join(map(str, words))

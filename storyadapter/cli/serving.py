@@ -49,7 +49,8 @@ def serve(args: argparse.Namespace) -> int:
         check_preset(args.preset, session.checkpoint.sampling.embeds_guidance)
         pixels = session.checkpoint.geometry.default_pixels
         ranges = shape_ranges(args, pixels)
-        session = with_scales(args, session, ranges, model_weights(session.checkpoint, reporter.bytes_read).key)
+        weights = model_weights(session.checkpoint, reporter.bytes_read)
+        session = with_scales(args, session, ranges, weights.key, reporter)
         with closing(open_pipeline(args, session, ranges, ranges.max_frames, reporter)) as pipeline:
             address = f"http://{args.host}:{args.port}"
             text = f"{session.model.label}, {session.how}: stories are served at {address}"

@@ -44,6 +44,14 @@ class Session:
         return f"{self.backend.name} {self.numerics}"
 
 
+def calibrated_by(scales: "Mapping[str, Scales]") -> str:
+    """By which stories scales were found, in words: one line for `build`, `run` and `serve`."""
+    by = {name: f'"{own.story.title}"' if own.story else "the built-in stories" for name, own in scales.items()}
+    if len(set(by.values())) == 1:
+        return f"8-bit products calibrated by {next(iter(by.values()))}"
+    return f"8-bit products calibrated: {', '.join(f'{name} by {what}' for name, what in by.items())}"
+
+
 def choose_engine(backend: str, precision: str, vae_precision: str = AUTO) -> tuple[Backend, Precision]:
     """What was typed; for `auto`, and beside quantized products, what serves best on this machine."""
     found = find_backend(backend, precision=precision, vae_precision=vae_precision)

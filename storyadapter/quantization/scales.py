@@ -5,7 +5,7 @@ import json
 import math
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Final
@@ -27,6 +27,16 @@ _AGAIN: Final = "calibrate this model again"
 
 
 @dataclass(frozen=True)
+class CalibrationStory:
+    """A story of the user's by which scales were found: `digest` of all that decided what was drawn of it, `title` for
+    people, and where its file lay, "" for one that had none."""
+
+    digest: str
+    title: str
+    path: str = ""
+
+
+@dataclass(frozen=True)
 class Scales:
     """What calibration found for one network of one model.
 
@@ -35,6 +45,7 @@ class Scales:
         model: the key of its weights, LoRAs included.
         inputs: the scale of the input of every layer that the recipe names.
         smoothing: of each of its linear layers, if it smooths: what the input's channels are multiplied by, [K].
+        story: by which they were found; None for the built-in ones.
 
     Raises:
         InputError: a scale or factor that isn't a finite number over 0; names the layer.
@@ -44,6 +55,7 @@ class Scales:
     model: str
     inputs: Mapping[str, float]
     smoothing: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    story: CalibrationStory | None = None
 
     def __post_init__(self) -> None:
         scales = (("scale", name, scale) for name, scale in self.inputs.items())
@@ -63,6 +75,7 @@ class Scales:
     def save(self, folder: Path) -> None:
         """Write both files into an existing folder. Raises OSError: it can't be written."""
         described = {"model": self.model, "key": self.key, **self.recipe.as_dict()}
+        described |= {"story": asdict(self.story)} if self.story else {}
         (folder / RECIPE_NAME).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
         lists: dict[str, Sequence[float]] = {name: (scale,) for name, scale in self.inputs.items()}
         lists |= {name + _SMOOTHING: factors for name, factors in self.smoothing.items()}
@@ -79,6 +92,7 @@ class Scales:
         try:
             described = json.loads((folder / RECIPE_NAME).read_text(encoding="utf-8"))
             theirs, key = described.pop("model"), described.pop("key")
+            story = CalibrationStory(**described.pop("story")) if "story" in described else None
             recipe = Recipe.from_dict(described)
             tensors = load_file(folder / SCALES_NAME)
             factors = {name: tensors.pop(name) for name in list(tensors) if name.endswith(_SMOOTHING)}
@@ -90,7 +104,7 @@ class Scales:
             raise InputError(f"the scales in {folder} can't be read: {' '.join(str(error).split())}") from error
         if theirs != model:
             raise InputError(f"the scales in {folder} are of model {str(theirs)[:8]}", expected=f"model {model[:8]}")
-        scales = cls(recipe, model, inputs, smoothing)
+        scales = cls(recipe, model, inputs, smoothing, story)
         if scales.key != key:
             raise InputError(f"the scales in {folder} are damaged", advice="build again")
         return scales

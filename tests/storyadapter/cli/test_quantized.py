@@ -2,7 +2,9 @@
 
 import json
 import re
+import shlex
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -66,7 +68,7 @@ def test_build_calibrates_and_run_draws(
     built = type_in(*build)
     assert built.code == 0 and " layers calibrated in " in built.out
     again = type_in(*build)
-    assert again.code == 0 and "calibrated" not in again.out
+    assert again.code == 0 and "calibrated in" not in again.out
 
     assert type_in(*_in(form, quick_run), "--out", "quantized").code == 0
     assert type_in(*quick_run, "--out", "exact").code == 0
@@ -212,7 +214,7 @@ def test_build_calibrates_the_vae_and_run_decodes_with_its_scales(
     built = type_in(*build)
     assert built.code == 0 and " layers calibrated in " in built.out
     again = type_in(*build)
-    assert again.code == 0 and "calibrated" not in again.out
+    assert again.code == 0 and "calibrated in" not in again.out
 
     assert type_in(*quick_run, *own, "--out", "quantized").code == 0
     assert type_in(*quick_run, "--vae-precision", "bf16", "--out", "exact").code == 0
@@ -244,3 +246,73 @@ def test_a_frame_that_is_decoded_again_is_decoded_in_plain_fp32(checkpoint: Chec
 def test_stories_have_64_different_prompts() -> None:
     prompts = [prompt for story in calibration_stories() for prompt in story.prompts]
     assert len(set(prompts)) == 64
+
+
+def test_a_story_of_the_users_calibrates(
+    type_in: Type, quick_run: list[str], tiny_model: list[str], few_stories: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration, "_LEAST", 4)
+    Path("tale.yaml").write_text("title: A tale\nstyle: none\nprompts: [a zebra, {prompt: a robot, seed: 5}]\n")
+    build = _in("fp8", ["build", *tiny_model, "--backend", "eager"])
+    run = _in("fp8", quick_run)
+
+    def scales_of(out: str, told: str) -> str:
+        done = type_in(*run, "--iterations", "0", "--out", out)
+        assert done.code == 0 and done.err.count(f"8-bit products calibrated by {told}\n") == 1, done.err
+        return json.loads(Path(out, "story.json").read_text(encoding="utf-8"))["identity"]["scales"]
+
+    assert type_in(*build).code == 0
+    built_in = scales_of("one", "the built-in stories")
+    done = type_in(*build, "--calibration-story", "tale.yaml", "--json-log")
+    assert done.code == 0 and " layers calibrated in " in done.out
+    fractions = [event["done"] for event in done.events if event["event"] == "building"]
+    assert fractions == sorted(fractions) and fractions[-1] == 1
+    (folder,) = (path for path in Path("engines").glob(".scales-fp8-*-*") if path.is_dir())
+    story = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))["story"]
+    assert story == {"digest": folder.name[-32:], "title": "A tale", "path": str(Path("tale.yaml").absolute())}
+    by_tale = scales_of("two", '"A tale"')
+    assert by_tale != built_in
+    done = type_in(*run, "--iterations", "1", "--backend", "onnxruntime")  # whose engine holds the scales
+    told = shlex.split(done.err.partition("build it: ")[2])
+    assert done.code == 2 and told[told.index("--calibration-story") + 1] == story["path"]
+
+    # each is found again, without drawing, and run takes the one that was typed last
+    done = type_in(*build, "--json-log")
+    assert done.code == 0 and "calibrated in" not in done.out
+    assert scales_of("three", "the built-in stories") == built_in
+    done = type_in(*build, "--calibration-story", "tale.yaml", "--json-log")
+    assert done.code == 0 and "calibrated in" not in done.out
+    assert scales_of("four", '"A tale"') == by_tale
+    # a story that draws something else finds scales of its own
+    Path("tale.yaml").write_text("title: A tale\nstyle: none\nprompts: [a zebra, {prompt: a robot, seed: 6}]\n")
+    assert " layers calibrated in " in type_in(*build, "--calibration-story", "tale.yaml", "--json-log").out
+    assert scales_of("five", '"A tale"') not in (built_in, by_tale)
+    (choice,) = Path("engines").glob(".scales-fp8-*.chosen")
+    choice.write_text("../elsewhere")
+    done = type_in(*run, "--out", "six")
+    assert done.code == 2 and ".chosen is damaged; build again" in done.err and not Path("six").exists()
+    assert type_in(*build).code == 0
+    assert scales_of("seven", "the built-in stories") == built_in
+
+
+def test_stories_that_can_not_calibrate_are_refused(
+    type_in: Type, tiny_model: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = ["build", *tiny_model, "--backend", "eager", "--engine-dir", "engines"]
+    done = type_in(*build, "--calibration-story", "tale.yaml")
+    told = "expected --precision fp8 or int8, or --vae-precision fp8 with it"
+    assert done.code == 2 and f"--calibration-story calibrates 8-bit products; {told}" in done.err
+    build += ["--precision", "fp8", "--calibration-story"]
+    done = type_in(*build, "tale.yaml")
+    assert done.code == 2 and "tale.yaml" in done.err and len(done.err.splitlines()) == 1
+    Path("tale.yaml").write_text("prompts: [a fox, {prompt: an owl, seeed: 3}]\n")
+    done = type_in(*build, "tale.yaml")
+    assert done.code == 2 and "tale.yaml, line 1: prompt 2 has the unknown key 'seeed'" in done.err
+    Path("tale.yaml").write_text("prompts: [a fox, {prompt: an owl, control: pose.png}]\n")
+    done = type_in(*build, "tale.yaml")
+    assert done.code == 2 and "frame 1 has a control picture, and there is no ControlNet" in done.err
+    Path("tale.yaml").write_text("prompts: [a fox]\n")
+    monkeypatch.setitem(sys.modules, "modelopt.torch.quantization", None)
+    done = type_in(*build, "tale.yaml")
+    assert done.code == 2 and "nvidia-modelopt, which calibrates; type: pip install" in done.err
+    assert not Path("engines").exists()
