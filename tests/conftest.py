@@ -34,7 +34,6 @@ LONGEST = (
     "engine/test_trial.py",  # 65, of which 35 build the tiny model's engine
     "kernels/test_aot.py",  # 50
     "engine/inductor/test_builder.py",  # 45
-    "engine/tensorrt/test_controlnets.py",  # 45
     "export/test_quantized_nodes.py",  # 40
     "bench/kernels/test_command.py",  # 35
     "export/test_control.py",  # 35

@@ -32,7 +32,7 @@ def built_size(dim: Dim) -> int:
 
 @dataclass(frozen=True)
 class Built:
-    """A finished build of the demo model."""
+    """A finished build of the demo model, or of one with more."""
 
     checkpoint: Checkpoint
     identity: EngineIdentity

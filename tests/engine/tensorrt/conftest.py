@@ -1,16 +1,23 @@
-"""The demo model exported and built once per precision and test session, for two architectures at once."""
+"""The demo model exported and built once per precision and test session, for two architectures at once.
+
+In fp16 as it is; in bf16 with all that a model may have besides: a ControlNet, and a UNet that takes the guidance as an
+embedding.
+"""
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.models.unets.unet_2d_blocks import CrossAttnDownBlock2D
 from filelock import FileLock
 
 from storyadapter.checkpoint import Checkpoint
+from storyadapter.demo.shipped import MODEL
 from storyadapter.engine.opening import build_engine
 from storyadapter.engine.store import EngineStore
 from storyadapter.engine.tensorrt.library import Library, choose_library
@@ -18,6 +25,7 @@ from storyadapter.export.onnx_export import export_network
 from storyadapter.model.grca import grca
 from storyadapter.model.numerics import Precision
 from storyadapter.model.unet import GlobalReferenceCrossAttention
+from tests.control_models import write_controlnet
 from tests.engine.engine_requests import identify
 from tests.engine.tensorrt.building import LETTERS, OPTIONS, RANGES, TARGETS, Built, LayerBlock, layer_block_spec
 
@@ -30,20 +38,34 @@ def rtx() -> Library:
 
 
 @pytest.fixture(scope="session")
-def built(demo_checkpoint: Checkpoint, session_folder: Path) -> Callable[[Precision], Built]:
-    """Build the demo model in a precision, or give what was built, in whichever process."""
+def with_more(demo_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """The demo model with a ControlNet and a UNet that takes the guidance as an embedding 16 wide."""
+    folder, plain = tmp_path_factory.mktemp("with-more"), demo_checkpoint.load("unet", torch.float32)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # each process makes the same
+        unet = UNet2DConditionModel.from_config(plain.config, time_cond_proj_dim=16)
+    unet.load_state_dict(plain.state_dict(), strict=False)
+    unet.save_pretrained(folder / "unet")
+    controlnet = write_controlnet(MODEL, folder / "controlnet")
+    return Checkpoint.open(replace(demo_checkpoint.paths, unet=folder / "unet", controlnets=(controlnet,)))
+
+
+@pytest.fixture(scope="session")
+def built(demo_checkpoint: Checkpoint, with_more: Checkpoint, session_folder: Path) -> Callable[[Precision], Built]:
+    """Build the model of a precision, or give what was built, in whichever process."""
 
     @cache
     def build(precision: Precision) -> Built:
         folder = session_folder / f"tensorrt-{precision}"
         store, told = EngineStore(folder / "engines"), folder / "told.json"
-        numerics = demo_checkpoint.geometry.numerics(precision)
-        identity = identify(demo_checkpoint, "tensorrt", numerics, options=OPTIONS)
+        checkpoint = with_more if precision == "bf16" else demo_checkpoint
+        numerics = checkpoint.geometry.numerics(precision)
+        identity = identify(checkpoint, "tensorrt", numerics, options=OPTIONS)
         stages: list[tuple[str, str]] = []
         fractions: list[tuple[str, float]] = []
         with FileLock(f"{folder}.lock"):
             engine = build_engine(
-                demo_checkpoint,
+                checkpoint,
                 identity,
                 RANGES,
                 options=OPTIONS,
@@ -54,7 +76,7 @@ def built(demo_checkpoint: Checkpoint, session_folder: Path) -> Callable[[Precis
             if stages:
                 told.write_text(json.dumps([stages, fractions]))
             stages, fractions = ([tuple(item) for item in items] for items in json.loads(told.read_text()))
-        return Built(demo_checkpoint, identity, store, engine, tuple(stages), tuple(fractions))
+        return Built(checkpoint, identity, store, engine, tuple(stages), tuple(fractions))
 
     return build
 

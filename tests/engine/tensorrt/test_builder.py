@@ -60,6 +60,8 @@ def test_every_network_is_built_with_the_contracts_inputs_and_outputs(
 ) -> None:
     build = built(precision)
     geometry = build.checkpoint.geometry
+    more = {"control_embedding_0", "control_projection_0", "controlnet_0"}
+    assert (more & network_specs(geometry).keys() == more) == (geometry.guidance_embedding > 0) == (precision == "bf16")
     latent_sizes = [(height // 8, width // 8) for height, width in OPTIONS.resolutions]
     for name, spec in network_specs(geometry).items():
         found = {tensor.name: tensor for tensor in bound_tensors(build.text(name))}
@@ -110,6 +112,13 @@ def test_the_vaes_scaling_factor_is_not_rounded(built: Callable[[Precision], Bui
     """As a constant in bf16 it is 0.3 % off, and so is every picture."""
     errors = built("bf16").engine.details["relative_error_against_eager"]
     assert errors["vae_decoder"] < 1e-4
+
+
+def test_a_guidance_and_residuals_are_computed_as_by_eager(built: Callable[[Precision], Built]) -> None:
+    """A file in bf16 is compared as its fp32 twin: nothing of it is rounded."""
+    errors = built("bf16").engine.details["relative_error_against_eager"]
+    for network in ("control_embedding_0", "control_projection_0", "controlnet_0", "denoiser"):
+        assert 0 < errors[network] < 1e-5
 
 
 @pytest.mark.parametrize("precision", HALF)
