@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import sys
 from contextlib import redirect_stderr
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,8 +37,7 @@ LONGEST = (
     "engine/inductor/test_builder.py",  # 45
     "export/test_quantized_nodes.py",  # 40
     "bench/kernels/test_command.py",  # 35
-    "export/test_control.py",  # 35
-    "export/test_export.py",  # 30
+    "export/test_export.py",  # 45, of which 45 build an engine of the tiny model with a ControlNet
     "export/test_reference_vae.py",  # 30
 )
 FOLDER = Path(__file__).parent
@@ -158,17 +158,30 @@ def _build_as_told(tiny_model_dir: Path, folder: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def free_engine(checkpoint: Checkpoint, session_folder: Path) -> StoredEngine:
-    """An onnxruntime engine of the tiny model whose letters are free but for the width: fp32, 64 to 96 high, 64 wide,
-    4 frames at once, 6 references, 3 chunks of a prompt. Built once for all processes; read only."""
+def controlled_checkpoint(
+    checkpoint: Checkpoint, tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Checkpoint:
+    """The tiny model with a ControlNet."""
+    from storyadapter.checkpoint import Checkpoint
+    from tests.control_models import write_controlnet
+
+    folder = write_controlnet(tiny_model_dir, tmp_path_factory.mktemp("control") / "openpose")
+    return Checkpoint.open(replace(checkpoint.paths, controlnets=(folder,)))
+
+
+@pytest.fixture(scope="session")
+def free_engine(controlled_checkpoint: Checkpoint, session_folder: Path) -> StoredEngine:
+    """An onnxruntime engine of the tiny model with a ControlNet, whose letters are free but for the width: fp32, 64 to
+    96 high, 64 wide, 4 frames at once, 6 references, 3 chunks of a prompt. Built once for all processes; read only."""
     from storyadapter.engine.backends import BACKENDS
     from storyadapter.engine.opening import build_engine
     from storyadapter.model.contract import Range, ShapeRanges
 
     folder, ranges = session_folder / "free-engines", ShapeRanges(4, 6, Range(64, 96), Range(64, 64), 3)
-    identity = BACKENDS["onnxruntime"].identity(checkpoint, checkpoint.geometry.numerics("fp32"))
+    numerics = controlled_checkpoint.geometry.numerics("fp32")
+    identity = BACKENDS["onnxruntime"].identity(controlled_checkpoint, numerics)
     with FileLock(f"{folder}.lock"):
-        return build_engine(checkpoint, identity, ranges, engine_dir=folder)
+        return build_engine(controlled_checkpoint, identity, ranges, engine_dir=folder)
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from PIL import Image
 
 from storyadapter import api
 from storyadapter.checkpoint import Checkpoint
+from storyadapter.engine.store import StoredEngine
 from storyadapter.method.control import ControlSettings
 from storyadapter.method.events import FrameFinished
 from storyadapter.method.plan import RunPlan
@@ -119,3 +120,20 @@ def test_scale_0_and_a_frame_without_a_picture_are_drawn_as_without_a_controlnet
     mixed = drawn(pipeline, (None, *of(files, 1), None))
     assert errors_of_frames(mixed[0], plain[0])[::2] == [0, 0]
     assert errors_of_frames(mixed[0], story[0])[1] == 0
+
+
+def test_an_engine_draws_what_eager_draws(
+    controlled_checkpoint: Checkpoint, free_engine: StoredEngine, tmp_path: Path
+) -> None:
+    """At another size than the model's, and a frame without a picture beside those with one."""
+    for number, picture in enumerate(poses(2, 64, 96)):
+        picture.save(tmp_path / f"{number}.png")
+    controls = [{"prompt": "a fox", "control": str(tmp_path / f"{number}.png")} for number in range(2)]
+    story = Story([*controls, "an owl"])
+    plan = RunPlan(height=96, width=64, seed=3, steps=2, scales=(0.4,), max_frames=2)
+    engine = {"backend": "onnxruntime", "engine_dir": free_engine.folder.parent}
+    by_backend = []
+    for opening in (engine, {"backend": "eager"}):
+        events = api.open_checkpoint(controlled_checkpoint, device="cpu", **opening).run(story, plan)
+        by_backend.append([event.picture for event in events if isinstance(event, FrameFinished)])
+    assert max(errors_of_frames(*by_backend)) < 0.1

@@ -175,10 +175,12 @@ def test_more_than_an_engine_has(pipeline: StoryPipeline) -> None:
 
 
 def test_an_engine_for_longer_prompts_draws_what_eager_draws(
-    pipeline: StoryPipeline, checkpoint: Checkpoint, free_engine: StoredEngine
+    pipeline: StoryPipeline, controlled_checkpoint: Checkpoint, free_engine: StoredEngine
 ) -> None:
+    """The engine has a ControlNet besides, which no frame here asks for."""
     asked = {"numerics": free_engine.identity.numerics, "ranges": ShapeRanges(1, 4, Range(64, 64), Range(64, 64), 3)}
-    networks = open_networks(checkpoint, backend="onnxruntime", engine_dir=free_engine.folder.parent, **asked)
-    built = StoryPipeline(networks, checkpoint.load_tokenizers())
+    store = free_engine.folder.parent
+    networks = open_networks(controlled_checkpoint, backend="onnxruntime", engine_dir=store, **asked)
+    built = StoryPipeline(networks, controlled_checkpoint.load_tokenizers())
     for mine, expected in zip(draw(built), draw(pipeline), strict=True):
         assert max(errors_of_frames(mine, expected)) < TIGHT
