@@ -35,7 +35,7 @@ LONGEST = (
     "engine/test_trial.py",  # 65, of which 35 build the tiny model's engine
     "kernels/test_aot.py",  # 50
     "engine/inductor/test_builder.py",  # 45
-    "export/test_quantized_nodes.py",  # 40
+    "export/test_quantized_nodes.py",  # 30
     "bench/kernels/test_command.py",  # 35
     "export/test_export.py",  # 45, of which 45 build an engine of the tiny model with a ControlNet
     "export/test_reference_vae.py",  # 30

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -9,7 +10,7 @@ import pytest
 import torch
 from onnx import TensorProto
 
-from storyadapter.checkpoint import Checkpoint
+from storyadapter.bench.synthetic import TOY, SyntheticCheckpoint
 from storyadapter.export.onnx_export import export_compared
 from storyadapter.export.quantized_nodes import as_nodes
 from storyadapter.export.verify import open_session
@@ -66,8 +67,20 @@ def test_layers_are_themselves_again_afterwards() -> None:
     assert dict(module.named_modules()) == before
 
 
-def test_a_whole_denoiser_in_int8_computes_what_the_emulation_does(checkpoint: Checkpoint, tmp_path: Path) -> None:
+# SDXL's UNet with one level of attention instead of two: every kind of layer is still there, and half as many
+TWO_LEVELS = {
+    **TOY.unet,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (32, 64),
+    "transformer_layers_per_block": (1, 1),
+    "attention_head_dim": (1, 2),
+}
+
+
+def test_a_whole_denoiser_in_int8_computes_what_the_emulation_does(tmp_path: Path) -> None:
     pytest.importorskip("modelopt", reason="needs nvidia-modelopt")
+    checkpoint = SyntheticCheckpoint(replace(TOY, unet=TWO_LEVELS), torch.device("cpu"))
     spec, letters = network_specs(checkpoint.geometry)["denoiser"], ShapeRanges(4, 6, SIDE, SIDE).letters()
     parts = checkpoint.load("unet", torch.float32), checkpoint.load_ip_adapter(torch.float32)
     denoiser, measured = (split_unet(*deepcopy(parts), grca)["denoiser"].eval() for _ in range(2))
