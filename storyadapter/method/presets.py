@@ -22,17 +22,20 @@ class Preset:
     embeds_guidance: bool = False
 
 
+_FEW_ROUNDS: Final = {
+    "scheduler": "dpmpp_2m",
+    "guidance_interval": (0.0, 0.6),
+    "scales": reference_scales(ITERATIONS // 2),
+}
 PRESETS: Final[Mapping[str, Preset]] = MappingProxyType(
     {
         "balanced": Preset(
             "any model that isn't a few-step one, at 5 % of the published cost; other pictures, whose consistency and "
             "fidelity were as good as the published settings' by measure, on the demo model",
-            {
-                "scheduler": "dpmpp_2m",
-                "steps": 6,
-                "guidance_interval": (0.0, 0.6),
-                "scales": reference_scales(ITERATIONS // 2),
-            },
+            {**_FEW_ROUNDS, "steps": 6},
+        ),
+        "fast": Preset(
+            "the same at 3 %; it kept at least 95 % of either measure, on the demo model", {**_FEW_ROUNDS, "steps": 4}
         ),
         "lcm": Preset(
             "the UNet of latent-consistency/lcm-sdxl, as in the published fast mode",

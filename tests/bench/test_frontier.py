@@ -114,10 +114,11 @@ def test_the_script_draws_every_mode_once_and_then_reports(tmp_path: Path) -> No
     assert sorted(drawn) == sorted([*expected, f"{begin} --only-draw confirm --modes {EXACT}"])
 
 
-def test_the_preset_is_the_mode_that_was_measured() -> None:
+@pytest.mark.parametrize("preset", ["balanced", "fast"])
+def test_a_preset_is_the_mode_that_was_measured(preset: str) -> None:
     report = json.loads((Path(frontier.__file__).parent / "results" / "frontier-h200.json").read_text())
-    (choice,) = (choice for choice in report["choices"] if choice["preset"] == "balanced")
+    (choice,) = (choice for choice in report["choices"] if choice["preset"] == preset)
     assert choice["confirmed"]
     settings = MODES[choice["mode"]].plan_settings(report["settings"]["iterations"])
     published = {"scales": reference_scales(report["settings"]["iterations"])}
-    assert settings == {**published, **PRESETS["balanced"].settings}
+    assert settings == {**published, **PRESETS[preset].settings}

@@ -35,8 +35,7 @@ MEASURED = {
     (LAYER_NORM, 2, 1280): NormTiles(1, 1),
     (CONVOLUTION_FP8, 1, 320): ProductTiles(8, 32, 128, 64, 8, 8, 4, True, True),
     **{(CONVOLUTION_FP8, 1, n): ProductTiles(8, 16, 256, 128, 8, 8, 3, True, True) for n in (640, 1280)},
-    # of the VAE, not measured yet: as the next widths have it, and for 128 what spills nothing
-    (CONVOLUTION_FP8, 1, 128): ProductTiles(8, 16, 128, 128, 8, 8, 4, True, True),
+    (CONVOLUTION_FP8, 1, 128): ProductTiles(8, 32, 128, 128, 8, 8, 3, True, True),
     **{(CONVOLUTION_FP8, 1, n): ProductTiles(8, 16, 256, 128, 8, 8, 3, True, True) for n in (256, 512)},
     **{(LINEAR_FP8, 1, k): ProductTiles(1, 128, 256, 128, 8, 8, 3, True, True) for k in (640, 1280, 2560, 5120)},
     **{(GEGLU_FP8, 1, k): ProductTiles(1, 128, 256, 128, 8, 8, 3, True, True) for k in (640, 1280)},
