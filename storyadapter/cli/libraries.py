@@ -15,20 +15,27 @@ _SILENCE: Final = {
     "HF_HUB_VERBOSITY": "critical",
     "PYTHONWARNINGS": "ignore",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "TORCH_LOGS": "-all",
     "TQDM_DISABLE": "1",
     "TRANSFORMERS_VERBOSITY": "critical",
 }
-_LOGGERS: Final = ("diffusers", "huggingface_hub", "transformers")  # whose handlers are their own
+# whose handlers are their own, and the variable by which a user asks for what they print
+_LOGGERS: Final = {
+    "diffusers": "DIFFUSERS_VERBOSITY",
+    "huggingface_hub": "HF_HUB_VERBOSITY",
+    "torch": "TORCH_LOGS",
+    "transformers": "TRANSFORMERS_VERBOSITY",
+}
 
 
 @contextmanager
 def libraries_silenced() -> Iterator[None]:
     """Inside, other libraries print nothing: no warnings, logs or bars. Their errors are exceptions all the same."""
     added = {name: value for name, value in _SILENCE.items() if name not in os.environ}
-    levels = {name: logging.getLogger(name).level for name in _LOGGERS}
+    levels = {name: logging.getLogger(name).level for name, variable in _LOGGERS.items() if variable in added}
     nowhere = logging.NullHandler()  # or Python prints what has no handler
     os.environ.update(added)
-    for name in _LOGGERS:  # those that are imported already
+    for name in levels:  # those that are imported already
         logging.getLogger(name).setLevel(logging.CRITICAL)
     logging.getLogger().addHandler(nowhere)
     try:

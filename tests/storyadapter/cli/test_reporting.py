@@ -1,5 +1,6 @@
 """The bars of a terminal, and how long things take in words."""
 
+import importlib
 import io
 import logging
 import os
@@ -131,10 +132,11 @@ def test_a_sign_of_life(in_place: bool, capsys: pytest.CaptureFixture[str]) -> N
 
 def test_only_what_a_command_says_is_told(capfd: pytest.CaptureFixture[str]) -> None:
     """Not what other libraries warn of and log; our own warnings are."""
+    importlib.import_module("torch._dynamo")  # gives PyTorch's loggers a handler
     told: list[str] = []
     with libraries_silenced(), own_warnings(told.append):
         warnings.warn("a warning", stacklevel=1)
-        for name in ("transformers", "diffusers.models", "huggingface_hub", "torch", "onnxruntime", "PIL"):
+        for name in ("transformers", "diffusers.models", "huggingface_hub", "torch", "torch._inductor", "onnxruntime"):
             logging.getLogger(name).warning("a log")
         logging.getLogger("storyadapter.engine.fingerprint").warning("%s can't be written", "a cache")
     assert told == ["a cache can't be written"]
