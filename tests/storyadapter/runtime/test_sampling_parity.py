@@ -110,7 +110,8 @@ def lora(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return path
 
 
-@pytest.mark.parametrize("name", [name for name in PRESETS if name not in ("lcm", "balanced", "fast")])  # with own tests
+# others have tests of their own
+@pytest.mark.parametrize("name", [name for name in PRESETS if name not in ("lcm", "balanced", "fast")])
 def test_a_preset_is_what_its_model_card_says(tiny_model_dir: Path, lora: Path, name: str) -> None:
     card = dict(CARDS[name])
     kind, config = card.pop("scheduler")
