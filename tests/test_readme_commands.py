@@ -14,6 +14,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+from storyadapter.demo.training.networks import TINY, write_random_model
+from storyadapter.method.constants import NEGATIVE_PROMPT, STYLES
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # what isn't typed here: an environment of its own has test_fresh_environment.py, and there is no hub
@@ -66,9 +69,14 @@ def served(command: str, folder: Path, environment: dict[str, str]) -> Iterator[
 
 @pytest.mark.cluster
 @pytest.mark.timeout(1200)
-def test_every_command_works_as_it_stands_in_order(tiny_model_dir: Path, tmp_path: Path) -> None:
-    model_files(tmp_path / "models", tiny_model_dir)
-    (tmp_path / "tale.yaml").write_text(re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)[0], encoding="utf-8")
+def test_every_command_works_as_it_stands_in_order(tmp_path: Path) -> None:
+    (tale,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "tale.yaml").write_text(tale, encoding="utf-8")
+    # whole words are tokens, as to SDXL's tokenizers: letter by letter the texts would fill several chunks
+    texts = " ".join([tale, *commands(), *map(" ".join, STYLES.values()), NEGATIVE_PROMPT])
+    words = sorted(set(re.findall("[a-z]+", texts.lower())))
+    write_random_model(tmp_path / "tiny", config=TINY, words=words)
+    model_files(tmp_path / "models", tmp_path / "tiny")
     programs = Path(sys.executable).parent
     environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "XDG_CACHE_HOME": str(tmp_path / "cache")}
     typed = [command for command in commands() if not command.startswith(_ELSEWHERE)]

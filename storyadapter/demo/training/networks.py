@@ -233,7 +233,11 @@ def _published_keys(name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_random_model(
-    folder: Path, seed: int = 0, config: DemoConfig = DemoConfig(), dtype: torch.dtype = torch.float32
+    folder: Path,
+    seed: int = 0,
+    config: DemoConfig = DemoConfig(),
+    dtype: torch.dtype = torch.float32,
+    words: Sequence[str] = (),
 ) -> None:
     """Write a whole model of seeded random weights whose activations have sane sizes.
 
@@ -244,10 +248,11 @@ def write_random_model(
         seed: the same seed writes the same weights.
         config: sizes; `TINY` is the smallest that has every part.
         dtype: of the weights on disk.
+        words: that the tokenizers know as single tokens; others are read letter by letter.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = build(config)
+        model = build(config, words)
         for network in model.networks().values():
             randomize(network)
         write_model(model, folder, dtype)
