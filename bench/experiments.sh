@@ -41,7 +41,7 @@ run parity storyadapter-trt bench parity --backend inductor --precision fp16 $de
 run quality storyadapter-trt bench quality --backend inductor --precision fp16 --stories 20 --seeds 3 --steps 20 --max-frames 64 $demo --out "$out/quality"
 run quality-fp8 storyadapter-trt bench quality --backend inductor --precision fp8 --stories 20 --seeds 3 --steps 20 --max-frames 64 $demo --out "$out/quality-fp8"
 # what do cheaper ways cost?
-run frontier storyadapter-trt bench frontier --backend inductor --max-frames 96 --engine-dir "$out/engines" --work "$out/frontier-work" --out "$out/frontier"
+run frontier storyadapter-trt bench frontier --backend inductor --max-frames 64 --engine-dir "$out/engines" --work "$out/frontier-work" --out "$out/frontier"
 # how fast? from the published method up, a rung at a time; then whole stories
 run throughput storyadapter-trt bench throughput $full --rungs published,batched,sdpa,cached,fused,compiled,graphs,overlapped,diffusers --out "$out/throughput"
 run compiled-baselines storyadapter-trt bench throughput $full --cases n16 --rungs sdpa,graphs,diffusers,diffusers-compile,diffusers-xformers,tensorrt --out "$out/compiled-baselines"
@@ -49,8 +49,13 @@ run controlnet storyadapter-trt bench throughput $full --synthetic-controlnets 1
 run small-gpu storyadapter-trt bench throughput $full --cases story --rungs overlapped --device-memory 15.5 --out "$out/small-gpu"
 run throughput-fp8 storyadapter-trt bench throughput $full --cases n16,n100,story --rungs graphs,overlapped --precision fp8 --out "$out/throughput-fp8"
 run small-gpu-fp8 storyadapter-trt bench throughput $full --cases story --rungs overlapped --precision fp8 --device-memory 12 --out "$out/small-gpu-fp8"
-run vae python -m storyadapter.bench.vae --out "$out/vae"
+run vae python -m storyadapter.bench.vae --precisions fp16 bf16 fp8 --out "$out/vae"
+run quality-vae-fp8 storyadapter-trt bench quality --backend inductor --vae-precision fp8 --stories 20 --seeds 3 --steps 20 --max-frames 64 $demo --out "$out/quality-vae-fp8"
 run lcm-story python -m storyadapter.bench.lcm_story --max-frames 16 --engine-dir "$out/engines" --out "$out/lcm-story"
+# what does an author add?
+run edit storyadapter-trt bench quality --study edit --backend inductor --stories 20 --seeds 2 --max-frames 64 $demo --out "$out/edit"
+run references storyadapter-trt bench quality --study references --backend inductor --stories 20 --seeds 2 --max-frames 64 $demo --out "$out/references"
+run long-prompts storyadapter-trt bench quality --study long-prompts --backend inductor --stories 20 --seeds 2 --steps 20 --max-frames 64 $demo --out "$out/long-prompts"
 # on two GPUs, and as a server under load, which needs none
 run workers storyadapter-trt bench workers $full --workers 2 --out "$out/workers"
 run serve storyadapter-trt bench serve --workers 8 --worker-kills 5 --out "$out/serve-cpu"
