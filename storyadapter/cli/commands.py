@@ -86,16 +86,15 @@ def _build(args: argparse.Namespace, session: Session, ranges: ShapeRanges, opti
     reporter.result("built", text, folder=str(engine.folder), bytes=engine.bytes, new=engine.is_new)
 
 
-def _calibration_story(args: argparse.Namespace, reporter: Reporter) -> "tuple[Story, str, str, str] | None":
-    """The story that calibrates, its style, what it is called, and where it lies; None for the built-in ones. Raises
-    InputError: it can't be read, or nothing is quantized."""
+def _calibration_story(args: argparse.Namespace, reporter: Reporter) -> "Story | None":
+    """The story that calibrates; None for the built-in ones. Raises InputError: it can't be read or drawn, or nothing
+    is quantized."""
     if args.calibration_story is None:
         return None
     if args.precision not in NUMBER_FORMATS and args.vae_precision not in VAE_NUMBER_FORMATS:
         expected = f"--precision {' or '.join(NUMBER_FORMATS)}, or --vae-precision {' or '.join(VAE_NUMBER_FORMATS)}"
         raise InputError("--calibration-story calibrates 8-bit products", expected=f"{expected} with it")
     from storyadapter.method.story import Story
-    from storyadapter.method.story_files.reading import STANDARD_INPUT
     from storyadapter.method.story_notices import story_notices
     from storyadapter.method.story_parts import check_style
 
@@ -103,21 +102,26 @@ def _calibration_story(args: argparse.Namespace, reporter: Reporter) -> "tuple[S
     story = Story.from_file(args.calibration_story, on_notice=notices.append)
     for notice in (*notices, *story_notices(story)):
         reporter.note("warning", spelled(notice, option))
-    path = "" if args.calibration_story == STANDARD_INPUT else os.path.abspath(args.calibration_story)
-    title = story.title or os.path.basename(path) or "standard input"
-    return story, check_style(story.style or DEFAULT_STYLE), title, path
+    check_style(story.style or DEFAULT_STYLE)
+    return story
 
 
-def _calibrated(
-    args: argparse.Namespace, session: Session, story: "tuple[Story, str, str, str] | None", reporter: Reporter
-) -> Session:
+def _calibrated(args: argparse.Namespace, session: Session, story: "Story | None", reporter: Reporter) -> Session:
     """The session with its model's scales, which are found first where the store has none by these stories; `run` takes
-    them from now on."""
+    them from now on.
+
+    Args:
+        story: of `--calibration-story`, where it is given.
+    """
     from storyadapter.engine.calibration import GivenStory, choose_scales, find_or_make_scales
     from storyadapter.engine.identity import model_weights
+    from storyadapter.method.story_files.reading import STANDARD_INPUT
 
-    given = GivenStory(*story) if story else None
-
+    given = None
+    if story is not None:
+        path = "" if args.calibration_story == STANDARD_INPUT else os.path.abspath(args.calibration_story)
+        title = story.title or os.path.basename(path) or "standard input"
+        given = GivenStory(story, story.style or DEFAULT_STYLE, title, path)
     quantizations = session.numerics.quantizations
     started, drawn, first = time.perf_counter(), 0.0, next(iter(quantizations))
 

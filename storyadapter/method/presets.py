@@ -1,5 +1,5 @@
-"""Settings of a plan by one word each: what few-step models need, as their authors' model cards have them, and a
-cheaper way to draw with any other model, as it was measured (`bench/results/frontier-h200.md`)."""
+"""Settings of a plan by one word each: what few-step models need, as their authors' model cards have them, and two
+cheaper ways to draw with any other model, as they were measured (`bench/results/frontier-h200.md`)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

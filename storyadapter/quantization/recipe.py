@@ -63,7 +63,7 @@ _KEPT: Final = (
     *("up_blocks.2.resnets.2.conv1", "up_blocks.2.resnets.2.conv2"),
 )
 FP8: Final = Recipe(kept=_KEPT)
-# α: NVIDIA's for SDXL; the demo model would be better off without (docs/backends.md)
+# α: NVIDIA's for SDXL; with less, or none, the demo model didn't hold the rule for lossy modes (docs/backends.md)
 INT8: Final = Recipe("int8", smoothing=0.8, kept=_KEPT)
 RECIPES: Final[Mapping[NumberFormat, Recipe]] = {recipe.number_format: recipe for recipe in (FP8, INT8)}
 # Of the VAE's decoder the residual blocks' and upsamplers' convolutions, which take most of its time. What is kept are
